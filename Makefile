@@ -1,0 +1,31 @@
+# `make demo` and `make test` set everything up by themselves in .venv; neither needs root, a GPU or the network at run time.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	rm -rf runs/demo
+	$(BIN)/python -m ssl_geometry.fit --config configs/quickstart/supervised.yaml --experiment demo --run_id supervised
+	$(BIN)/python -m ssl_geometry.fit --config configs/quickstart/simclr.yaml --experiment demo --run_id simclr \
+		--cka.reference runs/demo/supervised
+	@echo "CKA map SimCLR x supervised:  runs/demo/simclr/figures/cka_map_supervised.png"
+	@echo "CKA curves over the epochs:   runs/demo/simclr/figures/cka_epochs_init.png"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,17 @@
+"""Lightning glue only: when to measure, what to feed, where to log."""
+
+from ssl_geometry.callbacks.cka import CKAMonitor
+from ssl_geometry.callbacks.finite import StopOnNaN
+from ssl_geometry.callbacks.loggers import LoggerName, make_loggers
+from ssl_geometry.callbacks.progress import FitProgress
+from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
+
+__all__ = [
+    "CKAMonitor",
+    "FitProgress",
+    "FlushRecords",
+    "LoggerName",
+    "RecordsLogger",
+    "StopOnNaN",
+    "make_loggers",
+]

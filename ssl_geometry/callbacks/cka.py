@@ -1,0 +1,220 @@
+"""Layerwise CKA while a network trains: with itself, with its own initialisation, and with a reference.
+
+Protocol: unbiased minibatch CKA with a linear kernel on flattened activations, Gram matrices of ``gram_size``
+    consecutive measurement images
+in a fixed order, network in evaluation mode, float32 with products summed in float64. Initialisation and reference
+do not move, so their
+Gram vectors are taken once and kept (about 0.1 MB a layer for 2,048 images): every later moment costs one pass of
+one network, and all pairs
+of layers are one matrix product a batch.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ssl_geometry import __version__
+from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, forward_pass, measuring
+from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, gram_vector
+from ssl_geometry.metrics import LayerwiseCKA
+from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.records import Protocol, record
+from ssl_geometry.report.figures import cka_curves, cka_heatmap
+from ssl_geometry.runs import load_method
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GramVector:
+    """The reduction that CKA asks of every layer."""
+
+    size: int
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """See :func:`ssl_geometry.geometry.cka.gram_vector`."""
+        return gram_vector(activations, self.size)
+
+
+@dataclass
+class FixedNetwork:
+    """A network that does not move: its layers, and the Gram vectors of each batch, a row a layer."""
+
+    name: str
+    depths: dict[str, float]
+    vectors: dict[int, Tensor]
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """Layer to Gram vector, as columns of the metric are named."""
+        return {f"{self.name}/{layer}": row for layer, row in zip(self.depths, self.vectors[number], strict=True)}
+
+
+class CKAMonitor(Monitor):
+    """Layer by layer CKA of the network with itself, with its initialisation, and with a reference network.
+
+    Args:
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
+        layers: which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these.
+        gram_size: images in a Gram matrix; the estimate is unbiased for every size, the cost grows with it.
+        reference: a run directory or a checkpoint to compare with as well, such as the supervised twin.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        layers: str | list[str] = "all",
+        gram_size: int = 64,
+        reference: str | None = None,
+    ) -> None:
+        super().__init__(every_n_epochs)
+        if gram_size < MIN_GRAM_SIZE:
+            raise UserError(f"--cka.gram_size {gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
+        self.layers, self.gram_size, self.reference = layers, gram_size, reference
+        self.fixed: dict[str, FixedNetwork] = {}
+        self.curves: list[dict[str, Any]] = []  # one row a layer and moment: what the curves over epochs show
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the reference once."""
+        if self.every_n_epochs > 0 and self.reference is not None:
+            self._measure_reference(trainer, pl_module, self.reference)
+
+    def _measure_reference(self, trainer: L.Trainer, method: L.LightningModule, path: str) -> None:
+        name, reference = load_method(path, option="--cka.reference")
+        reference.to(method.device)
+        request = Request(tuple(layer_names(reference, self.layers)), GramVector(self.gram_size))
+        fixed = FixedNetwork(name, layer_depths(reference, request.layers), {})
+        with measuring(reference):
+            batches = trainer.datamodule.loader("measure")  # type: ignore[attr-defined]
+            for count, (_, reduced) in enumerate(forward_pass(reference, batches, [request])):
+                number = count * trainer.world_size + trainer.global_rank
+                fixed.vectors[number] = torch.stack(list(reduced[request].values())).cpu()
+        self.fixed[name] = fixed
+        strangers = set(layer_names(method, self.layers)) - set(fixed.depths)
+        if any(not layer.startswith("head") for layer in strangers):
+            logger.info(f"--cka.reference {name} is of another architecture: curves compare layers of nearest depth")
+
+    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+        """The Gram vector of every layer, clean images."""
+        self._request = Request(tuple(layer_names(method, self.layers)), GramVector(self.gram_size))
+        self._depths = layer_depths(method, self._request.layers)
+        return [self._request]
+
+    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        """A fresh sum; at the very first moment, the initialisation begins to be kept."""
+        self._keep_initial = trainer.global_step == 0
+        if self._keep_initial:
+            self.fixed["init"] = FixedNetwork("init", self._depths, {})
+        columns = [layer for name, fixed in self.fixed.items() for layer in (f"{name}/{key}" for key in fixed.depths)]
+        self._metric = LayerwiseCKA(self._request.layers, [*self._request.layers, *columns]).to(method.device)
+        self._images = torch.zeros((), dtype=torch.long, device=method.device)
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """All pairs of layers by one matrix product."""
+        rows = reduced[self._request]
+        if self._keep_initial:
+            self.fixed["init"].vectors[batch_number] = torch.stack(list(rows.values())).cpu()
+        cols = dict(rows)
+        for fixed in self.fixed.values():
+            cols |= fixed.batch(batch_number)
+        self._metric.update(rows, cols)
+        self._images += len(batch["index"])
+
+    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+        """Rows for every pair of layers; curves against initialisation and reference."""
+        if self._keep_initial:
+            self.fixed["init"].vectors = _over_all_ranks(self.fixed["init"].vectors)
+        matrix = self._metric.compute().cpu()
+        images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
+        protocol = Protocol(
+            {
+                "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
+                "gram_size": self.gram_size,
+                "network": "evaluation mode, float32",
+                "view": method.clean_view.spec,  # type: ignore[union-attr]
+                "images": trainer.datamodule.measure_ids,  # type: ignore[attr-defined]
+                "n": images,
+                "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
+            }
+        )
+        run = _run_name(trainer)
+        common = {
+            "run": run,
+            "model": run,
+            "metric": "cka",
+            "view": "clean",
+            "split": "measure",
+            "epoch": moment.epoch,
+            "step": moment.step,
+            "n": images,
+            "protocol": protocol.hash,
+        }
+        others = {run: self._depths, **{name: fixed.depths for name, fixed in self.fixed.items()}}
+        rows, scalars, column = [], {}, 0
+        for other, depths in others.items():
+            block = matrix[:, column : column + len(depths)].tolist()
+            column += len(depths)
+            for (layer, depth), values in zip(self._depths.items(), block, strict=True):
+                rows += [
+                    record(
+                        **common,
+                        model_other=other,
+                        layer=layer,
+                        layer_other=layer_other,
+                        depth=depth,
+                        depth_other=d,
+                        value=v,
+                    )
+                    for (layer_other, d), v in zip(depths.items(), values, strict=True)
+                ]
+                if other != run:
+                    twin = layer if layer in depths else min(depths, key=lambda name: abs(depths[name] - depth))
+                    scalars[f"cka/to_{other}/{layer}"] = values[list(depths).index(twin)]
+                    self.curves.append(
+                        record(**common, model_other=other, layer=layer, layer_other=twin, depth=depth,
+                               depth_other=depths[twin], value=scalars[f"cka/to_{other}/{layer}"])
+                    )  # fmt: skip
+        return Findings(rows, scalars, self._figures(rows, run, others), protocol)
+
+    def _figures(self, rows: list[dict[str, Any]], run: str, others: Mapping[str, Any]) -> dict[str, Any]:
+        figures = {}
+        for other in others:
+            block = [row for row in rows if row["model_other"] == other]
+            label = "itself" if other == run else other
+            figures[f"cka/map_{'self' if other == run else other}"] = lambda block=block: cka_heatmap(block)
+            if label != "itself":
+                curve = [row for row in self.curves if row["model_other"] == other]
+                figures[f"cka/depth_{other}"] = lambda curve=curve: cka_curves(curve, against="depth")
+                figures[f"cka/epochs_{other}"] = lambda curve=curve: cka_curves(curve, against="epoch")
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The initialisation's Gram vectors and the curves so far: what a resumed run cannot measure again."""
+        initial = self.fixed.get("init")
+        return {
+            "curves": self.curves,
+            "initial": None if initial is None else {"depths": initial.depths, "vectors": initial.vectors},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint left."""
+        self.curves = state_dict["curves"]
+        if state_dict["initial"] is not None:
+            self.fixed["init"] = FixedNetwork("init", **state_dict["initial"])
+
+
+def _over_all_ranks(vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return vectors
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, vectors)
+    return {number: part[number] for part in parts for number in sorted(part)}
+
+
+def _run_name(trainer: L.Trainer) -> str:
+    return str(next((logger.version for logger in trainer.loggers if logger.version is not None), "run"))

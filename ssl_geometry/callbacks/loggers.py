@@ -1,0 +1,65 @@
+"""Where curves are watched: W&B, TensorBoard, CSV. Records in Parquet are always written."""
+
+from typing import Any, Literal
+
+import wandb
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.runs import Run, is_first_process
+
+LoggerName = Literal["wandb", "tensorboard", "csv"]
+WANDB_TIMEOUT_SECONDS = 30
+
+
+def make_loggers(names: list[LoggerName], run: Run, config: dict[str, Any], project: str) -> list[Logger]:
+    """The loggers of a run; the one that writes records comes first.
+
+    Args:
+        names: which others are wanted.
+        run: the run directory; every logger writes below it.
+        config: the whole configuration, shown beside the run by loggers that show one.
+        project: W&B project.
+
+    Returns:
+        Lightning loggers, W&B online with a key and offline without one.
+    """
+    loggers: list[Logger] = [RecordsLogger(run.directory)]
+    for name in names:
+        match name:
+            case "wandb":
+                loggers.append(_wandb(run, config, project))
+            case "tensorboard":
+                loggers.append(TensorBoardLogger(run.directory, name="tensorboard", version=""))
+            case "csv":
+                loggers.append(CSVLogger(run.directory, name="csv", version=""))
+    return loggers
+
+
+def _wandb(run: Run, config: dict[str, Any], project: str) -> WandbLogger:
+    """A W&B run that is the run directory's own, found again on resume; it never asks and never stops training."""
+    common: dict[str, Any] = {
+        "project": project,
+        "name": run.directory.name,
+        "id": run.directory.name,
+        "group": run.directory.parent.name,
+        "save_dir": run.directory,
+        "config": config,
+        "resume": "allow",
+    }
+    settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, silent=True)
+    if not is_first_process():
+        return WandbLogger(**common, settings=settings)
+    try:
+        logger = WandbLogger(**common, offline=not wandb.login(prompt=False), settings=settings)
+        experiment = logger.experiment
+    except Exception as error:  # a server that is away must not stop training
+        rank_zero_warn(f"W&B cannot be reached ({str(error).splitlines()[0]}): this run is logged offline")
+        wandb.teardown()
+        logger = WandbLogger(**common, offline=True, settings=wandb.Settings(silent=True))
+        experiment = logger.experiment
+    experiment.define_metric("epoch", hidden=True)
+    for section in ("cka", "val", "test"):
+        experiment.define_metric(f"{section}/*", step_metric="epoch")
+    return logger

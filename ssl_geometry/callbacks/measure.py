@@ -1,0 +1,237 @@
+"""Measuring while training: monitors due at the same moment share ONE pass over the measurement images.
+
+A moment is the start of training (the initialisation) or the end of an epoch. The first monitor that is due runs the
+pass for all: it
+collects what each asks for (views, layers, reductions), runs the network once a batch and view, and hands every
+monitor its part.
+
+The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the
+precision of training, on
+images in a fixed order, split over processes by whole batches. Nothing of the training changes: modes, weights,
+optimiser and
+random number streams are left as they were found.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.models.taps import Taps
+from ssl_geometry.records import Protocol
+
+Reduction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a monitor wants of every batch: the layers of one view, reduced inside the hook.
+
+    Args:
+        layers: names of layers, in forward order.
+        reduce: hashable function of a layer's output (B, ...); equal reductions of several monitors are computed once.
+        view: name of a view of the method: "clean".
+    """
+
+    layers: tuple[str, ...]
+    reduce: Reduction
+    view: str = "clean"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a measurement happens: after ``epoch`` completed epochs and ``step`` optimiser steps."""
+
+    epoch: int
+    step: int
+
+
+Reduced = Mapping[Request, Mapping[str, Tensor]]
+
+
+class Monitor(L.Callback):
+    """Base of the callbacks that measure: says what it needs, gets it batch by batch, and returns records.
+
+    Args:
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches the monitor off.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        self.every_n_epochs = every_n_epochs
+        self.seconds = 0.0
+
+    # -- what a monitor gives ------------------------------------------------------------------------------------------
+
+    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+        """What it needs of every batch; asked at every moment, before the pass."""
+        raise NotImplementedError
+
+    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        """A pass starts: forget the last one."""
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """One batch of the pass.
+
+        Args:
+            batch_number: its place in the measurement set, over all processes.
+            reduced: for each of this monitor's requests, layer to reduced output.
+            batch: the images, labels and indices.
+        """
+        raise NotImplementedError
+
+    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> "Findings":
+        """The pass is over: the numbers. Called on every process (metrics are reduced here)."""
+        raise NotImplementedError
+
+    # -- when it measures ----------------------------------------------------------------------------------------------
+
+    def due(self, trainer: L.Trainer, epoch: int) -> bool:
+        """Whether this monitor measures after ``epoch`` completed epochs."""
+        if self.every_n_epochs <= 0:
+            return False
+        return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The initialisation is the first moment; a resumed run has it already."""
+        if trainer.global_step == 0:
+            self._measure(trainer, pl_module, Moment(0, 0))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure where due; checkpoints are written after this, so they know of it."""
+        self._measure(trainer, pl_module, Moment(trainer.current_epoch + 1, trainer.global_step))
+
+    def _measure(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> None:
+        due = [monitor for monitor in monitors(trainer) if monitor.due(trainer, moment.epoch)]
+        if due and due[0] is self:
+            started = time.perf_counter()
+            measure(trainer, method, due, moment)
+            self.seconds += time.perf_counter() - started
+
+
+@dataclass
+class Findings:
+    """What a monitor found at one moment.
+
+    Args:
+        records: rows for Parquet.
+        scalars: the few of them that are watched live as curves, by logged name.
+        figures: how to draw pictures, by logged name; drawn only for loggers that show pictures.
+        protocol: how the numbers came about.
+    """
+
+    records: list[dict[str, Any]]
+    scalars: dict[str, float]
+    figures: dict[str, Callable[[], Figure]]
+    protocol: Protocol
+
+
+def monitors(trainer: L.Trainer) -> list[Monitor]:
+    """The trainer's monitors, in the order of its callbacks."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
+
+
+def measure(trainer: L.Trainer, method: L.LightningModule, due: Sequence[Monitor], moment: Moment) -> None:
+    """One pass over the measurement images for all monitors that are due; then log what they found."""
+    requests = {monitor: tuple(monitor.requests(method)) for monitor in due}
+    for monitor in due:
+        monitor.begin(trainer, method)
+    wanted = [request for asked in requests.values() for request in asked]
+    with measuring(method):
+        batches = trainer.datamodule.loader("measure")  # type: ignore[attr-defined]
+        for count, (batch, reduced) in enumerate(forward_pass(method, batches, wanted)):
+            number = count * trainer.world_size + trainer.global_rank
+            for monitor in due:
+                monitor.update(number, {request: reduced[request] for request in requests[monitor]}, batch)
+        findings = [monitor.finish(trainer, method, moment) for monitor in due]
+    if trainer.is_global_zero:
+        for found in findings:
+            log(trainer, found, moment)
+
+
+def forward_pass(
+    method: Any, batches: Iterable[Mapping[str, Tensor]], requests: Sequence[Request]
+) -> Iterator[tuple[Mapping[str, Tensor], dict[Request, dict[str, Tensor]]]]:
+    """Run the network over images, once a batch and view, and take what was asked for.
+
+    Args:
+        method: the network, already in the state to be measured (see :func:`measuring`).
+        batches: images, labels and indices.
+        requests: the union of what is to be taken.
+
+    Yields:
+        The batch, and for each request layer to reduced output.
+    """
+    wanted: dict[str, dict[str, set[Reduction]]] = defaultdict(lambda: defaultdict(set))
+    for request in requests:
+        for layer in request.layers:
+            wanted[request.view][layer].add(request.reduce)
+    view = ""
+
+    def reduce(layer: str, output: Tensor) -> dict[Reduction, Tensor]:
+        return {reduction: reduction(output) for reduction in wanted[view].get(layer, ())}
+
+    with Taps(method, sorted({layer for layers in wanted.values() for layer in layers}), reduce) as taps:
+        for batch in batches:
+            batch = {key: value.to(method.device) for key, value in batch.items()}
+            taken = {}
+            for view in wanted:
+                images = method.clean_view(batch["image"], batch["index"], seed=0, epoch=0, view=0)
+                taken[view] = taps(images)
+            yield batch, {r: {layer: taken[r.view][layer][r.reduce] for layer in r.layers} for r in requests}
+
+
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, full float32; everything is put back afterwards, module by module.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen
+        >>> with measuring(net):
+        ...     assert not net.training
+        >>> [part.training for part in net]
+        [False, True]
+    """
+    modes = {part: part.training for part in module.modules()}
+    precision, cudnn_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    module.eval()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn_tf32
+
+
+def log(trainer: L.Trainer, found: Findings, moment: Moment) -> None:
+    """Hand findings to every logger in the form that it understands (on the first process)."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RecordsLogger):
+            logger.log_findings(found.records, found.protocol, moment.epoch)
+            if moment.epoch == trainer.max_epochs:
+                logger.save_figures(found.figures)
+        else:
+            logger.log_metrics({**found.scalars, "epoch": float(moment.epoch)}, step=moment.step)
+            _log_figures(logger, found.figures, moment)
+
+
+def _log_figures(logger: Any, figures: Mapping[str, Callable[[], Figure]], moment: Moment) -> None:
+    if isinstance(logger, WandbLogger):
+        for name, draw in figures.items():
+            logger.log_image(name, [draw()], step=moment.step)
+    elif isinstance(logger, TensorBoardLogger):
+        for name, draw in figures.items():
+            logger.experiment.add_figure(name, draw(), global_step=moment.step)

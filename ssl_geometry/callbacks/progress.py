@@ -1,0 +1,118 @@
+"""One line that tells how training is going: images/s, time left, and the share of time spent measuring."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ssl_geometry.callbacks.measure import monitors
+
+
+class FitProgress(ProgressBar):
+    """A progress bar over the whole training; where the output is no terminal, a line an epoch.
+
+    Args:
+        refresh_seconds: least time between two updates; reading the loss waits for the device, so it is not done in
+            every step.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.5) -> None:
+        super().__init__()
+        self.refresh_seconds = refresh_seconds
+        self._enabled = True
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+
+    def disable(self) -> None:
+        """Lightning calls this on all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """The opposite of :meth:`disable`."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock; steps done before a resume are not counted into the rate."""
+        self._started = self._refreshed = time.perf_counter()
+        self._first_step = trainer.global_step
+        self._done = 0
+        if self._enabled and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+            )
+            steps = int(trainer.estimated_stepping_batches)
+            self._task = self._progress.add_task("epoch 1", total=steps, completed=trainer.global_step, figures="")
+            self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and show now and then."""
+        self._done += len(batch["index"]) * trainer.world_size if isinstance(batch, dict) and "index" in batch else 0
+        now = time.perf_counter()
+        if self._progress is not None and now - self._refreshed > self.refresh_seconds:
+            self._refreshed = now
+            self._show(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the epoch's last state."""
+        if self._progress is not None:
+            self._show(trainer)
+        elif self._enabled:
+            elapsed = time.perf_counter() - self._started
+            epochs_left = (trainer.max_epochs or 0) - trainer.current_epoch - 1
+            steps_done = max(trainer.global_step - self._first_step, 1)
+            left = elapsed / steps_done * epochs_left * trainer.num_training_batches
+            self._console.print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._figures(trainer)}  "
+                f"{_clock(left)} left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _show(self, trainer: L.Trainer) -> None:
+        assert self._progress is not None
+        self._progress.update(
+            self._task,
+            completed=trainer.global_step,
+            description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+            figures=self._figures(trainer),
+        )
+
+    def _figures(self, trainer: L.Trainer) -> str:
+        elapsed = time.perf_counter() - self._started
+        measuring = sum(monitor.seconds for monitor in monitors(trainer))
+        shown = [f"{self._done / max(elapsed - measuring, 1e-9):,.0f} images/s"]
+        if measuring:
+            shown.append(f"measuring {measuring / elapsed:.0%}")
+        for name in ("train/loss", "train/acc", "val/knn", "val/acc"):
+            if name in trainer.callback_metrics:
+                shown.append(f"{name} {float(trainer.callback_metrics[name]):.3f}")
+        return "  ".join(shown)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the last state on the screen."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Free the terminal before an error is printed."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

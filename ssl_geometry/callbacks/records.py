@@ -1,0 +1,98 @@
+"""A Lightning logger that writes records: everything that is logged lands in Parquet, with or without W&B."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from ssl_geometry.records import Protocol, RecordStore, record
+
+
+class RecordsLogger(Logger):
+    """Writes what Lightning logs as rows, one Parquet part an epoch, and what monitors find, one part a moment.
+
+    Args:
+        run_dir: the run directory; its name is the run's id in the records.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        super().__init__()
+        self.run_dir = Path(run_dir)
+        self.store = RecordStore(self.run_dir / "records")
+        self._rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
+
+    @property
+    def name(self) -> str:
+        """The experiment."""
+        return self.run_dir.parent.name
+
+    @property
+    def version(self) -> str:
+        """The run's id."""
+        return self.run_dir.name
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's ``config.yaml`` holds the whole configuration."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep scalars until :meth:`flush`. Their epoch is counted from 1; 0 is the initialisation."""
+        for name, value in metrics.items():
+            if name != "epoch":
+                split = name.partition("/")[0]
+                # Lightning counts completed epochs: training and validation belong to the epoch that is under way.
+                epoch = int(metrics.get("epoch", 0)) + (split != "test")
+                self._rows[epoch].append(
+                    record(
+                        run=self.version,
+                        model=self.version,
+                        metric=name,
+                        split=split,
+                        epoch=epoch,
+                        step=step,
+                        value=float(value),
+                    )
+                )
+
+    @rank_zero_only
+    def log_findings(self, rows: Sequence[Mapping[str, Any]], protocol: Protocol, epoch: int) -> None:
+        """Write what a monitor found at one moment; measured again, it replaces itself."""
+        if rows:
+            self.store.write(f"{rows[0]['metric']}/epoch={epoch:05d}", rows, [protocol])
+
+    @rank_zero_only
+    def save_figures(self, figures: Mapping[str, Callable[[], Figure]]) -> None:
+        """Draw and keep pictures as PNG under ``figures/``."""
+        for name, draw in figures.items():
+            path = self.run_dir / "figures" / f"{name.replace('/', '_')}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw().savefig(path)
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Write the scalars kept so far: a continued epoch keeps its earlier steps, one run again is replaced."""
+        for epoch, rows in self._rows.items():
+            part = f"scalars/epoch={epoch:05d}"
+            first = min(row["step"] for row in rows)
+            earlier = [row for row in self.store.read_part(part) if row["step"] < first]
+            self.store.write(part, earlier + rows)
+        self._rows.clear()
+
+    def finalize(self, status: str) -> None:
+        """The run ends, well or badly: keep what there is."""
+        self.flush()
+
+
+class FlushRecords(L.Callback):
+    """Writes the scalars before every checkpoint, so that a resumed run lacks none."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called before the checkpoint is written."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RecordsLogger):
+                logger.flush()

@@ -1,0 +1,1 @@
+"""Images, batches, and the views that methods make of them."""

@@ -1,0 +1,477 @@
+"""One LightningDataModule for every method: batches of uint8 pictures, the same for any number of processes.
+
+A batch is a dict: ``image`` uint8 (B,3,H,W), ``label`` int64 (B,), and ``index`` int64 (B,), the place of each picture
+in its split on disk. Global batch b of epoch e holds the same pictures in the same order for any number of processes,
+on either storage path, in a resumed run or not: the order is a pure function of (seed, epoch), and each process takes
+its slice. Evaluation never pads or repeats: process r of R takes the batches r, r + R, … of the one list.
+
+Splits: ``val_fraction`` of the training images is the validation split (stratified, by ``seed``). The test split has
+one fixed stratified order; ``limit_test`` and the measurement set take its beginning, the same in every run.
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_geometry.data.datasets import FIXED, Images, load, stratified, torchvision_class
+from ssl_geometry.errors import UserError
+
+Batch = dict[str, Tensor]
+
+AUTO_BYTES = 2 * 2**30  # an image folder that decodes to no more than this is kept in memory
+BANK_SIZE = 50_000  # training images at most that vote in nearest-neighbour classification
+AUTO_SHARE = 0.25  # of the free memory of a CUDA device may go to pictures
+
+
+def shares(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[slice]:
+    """Training: this process's slice of each global batch of ``batch_size``; an incomplete last batch is dropped.
+
+    Example:
+        >>> shares(9, 4, rank=1, world_size=2)
+        [slice(2, 4, None), slice(6, 8, None)]
+    """
+    share = batch_size // world_size
+    starts = range(0, n - batch_size + 1, batch_size)
+    return [slice(start + rank * share, start + (rank + 1) * share) for start in starts]
+
+
+def every_nth(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[slice]:
+    """Measuring: every ``world_size``-th of the batches that one process would see; some get one batch fewer.
+
+    Example:
+        >>> every_nth(5, 2), every_nth(5, 2, rank=1, world_size=2)
+        ([slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)], [slice(2, 4, None)])
+    """
+    starts = range(rank * batch_size, n, world_size * batch_size)
+    return [slice(start, min(start + batch_size, n)) for start in starts]
+
+
+def evenly(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[slice]:
+    """Lightning's evaluation loops: as many batches in each process, at most ``batch_size`` each, sizes within one.
+
+    These loops communicate at each batch, so a process with fewer of them would leave the others waiting.
+
+    Example:
+        >>> evenly(5, 2), evenly(5, 2, rank=1, world_size=2)
+        ([slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)], [slice(1, 2, None), slice(3, 5, None)])
+    """
+    n_batches = world_size * math.ceil(n / (world_size * batch_size))
+    bounds = [i * n // n_batches for i in range(n_batches + 1)]
+    return [slice(bounds[i], bounds[i + 1]) for i in range(rank, n_batches, world_size)]
+
+
+class BatchPlan:
+    """Which rows each batch of one process holds, epoch by epoch.
+
+    Args:
+        rows: rows to go through, (N,) int64.
+        slices: the batches, as parts of the order of ``rows``.
+        seed: shuffles the rows anew in each epoch, the same in every process; None leaves them as they are.
+
+    Example:
+        >>> list(BatchPlan(torch.tensor([7, 8, 9]), every_nth(3, 2)))
+        [[7, 8], [9]]
+    """
+
+    def __init__(self, rows: Int64[Tensor, " N"], slices: list[slice], seed: int | None = None) -> None:
+        self.rows = rows
+        self.slices = slices
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def order(self) -> Int64[Tensor, " N"]:
+        """All rows in the order of this epoch, (N,) int64."""
+        if self.seed is None:
+            return self.rows
+        return self.rows[torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows)))]
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = self.order().tolist()
+        return (rows[s] for s in self.slices[self.start :])
+
+
+class Loader:
+    """The batches of one process, in order; Lightning and plain loops iterate it.
+
+    It can be resumed within an epoch: Lightning stores ``state_dict`` in the checkpoint.
+
+    Args:
+        images: decoded ones give batches on their device by one index_select, others are read by worker processes.
+        plan: rows of each batch.
+        num_workers: worker processes, 0 to read in this one.
+        pin_memory: put what workers read in page-locked memory, for a faster copy to a CUDA device.
+        keep_workers: leave the workers running between epochs.
+
+    Example:
+        >>> images = Images(torch.tensor([1, 0, 2]), torch.zeros(3, 3, 4, 4, dtype=torch.uint8))
+        >>> [batch["label"].tolist() for batch in Loader(images, BatchPlan(torch.arange(3), every_nth(3, 2)))]
+        [[1, 0], [2]]
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        plan: BatchPlan,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        keep_workers: bool = False,
+    ) -> None:
+        self.images = images
+        self.sampler = self.batch_sampler = plan  # where Lightning looks for ``set_epoch``
+        self.batch_size = max((part.stop - part.start for part in plan.slices), default=0)
+        self._position = self._resume = {"epoch": 0, "batch": 0}
+        self._reader: DataLoader | None = None
+        if num_workers or not images.in_memory:
+            self._reader = DataLoader(
+                _Reader(images),
+                batch_sampler=plan,
+                num_workers=num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=pin_memory,
+                persistent_workers=keep_workers and num_workers > 0,
+                generator=torch.Generator(),  # else each epoch draws its workers' seed from the global generator
+            )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan = self.sampler
+        plan.start = self._resume["batch"] if self._resume["epoch"] == plan.epoch else 0
+        self._resume = {"epoch": 0, "batch": 0}
+        for number, batch in enumerate(self._batches(plan), plan.start + 1):
+            self._position = {"epoch": plan.epoch, "batch": number}
+            yield batch
+
+    def _batches(self, plan: BatchPlan) -> Iterator[Batch]:
+        if self._reader is None:
+            rows = plan.order().to(self.images.labels.device)
+            for part in plan.slices[plan.start :]:
+                yield self.images[rows[part]]
+        else:
+            for batch in self._reader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and batches of it that were given."""
+        return self._position
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin that epoch after the batches that were given; other epochs begin at their first."""
+        self._resume = state
+
+
+class _Reader(Dataset):
+    """Batches for worker processes; a user's mistake is handed back whole, for torch would wrap it in a traceback."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitems__(self, rows: list[int]) -> Batch | UserError:
+        try:
+            return self.images[torch.tensor(rows)]
+        except UserError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class DataModule(L.LightningDataModule):
+    """Pictures of any data set for training, validation, test and measurement.
+
+    Args:
+        dataset: cifar10, cifar100, stl10, svhn, digits, imagenet, torchvision.datasets.<Class>, or the path of an image
+            folder: PATH/train/<class>/ with PATH/test/<class>/ (or val/), or PATH/<class>/, of which a fixed fifth
+            becomes the test split.
+        root: folder of the downloaded files, or of ImageNet's train/ and val/. Not used by digits and image folders.
+        image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the pictures' own size
+            (16 for digits, 256 for imagenet).
+        batch_size: training images in a step, over all processes together.
+        eval_batch_size: images in a batch of validation, test and measurement, in each process.
+        val_fraction: share of the training images that is kept for validation, with the classes in proportion. 0 trains
+            on all of them.
+        measure_size: test images that every measurement looks at; the same ones in every run.
+        limit_train: train on this many images at most, with the classes in proportion.
+        limit_test: use this many test images at most, with the classes in proportion.
+        storage: device keeps all pixels in the memory of the training device, workers read pictures anew in each epoch,
+            auto chooses device for what is small: array data sets, and files that decode to at most 2 GiB, within a
+            quarter of the free GPU memory.
+        num_workers: processes that read pictures, for each training process. None takes the cores that are left, at
+            most 8.
+        download: download missing files.
+        on_error: what to do with a picture that cannot be read. raise stops and names it; skip reads all pictures once
+            before the start and leaves such ones out.
+        dataset_args: further arguments of a torchvision class, such as {split: train+unlabeled} for stl10.
+        seed: chooses the validation images and the order of training images.
+
+    Raises:
+        UserError: for options out of range, and on setup where the data set and the options do not fit.
+
+    Example:
+        >>> data = DataModule("digits", measure_size=256)
+        >>> data.setup()
+        >>> {name: tuple(value.shape) for name, value in next(iter(data.train_dataloader())).items()}
+        {'image': (256, 3, 16, 16), 'label': (256,), 'index': (256,)}
+    """
+
+    num_classes: int
+    """Number of classes; like all below, known after ``setup``."""
+    class_names: list[str]
+    """Names of the classes, in the order of the labels."""
+    image_shape: tuple[int, ...]
+    """(3, height, width) of every picture."""
+    num_train: int
+    """Images trained on."""
+
+    def __init__(
+        self,
+        dataset: str = "cifar10",
+        root: str = "data",
+        image_size: int | None = None,
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        val_fraction: float = 0.1,
+        measure_size: int = 2048,
+        limit_train: int | None = None,
+        limit_test: int | None = None,
+        storage: Literal["auto", "device", "workers"] = "auto",
+        num_workers: int | None = None,
+        download: bool = True,
+        on_error: Literal["raise", "skip"] = "raise",
+        dataset_args: dict | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.root = root
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.measure_size = measure_size
+        self.limit_train = limit_train
+        self.limit_test = limit_test
+        self.storage = storage
+        self.num_workers = num_workers
+        self.download = download
+        self.on_error = on_error
+        self.dataset_args = dataset_args
+        self.seed = seed
+        self._train: Images | None = None
+        self._test: Images | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._on_device = False
+        self._measure_ids: str | None = None
+        self._check_options()
+
+    def _check_options(self) -> None:
+        least = {"image_size": 1, "batch_size": 2, "eval_batch_size": 1, "measure_size": 1, "limit_train": 1}
+        for name, low in (least | {"limit_test": 1, "num_workers": 0, "seed": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--data.{name} {value}: expected a whole number of at least {low}")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--data.val_fraction {self.val_fraction}: expected at least 0 and less than 1")
+        for name, known in {"storage": ("auto", "device", "workers"), "on_error": ("raise", "skip")}.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"--data.{name} {getattr(self, name)}: expected one of {', '.join(known)}")
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls this in one process of each node."""
+        if self.download and torchvision_class(self.dataset):
+            load(self.dataset, self.root, self.image_size, download=True, args=self.dataset_args)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data set and make the splits, once; a later call follows the trainer to another device.
+
+        Raises:
+            UserError: where files are missing or damaged, or a split is smaller than what is asked of it.
+        """
+        if self.batch_size % self._world_size or self.batch_size < 2 * self._world_size:
+            raise UserError(
+                f"--data.batch_size {self.batch_size}: expected a multiple of the {self._world_size} processes, "
+                f"at least 2 images for each"
+            )
+        if self._train is None or self._test is None:
+            self._train, self._test = self._read()
+        if self._on_device:
+            self._train, self._test = self._train.to(self._device), self._test.to(self._device)
+
+    def _read(self) -> tuple[Images, Images]:
+        train, test, self.class_names = load(self.dataset, self.root, self.image_size, args=self.dataset_args)
+        if self.on_error == "skip":
+            train, test = self._without_damaged(train), self._without_damaged(test)
+        n_val = round(self.val_fraction * len(train))
+        n_train = self.limit_train or len(train)
+        train = train.select(stratified(train.labels, self.seed)[: n_val + n_train])
+        test = test.select(stratified(test.labels, FIXED)[: self.limit_test])
+        if len(test) < self.measure_size:
+            raise UserError(
+                f"--data.measure_size {self.measure_size}: the test split has only {len(test)} images; "
+                f"set that number or less"
+            )
+        if train.shape != test.shape:
+            raise UserError(
+                f"--data.image_size None: training images have the shape {train.shape}, test images {test.shape}; "
+                f"set an image size to bring all to one"
+            )
+        self.num_classes = len(self.class_names)
+        self.num_train = len(train) - n_val
+        self.image_shape = train.shape
+        self._rows = {
+            "train": torch.arange(n_val, len(train)),
+            "val": torch.arange(n_val),
+            "test": torch.arange(len(test)),
+            "measure": torch.arange(self.measure_size),
+            "bank": torch.arange(n_val, min(len(train), n_val + BANK_SIZE)),
+        }
+        self._on_device = self.storage == "device" or (self.storage == "auto" and self._fits(train, test))
+        if self._on_device:
+            train, test = (images.decode(self._cores, show=self._rank == 0) for images in (train, test))
+        return train, test
+
+    def _fits(self, *splits: Images) -> bool:
+        """Whether ``storage: auto`` keeps the pixels in memory."""
+        free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else float("inf")
+        on_disk = sum(images.nbytes for images in splits if not images.in_memory)
+        return on_disk <= AUTO_BYTES and sum(images.nbytes for images in splits) <= AUTO_SHARE * free
+
+    def _without_damaged(self, images: Images) -> Images:
+        rows = range(self._rank, len(images), self._world_size)
+        damaged = images.unreadable(rows, self._cores, show=self._rank == 0)
+        if self._world_size > 1:
+            parts: list[list[tuple[int, str]]] = [[] for _ in range(self._world_size)]
+            torch.distributed.all_gather_object(parts, damaged)
+            damaged = sorted(itertools.chain.from_iterable(parts))
+        if not damaged:
+            return images
+        if self._rank == 0:
+            warnings.warn(
+                f"left out {len(damaged)} of {len(images)} pictures that cannot be read, the first is {damaged[0][1]}",
+                stacklevel=2,
+            )
+        keep = torch.ones(len(images), dtype=torch.bool)
+        keep[[row for row, _ in damaged]] = False
+        return images.select(keep.nonzero().squeeze(1))
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled batches, a new order each epoch; each process gets its slice of each, the last rest is dropped.
+
+        Raises:
+            UserError: where there are fewer training images than one batch takes.
+        """
+        if self.num_train < self.batch_size:
+            raise UserError(
+                f"--data.batch_size {self.batch_size}: the training split has only {self.num_train} images, and an "
+                f"incomplete batch is dropped; set that number or less"
+            )
+        return self._loader("train", shares(self.num_train, self.batch_size, self._rank, self._world_size), self.seed)
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """The validation split, if any, in fixed order, the same number of batches in each process."""
+        return self._evaluation("val") if len(self._rows["val"]) else []
+
+    def test_dataloader(self) -> Loader:
+        """The test split in fixed order, the same number of batches in each process."""
+        return self._evaluation("test")
+
+    def bank_dataloader(self) -> Loader:
+        """At most 50,000 training images that vote in nearest-neighbour classification; as many batches in each process."""
+        return self._evaluation("bank")
+
+    def loader(self, split: Literal["train", "val", "test", "measure"]) -> Loader:
+        """Batches of ``eval_batch_size`` in fixed order; process r of R gets the batches r, r + R, … of the one list.
+
+        Args:
+            split: which images; measure is the part of the test split that measurements look at.
+        """
+        n = len(self._rows[split])
+        return self._loader(split, every_nth(n, self.eval_batch_size, self._rank, self._world_size))
+
+    def _evaluation(self, split: str) -> Loader:
+        n = len(self._rows[split])
+        return self._loader(split, evenly(n, self.eval_batch_size, self._rank, self._world_size))
+
+    def _loader(self, split: str, slices: list[slice], seed: int | None = None) -> Loader:
+        images, plan = self._images(split), BatchPlan(self._rows[split], slices, seed)
+        if self._on_device:
+            return Loader(images, plan)
+        workers = min(8, self._cores - 1) if self.num_workers is None else self.num_workers
+        return Loader(images, plan, workers, pin_memory=self._device.type == "cuda", keep_workers=seed is not None)
+
+    @property
+    def measure_ids(self) -> str:
+        """Hash of the measurement set: the name of the data set, the place of each image on disk, and all pixels."""
+        if self._measure_ids is None:
+            images, rows = self._images("measure"), self._rows["measure"]
+            digest = hashlib.sha256(f"{Path(self.dataset).name} {self.image_shape}".encode())
+            digest.update(images.index[rows].cpu().numpy().tobytes())
+            for batch in self._loader("measure", every_nth(len(rows), self.eval_batch_size)):
+                digest.update(batch["image"].cpu().numpy().tobytes())
+            self._measure_ids = digest.hexdigest()[:16]
+        return self._measure_ids
+
+    def describe(self) -> dict[str, Any]:
+        """What the images of a run were, in plain types, for the record of its protocol."""
+        return {
+            "dataset": self.dataset,
+            "dataset_args": self.dataset_args or {},
+            "num_classes": self.num_classes,
+            "image_shape": list(self.image_shape),
+            "sizes": {split: len(rows) for split, rows in self._rows.items()},
+            "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+            "val_fraction": self.val_fraction,
+            "limit_train": self.limit_train,
+            "limit_test": self.limit_test,
+            "storage": "device" if self._on_device else "workers",
+            "seed": self.seed,
+            "measure_ids": self.measure_ids,
+        }
+
+    def _images(self, split: str) -> Images:
+        images = self._train if split in ("train", "val", "bank") else self._test
+        assert images is not None, "call setup() first"
+        return images
+
+    @property
+    def _cores(self) -> int:
+        """Cores for each process of this node."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // (self.trainer.num_devices if self.trainer else 1))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1

@@ -1,0 +1,516 @@
+"""Data sets as two splits of uint8 RGB pictures, train and test, with integer labels.
+
+``load`` knows every source (torchvision's data sets, scikit-learn's digits, folders of pictures) and gives ``Images``:
+pixels where the data set is an array, a reader of one picture where it is many files. Every picture becomes 8-bit RGB:
+turned upright by its EXIF tag, 16-bit grey scaled to 8 bits, transparency laid over white. With ``image_size`` the
+shorter side is resized (bilinear, antialiased) and the middle is cut out. Which pictures are test pictures never
+depends on a run's seed. A picture's ``index`` is its place in the split on disk, whatever subset is used.
+"""
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torchvision
+from jaxtyping import Int64, UInt8
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2 import functional as F
+
+from ssl_geometry.errors import UserError, nearest
+
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}
+NAMES = [*TORCHVISION, "digits", "imagenet"]
+TEST_FRACTION = 0.2  # of a data set that comes without a test split
+FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test pictures
+
+T = TypeVar("T")
+Picture = TypeVar("Picture", PIL.Image.Image, Tensor)
+
+
+class Unreadable(UserError):
+    """A picture that cannot be decoded."""
+
+
+class Pictures(Protocol):
+    """Pictures by their place on disk."""
+
+    def __getitem__(self, i: int) -> PIL.Image.Image:
+        """The picture at place ``i``."""
+
+    def origin(self, i: int) -> str:
+        """Where that picture comes from, for messages."""
+
+
+class Files:
+    """Pictures in files."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        # One array, not a list: counting references to a string copies its memory page in every worker process.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __getitem__(self, i: int) -> PIL.Image.Image:
+        return PIL.Image.open(self.origin(i))
+
+    def origin(self, i: int) -> str:
+        """Path of a picture."""
+        return os.fsdecode(self.paths[i])
+
+
+class Items:
+    """Pictures of a torchvision data set."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> PIL.Image.Image:
+        return self.dataset[i][0]
+
+    def origin(self, i: int) -> str:
+        """Number and data set of a picture."""
+        return f"picture {i} of {type(self.dataset).__name__}"
+
+
+class Images:
+    """One split of a data set, or some rows of it.
+
+    Args:
+        labels: class of each row, (N,) int64; -1 where it is unknown.
+        source: pixels of the rows, (N,3,H,W) uint8, or the pictures on disk.
+        size: side in pixels that pictures on disk are brought to; None leaves them, and they must then be all the same.
+        index: place of each row on disk, (N,) int64; by default 0, 1, ….
+
+    Example:
+        >>> images = Images(torch.tensor([1, 0]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+        >>> images.shape, images[torch.tensor([1])]["label"]
+        ((3, 4, 4), tensor([0]))
+    """
+
+    def __init__(
+        self,
+        labels: Int64[Tensor, " N"],
+        source: UInt8[Tensor, "N 3 H W"] | Pictures,
+        size: int | None = None,
+        index: Int64[Tensor, " N"] | None = None,
+    ) -> None:
+        self.labels = labels
+        self.source = source
+        self.size = size
+        self.index = torch.arange(len(labels)) if index is None else index
+        self._shape: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pixels are there, decoded."""
+        return isinstance(self.source, Tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(3, height, width) of every picture.
+
+        Raises:
+            UserError: where this takes reading a picture, and that fails.
+        """
+        if self._shape is None:
+            if isinstance(self.source, Tensor):
+                self._shape = tuple(self.source.shape[1:])
+            else:
+                self._shape = (3, self.size, self.size) if self.size else tuple(self._open(0).shape)
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pictures once decoded."""
+        return len(self) * int(np.prod(self.shape))
+
+    def __getitem__(self, rows: Int64[Tensor, " B"]) -> dict[str, Tensor]:
+        """A batch: ``image`` uint8 (B,3,H,W), ``label`` int64 (B,), ``index`` int64 (B,).
+
+        Args:
+            rows: which rows, (B,) int64, on the device of the pixels.
+
+        Raises:
+            UserError: where a picture cannot be read, or differs in size while ``size`` is None.
+        """
+        if isinstance(self.source, Tensor):
+            image = self.source[rows]
+        else:
+            image = torch.stack([self._read(row) for row in rows.tolist()])
+        return {"image": image, "label": self.labels[rows], "index": self.index[rows]}
+
+    def select(self, rows: Int64[Tensor, " n"]) -> "Images":
+        """The given rows as a split of their own; ``index`` still tells their place on disk."""
+        source = self.source[rows] if isinstance(self.source, Tensor) else self.source
+        return Images(self.labels[rows], source, self.size, self.index[rows])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same rows with pixels, labels and index on ``device``; what is not decoded stays as it is."""
+        if not isinstance(self.source, Tensor):
+            return self
+        return Images(self.labels.to(device), self.source.to(device), self.size, self.index.to(device))
+
+    def decode(self, threads: int, show: bool = False) -> "Images":
+        """Read every picture once and keep the pixels in memory.
+
+        Args:
+            threads: pictures read at the same time.
+            show: draw a progress bar where it takes longer than two seconds.
+
+        Raises:
+            UserError: where a picture cannot be read, or differs in size while ``size`` is None.
+        """
+        if self.in_memory:
+            return self
+        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+
+        def keep(row: int) -> None:
+            pixels[row] = self._read(row)
+
+        for _ in _in_threads(keep, range(len(self)), threads, "decoding" if show else None):
+            pass
+        return Images(self.labels, pixels, self.size, self.index)
+
+    def unreadable(self, rows: Sequence[int], threads: int, show: bool = False) -> list[tuple[int, str]]:
+        """Read every picture once to find those that cannot be.
+
+        Args:
+            rows: which rows to try.
+            threads: pictures read at the same time.
+            show: draw a progress bar where it takes longer than two seconds.
+
+        Returns:
+            (row, path) of each damaged picture.
+        """
+
+        def damaged(row: int) -> bool:
+            try:
+                self._open(row)
+            except Unreadable:
+                return True
+            return False
+
+        if isinstance(self.source, Tensor):
+            return []
+        found = zip(rows, _in_threads(damaged, rows, threads, "checking" if show else None), strict=True)
+        return [(row, self.source.origin(int(self.index[row]))) for row, bad in found if bad]
+
+    def _read(self, row: int) -> UInt8[Tensor, "3 H W"]:
+        image = self._open(row)
+        if image.shape != self.shape:
+            raise UserError(
+                f"--data.image_size None: {self._origin(row)} has {_pixels(image.shape)} pixels, others have "
+                f"{_pixels(self.shape)}; set an image size to bring all pictures to one"
+            )
+        return image
+
+    def _open(self, row: int) -> UInt8[Tensor, "3 h w"]:
+        assert not isinstance(self.source, Tensor)
+        try:
+            return F.pil_to_tensor(resize(to_rgb(self.source[int(self.index[row])]), self.size))
+        except Exception as error:  # given a damaged file, a decoder raises whatever it happens to trip over
+            raise Unreadable(
+                f"{self._origin(row)} cannot be read as a picture ({_line(error)}): mend or remove it, or leave "
+                f"out all such files with --data.on_error skip"
+            ) from error
+
+    def _origin(self, row: int) -> str:
+        assert not isinstance(self.source, Tensor)
+        return self.source.origin(int(self.index[row]))
+
+
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Any picture as 8-bit RGB: upright, 16 bits scaled to 8, transparency over white.
+
+    Args:
+        picture: of any PIL mode but 32-bit float, whose range nobody knows.
+
+    Returns:
+        The picture in mode RGB.
+
+    Raises:
+        ValueError: for a picture of float pixels.
+
+    Example:
+        >>> to_rgb(PIL.Image.new("RGBA", (1, 1), (200, 0, 0, 0))).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("float pixels have no known range")
+    if picture.mode.startswith("I"):
+        picture = PIL.Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def resize(picture: Picture, size: int | None) -> Picture:
+    """Bring the shorter side to ``size`` (bilinear, antialiased) and cut out the middle square; None leaves it."""
+    if size is None:
+        return picture
+    return F.center_crop(F.resize(picture, [size], antialias=True), [size])
+
+
+def stratified(labels: Int64[Tensor, " N"], *seed: int) -> Int64[Tensor, " N"]:
+    """A random order in which every beginning holds the classes in proportion.
+
+    A sample's place is (r + u)/n, where r is its rank in a random order of the n samples of its class, and u a random
+    number of that class in [0, 1); samples are sorted by place. So the first k hold each class k n/N times but for
+    rounding (exactly, where all classes are of one size and share k), and contain the first k - 1.
+
+    Args:
+        labels: class of each sample, (N,) int64.
+        seed: one or more whole numbers; the order is a pure function of labels and seed.
+
+    Returns:
+        Positions 0…N-1, (N,) int64.
+
+    Example:
+        >>> labels = torch.tensor([0] * 90 + [1] * 30)
+        >>> labels[stratified(labels, 0)[:12]].sum()
+        tensor(3)
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    _, group, counts = np.unique(labels.numpy()[order], return_inverse=True, return_counts=True)
+    rank = np.empty(len(order))
+    rank[np.argsort(group, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
+    return torch.from_numpy(order[np.argsort((rank + random.random(len(counts))[group]) / counts[group])])
+
+
+def torchvision_class(dataset: str) -> str | None:
+    """Name of the torchvision class behind a data set, None where there is none."""
+    prefix = "torchvision.datasets."
+    return dataset.removeprefix(prefix) if dataset.startswith(prefix) else TORCHVISION.get(dataset)
+
+
+def load(
+    dataset: str, root: str = "data", image_size: int | None = None, download: bool = False, args: dict | None = None
+) -> tuple[Images, Images, list[str]]:
+    """A data set's two splits and the names of its classes.
+
+    Args:
+        dataset: one of ``NAMES``, ``torchvision.datasets.<Class>``, or the path of an image folder.
+        root: folder of torchvision's files, or of ImageNet's train/ and val/.
+        image_size: side in pixels; None keeps the pictures' own (16 for digits, 256 for ImageNet).
+        download: fetch missing files; torchvision checks them against published hashes.
+        args: further arguments of the torchvision class.
+
+    Returns:
+        Training images, test images, class names in the order of the labels.
+
+    Raises:
+        UserError: for an unknown name, missing files, a folder without pictures, or test classes unknown to training.
+
+    Example:
+        >>> train, test, classes = load("digits")
+        >>> len(train), len(test), train.shape, len(classes)
+        (1438, 359, (3, 16, 16), 10)
+    """
+    if dataset == "digits":
+        return _digits(16 if image_size is None else image_size)
+    if dataset == "imagenet":
+        return _folder(Path(root), "--data.root", 256 if image_size is None else image_size)
+    if name := torchvision_class(dataset):
+        return _torchvision(name, root, image_size, download, args or {})
+    if Path(dataset).is_dir() or os.sep in dataset or dataset.startswith("."):
+        return _folder(Path(dataset), "--data.dataset", image_size)
+    raise UserError(
+        f"--data.dataset {dataset}: neither a known data set ({nearest(dataset, NAMES)}), "
+        f"nor torchvision.datasets.<Class>, nor an existing image folder"
+    )
+
+
+def _digits(size: int) -> tuple[Images, Images, list[str]]:
+    data = load_digits()
+    gray = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)
+    return *_fifth(_array(gray, torch.from_numpy(data.target).long(), size)), [str(digit) for digit in range(10)]
+
+
+def _folder(path: Path, option: str, size: int | None) -> tuple[Images, Images, list[str]]:
+    if not path.is_dir():
+        raise UserError(f"{option} {path}: no such folder; expected one with train/<class>/ and test/<class>/ or val/")
+    if not _subfolders(path / "train"):
+        if set(_subfolders(path)) <= {"train", "val", "test"}:
+            raise UserError(f"{option} {path}: no folders of classes in it; expected train/<class>/ or <class>/")
+        images, classes = _files(path, option, size)
+        return *_fifth(images), classes
+    train, classes = _files(path / "train", option, size)
+    test_path = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if test_path is None:
+        return *_fifth(train), classes
+    unknown = sorted(set(_subfolders(test_path)) - set(classes))
+    if unknown:
+        raise UserError(f"{option} {path}: {test_path.name}/{unknown[0]} is a class without a folder in train/")
+    return train, _files(test_path, option, size, classes)[0], classes
+
+
+def _files(path: Path, option: str, size: int | None, classes: list[str] | None = None) -> tuple[Images, list[str]]:
+    """The pictures of ``path/<class>/``, labelled by ``classes``, by default the folders that are there."""
+    present = _subfolders(path)
+    classes = classes or present
+
+    def is_picture(file: str) -> bool:
+        return file.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(file).startswith(".")
+
+    samples = (
+        make_dataset(path, {name: i for i, name in enumerate(classes)}, is_valid_file=is_picture, allow_empty=True)
+        if classes
+        else []
+    )
+    labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+    empty = sorted(set(present) - {classes[label] for label in labels.unique().tolist()})
+    if not samples or empty:
+        raise UserError(
+            f"{option} {path}: no pictures in {empty[0] + '/' if present else 'it'}; expected files "
+            f"<class>/*{{{','.join(IMG_EXTENSIONS)}}}"
+        )
+    return Images(labels, Files([file for file, _ in samples]), size), classes
+
+
+def _subfolders(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _torchvision(
+    name: str, root: str, size: int | None, download: bool, args: dict[str, Any]
+) -> tuple[Images, Images, list[str]]:
+    if name not in torchvision.datasets.__all__:
+        raise UserError(
+            f"--data.dataset torchvision.datasets.{name}: no such class; {nearest(name, torchvision.datasets.__all__)}"
+        )
+    kind = getattr(torchvision.datasets, name)
+    parameters = _parameters(kind)
+    common = {"root": root, "download": download}
+    given = {key: value for key, value in common.items() if key in parameters} | args
+
+    def build(**split: bool | str) -> Any:
+        try:
+            return kind(**given | split)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--data.dataset_args {args}: {name} does not take them: {_line(error)}") from error
+        except (OSError, RuntimeError) as error:
+            files = Path(root, getattr(kind, "base_folder", "")).absolute()
+            fix = "the download failed; put them there" if download else "they are not; set --data.download true"
+            raise UserError(
+                f"--data.root {root}: {name} should be in {files}, but {fix} or name the folder that has them "
+                f"({_line(error)})"
+            ) from error
+
+    if "train" in parameters:
+        train, test = build(train=True), build(train=False)
+    elif "split" in parameters:
+        train = build()  # each class's own default, or the one of --data.dataset_args
+        try:
+            test = build(split="test")
+        except UserError as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            test = build(split="val")
+    else:
+        train = test = build()
+    labels = _labels(train)
+    images = _wrap(train, labels, size)
+    known = getattr(train, "classes", None) or getattr(train, "categories", None) or []
+    classes = [name if isinstance(name, str) else ", ".join(name) for name in known]  # some give synonyms
+    if len(classes) <= labels.max():
+        classes = [str(label) for label in range(int(labels.max()) + 1)]
+    return *(_fifth(images) if test is train else (images, _wrap(test, _labels(test), size))), classes
+
+
+def _parameters(kind: type) -> set[str]:
+    """Names of the arguments of a class, those included that it hands on to a base class."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            names |= parameters.keys()
+            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+    return names
+
+
+def _labels(dataset: Any) -> Int64[Tensor, " N"]:
+    """Labels of a torchvision data set; each class keeps them under a name of its own."""
+    kept = vars(dataset)
+    name = next((name for name in ("targets", "labels", "_labels", "y") if name in kept), None)
+    try:
+        if name:
+            labels = torch.as_tensor(kept[name])
+        else:  # pairs of path and label, or at last the pictures themselves
+            labels = torch.as_tensor([label for _, label in kept.get("samples", kept.get("_samples", dataset))])
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(0)
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise UserError(
+            f"--data.dataset torchvision.datasets.{type(dataset).__name__}: has no single class label for each picture"
+        )
+    return labels.long()
+
+
+def _wrap(dataset: Any, labels: Int64[Tensor, " N"], size: int | None) -> Images:
+    pixels = torch.as_tensor(dataset.data) if isinstance(getattr(dataset, "data", None), np.ndarray | Tensor) else None
+    if pixels is None or pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4) or len(pixels) != len(labels):
+        return Images(labels, Items(dataset), size)
+    return _array(pixels, labels, size)
+
+
+def _array(pixels: Tensor, labels: Int64[Tensor, " N"], size: int | None) -> Images:
+    """Images from grey (N,H,W), (N,H,W,3) or (N,3,H,W) pixels."""
+    if pixels.ndim == 3:
+        pixels = pixels[:, None].expand(-1, 3, -1, -1)
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.movedim(-1, 1)
+    return Images(labels, resize(pixels, size).contiguous())
+
+
+def _fifth(images: Images) -> tuple[Images, Images]:
+    """Split off ``TEST_FRACTION`` of the pictures, the same ones always, as the test split."""
+    order = stratified(images.labels, FIXED)
+    n_test = round(TEST_FRACTION * len(order))
+    return images.select(order[n_test:].sort().values), images.select(order[:n_test].sort().values)
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def _pixels(shape: Sequence[int]) -> str:
+    return f"{shape[-1]}×{shape[-2]}"
+
+
+def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, title: str | None) -> Iterator[T]:
+    """``work`` of every row, in order; a progress bar named ``title`` appears after two seconds."""
+    start = time.monotonic()
+    done = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns)
+    task = progress.add_task("", total=len(rows))
+    chunks = [rows[i : i + 64] for i in range(0, len(rows), 64)]  # one a picture costs small ones as much again
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for results in pool.map(lambda chunk: [work(row) for row in chunk], chunks):
+                done += len(results)
+                if title and (seconds := time.monotonic() - start) > 2:
+                    progress.start()
+                    progress.update(task, completed=done, description=f"{title} pictures, {done / seconds:.0f}/s")
+                yield from results
+        finally:
+            progress.stop()
+            pool.shutdown(cancel_futures=True)

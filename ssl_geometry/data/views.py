@@ -1,0 +1,857 @@
+"""Random views of whole batches of images, made on the device that holds them.
+
+The random numbers behind a view are a pure function of (seed, epoch, sample index, view, operation): a counter-based
+hash, not a generator with a state. So the picture of a sample is the same for any world size, batch split and order, on
+any device, in a resumed run or not; and an operation draws the same numbers alone and inside a policy, which makes
+single augmentations comparable (common random numbers).
+
+Pictures come as uint8, are float32 in [0, 1] while the operations act, and are normalised last. Each operation gives
+what ``torchvision.transforms.v2.functional`` gives for the same parameters. An operation that skips an image (``p``)
+acts with its identity parameters: shapes never depend on random numbers, and nothing here waits for the device.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from ssl_geometry.errors import UserError, nearest
+
+Augment = str | dict[str, Any] | list[Any]
+"""How views are made, as plain data: an operation or a policy, ``{name: {option: value}}``, or a list of these."""
+
+Params = dict[str, Tensor]
+"""Parameters of one operation: name -> tensor with one row an image."""
+
+NORMALIZE = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of each channel, by name."""
+
+
+CPU_VALUES = 2**18
+"""How many values of a batch a CPU works on at a time: a megabyte."""
+
+
+def uniform(
+    index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int, stream: str, n: int
+) -> Float[Tensor, "B n"]:
+    """Random numbers that depend on the arguments alone: no state, the same on every device.
+
+    The counter ``index * odd + number * odd`` starts at a 64-bit hash of (seed, epoch, view, stream) and goes through
+    the finaliser of SplitMix64.
+
+    Args:
+        index: sample indices, int64 (B,).
+        seed: seed of the run.
+        epoch: epoch.
+        view: number of the view.
+        stream: what the numbers are for: the name of an operation.
+        n: how many numbers for each sample.
+
+    Returns:
+        float32 (B, n), uniform in [0, 1) with 24 random bits.
+
+    References:
+        Steele, Lea & Flood, *Fast splittable pseudorandom number generators*, 2014; Stafford's mix 13.
+
+    Example:
+        >>> both = uniform(torch.tensor([7, 8]), seed=0, epoch=3, view=1, stream="crop", n=2)
+        >>> one = uniform(torch.tensor([8]), seed=0, epoch=3, view=1, stream="crop", n=2)
+        >>> torch.equal(both[1:], one)
+        True
+    """
+    key = hashlib.blake2b(f"{seed}/{epoch}/{view}/{stream}".encode(), digest_size=8).digest()
+    number = torch.arange(n, device=index.device)
+    # int64 multiplication wraps around; a right shift copies the sign, which the mask takes away again.
+    bits = (
+        index[:, None] * -0x61C8864680B583EB + number * -0x3B314601E57A13AD + int.from_bytes(key, "little", signed=True)
+    )
+    bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    bits = bits ^ (bits >> 31 & 0x1FFFFFFFF)
+    return (bits >> 40 & 0xFFFFFF).float() * 2.0**-24
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """(B,) -> (B,1,1,1), to meet images."""
+    return values[:, None, None, None]
+
+
+def _luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
+    red, green, blue = images.split(1, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _shift(
+    images: Float[Tensor, "B 3 H W"], down: Int64[Tensor, " B"], right: Int64[Tensor, " B"]
+) -> Float[Tensor, "B 3 H W"]:
+    """Move images by whole pixels; what comes in is zero."""
+    height, width = images.shape[-2:]
+    row = torch.arange(height, device=images.device) - down[:, None]
+    column = torch.arange(width, device=images.device) - right[:, None]
+    inside = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
+    source = row.clamp(0, height - 1)[:, :, None] * width + column.clamp(0, width - 1)[:, None]
+    moved = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images)
+    return moved.mul_(inside[:, None])
+
+
+@dataclass(frozen=True)
+class Op:
+    """One random operation on a batch of images.
+
+    Args:
+        size: side of the view in pixels.
+    """
+
+    name: ClassVar[str]
+    n: ClassVar[int]
+    """How many random numbers an image takes."""
+
+    size: int
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """Random numbers -> parameters, one row an image. They do not depend on the images' size."""
+        raise NotImplementedError
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 h w"]:
+        """The operation with these parameters; images float32 in [0, 1]."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, in plain types."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "size"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def _check(self, option: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"augment: {self.name}.{option} is {getattr(self, option)!r}, expected {expected}")
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(isinstance(v, int | float) for v in value)
+        and value[0] <= value[1]
+    )
+
+
+@dataclass(frozen=True)
+class Crop(Op):
+    """Random resized crop: a box of random area and shape, resized bilinearly with antialiasing.
+
+    The box is drawn as torchvision's ``RandomResizedCrop`` draws it: up to ten attempts, the first that fits counts,
+    else the largest centred box of an allowed shape.
+
+    Args:
+        size: side of the view in pixels.
+        scale: share of the image's area, low and high.
+        ratio: width / height, low and high, log-uniform.
+    """
+
+    name = "crop"
+    n = 22
+    attempts: ClassVar[int] = 10
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        self._check("scale", _is_pair(self.scale) and self.scale[0] > 0 and self.scale[1] <= 1, "[low, high] in (0, 1]")
+        self._check("ratio", _is_pair(self.ratio) and self.ratio[0] > 0, "[low, high], both above 0")
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``area`` (B,10) and ``ratio`` (B,10) of each attempt; ``top``, ``left``: share of the free space."""
+        # float64, as torchvision; and so that devices whose exp differs in the last bit still round to the same pixel
+        area, ratio, corner = u.double().split((self.attempts, self.attempts, 2), dim=1)
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        return {
+            "area": self.scale[0] + (self.scale[1] - self.scale[0]) * area,
+            "ratio": (low + (high - low) * ratio).exp(),
+            "top": corner[:, 0],
+            "left": corner[:, 1],
+        }
+
+    def box(self, params: Params, height: int, width: int) -> tuple[Int64[Tensor, " B"], ...]:
+        """Where the crops lie in images of a given size.
+
+        Args:
+            params: what ``sample`` gave.
+            height: of the images, in pixels.
+            width: of the images, in pixels.
+
+        Returns:
+            top, left, height and width of every box, int64 (B,), in pixels.
+        """
+        area = params["area"] * (height * width)
+        w = (area * params["ratio"]).sqrt().round()
+        h = (area / params["ratio"]).sqrt().round()
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        first = fits.byte().argmax(1, keepdim=True)
+        found = fits.any(1)
+        low, high = self.ratio
+        all_w = round(height * high) if width / height > high else width
+        all_h = round(width / low) if width / height < low else height
+        w = w.gather(1, first).squeeze(1).where(found, all_w)
+        h = h.gather(1, first).squeeze(1).where(found, all_h)
+        top = (params["top"] * (height - h + 1)).floor().where(found, (height - all_h) // 2)
+        left = (params["left"] * (width - w + 1)).floor().where(found, (width - all_w) // 2)
+        return top.long(), left.long(), h.long(), w.long()
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 S S"]:
+        """As ``resized_crop(..., antialias=True)``."""
+        height, width = images.shape[-2:]
+        top, left, h, w = self.box(params, height, width)
+        tall = self._resize_rows(images, top, h)
+        return self._resize_rows(tall.mT, left, w).mT.contiguous()
+
+    def _resize_rows(
+        self, images: Float[Tensor, "B 3 H W"], start: Int64[Tensor, " B"], length: Int64[Tensor, " B"]
+    ) -> Float[Tensor, "B 3 S W"]:
+        """The antialiased bilinear filter along one axis: an output row is a weighted sum of a few rows of the box."""
+        batch, _, height, width = images.shape
+        start, length = start[:, None, None], length[:, None, None]
+        scale = length / self.size
+        support = scale.clamp(min=1)
+        center = (torch.arange(self.size, device=images.device) + 0.5)[:, None] * scale
+        taps = torch.arange(math.ceil(2 * max(height / self.size, 1)), device=images.device)
+        row = (center - support + 0.5).floor() + taps  # counted from the beginning of the box
+        weight = (1 - (row + 0.5 - center).abs() / support).clamp(min=0) * ((row >= 0) & (row < length))
+        weight = weight / weight.sum(-1, keepdim=True)
+        row = start + row.long().clamp(min=0).minimum(length - 1)
+        # all rows of the batch in one table, where each output row looks its own up: gathers and sums in one pass
+        plane = torch.arange(batch * 3, device=images.device).view(batch, 3, 1, 1) * height
+        return F.embedding_bag(
+            (plane + row[:, None]).flatten(0, 2),
+            images.reshape(-1, width),
+            per_sample_weights=weight[:, None].expand(-1, 3, -1, -1).flatten(0, 2),
+            mode="sum",
+        ).view(batch, 3, self.size, width)
+
+
+@dataclass(frozen=True)
+class PadCrop(Op):
+    """Zero padding on all sides, then a random crop of the original size.
+
+    Args:
+        size: side of the view in pixels.
+        padding: in pixels.
+    """
+
+    name = "pad_crop"
+    n = 2
+
+    padding: int = 4
+
+    def __post_init__(self) -> None:
+        self._check(
+            "padding", isinstance(self.padding, int) and self.padding >= 0, "a whole number of pixels, 0 or more"
+        )
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``top``, ``left``: the corner in the padded image, int64, in pixels."""
+        corner = (u * (2 * self.padding + 1)).long()
+        return {"top": corner[:, 0], "left": corner[:, 1]}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``pad``, then ``crop``."""
+        return _shift(images, self.padding - params["top"], self.padding - params["left"])
+
+
+@dataclass(frozen=True)
+class _Sometimes(Op):
+    """An operation that acts on an image with probability ``p``: its first random number decides."""
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check("p", isinstance(self.p, int | float) and 0 <= self.p <= 1, "a probability in [0, 1]")
+
+    def acts(self, u: Float[Tensor, "B n"]) -> Bool[Tensor, " B"]:
+        return u[:, 0] < self.p
+
+
+@dataclass(frozen=True)
+class Flip(_Sometimes):
+    """Left and right change places.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+    """
+
+    name = "flip"
+    n = 1
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``flip``: bool."""
+        return {"flip": self.acts(u)}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``horizontal_flip``."""
+        return torch.lerp(images, images.flip(-1), _per_image(params["flip"].float()))
+
+
+@dataclass(frozen=True)
+class Gray(_Sometimes):
+    """Luma in all three channels.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+    """
+
+    name = "gray"
+    n = 1
+
+    p: float = 0.2
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``gray``: bool."""
+        return {"gray": self.acts(u)}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``rgb_to_grayscale`` with three channels."""
+        return torch.lerp(images, _luma(images), _per_image(params["gray"].float()))
+
+
+@dataclass(frozen=True)
+class Solarize(_Sometimes):
+    """Values of at least ``threshold`` are inverted.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+        threshold: in [0, 1].
+    """
+
+    name = "solarize"
+    n = 1
+
+    p: float = 0.2
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            "threshold", isinstance(self.threshold, int | float) and 0 <= self.threshold <= 1, "a value in [0, 1]"
+        )
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``solarize``: bool."""
+        return {"solarize": self.acts(u)}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``solarize``."""
+        return torch.where(_per_image(params["solarize"]) & (images >= self.threshold), 1 - images, images)
+
+
+@dataclass(frozen=True)
+class Color(_Sometimes):
+    """Colour jitter: brightness, contrast, saturation and hue, in an order of its own for each image.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+        brightness: factors lie in [max(0, 1 - brightness), 1 + brightness].
+        contrast: likewise.
+        saturation: likewise.
+        hue: shifts lie in [-hue, hue], in turns of the colour circle, at most 0.5.
+    """
+
+    name = "color"
+    n = 9
+    HUE: ClassVar[int] = 3
+
+    p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("brightness", "contrast", "saturation"):
+            value = getattr(self, option)
+            self._check(option, isinstance(value, int | float) and value >= 0, "a number, 0 or more")
+        self._check("hue", isinstance(self.hue, int | float) and 0 <= self.hue <= 0.5, "a number in [0, 0.5]")
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``brightness``, ``contrast``, ``saturation``: factors; ``hue``: turns; ``order`` (B,4) of the four."""
+        acts = self.acts(u)
+        params = {}
+        for number, option in enumerate(("brightness", "contrast", "saturation"), start=1):
+            spread = getattr(self, option)
+            low, high = max(0.0, 1 - spread), 1 + spread
+            params[option] = (low + (high - low) * u[:, number]).where(acts, 1.0)
+        params["hue"] = ((2 * u[:, 4] - 1) * self.hue).where(acts, 0.0)
+        params["order"] = u[:, 5:].argsort(dim=1, stable=True)  # 0 brightness, 1 contrast, 2 saturation, 3 hue
+        return params
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """Three blends, the hue, three blends: each image uses the three of them that its order asks for.
+
+        Brightness, contrast and saturation are all clamp(f x + (1 - f) reference), with black, the mean luma and the
+        luma as references, so one step serves images that are at different operations; idle steps have f = 1.
+        """
+        order = params["order"]
+        hue_at = (order == self.HUE).byte().argmax(1, keepdim=True)
+        place = torch.arange(3, device=images.device)
+        active = torch.cat([place < hue_at, place + 1 > hue_at], dim=1)
+        kind = torch.cat([order[:, :3], order[:, 1:]], dim=1)
+        factors = torch.stack([params[name] for name in ("brightness", "contrast", "saturation", "hue")], dim=1)
+        factor = factors.gather(1, kind).where(active, 1.0)
+        to_mean = (1 - factor) * (kind == 1)
+        to_luma = (1 - factor) * (kind == 2)
+        for step in range(6):
+            if step == 3:
+                images = _shift_hue(images, params["hue"])
+            luma = _luma(images)
+            mean = luma.mean((2, 3), keepdim=True) * _per_image(to_mean[:, step])
+            reference = luma.mul_(_per_image(to_luma[:, step])).add_(mean)
+            images = torch.addcmul(reference, images, _per_image(factor[:, step])).clamp_(0, 1)
+        return images
+
+
+def _shift_hue(images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
+    """Turn the hue, keeping value and chroma: HSV without ever forming saturation.
+
+    With h the hue in turns, V the largest channel and C the chroma, a channel is V - C clamp(2 - 6 d, 0, 1), where d is
+    the distance on the circle between h and the hue opposite to the channel's own.
+    """
+    red, green, blue = images.split(1, dim=1)
+    value = torch.maximum(red, green).maximum(blue)
+    chroma = value - torch.minimum(red, green).minimum(blue)
+    # 0 or 1, and lerp instead of where: a branch for each pixel costs a CPU thirty times as much
+    not_red, not_green = (value - red).sign_(), (value - green).sign_()
+    green_or_blue = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
+    hue = torch.lerp(green - blue, green_or_blue, not_red)
+    # grey: chroma 0, and any hue will do
+    hue = hue.div_(chroma.clamp(min=1e-12)).div_(6).add_(_per_image(turns))
+    opposite = 0.5 - torch.arange(3, device=images.device).view(3, 1, 1) / 3
+    away = hue + opposite
+    away = away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.addcmul(value, chroma, away, value=-1)
+
+
+@dataclass(frozen=True)
+class Blur(_Sometimes):
+    """Gaussian blur with reflected borders.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+        sigma: standard deviation in pixels, low and high, uniform.
+        kernel: side of the kernel in pixels, odd; None: a tenth of the view's side.
+    """
+
+    name = "blur"
+    n = 2
+
+    p: float = 0.5
+    sigma: tuple[float, float] = (0.1, 2.0)
+    kernel: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("sigma", _is_pair(self.sigma) and self.sigma[0] > 0, "[low, high], both above 0")
+        fits = self.kernel is None or (
+            isinstance(self.kernel, int) and self.kernel % 2 and 0 < self.kernel < 2 * self.size
+        )
+        self._check("kernel", bool(fits), f"an odd number below {2 * self.size}, twice the view's side")
+
+    @property
+    def radius(self) -> int:
+        """Half the kernel, without its middle, in pixels."""
+        return max(1, round((self.size / 10 - 1) / 2)) if self.kernel is None else self.kernel // 2
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``sigma`` in pixels; 0 leaves the image as it is."""
+        low, high = self.sigma
+        return {"sigma": (low + (high - low) * u[:, 1]).where(self.acts(u), 0.0)}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``gaussian_blur``."""
+        height, width = images.shape[-2:]
+        distance = torch.arange(-self.radius, self.radius + 1, device=images.device)
+        # sigma 0 does nothing: far below a pixel, all weight is on the pixel itself
+        weight = (-0.5 * (distance / params["sigma"].clamp(min=1e-3)[:, None]) ** 2).exp()
+        taps = [_per_image(tap) for tap in (weight / weight.sum(1, keepdim=True)).unbind(1)]
+        images = F.pad(images, [self.radius] * 4, mode="reflect")
+        images = _weighted_sum([images.narrow(2, start, height) for start in range(len(taps))], taps)
+        return _weighted_sum([images.narrow(3, start, width) for start in range(len(taps))], taps)
+
+
+def _weighted_sum(terms: list[Tensor], weights: list[Tensor]) -> Tensor:
+    out = terms[0] * weights[0]
+    for term, weight in zip(terms[1:], weights[1:], strict=True):
+        out.addcmul_(term, weight)
+    return out
+
+
+@dataclass(frozen=True)
+class Rotate(_Sometimes):
+    """Rotation about the centre, bilinear, with black corners.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+        degrees: angles lie in [-degrees, degrees]; counter-clockwise is positive.
+    """
+
+    name = "rotate"
+    n = 2
+
+    p: float = 1.0
+    degrees: float = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            "degrees", isinstance(self.degrees, int | float) and 0 <= self.degrees <= 180, "a number in [0, 180]"
+        )
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``angle`` in degrees, counter-clockwise."""
+        return {"angle": ((2 * u[:, 1] - 1) * self.degrees).where(self.acts(u), 0.0)}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``rotate`` with bilinear interpolation."""
+        height, width = images.shape[-2:]
+        angle = _per_image(params["angle"].deg2rad())[:, 0]
+        cos, sin = angle.cos(), angle.sin()
+        # by hand: affine_grid multiplies matrices, in TF32 where that is allowed, which moves pixels
+        down = (torch.arange(height, device=images.device) + 0.5 - height / 2)[:, None]
+        right = torch.arange(width, device=images.device) + 0.5 - width / 2
+        source = torch.stack(
+            [(cos * right - sin * down) * (2 / width), (sin * right + cos * down) * (2 / height)], dim=-1
+        )
+        return F.grid_sample(images, source, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Translate(_Sometimes):
+    """Shift by whole pixels; what comes in is black.
+
+    Args:
+        size: side of the view in pixels.
+        p: probability.
+        fraction: shifts lie within this share of the side, in both directions.
+    """
+
+    name = "translate"
+    n = 3
+
+    p: float = 1.0
+    fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(
+            "fraction", isinstance(self.fraction, int | float) and 0 <= self.fraction <= 1, "a number in [0, 1]"
+        )
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """``down``, ``right``: shares of the side."""
+        acts = self.acts(u)
+        down, right = ((2 * u[:, number] - 1) * self.fraction for number in (1, 2))
+        return {"down": down.where(acts, 0.0), "right": right.where(acts, 0.0)}
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
+        """As ``affine`` with whole pixels."""
+        height, width = images.shape[-2:]
+        return _shift(images, (params["down"] * height).round().long(), (params["right"] * width).round().long())
+
+
+OPS: dict[str, type[Op]] = {op.name: op for op in (Crop, PadCrop, Flip, Color, Gray, Blur, Solarize, Rotate, Translate)}
+
+
+def simclr(
+    strength: float = 0.5,
+    blur: bool = False,
+    scale: tuple[float, float] = (0.08, 1.0),
+    gray: float = 0.2,
+    solarize: float = 0.0,
+) -> list[Any]:
+    """The views of SimCLR.
+
+    Args:
+        strength: of the colour jitter: 0.5 on CIFAR, 1 on ImageNet.
+        blur: with Gaussian blur, as on ImageNet.
+        scale: share of the image's area that a crop takes, low and high.
+        gray: probability of grey.
+        solarize: probability of solarisation (not in SimCLR; 0.2 for one view of BYOL).
+
+    Returns:
+        Operations, as plain data.
+
+    References:
+        Chen et al., *A simple framework for contrastive learning of visual representations*, 2020, appendix A and B.9.
+    """
+    color = {
+        "brightness": 0.8 * strength,
+        "contrast": 0.8 * strength,
+        "saturation": 0.8 * strength,
+        "hue": 0.2 * strength,
+    }
+    ops: list[Any] = [{"crop": {"scale": scale}}, "flip", {"color": color}, {"gray": {"p": gray}}]
+    if blur:
+        ops.append("blur")
+    if solarize:
+        ops.append({"solarize": {"p": solarize}})
+    return ops
+
+
+def supervised(padding: int = 4) -> list[Any]:
+    """The views of supervised training on small images: padded crop and flip. (On ImageNet: the list ``[crop, flip]``.)
+
+    Args:
+        padding: in pixels.
+
+    Returns:
+        Operations, as plain data.
+    """
+    return [{"pad_crop": {"padding": padding}}, "flip"]
+
+
+def none() -> list[Any]:
+    """No augmentation.
+
+    Returns:
+        No operation.
+    """
+    return []
+
+
+POLICIES: dict[str, Callable[..., list[Any]]] = {"simclr": simclr, "supervised": supervised, "none": none}
+
+
+def _options(name: str) -> list[str]:
+    if name in OPS:
+        return [field.name for field in fields(OPS[name]) if field.name != "size"]
+    return list(inspect.signature(POLICIES[name]).parameters)
+
+
+def _parse(augment: Augment, size: int) -> list[Op]:
+    """Plain data -> operations."""
+    if isinstance(augment, str):
+        augment = {augment: {}}
+    if isinstance(augment, list):
+        return [op for part in augment for op in _parse(part, size)]
+    if not isinstance(augment, dict):
+        raise UserError(f"augment: {augment!r} is neither a name, {{name: {{option: value}}}}, nor a list of these")
+    ops: list[Op] = []
+    for name, options in augment.items():
+        options = {} if options is None else options
+        if name not in OPS and name not in POLICIES:
+            known = nearest(str(name), [*OPS, *POLICIES])
+            raise UserError(f"augment: no operation or policy is called {name!r}; {known}")
+        if not isinstance(options, dict):
+            raise UserError(
+                f"augment: {name} has {options!r}, expected {{option: value}} with options {_options(name)}"
+            )
+        for option in options:
+            if option not in _options(name):
+                raise UserError(f"augment: {name} has no option {option!r}; {nearest(str(option), _options(name))}")
+        try:
+            ops += [OPS[name](size, **options)] if name in OPS else _parse(POLICIES[name](**options), size)
+        except TypeError as error:
+            raise UserError(f"augment: {name} cannot work with {options!r} ({error})") from error
+    return ops
+
+
+class View:
+    """Images -> views: an augmentation, the size, the normalisation. Plain data makes it, and it pickles.
+
+    Where no operation is a crop, the image comes to the size of the view first, without randomness: its centred square,
+    resized bilinearly with antialiasing, or copied as it is when the square has that size already.
+
+    Args:
+        augment: ``simclr``, ``supervised``, ``none``, an operation (crop, pad_crop, flip, color, gray, blur, solarize,
+            rotate, translate), either one with options ``{name: {option: value}}``, or a list of these, in which order
+            they act.
+        size: side of the view in pixels.
+        normalize: what is done last: none, imagenet, cifar10, half, or a pair of means and standard deviations.
+        center_crop: side of the centred square, as a share of the image's shorter side.
+
+    Raises:
+        UserError: an unknown name or option, or a value out of range.
+
+    Example:
+        >>> images = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8)
+        >>> view = View({"simclr": {"strength": 1.0}}, size=6, normalize="half")
+        >>> views = view(images, torch.tensor([40, 41]), seed=0, epoch=0, view=1)
+        >>> views.shape
+        torch.Size([2, 3, 6, 6])
+        >>> params = view.params(torch.tensor([40, 41]), seed=0, epoch=0, view=1)
+        >>> torch.equal(view.replay(images, params), views)
+        True
+        >>> View("none", size=8)(images, torch.tensor([40, 41]), seed=0, epoch=0, view=0).equal(images / 255)
+        True
+    """
+
+    def __init__(
+        self,
+        augment: Augment = "none",
+        *,
+        size: int,
+        normalize: str | tuple[list[float], list[float]] = "none",
+        center_crop: float = 1.0,
+    ) -> None:
+        if not (isinstance(size, int) and size > 0):
+            raise UserError(f"size is {size!r}, expected a number of pixels, 1 or more")
+        if not (isinstance(center_crop, int | float) and 0 < center_crop <= 1):
+            raise UserError(f"center_crop is {center_crop!r}, expected a share of the side in (0, 1]")
+        self.size = size
+        self.center_crop = center_crop
+        self.mean, self.std = _normalization(normalize)
+        self.ops: dict[str, Op] = {}
+        for op in _parse(augment, size):
+            again = sum(other.name == op.name for other in self.ops.values())
+            self.ops[f"{op.name}#{again}" if again else op.name] = op
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All that makes the view, in plain types, policies spelled out; ``View(**view.spec)`` is the same view."""
+        return {
+            "augment": [{op.name: op.options} for op in self.ops.values()],
+            "size": self.size,
+            "normalize": [list(self.mean), list(self.std)],
+            "center_crop": self.center_crop,
+        }
+
+    def only(self, *names: str) -> "View":
+        """The same view with some of its operations, which draw what they draw in the whole.
+
+        Args:
+            names: operations to keep; none leaves the clean view.
+
+        Returns:
+            A view of the same size and normalisation.
+
+        Raises:
+            UserError: the view has no such operation.
+
+        Example:
+            >>> View("simclr", size=32).only("color").spec["augment"][0].keys()
+            dict_keys(['color'])
+        """
+        own = dict.fromkeys(op.name for op in self.ops.values())
+        for name in names:
+            if name not in own:
+                raise UserError(f"this view has no operation {name!r}; {nearest(name, own)}")
+        spec = self.spec
+        spec["augment"] = [part for part in spec["augment"] if not set(names).isdisjoint(part)]
+        return View(**spec)
+
+    def params(self, index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int) -> dict[str, Params]:
+        """The random parameters of views, without the views.
+
+        Args:
+            index: sample indices, int64 (B,), on the device of the images.
+            seed: seed of the run.
+            epoch: epoch.
+            view: number of the view.
+
+        Returns:
+            Operation -> parameter -> tensor with one row an image; a second rotate is called ``rotate#1``.
+
+        Example:
+            >>> View(["flip", "rotate"], size=32).params(torch.arange(3), seed=0, epoch=0, view=0)["flip"]["flip"].shape
+            torch.Size([3])
+        """
+        return {
+            stream: op.sample(uniform(index, seed=seed, epoch=epoch, view=view, stream=stream, n=op.n))
+            for stream, op in self.ops.items()
+        }
+
+    def replay(self, images: UInt8[Tensor, "B 3 H W"], params: dict[str, Params]) -> Float[Tensor, "B 3 S S"]:
+        """Views with given parameters.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            params: what ``params`` gave.
+
+        Returns:
+            float32 (B, 3, size, size), on the device of the images.
+
+        Raises:
+            UserError: the images are not uint8.
+        """
+        if images.dtype != torch.uint8:
+            raise UserError(f"images are {str(images.dtype).removeprefix('torch.')}, expected uint8 in 0..255")
+        # In the cache of one core: what an operation writes, the next one reads. Twice as fast, most of it in page faults.
+        share = max(1, CPU_VALUES // max(images[0].numel(), 3 * self.size**2))
+        if images.device.type != "cpu" or len(images) <= share:
+            return self._make(images, params)
+        views = torch.empty(len(images), 3, self.size, self.size)
+        for start in range(0, len(images), share):
+            rows = slice(start, start + share)
+            part = {stream: {name: value[rows] for name, value in own.items()} for stream, own in params.items()}
+            views[rows] = self._make(images[rows], part)
+        return views
+
+    def _make(self, images: UInt8[Tensor, "B 3 H W"], params: dict[str, Params]) -> Float[Tensor, "B 3 S S"]:
+        images = images / 255
+        if not any(isinstance(op, Crop) for op in self.ops.values()):
+            images = self._centered(images)
+        for stream, op in self.ops.items():
+            images = op.apply(images, params[stream])
+        for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
+        return images
+
+    def __call__(
+        self, images: UInt8[Tensor, "B 3 H W"], index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int
+    ) -> Float[Tensor, "B 3 S S"]:
+        """One view of each image.
+
+        Args:
+            images: uint8 (B, 3, H, W), on any device.
+            index: sample indices, int64 (B,), on the same device.
+            seed: seed of the run.
+            epoch: epoch.
+            view: number of the view.
+
+        Returns:
+            float32 (B, 3, size, size), on the device of the images.
+        """
+        return self.replay(images, self.params(index, seed=seed, epoch=epoch, view=view))
+
+    def _centered(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
+        height, width = images.shape[-2:]
+        side = max(1, round(self.center_crop * min(height, width)))
+        top, left = round((height - side) / 2), round((width - side) / 2)
+        images = images[:, :, top : top + side, left : left + side]
+        if side == self.size:
+            return images
+        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+
+
+def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel."""
+    if isinstance(normalize, str):
+        if normalize not in NORMALIZE:
+            raise UserError(f"normalize is {normalize!r}; {nearest(normalize, NORMALIZE)}")
+        return NORMALIZE[normalize]
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in normalize)
+    except (TypeError, ValueError):
+        mean = std = ()
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(
+            f"normalize is {normalize!r}, expected a name or [[mean, ...], [std > 0, ...]] of three channels"
+        )
+    return mean, std

@@ -1,0 +1,36 @@
+"""Mistakes of the user, told in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message names the option, the value, what was expected and the fix.
+
+    The commands print it as one line and exit with code 2; in a library call it is an ordinary ``ValueError``.
+    """
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """The known names most like ``name``, as text for an error message.
+
+    Args:
+        name: what the user wrote.
+        known: the valid names.
+        n: how many to offer.
+
+    Returns:
+        ``"did you mean 'a', 'b'?"``, or the first valid names where none is alike.
+
+    Example:
+        >>> nearest("cifra10", ["cifar10", "cifar100", "svhn"])
+        "did you mean 'cifar10', 'cifar100'?"
+        >>> nearest("x", ["cifar10", "svhn"])
+        "known: 'cifar10', 'svhn'"
+    """
+    known = list(known)
+    alike = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
+    if alike:
+        return f"did you mean {', '.join(map(repr, alike))}?"
+    shown = ", ".join(map(repr, known[:12]))
+    return f"known: {shown}{', …' if len(known) > 12 else ''}"

@@ -1,0 +1,314 @@
+"""Train a network and watch the geometry of its layers while it learns.
+
+    python -m ssl_geometry.fit --config configs/simclr_resnet18_cifar10.yaml
+    python -m ssl_geometry.fit --config configs/quickstart/simclr.yaml --cka.every_n_epochs 5 --trainer.max_epochs 20
+    python -m ssl_geometry.fit --model my_package.MyMethod --data.dataset path/to/pictures
+
+Several --config files merge, later ones win, and options on the command line win over all of them. A config file may
+name
+another one to start from: ``base: other.yaml``. Everything a run makes lies in runs/<experiment>/<run-id>/.
+"""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from ssl_geometry.callbacks import CKAMonitor, FitProgress, FlushRecords, LoggerName, StopOnNaN, make_loggers
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 100,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "check_val_every_n_epoch": 10,
+    "use_distributed_sampler": False,  # the datamodule shards by itself, without padding
+    "enable_model_summary": False,
+    "sync_batchnorm": True,
+}
+
+
+class FitParser(LightningArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what was wrong and what was meant, and exit with code 2."""
+        if self.exit_on_error is False or "--debug" in sys.argv:
+            super().error(message, ex)
+        print(f"error: {self.one_line(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def one_line(self, message: str) -> str:
+        """A parser's message without the list of types that it tried."""
+        noise = r"^\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not re.match(noise, line)]
+        text = re.sub(r": ;? ?", ": ", "; ".join(lines)).replace('Parser key "', "--").replace('":', ":")
+        known = [action.dest for action in self._actions]
+        if found := re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message):
+            key = found[1] or found[2]
+            if key.partition(".")[0] not in ("model",) and "model" not in message.splitlines()[0]:
+                return f"unknown option {key!r}; {nearest(key, known)} (see --help)"
+        return f"{text} (see --help, or --model.help CLASS for a method's options)" if "model" in text else text
+
+
+class FitCLI(LightningCLI):
+    """Options of ``fit``: the run, the method, the data, the trainer, and one group a monitor."""
+
+    run: Run
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(
+            L.LightningModule,
+            DataModule,
+            run=False,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            parser_class=FitParser,
+            parser_kwargs={"prog": "python -m ssl_geometry.fit", "description": __doc__, "default_env": False},
+            args=list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What comes beside model, data and trainer."""
+        parser.add_argument("--base", type=str | None, help="in a config file: another config file to start from")
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--experiment", type=str, default="default", help="folder of the runs that belong together")
+        parser.add_argument(
+            "--run_id",
+            type=str | None,
+            help="name of this run (default: the SLURM job, or method, backbone, seed and time)",
+        )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            help="auto: continue this run where it stopped, or start it; PATH: continue that run or checkpoint",
+        )
+        parser.add_argument(
+            "--keep_every_n_epochs",
+            type=int,
+            default=0,
+            help="keep a checkpoint for good every n epochs (0: the last one only)",
+        )
+        parser.add_argument(
+            "--loggers",
+            type=list[LoggerName],
+            default=["wandb"],
+            help="where to watch curves, beside the records: wandb (offline without a key), tensorboard, csv",
+        )
+        parser.add_argument("--wandb_project", type=str, default="ssl_geometry", help="W&B project")
+        parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        parser.add_lightning_class_args(CKAMonitor, "cka")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run directory before anything is built, so that a mistake costs nothing."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        for option in ("base", "resume", "debug"):
+            config.pop(option, None)
+        if config.get("model") is None:
+            raise UserError("no --model: give a --config such as configs/quickstart/simclr.yaml, or --model CLASS")
+        self.settings = config
+        self.run = open_run(config, config["runs"], config["experiment"], config["run_id"], self.config.resume)
+        if is_first_process():
+            (self.run.directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
+        callbacks: list[Callback] = [
+            *(self._get(self.config_init, "trainer.callbacks") or []),
+            *self._callbacks(),
+            StopOnNaN(),
+            FlushRecords(),
+            FitProgress(),
+            ModelCheckpoint(
+                self.run.directory / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False
+            ),
+        ]
+        if self.settings["keep_every_n_epochs"]:
+            callbacks.append(
+                ModelCheckpoint(
+                    self.run.directory / "checkpoints",
+                    "{epoch:05d}",
+                    save_top_k=-1,
+                    every_n_epochs=self.settings["keep_every_n_epochs"],
+                    save_on_train_epoch_end=True,
+                )
+            )
+        trainer = {
+            **self._get(self.config_init, "trainer", default={}),
+            "callbacks": callbacks,
+            "logger": make_loggers(self.settings["loggers"], self.run, self.settings, self.settings["wandb_project"]),
+            "default_root_dir": self.run.directory,
+        }
+        if not torch.cuda.is_available() or trainer["accelerator"] == "cpu":
+            trainer["sync_batchnorm"] = False  # torch synchronises batch norm on GPUs alone
+        trainer["plugins"] = [*(trainer.get("plugins") or []), WholeCheckpointIO()]
+        return L.Trainer(**trainer)
+
+    def _callbacks(self) -> list[Callback]:
+        return [self._get(self.config_init, key) for key in self._parser(None).callback_keys]
+
+
+def expand_bases(args: Sequence[str]) -> list[str]:
+    """Put the config files that a config file starts from before it.
+
+    Args:
+        args: command line.
+
+    Returns:
+        The command line with ``--config base.yaml`` before each ``--config child.yaml`` that names ``base: base.yaml``.
+
+    Raises:
+        UserError: a config file that does not exist, is no YAML mapping, or starts from itself.
+
+    Example:
+        >>> import tempfile; folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "a.yaml").write_text("data: {batch_size: 4}"), (folder / "b.yaml").write_text("base: a.yaml")
+        >>> [Path(arg).name for arg in expand_bases(["--config", str(folder / "b.yaml"), "--debug"])]
+        ['--config', 'a.yaml', '--config', 'b.yaml', '--debug']
+    """
+    expanded: list[str] = []
+    pending = list(args)
+    while pending:
+        arg = pending.pop(0)
+        option, _, value = arg.partition("=")
+        if option not in ("--config", "-c") or not (value or pending):
+            expanded.append(arg)
+            continue
+        chain = [Path(value or pending.pop(0))]
+        while base := _base_of(chain[0]):
+            if base in chain:
+                raise UserError(f"--config {chain[-1]}: {base} starts from itself")
+            chain.insert(0, base)
+        for path in chain:
+            expanded += ["--config", str(path)]
+    return expanded
+
+
+def _base_of(path: Path) -> Path | None:
+    if not path.is_file():
+        siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"--config {path}: no such file; {nearest(str(path), siblings)}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected options as `key: value`, found {type(content).__name__}")
+    return path.parent / content["base"] if content.get("base") else None
+
+
+def fit(args: Sequence[str]) -> Run:
+    """Train, evaluate on the test images, and print the summary.
+
+    Args:
+        args: command line.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: a mistake in the options, the data, or a run that cannot go on.
+    """
+    _quiet()
+    try:
+        cli = FitCLI(expand_bases(args))
+    except ValueError as error:  # jsonargparse wraps what a constructor says
+        raise _mistake(error) or error from None
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
+        results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+    except BaseException as error:
+        cli.run.note(status="stopped")
+        if isinstance(error, SystemExit):  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    cli.run.note(status="finished", results=results)
+    print_summary(cli.run, cli.trainer, results)
+    return cli.run
+
+
+def _mistake(error: BaseException | None) -> UserError | None:
+    """The user's mistake behind an error, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def _quiet() -> None:
+    """Show what this package says; of Lightning and torch, warnings that a user can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logger = logging.getLogger("ssl_geometry")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda _: is_first_process())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    for message in (
+        "LightningCLI's args parameter",  # options are passed on after base files are put in
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "The number of training batches .* is smaller than the logging interval",
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def print_summary(run: Run, trainer: L.Trainer, results: Mapping[str, float]) -> None:
+    """Accuracies, and where the files are."""
+    table = Table(
+        title=f"{run.directory.name}: {trainer.current_epoch} epochs, {trainer.global_step} steps", title_justify="left"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    names = {"test/acc": "test accuracy (classifier)", "test/knn": "test accuracy (20 nearest neighbours)"}
+    for key, name in names.items():
+        table.add_row(name, f"{results[key]:.2%}" if key in results else "no classifier")
+    for key in sorted(set(results) - set(names)):
+        table.add_row(key, f"{results[key]:.4g}")
+    console = Console()
+    console.print(table)
+    for name, path in {
+        "checkpoint": run.last_checkpoint,
+        "records": run.directory / "records",
+        "pictures": run.directory / "figures",
+    }.items():
+        console.print(f"{name:>10}  {path}", highlight=False, soft_wrap=True)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point: a user's mistake is one line and exit code 2; ``--debug`` shows the traceback."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        fit(args)
+    except UserError as error:
+        if "--debug" in args:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: continue with the same command and --resume auto", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

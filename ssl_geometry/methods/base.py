@@ -1,0 +1,224 @@
+"""What every method shares: backbone, views, optimiser, schedule, evaluation. A method adds a loss.
+
+One training step: the batch's images become ``num_views`` views on the device; all views go through backbone and
+head in ONE
+forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor a view. Nothing in the step
+waits for the
+device: metrics stay tensors until a logger reads them.
+"""
+
+import logging
+from typing import Any, Literal, TypedDict
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int64, UInt8
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from torch import Tensor, nn
+
+from ssl_geometry.data.views import Augment, View
+from ssl_geometry.errors import UserError
+from ssl_geometry.metrics import KNNAccuracy
+from ssl_geometry.models import build_backbone
+
+logger = logging.getLogger(__name__)
+
+Optimizer = Literal["lars", "sgd", "adamw"]
+
+
+class Batch(TypedDict):
+    """What the datamodule yields, the same for every method."""
+
+    image: UInt8[Tensor, "B 3 H W"]
+    label: Int64[Tensor, " B"]
+    index: Int64[Tensor, " B"]
+
+
+class Method(L.LightningModule):
+    """Base of all methods: subclass it in one file, build ``self.head``, and give ``loss``.
+
+    Args:
+        backbone: resnet10, resnet18, resnet34, resnet50, resnet101, or a vision transformer of timm such as
+            vit_small_patch16_224.
+        stem: first layers of a ResNet: "cifar" (3x3 convolution, no pooling) or "imagenet"; None takes "cifar" for
+            images of at most 64 pixels.
+        width: multiplies the channels of a ResNet.
+        image_size: side of the views, in pixels.
+        normalize: what is done last to every view: none, imagenet, cifar10, half, or a pair of means and standard
+            deviations.
+        center_crop: share of the image's side that a clean view keeps (0.875 is usual on ImageNet).
+        augment: how training views are made: a policy (simclr, supervised, none), an operation (crop, flip, color,
+            ...), either one
+            with options ({simclr: {strength: 1.0}}), or a list of these.
+        optimizer: lars, sgd or adamw.
+        lr: learning rate for a global batch of 256 images; scaled linearly with the global batch.
+        weight_decay: not applied to biases and normalisation layers.
+        momentum: of lars and sgd.
+        warmup_epochs: epochs in which the learning rate rises linearly, before the cosine to zero.
+        channels_last: keep convolutions in the channels-last memory format.
+        compile: compile the backbone with torch.compile.
+        seed: of the random views; fit sets it to ``--seed_everything``.
+
+    Attributes:
+        backbone: images to pooled features.
+        num_features: how many features those are.
+        head: what the loss reads; the identity until a subclass sets it.
+        view: how training views are made.
+        clean_view: how images are seen when they are measured.
+    """
+
+    num_views = 1
+    backbone: nn.Module
+    head: nn.Module
+    num_features: int
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        stem: Literal["cifar", "imagenet"] | None = None,
+        width: float = 1.0,
+        image_size: int = 32,
+        normalize: str | tuple[list[float], list[float]] = "none",
+        center_crop: float = 1.0,
+        augment: Augment = "none",
+        optimizer: Optimizer = "sgd",
+        lr: float = 0.1,
+        weight_decay: float = 1e-4,
+        momentum: float = 0.9,
+        warmup_epochs: int = 10,
+        channels_last: bool = True,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone = build_backbone(backbone, stem=stem, width=width, image_size=image_size)
+        self.num_features = self.backbone.num_features  # type: ignore[assignment]
+        self.head = nn.Identity()
+        self.view = View(augment, size=image_size, normalize=normalize, center_crop=center_crop)
+        self.clean_view = View("none", size=image_size, normalize=normalize, center_crop=center_crop)
+        self.knn = KNNAccuracy()
+        if channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        if compile:
+            self.backbone.compile()
+
+    # -- what a method gives -------------------------------------------------------------------------------------------
+
+    def loss(self, outputs: tuple[Float[Tensor, "B D"], ...], batch: Batch) -> Float[Tensor, ""]:
+        """The loss of one batch.
+
+        Args:
+            outputs: the head's outputs, one tensor for each of the ``num_views`` views.
+            batch: images, labels and indices, as the datamodule gave them.
+
+        Returns:
+            A scalar, averaged over the images of this process.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch)")
+
+    # -- what every method has -----------------------------------------------------------------------------------------
+
+    def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+        """Backbone and head on images that are views already."""
+        return self.head(self.backbone(self._in_format(images)))
+
+    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """Pooled backbone features of clean images, float32, without gradients; evaluation mode is the caller's."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            index = torch.arange(len(images), device=images.device)
+            views = self.clean_view(images, index, seed=0, epoch=0, view=0)
+            return self.backbone(self._in_format(views)).float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """All views in one forward, then the method's loss."""
+        with torch.autocast(self.device.type, enabled=False):
+            views = [
+                self.view(
+                    batch["image"], batch["index"], seed=self.hparams["seed"], epoch=self.current_epoch, view=number
+                )
+                for number in range(self.num_views)
+            ]
+        loss = self.loss(self(torch.cat(views)).chunk(self.num_views), batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint, as plain data, which class with which arguments gives this network."""
+        cls = type(self)
+        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}  # Lightning's own
+        checkpoint["method"] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+
+    def _in_format(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype)
+        return images.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] else images
+
+    # -- optimiser and schedule ----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """The chosen optimiser, with linear warm-up and a cosine to zero over the steps of the whole run."""
+        hparams, trainer = self.hparams, self.trainer
+        images = getattr(getattr(trainer, "datamodule", None), "batch_size", 256) * trainer.accumulate_grad_batches
+        lr = hparams["lr"] * images / 256
+        logger.info(
+            f"learning rate {lr:g} = {hparams['lr']:g} x {images}/256 "
+            f"(global batch of {images} images over {trainer.world_size} process{'es' * (trainer.world_size > 1)})"
+        )
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                (free if parameter.ndim < 2 else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": hparams["weight_decay"]}, {"params": free, "weight_decay": 0.0}]
+        optimizer: torch.optim.Optimizer
+        match hparams["optimizer"]:
+            case "lars":
+                optimizer = LARS(groups, lr=lr, momentum=hparams["momentum"])
+            case "sgd":
+                optimizer = torch.optim.SGD(groups, lr=lr, momentum=hparams["momentum"])
+            case "adamw":
+                optimizer = torch.optim.AdamW(groups, lr=lr)
+            case unknown:
+                raise UserError(f"--model.optimizer {unknown!r}: known: 'lars', 'sgd', 'adamw'")
+        steps = int(trainer.estimated_stepping_batches)
+        warmup = min(steps, round(steps / max(trainer.max_epochs or 1, 1) * hparams["warmup_epochs"]))
+        schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps + 1, end_value=0.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- evaluation: nearest neighbours for every method, the classifier where the head is one -------------------------
+
+    def _fill_bank(self) -> None:
+        """Features of the clean training images that vote on the images to be classified."""
+        self.knn.reset()
+        for batch in self.trainer.datamodule.bank_dataloader():  # type: ignore[attr-defined]
+            self.knn.update_bank(self.features(batch["image"].to(self.device)), batch["label"].to(self.device))
+
+    def on_validation_epoch_start(self) -> None:
+        """The bank is filled anew: the backbone has moved."""
+        self._fill_bank()
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self._fill_bank()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Evaluate a batch of held-out training images."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.evaluate(self.features(batch["image"]), batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Evaluate a batch of test images."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.evaluate(self.features(batch["image"]), batch, "test")
+
+    def evaluate(self, features: Float[Tensor, "B D"], batch: Batch, split: str) -> None:
+        """Log what frozen features of clean images are worth; a method may add to it.
+
+        Args:
+            features: pooled backbone features, float32.
+            batch: the batch that they were computed from.
+            split: "val" or "test"; prefix of the logged names.
+        """
+        self.knn.update(features, batch["label"])
+        self.log(f"{split}/knn", self.knn)

@@ -1,0 +1,50 @@
+"""SimCLR: two views of an image attract, all other images of the global batch repel."""
+
+from typing import Any
+
+from lightly.loss import NTXentLoss
+from lightly.models.modules.heads import SimCLRProjectionHead
+from torch import Tensor
+
+from ssl_geometry.data.views import Augment
+from ssl_geometry.methods.base import Batch, Method, Optimizer
+
+
+class SimCLR(Method):
+    """SimCLR with the recipe that is standard on CIFAR-10.
+
+    Negatives come from every process, with gradients through the gather.
+
+    Args:
+        temperature: tau of the NT-Xent loss.
+        hidden_dim: width of the projection head; None is the width of the backbone's features.
+        output_dim: dimension of the unit vectors that the loss compares.
+        augment: how both views are made.
+        optimizer: lars, sgd or adamw.
+        lr: learning rate for a global batch of 256 images.
+        weight_decay: not applied to biases and normalisation layers.
+
+    References:
+        Chen et al., *A simple framework for contrastive learning of visual representations*, 2020.
+    """
+
+    num_views = 2
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        hidden_dim: int | None = None,
+        output_dim: int = 128,
+        augment: Augment = "simclr",
+        optimizer: Optimizer = "lars",
+        lr: float = 0.3,
+        weight_decay: float = 1e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
+        self.head = SimCLRProjectionHead(self.num_features, hidden_dim or self.num_features, output_dim)
+        self.criterion = NTXentLoss(temperature, gather_distributed=True)
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        """NT-Xent between the projections of the two views."""
+        return self.criterion(*outputs)

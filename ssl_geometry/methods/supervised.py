@@ -1,0 +1,56 @@
+"""The supervised twin: the same backbone, data and monitors, trained on labels."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from ssl_geometry.data.views import Augment
+from ssl_geometry.errors import UserError
+from ssl_geometry.methods.base import Batch, Method, Optimizer
+
+
+class Supervised(Method):
+    """Cross-entropy on labels, with the recipe that is standard on CIFAR-10.
+
+    Args:
+        num_classes: classes of the data set.
+        augment: how the images are augmented.
+        optimizer: lars, sgd or adamw.
+        lr: learning rate for a global batch of 256 images.
+        weight_decay: not applied to biases and normalisation layers.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        augment: Augment = "supervised",
+        optimizer: Optimizer = "sgd",
+        lr: float = 0.2,
+        weight_decay: float = 5e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
+        self.head = nn.Linear(self.num_features, num_classes)
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def setup(self, stage: str) -> None:
+        """Refuse a data set with another number of classes before any work is done."""
+        classes, mine = self.trainer.datamodule.num_classes, self.hparams["num_classes"]  # type: ignore[attr-defined]
+        if classes != mine:
+            raise UserError(
+                f"--model.num_classes is {mine}, but the data set has {classes} classes: set it to {classes}"
+            )
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        """Cross-entropy; logs the accuracy on the augmented images."""
+        (logits,) = outputs
+        self.log("train/acc", (logits.argmax(1) == batch["label"]).float().mean())
+        return F.cross_entropy(logits, batch["label"])
+
+    def evaluate(self, features: Tensor, batch: Batch, split: str) -> None:
+        """The classifier's accuracy beside that of the nearest neighbours."""
+        super().evaluate(features, batch, split)
+        self.accuracy.update(self.head(features), batch["label"])
+        self.log(f"{split}/acc", self.accuracy)

@@ -1,0 +1,61 @@
+"""Accuracy of a nearest-neighbour classifier on frozen features, over batches and ranks."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from ssl_geometry.geometry.probes import knn_predict
+
+
+class KNNAccuracy(Metric):
+    """Top-1 accuracy of the weighted k-nearest-neighbour classifier (cosine similarity).
+
+    Args:
+        k: neighbours that vote.
+        temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
+
+    References:
+        Wu et al., *Unsupervised feature learning via non-parametric instance discrimination*, 2018.
+
+    Example:
+        >>> knn = KNNAccuracy(k=1)
+        >>> knn.update_bank(torch.eye(3), torch.arange(3))
+        >>> knn.update(torch.eye(3)[[0, 1, 1]], torch.tensor([0, 1, 2]))
+        >>> round(float(knn.compute()), 3)
+        0.667
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    bank: list[Tensor]
+    bank_labels: list[Tensor]
+    queries: list[Tensor]
+    query_labels: list[Tensor]
+
+    def __init__(self, k: int = 20, temperature: float | None = 0.07) -> None:
+        super().__init__()
+        self.k, self.temperature = k, temperature
+        for state in ("bank", "bank_labels", "queries", "query_labels"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    def update_bank(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> None:
+        """Add images of known class, each once over all ranks; every rank must add some."""
+        self.bank.append(features.detach().float())
+        self.bank_labels.append(labels)
+
+    def update(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> None:
+        """Add images to classify, with their true classes; every rank must add some."""
+        self.queries.append(features.detach().float())
+        self.query_labels.append(labels)
+
+    def compute(self) -> Float[Tensor, ""]:
+        """The share of queries whose class is predicted, in [0, 1]."""
+        labels, truth = dim_zero_cat(self.bank_labels), dim_zero_cat(self.query_labels)
+        num_classes = int(torch.maximum(labels.max(), truth.max())) + 1
+        predicted = knn_predict(
+            dim_zero_cat(self.queries), dim_zero_cat(self.bank), labels, num_classes, self.k, self.temperature
+        )
+        return (predicted == truth).double().mean().float()

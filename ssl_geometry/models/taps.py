@@ -1,0 +1,263 @@
+"""Names of a network's layers, and their activations in forward order.
+
+A name is the module's dotted path as it reads on the bare network: ``torch.compile``, DDP and a method's ``backbone``
+leave no trace in it. torchvision's ResNets and timm's vision transformers have further names: ``stem``, ``pooled``,
+and in a ResNet ``layer3.2.residual``, the branch of block ``layer3.2`` before the addition. Any other network is taken
+as the sequence of its child modules, in the order of their registration.
+
+Presets: ``post_residual`` (block outputs), ``residual``, ``blocks`` (both), ``stages`` (last block of each stage, or
+quarter of a transformer), ``head`` (every leaf of a method's ``head``), ``all`` (stem, blocks, pooled, head).
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ssl_geometry.errors import UserError, nearest
+
+
+def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[str]:
+    """Names of the chosen layers, in forward order and without repeats.
+
+    Args:
+        model: a network, or a method: a module with the submodules ``backbone`` and ``head``.
+        layers: a preset, a name, a glob over all names (``"layer4.*"``; ``*`` matches dots too), or a list of these.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: nothing chosen, or a preset, name or glob that matches no layer of this network.
+
+    Example:
+        >>> from ssl_geometry.models import build_backbone
+        >>> layer_names(build_backbone("resnet10"), ["pooled", "layer[12].?.residual", "stem"])
+        ['stem', 'layer1.0.residual', 'layer2.0.residual', 'pooled']
+    """
+    named, presets = _layers(model)
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not patterns:
+        raise UserError(f"layers={layers!r} chooses no layer; leave it out for all of them")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = presets.get(pattern) or [name for name in named if fnmatchcase(name, pattern)]
+        if not found:
+            usable = [preset for preset, names in presets.items() if names]
+            raise UserError(
+                f"layers={pattern!r} matches no layer of {type(_eager(model)).__name__}; "
+                f"{nearest(pattern, [*usable, *named])} (presets: {', '.join(usable)})"
+            )
+        chosen.update(found)
+    return [name for name in named if name in chosen]
+
+
+def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
+    """Relative depths of layers, on which networks of different depth share an axis.
+
+    Args:
+        model: the network or method that has the layers.
+        names: exact names; a later call of a module (``relu:1``) is as deep as the first.
+
+    Returns:
+        The depth of each name in [0, 1]. The L layers of ``all`` lie at i / (L - 1); the modules between two of them
+        are spread evenly over the gap, those before the first lie at 0 and those after the last at 1.
+
+    Raises:
+        UserError: a name that no layer of this network has.
+
+    Example:
+        >>> from ssl_geometry.models import build_backbone
+        >>> layer_depths(build_backbone("resnet10"), ["stem", "layer2.0", "layer3.0.conv1", "pooled"])
+        {'stem': 0.0, 'layer2.0': 0.444..., 'layer3.0.conv1': 0.476..., 'pooled': 1.0}
+    """
+    named, presets = _layers(model)
+    position = {module: i for i, module in enumerate(named.values())}  # the same for both names of one module
+    anchors = [position[named[name]] for name in presets["all"]]
+    depths = {}
+    for name in names:
+        module = named.get(name.partition(":")[0])
+        if module is None:
+            raise UserError(f"{name!r} is no layer of {type(_eager(model)).__name__}; {nearest(name, named)}")
+        depths[name] = float(np.interp(position[module], anchors, np.linspace(0, 1, len(anchors))))
+    return depths
+
+
+class Taps:
+    """Hands out the activations of the chosen layers, one forward at a time.
+
+    Inside the ``with`` block, calling the taps runs the network once, eagerly and without DDP's communication, so that
+    a compiled or distributed network gives what the bare one gives. What a layer gives is reduced inside its hook,
+    before an in-place operation of the next layer can change it. Hooks exist only inside the block; the mode (train or
+    eval), gradients, autocast and the random generators are left as they are.
+
+    Args:
+        model: a network or method, bare, compiled or wrapped in DDP.
+        layers: as for :func:`layer_names`.
+        reduce: what to keep of an activation, called as ``reduce(name, activation)`` without gradients and autocast;
+            None keeps a copy. Of a tuple, the first tensor is the activation.
+
+    Raises:
+        UserError: an unknown layer; on a call, a chosen layer that gave no tensor, or a call outside the block.
+
+    Example:
+        >>> from ssl_geometry.models import build_backbone
+        >>> net = build_backbone("resnet10", width=0.25).eval()
+        >>> with Taps(net, "stages", lambda name, x: x.mean((2, 3))) as taps:
+        ...     {name: tuple(x.shape) for name, x in taps(torch.rand(2, 3, 64, 64)).items()}
+        {'layer1.0': (2, 16), 'layer2.0': (2, 32), 'layer3.0': (2, 64), 'layer4.0': (2, 128)}
+    """
+
+    names: list[str]
+    """The layers, in forward order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | Sequence[str] = "all",
+        reduce: Callable[[str, Tensor], Any] | None = None,
+    ) -> None:
+        self.names = layer_names(model, layers)
+        self._net = _eager(model)
+        self._reduce = reduce or (lambda name, activation: activation.clone())
+        self._handles: list[RemovableHandle] = []
+        self._captured: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        named, _ = _layers(self._net)
+        self._handles = [named[name].register_forward_hook(partial(self._capture, name)) for name in self.names]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Any]:
+        """Run the network once and return what the layers gave.
+
+        Args:
+            images: whatever the network's forward takes.
+
+        Returns:
+            What ``reduce`` made of each activation, in the order in which the layers ran. The second call of a module
+            that runs several times in one forward is ``name:1``, the third ``name:2``.
+
+        Raises:
+            UserError: a layer that did not run or gave no tensor, or a call outside the ``with`` block.
+        """
+        if not self._handles:
+            raise UserError(
+                "taps give activations inside their block only; write `with Taps(...) as taps: taps(images)`"
+            )
+        captured = self._captured = {}
+        try:
+            # Graphs that were compiled before the hooks came would pass them by.
+            with torch.compiler.set_stance("force_eager"):
+                self._net(images)
+        finally:
+            self._captured = None
+        if silent := [name for name in self.names if name not in captured]:
+            raise UserError(
+                f"layers={silent} did not run in the forward of {type(self._net).__name__}; choose layers without them"
+            )
+        return captured
+
+    def _capture(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        captured = self._captured
+        if captured is None:  # the network was called, not the taps
+            return
+        outputs = output if isinstance(output, list | tuple) else [output]
+        activation = next((x for x in outputs if isinstance(x, Tensor)), None)
+        if activation is None:
+            raise UserError(
+                f"layers={name!r} gives {type(output).__name__}, expected a tensor or a tuple with one; leave it out"
+            )
+        calls = sum(key.partition(":")[0] == name for key in captured)
+        key = f"{name}:{calls}" if calls else name
+        with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
+            captured[key] = self._reduce(key, activation.detach())
+
+
+def _eager(module: nn.Module) -> nn.Module:
+    """The plain module inside ``torch.compile`` and DDP."""
+    while True:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        elif isinstance(module, OptimizedModule):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def _post_order(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Each module after its children, as a forward usually ends them; a method's head comes last."""
+    module = _eager(module)
+    for name, child in sorted(module.named_children(), key=lambda item: item[0] == "head"):
+        yield from _post_order(child, path if name == "backbone" else f"{path}.{name}".lstrip("."))
+    yield path, module
+
+
+def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """All names that can be chosen with their modules, and the presets, both in forward order."""
+    outer = _eager(model)
+    parts = dict(outer.named_children())
+    net = _eager(parts.get("backbone", outer))
+    tree = dict(_post_order(net))
+    aliases: dict[str, str] = {}
+    stages: list[str] = []
+    if isinstance(net, ResNet):
+        blocks = [path for path in tree if re.fullmatch(r"layer[1-4]\.\d+", path)]
+        stages = list({block.partition(".")[0]: block for block in blocks}.values())
+        aliases = {"maxpool": "stem", "avgpool": "pooled"}
+        for kind, last_norm in ((BasicBlock, "bn2"), (Bottleneck, "bn3")):
+            aliases |= {f"{b}.{last_norm}": f"{b}.residual" for b in blocks if isinstance(tree[b], kind)}
+    elif isinstance(net, VisionTransformer):
+        blocks = [path for path in tree if re.fullmatch(r"blocks\.\d+", path)]
+        stages = [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+        aliases = {"patch_embed": "stem", "fc_norm": "pooled"}
+    else:
+        blocks = list(_unrolled(net))
+    head = []
+    if {"backbone", "head"} <= parts.keys():
+        head = [path for path, module in _post_order(parts["head"], "head") if not list(module.children())]
+
+    named: dict[str, nn.Module] = {}
+    for path, module in _post_order(outer):
+        if not path or module in named.values() or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue  # the network itself, a shared module under a further name, a module without a forward
+        named.pop(path, None)  # a method's head goes before a backbone's
+        named[path] = module
+        if path in aliases:
+            named[aliases[path]] = module
+    residual = [alias for alias in aliases.values() if alias.endswith(".residual")]
+    presets = {
+        "all": [*aliases.values(), *blocks, *head],
+        "blocks": [*blocks, *residual],
+        "post_residual": blocks,
+        "residual": residual,
+        "stages": stages,
+        "head": head,
+    }
+    return named, {preset: [name for name in named if name in names] for preset, names in presets.items()}
+
+
+def _unrolled(module: nn.Module, path: str = "") -> Iterator[str]:
+    """The child modules of a network of no known kind, containers replaced by what they hold."""
+    for name, child in module.named_children():
+        child, child_path = _eager(child), f"{path}.{name}".lstrip(".")
+        if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            yield from _unrolled(child, child_path)
+        else:
+            yield child_path

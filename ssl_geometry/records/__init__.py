@@ -1,0 +1,6 @@
+"""Tidy rows, one a number: what every picture, table and logger reads."""
+
+from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol, record
+from ssl_geometry.records.store import RecordStore, read_records
+
+__all__ = ["COLUMNS", "SCHEMA", "Protocol", "RecordStore", "read_records", "record"]

@@ -1,0 +1,96 @@
+"""Records as Parquet parts in a run directory, each written whole or not at all.
+
+A part is named after the moment it was measured at, so a resumed run that measures a moment again replaces its own part
+and no row stands twice.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol
+
+
+class RecordStore:
+    """The records of one run.
+
+    Args:
+        directory: ``records/`` of a run directory; made when the first part is written.
+
+    Example:
+        >>> import tempfile
+        >>> from ssl_geometry.records import record
+        >>> store = RecordStore(Path(tempfile.mkdtemp()) / "records")
+        >>> store.write("train/epoch=00001", [record(metric="train/loss", epoch=1, value=0.5)])
+        >>> store.write("train/epoch=00001", [record(metric="train/loss", epoch=1, value=0.5)])  # again: replaced
+        >>> len(store.read())
+        1
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    def write(self, part: str, rows: Sequence[Mapping[str, Any]], protocols: Iterable[Protocol] = ()) -> None:
+        """Write one part, and the text of the protocols that it names.
+
+        Args:
+            part: name of the part: what was measured and when, such as ``measured/epoch=00005``.
+            rows: rows made by :func:`ssl_geometry.records.record`.
+            protocols: resolved under ``protocols/<hash>.json``.
+        """
+        for protocol in protocols:
+            path = self.directory / "protocols" / f"{protocol.hash}.json"
+            if not path.exists():
+                _write_whole(path, lambda temporary, text=protocol.text: temporary.write_text(text + "\n"))
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+        _write_whole(self.directory / f"{part}.parquet", lambda temporary: pq.write_table(table, temporary))
+
+    def read_part(self, part: str) -> list[dict[str, Any]]:
+        """The rows of one part; none where it was not written yet."""
+        path = self.directory / f"{part}.parquet"
+        return pq.read_table(path).to_pylist() if path.exists() else []
+
+    def read(self) -> pd.DataFrame:
+        """All rows, in the order of epochs and steps."""
+        parts = sorted(self.directory.glob("**/*.parquet"))
+        if not parts:
+            return pd.DataFrame(columns=COLUMNS)
+        frame = pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts]).to_pandas()
+        return frame.sort_values(["epoch", "step"], kind="stable", ignore_index=True)
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    """Write beside the target and rename: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_records(*runs: str | Path) -> pd.DataFrame:
+    """The records of several run directories in one frame, for pictures and tables.
+
+    Args:
+        runs: run directories (each holds ``records/``).
+
+    Returns:
+        One row a number, with the columns of :data:`ssl_geometry.records.SCHEMA`.
+
+    Raises:
+        FileNotFoundError: a run without records.
+    """
+    frames = []
+    for run in runs:
+        directory = Path(run) / "records"
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{run}: no records here (expected the folder {directory})")
+        frames.append(RecordStore(directory).read())
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)

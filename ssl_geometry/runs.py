@@ -1,0 +1,297 @@
+"""Run directories, checkpoints that are whole or absent, and networks read back from them.
+
+``runs/<experiment>/<run-id>/`` holds ``config.yaml``, ``run.json``, ``checkpoints/last.ckpt``, ``records/``,
+``figures/`` and the loggers' own folders.
+The first process chooses the directory; the others learn it from the environment, or from the SLURM job that they
+share.
+"""
+
+import getpass
+import hashlib
+import importlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from ssl_geometry import __version__
+from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.methods import Method
+
+logger = logging.getLogger(__name__)
+
+DIRECTORY_VARIABLE = "SSL_GEOMETRY_RUN_DIR"
+"""Set by the first process for those that it starts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run on disk.
+
+    Args:
+        directory: ``runs/<experiment>/<run-id>``.
+        resumed_from: the checkpoint that training continues from, if any.
+    """
+
+    directory: Path
+    resumed_from: Path | None = None
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where the newest checkpoint is, or will be."""
+        return self.directory / "checkpoints" / "last.ckpt"
+
+    @rank_zero_only
+    def note(self, **facts: Any) -> None:
+        """Write facts about the run into ``run.json``, keeping those that are there."""
+        path = self.directory / "run.json"
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps({**_facts(self.directory), **facts}, indent=1) + "\n")
+        os.replace(temporary, path)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes: decided from the environment, before a process group exists."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def open_run(
+    config: Mapping[str, Any], runs: str | Path, experiment: str, run_id: str | None = None, resume: str | None = None
+) -> Run:
+    """The directory of this run: a new one, or with ``resume`` the one to continue.
+
+    Args:
+        config: the configuration as plain data; model, data and seed identify the run for ``resume="auto"``.
+        runs: folder of all runs.
+        experiment: folder of the runs that belong together.
+        run_id: name of the run; by default the SLURM job's, or method, backbone, seed and time.
+        resume: None starts anew; "auto" continues the run named by ``run_id`` or the SLURM job, else the newest
+            unfinished run of this experiment with the same configuration, and starts anew where there is none; a path
+            continues that run or checkpoint.
+
+    Returns:
+        The run, its directory made.
+
+    Raises:
+        UserError: the directory holds a run already, or there is nothing to resume at the path.
+    """
+    if not is_first_process() and DIRECTORY_VARIABLE in os.environ:
+        return _continued(Path(os.environ[DIRECTORY_VARIABLE])) if resume else Run(Path(os.environ[DIRECTORY_VARIABLE]))
+    fingerprint = _fingerprint(config)
+    if resume not in (None, "auto"):
+        run = _resume_path(Path(resume))
+    else:
+        folder = Path(runs) / experiment
+        name = run_id or _slurm_id()
+        if name is None and resume == "auto":
+            name = _newest_unfinished(folder, fingerprint)
+        if name is None and os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" in os.environ:
+            raise UserError("several processes must agree on a run directory: name it with --run_id")
+        run = Run(folder / (name or _new_id(folder, config)))
+        if resume == "auto":
+            run = _continued(run.directory)
+        elif is_first_process() and (run.directory / "config.yaml").exists():
+            raise UserError(
+                f"{run.directory} holds a run already: continue it with --resume {run.directory}, "
+                "or choose another --run_id"
+            )
+    if is_first_process():
+        os.environ[DIRECTORY_VARIABLE] = str(run.directory)
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            run.note(
+                fingerprint=fingerprint,
+                status="running",
+                command=" ".join(sys.argv),
+                started=_facts(run.directory).get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+                host=platform.node(),
+                user=getpass.getuser(),
+                git=_git_commit(),
+                versions={"ssl_geometry": __version__, "torch": torch.__version__, "lightning": L.__version__},
+            )
+        except OSError as error:
+            raise UserError(f"cannot write to --runs {run.directory}: {error.strerror}") from error
+    if resume and run.resumed_from is None:
+        logger.info(f"--resume auto: no checkpoint to continue, starting anew in {run.directory}")
+    elif run.resumed_from is not None:
+        logger.info(f"continuing from {run.resumed_from}")
+    return run
+
+
+def _resume_path(path: Path) -> Run:
+    if path.is_file():
+        if path.parent.name != "checkpoints":
+            raise UserError(f"--resume {path}: not inside a run directory (expected RUN/checkpoints/NAME.ckpt)")
+        return Run(path.parent.parent, path)
+    run = _continued(path)
+    if run.resumed_from is None:
+        siblings = [str(other) for other in path.parent.glob("*/")]
+        raise UserError(f"--resume {path}: no checkpoint here ({run.last_checkpoint}); {nearest(str(path), siblings)}")
+    return run
+
+
+def _continued(directory: Path) -> Run:
+    run = Run(directory)
+    return Run(directory, run.last_checkpoint) if run.last_checkpoint.exists() else run
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _fingerprint(config: Mapping[str, Any]) -> str:
+    identity = {key: config.get(key) for key in ("model", "data", "seed_everything")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _slurm_id() -> str | None:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"slurm-{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else f"slurm-{job}"
+
+
+def _newest_unfinished(folder: Path, fingerprint: str) -> str | None:
+    runs = []
+    for path in folder.glob("*/run.json"):
+        facts = _facts(path.parent)
+        if facts.get("fingerprint") == fingerprint and facts.get("status") != "finished":
+            runs.append((facts.get("started", ""), path.parent.name))
+    return max(runs)[1] if runs else None
+
+
+def _new_id(folder: Path, config: Mapping[str, Any]) -> str:
+    model = config.get("model") or {}
+    parts = [
+        str(model.get("class_path", "run")).rpartition(".")[2].lower(),
+        (model.get("init_args") or {}).get("backbone"),
+        f"s{config.get('seed_everything')}",
+        time.strftime("%m%d-%H%M%S"),
+    ]
+    name = "-".join(part for part in parts if part)
+    taken = sum(1 for _ in folder.glob(f"{name}*"))
+    return f"{name}-{taken + 1}" if taken else name
+
+
+def _git_commit() -> str | None:
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are written beside their place and renamed into it: whole, or the one before stays."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the whole checkpoint, or leave what was there.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            kept = (
+                f"the checkpoint before it is whole ({path})" if path.exists() else "no checkpoint was written before"
+            )
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise UserError(
+                f"could not save {path}: {reason}; {kept}. Free space and continue with --resume {path.parent.parent}"
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read tensors and plain data; code in a file never runs."""
+        return read_checkpoint(path, "--resume", map_location)
+
+
+def read_checkpoint(path: str | Path, option: str, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint as data.
+
+    Args:
+        path: the file.
+        option: the option that named it, for the error message.
+        map_location: where tensors go.
+
+    Returns:
+        What the file holds: tensors and plain Python data.
+
+    Raises:
+        UserError: no such file, or a file that is cut short, no checkpoint, or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{option} {path}: not a whole, plain checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{option} {path}: expected a dictionary, found {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def load_method(path: str | Path, option: str = "path") -> tuple[str, Method]:
+    """A trained network from a run directory or a checkpoint.
+
+    Args:
+        path: a run directory (its last checkpoint is read) or a checkpoint file.
+        option: the option that named it, for the error message.
+
+    Returns:
+        Its name (the run's id, or the name of a file that is in no run), and the method on the CPU, weights loaded.
+
+    Raises:
+        UserError: nothing there, not a checkpoint of this framework, or a method that cannot be imported here.
+    """
+    path = Path(path)
+    file = Run(path).last_checkpoint if path.is_dir() else path
+    name = file.parent.parent.name if file.parent.name == "checkpoints" else file.stem
+    checkpoint = read_checkpoint(file, option)
+    method = checkpoint.get("method")
+    if not isinstance(method, dict):
+        raise UserError(f"{option} {path}: not a checkpoint of ssl_geometry (it does not say which method it holds)")
+    module_name, _, class_name = str(method["class_path"]).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{option} {path}: its method {method['class_path']} cannot be imported; put its file on PYTHONPATH"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise UserError(f"{option} {path}: {method['class_path']} is no subclass of ssl_geometry.methods.Method")
+    network = cls(**method["init_args"])
+    try:
+        network.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
+    return name, network

@@ -1,0 +1,83 @@
+"""Several processes give the numbers of one: losses and their gradients, metrics."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.methods import SimCLR, Supervised
+from ssl_geometry.metrics import KNNAccuracy, LayerwiseCKA
+from tests.distributed.conftest import Ranks
+
+LAYERS = ["a", "b", "c"]
+
+
+def activations() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64 * 5 + 17, 12, generator=generator)  # five batches and a short one: no multiple of the ranks
+    return {"a": x, "b": x.tanh() + 0.2 * torch.randn(x.shape, generator=generator), "c": x[:, :3] ** 2}
+
+
+def cka(rank: int, world_size: int) -> Tensor:
+    metric = LayerwiseCKA(LAYERS)
+    batches = [{name: part[start : start + 64] for name, part in activations().items()} for start in range(0, 337, 64)]
+    for batch in batches[rank::world_size]:
+        metric.update({name: gram_vector(value) for name, value in batch.items()})
+    return metric.compute()
+
+
+def test_cka(ranks: Ranks) -> None:
+    (expected,) = [cka(0, 1)]
+    for got in ranks(cka):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def knn(rank: int, world_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    bank, queries = torch.randn(101, 8, generator=generator), torch.randn(53, 8, generator=generator)
+    labels, truth = torch.randint(4, (101,), generator=generator), torch.randint(4, (53,), generator=generator)
+    metric = KNNAccuracy(k=5)
+    for part in list(torch.arange(101).split(10))[rank::world_size]:
+        metric.update_bank(bank[part], labels[part])
+    for part in list(torch.arange(53).split(10))[rank::world_size]:
+        metric.update(queries[part], truth[part])
+    return metric.compute()
+
+
+def test_knn(ranks: Ranks) -> None:
+    expected = knn(0, 1)
+    assert [float(value) for value in ranks(knn)] == [pytest.approx(float(expected), abs=1e-7)] * len(ranks(knn))
+
+
+def loss_and_gradient(rank: int, world_size: int, method: str) -> tuple[Tensor, Tensor]:
+    """The loss averaged over ranks, and the gradient of the images' outputs as DDP would give it to shared weights."""
+    generator = torch.Generator().manual_seed(2)
+    images, weights = torch.randn(2, 12, 6, generator=generator), torch.randn(6, 10, generator=generator)
+    labels = torch.randint(10, (12,), generator=generator)
+    share = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
+    weights.requires_grad_(True)
+    outputs = images[:, share] @ weights
+    if method == "simclr":
+        loss = SimCLR(backbone="resnet10", width=0.25).loss(tuple(outputs), {})  # type: ignore[typeddict-item]
+    else:
+        supervised = Supervised(backbone="resnet10", width=0.25)
+        supervised.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+        loss = supervised.loss((outputs[0],), {"label": labels[share]})  # type: ignore[typeddict-item]
+    loss.backward()
+    assert weights.grad is not None
+    value, gradient = loss.detach().clone(), weights.grad.clone()
+    if world_size > 1:
+        for tensor in (value, gradient):
+            dist.all_reduce(tensor)
+            tensor /= world_size
+    return value, gradient
+
+
+@pytest.mark.parametrize("method", ["simclr", "supervised"])
+def test_losses_and_gradients(ranks: Ranks, method: str) -> None:
+    loss, gradient = loss_and_gradient(0, 1, method)
+    assert gradient.abs().max() > 1e-3
+    for got_loss, got_gradient in ranks(loss_and_gradient, method):
+        torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got_gradient, gradient, rtol=1e-4, atol=1e-6)

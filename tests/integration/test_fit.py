@@ -1,0 +1,399 @@
+"""``python -m ssl_geometry.fit`` as a user runs it: what a run leaves, what it promises, what it says to mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from ssl_geometry.callbacks.measure import measuring
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.fit import fit, main
+from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.metrics import LayerwiseCKA
+from ssl_geometry.models.taps import Taps
+from ssl_geometry.records import read_records
+from ssl_geometry.runs import load_method, read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--model.backbone=resnet10",
+    "--model.width=0.25",
+    "--model.image_size=16",
+    "--data.dataset=digits",
+    "--data.limit_train=256",
+    "--data.limit_test=128",
+    "--data.measure_size=128",
+    "--data.batch_size=64",
+    "--trainer.log_every_n_steps=1",
+    "--loggers=[]",
+]
+
+
+def options(runs: Path, run_id: str, *more: str, method: str = "SimCLR", epochs: int = 2) -> list[str]:
+    model = f"--model=ssl_geometry.methods.{method}"
+    return [
+        model,
+        *SMALL,
+        f"--runs={runs}",
+        "--experiment=e",
+        f"--run_id={run_id}",
+        f"--trainer.max_epochs={epochs}",
+        *more,
+    ]
+
+
+def losses(run: Path) -> pd.Series:
+    records = read_records(run)
+    return records[records["metric"] == "train/loss"].set_index("step")["value"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small runs, the supervised twin first."""
+    folder = tmp_path_factory.mktemp("runs")
+    fit(options(folder, "supervised", method="Supervised"))
+    fit(options(folder, "simclr", f"--cka.reference={folder / 'e' / 'supervised'}"))
+    return folder / "e"
+
+
+class TestARunLeaves:
+    def test_its_configuration_which_runs_again_as_it_is(self, runs: Path) -> None:
+        config = yaml.safe_load((runs / "simclr" / "config.yaml").read_text())
+        assert config["model"]["class_path"] == "ssl_geometry.methods.SimCLR"
+        assert config["cka"]["every_n_epochs"] == 1
+        again = runs.parent / "again"
+        fit(["--config", str(runs / "simclr" / "config.yaml"), f"--runs={again}", "--cka.every_n_epochs=0"])
+        pd.testing.assert_series_equal(losses(again / "e" / "simclr"), losses(runs / "simclr"))
+
+    def test_facts_about_itself(self, runs: Path) -> None:
+        facts = json.loads((runs / "supervised" / "run.json").read_text())
+        assert facts["status"] == "finished"
+        assert 0 <= facts["results"]["test/knn"] <= 1
+        assert 0 <= facts["results"]["test/acc"] <= 1
+        assert facts["versions"]["torch"] == torch.__version__
+
+    def test_records_of_every_moment(self, runs: Path) -> None:
+        records = read_records(runs / "simclr")
+        cka = records[records["metric"] == "cka"]
+        assert sorted(cka["epoch"].unique()) == [0, 1, 2]
+        assert set(cka["model_other"]) == {"simclr", "init", "supervised"}
+        assert set(cka["n"]) == {128}
+        itself = cka[(cka["model_other"] == "simclr") & (cka["layer"] == cka["layer_other"])]
+        np.testing.assert_allclose(itself["value"], 1, atol=1e-12)
+        assert not cka.duplicated(["model", "model_other", "layer", "layer_other", "epoch"]).any()
+        at_start = cka[(cka["epoch"] == 0) & cka["model_other"].isin(["init", "simclr"])]
+        wide = at_start.pivot(index=["layer", "layer_other"], columns="model_other", values="value")
+        np.testing.assert_allclose(wide["init"], wide["simclr"], atol=1e-12)
+        assert len(losses(runs / "simclr")) == 2 * 256 // 64
+
+    def test_the_protocol_behind_each_number(self, runs: Path) -> None:
+        (digest,) = read_records(runs / "simclr").query("metric == 'cka'")["protocol"].unique()
+        text = json.loads((runs / "simclr" / "records" / "protocols" / f"{digest}.json").read_text())
+        assert text["gram_size"] == 64
+        assert text["n"] == 128
+
+    def test_pictures(self, runs: Path) -> None:
+        names = {path.stem for path in (runs / "simclr" / "figures").glob("*.png")}
+        assert {
+            "cka_map_self",
+            "cka_map_supervised",
+            "cka_map_init",
+            "cka_epochs_init",
+            "cka_depth_supervised",
+        } <= names
+
+    def test_a_checkpoint_that_is_plain_data(self, runs: Path) -> None:
+        checkpoint = read_checkpoint(runs / "simclr" / "checkpoints" / "last.ckpt", "")
+        assert checkpoint["method"]["class_path"] == "ssl_geometry.methods.simclr.SimCLR"
+        assert checkpoint["epoch"] == 1
+        assert not any("knn" in key for key in checkpoint["state_dict"])
+
+
+def test_live_numbers_equal_those_of_the_saved_checkpoint(runs: Path) -> None:
+    _, method = load_method(runs / "simclr")
+    data = DataModule("digits", limit_train=256, limit_test=128, measure_size=128, batch_size=64)
+    data.prepare_data()
+    data.setup("fit")
+    with Taps(method, "all", lambda layer, x: gram_vector(x)) as taps, measuring(method):
+        metric = LayerwiseCKA(taps.names)
+        for batch in data.loader("measure"):
+            metric.update(taps(method.clean_view(batch["image"], batch["index"], seed=0, epoch=0, view=0)))
+    records = read_records(runs / "simclr").query("metric == 'cka' and epoch == 2 and model_other == 'simclr'")
+    live = records.pivot(index="layer", columns="layer_other", values="value").loc[taps.names, taps.names]
+    np.testing.assert_allclose(live, metric.compute(), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "Supervised"])
+def test_training_is_bit_identical_with_and_without_monitors(tmp_path: Path, method: str) -> None:
+    on = fit(options(tmp_path, "on", "--cka.every_n_epochs=1", method=method))
+    off = fit(options(tmp_path, "off", "--cka.every_n_epochs=0", method=method))
+    pd.testing.assert_series_equal(losses(on.directory), losses(off.directory), check_exact=True)
+    weights = [read_checkpoint(run.last_checkpoint, "")["state_dict"] for run in (on, off)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+class Interrupt(L.Callback):
+    """Stops training as Ctrl-C does, at the start of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(options(tmp_path, "whole", epochs=3))
+    callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.Interrupt","init_args":{"epoch":2}}]'
+    with pytest.raises(KeyboardInterrupt):
+        fit(options(tmp_path, "part", callback, epochs=3))
+    resumed = fit(options(tmp_path, "part", "--resume=auto", epochs=3))
+    assert resumed.resumed_from is not None
+    states = [read_checkpoint(run.last_checkpoint, "") for run in (whole, resumed)]
+    assert all(torch.equal(value, states[1]["state_dict"][key]) for key, value in states[0]["state_dict"].items())
+    frames = []
+    for run in (whole, resumed):
+        frame = read_records(run.directory).drop(columns=["run", "model"])
+        frame["model_other"] = frame["model_other"].replace(run.directory.name, "itself")
+        keys = ["metric", "epoch", "step", "model_other", "layer", "layer_other"]
+        frames.append(frame.sort_values(keys, ignore_index=True))
+    pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
+
+
+def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_configuration(tmp_path: Path) -> None:
+    same = [*options(tmp_path, "x")[:-3], "--trainer.max_epochs=2", "--experiment=e", f"--runs={tmp_path}"]
+    first = fit([option for option in same if not option.startswith("--run_id")])
+    assert first.directory.name.startswith("simclr-resnet10-s0-")
+    second = fit([option for option in [*same, "--resume=auto"] if not option.startswith("--run_id")])
+    assert second.directory != first.directory, "a finished run is not continued"
+
+
+METHOD = '''
+from torch import nn
+from ssl_geometry.methods import Method
+
+
+class Pull(Method):
+    """Two views attract.
+
+    Args:
+        strength: of the pull.
+    """
+
+    num_views = 2
+
+    def __init__(self, strength: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.head = nn.Linear(self.num_features, 8)
+
+    def loss(self, outputs, batch):
+        return self.hparams["strength"] * (outputs[0] - outputs[1]).square().mean()
+'''
+
+
+def test_a_method_is_one_file_anywhere_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_method.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = options(tmp_path, "mine", "--model.strength=2", "--model.augment=[crop, flip]")
+    run = fit([arg.replace("ssl_geometry.methods.SimCLR", "my_method.Pull") for arg in args])
+    _, method = load_method(run.directory)
+    assert method.hparams["strength"] == 2
+    records = read_records(run.directory)
+    assert "head" in set(records["layer"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data.datset=cifar10"], ["data.datset", "data.dataset"]),
+        (["--model.temprature=1"], ["temprature"]),
+        (["--model=ssl_geometry.methods.SimCRL"], ["SimCRL"]),
+        (["--model.backbone=resnet17"], ["resnet17", "resnet18"]),
+        (["--model.augment=simcrl"], ["simcrl", "simclr"]),
+        (["--data.batch_size=many"], ["data.batch_size", "many"]),
+        (["--data.batch_size=1"], ["batch_size"]),
+        (["--data.dataset=no/such/folder"], ["no/such/folder"]),
+        (["--data.dataset=cifra10"], ["cifra10", "cifar10"]),
+        (["--data.measure_size=129"], ["measure_size", "129", "128"]),
+        (["--cka.layers=layer9"], ["layer9", "layer"]),
+        (["--cka.gram_size=2"], ["gram_size"]),
+        (["--cka.reference=no/such/run"], ["--cka.reference", "no/such/run"]),
+        (["--config=no.yaml"], ["no.yaml"]),
+        (["--resume=no/such/run"], ["--resume", "no/such/run"]),
+        (["--runs=/proc/nowhere"], ["--runs", "/proc/nowhere"]),
+        (["--loggers=[wandbb]"], ["wandbb"]),
+    ],
+    ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(options(tmp_path, "bad", *more))
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert all(word in line for word in words), line
+    assert len(line) < 600
+
+
+def test_an_existing_run_is_not_overwritten(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (runs / "simclr" / "checkpoints" / "last.ckpt").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        main(options(runs.parent, "simclr"))
+    assert exit_.value.code == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (runs / "simclr" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_classes_that_do_not_fit_the_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(options(tmp_path, "bad", "--model.num_classes=7", method="Supervised"))
+    assert "--model.num_classes is 7, but the data set has 10 classes" in capsys.readouterr().err
+
+
+class ExplodeIn(L.Callback):
+    """Makes the weights NaN at the start of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            next(pl_module.parameters()).data.fill_(torch.nan)
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.ExplodeIn","init_args":{"epoch":1}}]'
+    with pytest.raises(SystemExit) as exit_:
+        main(options(tmp_path, "nan", callback))
+    assert exit_.value.code == 2
+    assert "NaN" in capsys.readouterr().err
+    checkpoint = read_checkpoint(tmp_path / "e" / "nan" / "checkpoints" / "last.ckpt", "")
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert checkpoint["epoch"] == 0
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, []
+
+    def save_until_full(checkpoint: Any, file: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            file.write(b"half of a checkpoint")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, file)
+
+    monkeypatch.setattr("ssl_geometry.runs.torch.save", save_until_full)
+    with pytest.raises(SystemExit) as exit_:
+        main(options(tmp_path, "full"))
+    assert exit_.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
+    folder = tmp_path / "e" / "full" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(folder / "last.ckpt", "")["epoch"] == 0
+
+
+def test_a_reference_of_another_architecture_is_compared_by_depth(
+    tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = options(tmp_path, "deep", f"--cka.reference={runs / 'supervised'}", "--model.backbone=resnet18", epochs=1)
+    records = read_records(fit(args).directory).query("metric == 'cka' and model_other == 'supervised'")
+    assert set(records["layer"]) > set(records["layer_other"]) - {"head"}
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_other_loggers(tmp_path: Path, logger: str) -> None:
+    run = fit(options(tmp_path, logger, f"--loggers=[{logger}]", epochs=1))
+    assert list((run.directory / logger).iterdir())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--config=configs/quickstart/simclr.yaml", "--print_config"]])
+def test_help_and_print_config(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 0
+    assert "every_n_epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", str(config), "--print_config"])
+    assert exit_.value.code == 0
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", **variables}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}],
+    ids=["without a key", "server away"],
+)
+def test_wandb_never_asks_and_never_stops_training(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "w", "--loggers=[wandb]", epochs=1)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment(HOME=str(tmp_path), **environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "e" / "w" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Same global batches and views, same weights after training (LayerNorm: batch statistics play no part)."""
+    more = [
+        "--model.backbone=vit_tiny_patch16_224",
+        "--model.image_size=32",
+        "--model.width=1",
+        "--model.lr=0.05",
+        "--data.limit_train=128",
+        "--cka.layers=stages",
+        "--trainer.accelerator=cpu",
+    ]
+    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "two", *more, method="Supervised")]
+    done = subprocess.run(
+        [*command, "--trainer.devices=2"],
+        cwd=ROOT,
+        env=clean_environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = fit(options(tmp_path, "one", *more, method="Supervised")).directory
+    two = tmp_path / "e" / "two"
+    first, second = (read_checkpoint(run / "checkpoints" / "last.ckpt", "")["state_dict"] for run in (one, two))
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=0, atol=2e-6)
+    frames = [read_records(run).query("metric == 'cka'") for run in (one, two)]
+    keys = ["epoch", "layer", "layer_other"]
+    left, right = (frame[frame["model_other"] == "init"].set_index(keys)["value"].sort_index() for frame in frames)
+    pd.testing.assert_series_equal(left, right, check_exact=False, rtol=0, atol=1e-5)
+    results = [json.loads((run / "run.json").read_text())["results"] for run in (one, two)]
+    assert results[0] == pytest.approx(results[1], abs=1 / 128 + 1e-9)

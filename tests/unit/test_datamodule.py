@@ -1,0 +1,455 @@
+import io
+import itertools
+import json
+import pickle
+import random
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import distributed, multiprocessing
+
+from ssl_geometry.data import datamodule
+from ssl_geometry.data.datamodule import DataModule, evenly, every_nth, shares
+from ssl_geometry.errors import UserError
+
+REAL_PICTURES = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+
+
+def digits(rank=0, world_size=1, **options):
+    """The module as process ``rank`` sees it."""
+    data = DataModule(**{"dataset": "digits", "batch_size": 60, "eval_batch_size": 50, "measure_size": 120} | options)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size, strategy=strategy)
+    data.setup()
+    return data
+
+
+def indices(loader):
+    return [batch["index"].tolist() for batch in loader]
+
+
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def epoch(data, number):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(number)
+    return indices(loader)
+
+
+def message(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes; 15 pictures of each for training, 10 for test, of several sizes."""
+    draw = np.random.default_rng(0)
+    for split, n in {"train": 15, "test": 10}.items():
+        for c in "ab":
+            (tmp_path / split / c).mkdir(parents=True)
+            for i in range(n):
+                array = draw.integers(0, 256, (9 + i % 3, 10, 3), dtype=np.uint8)
+                PIL.Image.fromarray(array).save(tmp_path / split / c / f"{i:02}.png")
+    return tmp_path
+
+
+def of_folder(folder, **options):
+    options = {"image_size": 8, "batch_size": 6, "eval_batch_size": 7, "measure_size": 9, "num_workers": 1} | options
+    data = DataModule(str(folder), **options)
+    data.setup()
+    return data
+
+
+# Batches in many processes
+
+sizes = st.integers(0, 60), st.integers(1, 20), st.integers(1, 5)
+
+
+@given(*sizes)
+def test_process_slices_of_a_training_batch_join_to_it(n, share, world_size):
+    batch_size = share * world_size
+    parts = [shares(n, batch_size, rank, world_size) for rank in range(world_size)]
+    joined = [[i for part in batch for i in range(n)[part]] for batch in zip(*parts, strict=True)]
+    assert joined == [list(range(n)[part]) for part in shares(n, batch_size)]
+    assert joined == [list(range(b * batch_size, (b + 1) * batch_size)) for b in range(n // batch_size)]
+
+
+@given(*sizes)
+def test_measuring_batches_are_dealt_out_whole(n, batch_size, world_size):
+    parts = [every_nth(n, batch_size, rank, world_size) for rank in range(world_size)]
+    dealt = [part for turn in itertools.zip_longest(*parts) for part in turn if part is not None]
+    assert dealt == every_nth(n, batch_size)
+    assert [i for part in dealt for i in range(n)[part]] == list(range(n))
+    assert all(len(range(n)[part]) == batch_size for part in dealt[:-1])
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5))
+def test_evaluation_loops_are_of_one_length_without_repeats(n, batch_size, world_size):
+    parts = [evenly(n, batch_size, rank, world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(i for part in flat(parts) for i in range(n)[part]) == list(range(n))
+    assert max(part.stop - part.start for part in flat(parts)) <= batch_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_together_see_what_one_sees(world_size):
+    one, many = digits(), [digits(rank, world_size) for rank in range(world_size)]
+    for number in (0, 3):
+        joined = [flat(batch) for batch in zip(*(epoch(data, number) for data in many), strict=True)]
+        assert joined == epoch(one, number)
+    for split in ("train", "val", "test", "measure"):
+        for rank, data in enumerate(many):
+            assert indices(data.loader(split)) == indices(one.loader(split))[rank::world_size]
+    for name in ("val_dataloader", "test_dataloader"):
+        assert len({len(getattr(data, name)()) for data in many}) == 1
+        found = [i for data in many for i in flat(indices(getattr(data, name)()))]
+        assert sorted(found) == sorted(flat(indices(getattr(one, name)())))
+    assert {data.measure_ids for data in many} == {one.measure_ids}
+
+
+def test_a_batch_size_that_processes_cannot_share_is_refused():
+    assert "--data.batch_size 64: expected a multiple of the 3 processes" in message(digits, 0, 3, batch_size=64)
+    assert "at least 2 images" in message(digits, 0, 3, batch_size=3)
+
+
+# Order
+
+
+def test_training_order_is_a_pure_function_of_seed_and_epoch():
+    data = digits()
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(2)
+    first = indices(loader)
+    assert indices(loader) == first  # the same epoch again
+    torch.manual_seed(5)
+    assert epoch(data, 2) == first
+    assert epoch(digits(), 2) == first
+    assert epoch(data, 1) != first
+    assert epoch(digits(val_fraction=0.0, seed=1), 2) != epoch(digits(val_fraction=0.0), 2)
+    assert len(first) == len(loader) == data.num_train // 60
+    assert len(set(flat(first))) == 60 * len(first)
+
+
+@pytest.mark.parametrize("storage", ["device", "workers"])
+def test_iterating_leaves_the_global_random_generators_alone(storage):
+    data = digits(storage=storage, num_workers=1)
+    before = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    epoch(data, 0)
+    indices(data.loader("measure"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert pickle.dumps(np.random.get_state()) == before[2]  # noqa: NPY002
+
+
+def test_index_is_the_place_on_disk():
+    data = digits()
+    images, target = load_digits().images, load_digits().target
+    for split in ("train", "val", "test", "measure"):
+        batch = next(iter(data.loader(split)))
+        np.testing.assert_array_equal(batch["label"], target[batch["index"]])
+    batch = next(iter(digits(image_size=8).train_dataloader()))
+    np.testing.assert_array_equal(batch["image"][:, 1], np.rint(images[batch["index"]] * 255 / 16))
+
+
+# Splits
+
+
+def test_validation_is_a_stratified_part_of_training_chosen_by_seed():
+    data, other = digits(), digits(seed=1)
+    train, val = data.loader("train"), data.loader("val")
+    ids = flat(indices(train)), flat(indices(val))
+    assert not set(ids[0]) & set(ids[1])
+    assert (len(ids[0]), len(ids[1])) == (data.num_train, 144)
+    whole = digits(val_fraction=0.0)
+    assert sorted(ids[0] + ids[1]) == sorted(flat(indices(whole.loader("train"))))
+    assert whole.val_dataloader() == []
+    counts = np.bincount(np.concatenate([batch["label"] for batch in val]))
+    assert counts.min() >= 13
+    assert counts.max() <= 16
+    assert indices(other.loader("val")) != indices(val)
+
+
+def test_test_and_measurement_images_are_the_same_for_every_seed():
+    data, other = digits(limit_test=200), digits(limit_test=200, seed=1)
+    for split in ("test", "measure"):
+        assert indices(data.loader(split)) == indices(other.loader(split))
+    whole = flat(indices(digits().loader("test")))
+    assert flat(indices(data.loader("test"))) == whole[:200]
+    assert flat(indices(data.loader("measure"))) == whole[:120]
+    first = next(iter(data.loader("measure")))["label"]
+    assert set(first.tolist()) == set(range(10))
+
+
+def test_limits_keep_the_classes_in_proportion():
+    data = digits(limit_train=100, limit_test=150)
+    assert data.num_train == len(data.loader("train").sampler.rows) == 100
+    counts = np.bincount(np.concatenate([batch["label"] for batch in data.loader("train")]))
+    assert counts.min() >= 8
+    assert counts.max() <= 12
+    assert len(flat(indices(data.val_dataloader()))) == 144
+    assert not set(flat(epoch(data, 0))) & set(flat(indices(data.loader("test"))))
+
+
+def test_the_bank_is_a_stratified_part_of_what_is_trained_on(monkeypatch):
+    monkeypatch.setattr(datamodule, "BANK_SIZE", 200)
+    data = digits()
+    bank = list(data.bank_dataloader())
+    counts = np.bincount(np.concatenate([batch["label"] for batch in bank]))
+    assert (counts.sum(), counts.min() >= 18, counts.max() <= 22) == (200, True, True)
+    assert {i for batch in bank for i in batch["index"].tolist()} <= set(flat(indices(data.loader("train"))))
+
+
+def test_the_measurement_hash_follows_name_indices_and_pixels_only(folder):
+    data = of_folder(folder)
+    assert data.measure_ids == of_folder(folder, storage="workers", seed=3, eval_batch_size=4).measure_ids
+    assert data.measure_ids != of_folder(folder, measure_size=8).measure_ids
+    moved = folder.rename(folder.with_name(folder.name + "-moved"))
+    assert data.measure_ids != of_folder(moved).measure_ids
+    moved.rename(folder)
+    index = next(iter(data.loader("measure")))["index"][0].item()
+    path = sorted((folder / "test").glob("*/*"))[index]
+    with PIL.Image.open(path) as picture:
+        array = np.array(picture)
+    array[4, 5] ^= 128
+    PIL.Image.fromarray(array).save(path)
+    assert data.measure_ids != of_folder(folder).measure_ids
+
+
+# Storage
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_both_storages_give_the_same_bits(folder, num_workers):
+    device, workers = (of_folder(folder, storage=s, num_workers=num_workers) for s in ("device", "workers"))
+    for number in (0, 1):
+        loaders = [data.train_dataloader() for data in (device, workers)]
+        for loader in loaders:
+            loader.sampler.set_epoch(number)
+        for a, b in zip(*loaders, strict=True):
+            assert a.keys() == b.keys() == {"image", "label", "index"}
+            assert all(torch.equal(a[key], b[key]) for key in a)
+    for a, b in zip(device.loader("measure"), workers.loader("measure"), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert device.image_shape == workers.image_shape == (3, 8, 8)
+
+
+def test_array_data_sets_can_be_read_by_workers_too():
+    assert epoch(digits(storage="workers", num_workers=1), 1) == epoch(digits(), 1)
+
+
+def test_splits_share_one_copy_of_the_pixels():
+    data = digits()
+    address = [data.loader(split).images.source.data_ptr() for split in ("train", "val", "test", "measure")]
+    assert address[0] == address[1]
+    assert address[2] == address[3]
+    assert data.train_dataloader().images.source.data_ptr() == address[0]
+
+
+def test_auto_keeps_small_folders_in_memory_and_reads_large_ones(folder, monkeypatch):
+    assert of_folder(folder).describe()["storage"] == "device"
+    monkeypatch.setattr(datamodule, "AUTO_BYTES", 50 * 3 * 8 * 8 - 1)
+    assert of_folder(folder).describe()["storage"] == "workers"
+    assert of_folder(folder, limit_train=10).describe()["storage"] == "device"
+    assert digits().describe()["storage"] == "device"
+
+
+# Damaged pictures
+
+
+@pytest.mark.parametrize("storage", ["device", "workers"])
+def test_a_damaged_picture_stops_with_its_name(folder, storage):
+    path = folder / "train" / "b" / "03.png"
+    path.write_bytes(path.read_bytes()[:-80])
+    text = message(
+        lambda: [list(data.loader(s)) for data in [of_folder(folder, storage=storage)] for s in ("train", "val")]
+    )
+    assert str(path) in text
+    assert "--data.on_error skip" in text
+
+
+@pytest.mark.parametrize("storage", ["device", "workers"])
+def test_damaged_pictures_are_left_out_and_counted(folder, storage):
+    for name in ("train/b/03.png", "train/a/00.png", "test/b/01.png"):
+        (folder / name).write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        data = of_folder(folder, storage=storage, on_error="skip", image_size=8)
+    assert [str(warning.message) for warning in caught] == [
+        f"left out 2 of 30 pictures that cannot be read, the first is {folder / 'train/a/00.png'}",
+        f"left out 1 of 20 pictures that cannot be read, the first is {folder / 'test/b/01.png'}",
+    ]
+    seen = flat(indices(data.loader("train")) + indices(data.loader("val")))
+    assert sorted(seen) == [i for i in range(30) if i not in (0, 18)]
+    assert all(len(batch) == 6 for batch in epoch(data, 0))
+
+
+def skip_in_a_process(rank, world_size, folder, results):
+    distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
+    data = DataModule(str(folder), image_size=8, batch_size=6, measure_size=9, on_error="skip")
+    data.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        num_devices=world_size,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    data.setup()
+    results.put(data.describe())
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_processes_share_the_search_for_damaged_pictures(folder):
+    for name in ("train/b/03.png", "train/a/00.png", "train/a/01.png"):
+        (folder / name).write_bytes(b"no picture")
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=skip_in_a_process, args=(rank, 2, folder, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    first, second = results.get(), results.get()
+    assert first == second
+    assert first["sizes"] == {"train": 24, "val": 3, "test": 20, "measure": 9, "bank": 24}
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch_size": 1}, "--data.batch_size 1: expected"),
+        ({"val_fraction": 1.0}, "--data.val_fraction 1.0: expected"),
+        ({"limit_train": 0}, "--data.limit_train 0: expected"),
+        ({"image_size": -8}, "--data.image_size -8: expected"),
+        ({"seed": -1}, "--data.seed -1: expected"),
+        ({"storage": "disk"}, "--data.storage disk: expected one of auto, device, workers"),
+        ({"on_error": "ignore"}, "--data.on_error ignore: expected one of raise, skip"),
+    ],
+)
+def test_options_out_of_range_are_refused_at_once(options, expected):
+    assert expected in message(DataModule, **options)
+
+
+def test_a_measurement_set_larger_than_the_test_split_names_both_numbers():
+    text = message(digits, measure_size=2048)
+    assert "--data.measure_size 2048" in text
+    assert "359" in text
+
+
+def test_a_training_set_smaller_than_a_batch_is_refused():
+    text = message(digits(limit_train=40).train_dataloader)
+    assert "--data.batch_size 60" in text
+    assert "40" in text
+
+
+def test_pictures_of_mixed_sizes_name_the_option(folder):
+    assert "--data.image_size None" in message(lambda: list(of_folder(folder, image_size=None).loader("train")))
+
+
+def test_a_description_is_plain_and_complete():
+    description = digits(limit_train=500).describe()
+    assert json.loads(json.dumps(description)) == description
+    assert description["sizes"] == {"train": 500, "val": 144, "test": 359, "measure": 120, "bank": 500}
+    assert description["image_shape"] == [3, 16, 16]
+
+
+# With Lightning
+
+
+class Recorder(L.LightningModule):
+    """Notes what it is given; asks for an end after ``stop`` steps and saves there."""
+
+    def __init__(self, checkpoint=None, stop=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen, self.validated = [], []
+        self.checkpoint, self.stop = checkpoint, stop
+
+    def training_step(self, batch, i):
+        self.seen.append((self.current_epoch, i, batch["index"].tolist()))
+        return self.layer(batch["label"][:, None].float()).mean()
+
+    def validation_step(self, batch, i):
+        self.validated.append(batch["index"].tolist())
+
+    def on_train_batch_end(self, *args):
+        if self.global_step == self.stop:
+            self.trainer.save_checkpoint(self.checkpoint)
+            self.trainer.should_stop = True
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(module, checkpoint=None, **options):
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    options = {"batch_size": 256, "measure_size": 64} | options
+    trainer.fit(module, datamodule=DataModule("digits", **options), ckpt_path=checkpoint)
+    return module
+
+
+@pytest.mark.parametrize("storage", ["device", "workers"])
+@pytest.mark.parametrize("stop", [2, 5, 7])
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_sees_what_an_unbroken_one_sees(tmp_path, storage, stop):
+    options = {"storage": storage, "num_workers": 0}
+    whole = fit(Recorder(), **options).seen
+    assert [(e, i) for e, i, _ in whole] == [(e, i) for e in range(3) for i in range(5)]
+    assert whole[0][2] != whole[5][2]
+    first = fit(Recorder(tmp_path / "at.ckpt", stop), **options).seen
+    second = fit(Recorder(), tmp_path / "at.ckpt", **options).seen
+    assert first + second == whole
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_validates_each_image_once_and_does_without_a_validation_split():
+    module = fit(Recorder(), num_workers=0)
+    assert len(flat(module.validated[-1:])) == 144
+    assert fit(Recorder(), val_fraction=0.0).validated == []
+
+
+def test_real_pictures(tmp_path):
+    if not REAL_PICTURES.exists():
+        pytest.skip("the CIFAR-10 pictures (shared/data/cifar10-jpeg.tar.xz) are not beside the repository")
+    counts: dict[str, int] = {}
+    with tarfile.open(REAL_PICTURES, "r|xz") as archive:
+        for member in archive:
+            place = str(Path(member.name).parent)
+            if member.isfile() and counts.setdefault(place, 0) < 20:
+                counts[place] += 1
+                (tmp_path / place).mkdir(parents=True, exist_ok=True)
+                (tmp_path / member.name).write_bytes(archive.extractfile(member).read())
+    data = DataModule(str(tmp_path), batch_size=50, measure_size=100)
+    data.setup()
+    assert (data.num_classes, data.class_names[0], data.class_names[9]) == (10, "airplane", "truck")
+    assert data.image_shape == (3, 32, 32)
+    batch = next(iter(data.loader("measure")))
+    assert batch["label"].bincount().tolist() == [10] * 10
+    path = sorted((tmp_path / "test").glob("*/*"))[batch["index"][0]]
+    np.testing.assert_array_equal(
+        batch["image"][0].permute(1, 2, 0), np.asarray(PIL.Image.open(io.BytesIO(path.read_bytes())))
+    )
