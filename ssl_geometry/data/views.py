@@ -39,8 +39,8 @@ NORMALIZE = {
 """Mean and standard deviation of each channel, by name."""
 
 
-CPU_VALUES = 2**18
-"""How many values of a batch a CPU works on at a time: a megabyte."""
+CPU_CHUNK = 200_000
+"""How many values a CPU works on at a time: less than a megabyte, so they stay in the cache between operations."""
 
 
 def uniform(
@@ -200,14 +200,14 @@ class Crop(Op):
         h = (area / params["ratio"]).sqrt().round()
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = fits.byte().argmax(1, keepdim=True)
-        found = fits.any(1)
+        none_fits = ~fits.any(1)
         low, high = self.ratio
         all_w = round(height * high) if width / height > high else width
         all_h = round(width / low) if width / height < low else height
-        w = w.gather(1, first).squeeze(1).where(found, all_w)
-        h = h.gather(1, first).squeeze(1).where(found, all_h)
-        top = (params["top"] * (height - h + 1)).floor().where(found, (height - all_h) // 2)
-        left = (params["left"] * (width - w + 1)).floor().where(found, (width - all_w) // 2)
+        w = w.gather(1, first).squeeze(1).masked_fill(none_fits, all_w)
+        h = h.gather(1, first).squeeze(1).masked_fill(none_fits, all_h)
+        top = (params["top"] * (height - h + 1)).floor().masked_fill(none_fits, (height - all_h) // 2)
+        left = (params["left"] * (width - w + 1)).floor().masked_fill(none_fits, (width - all_w) // 2)
         return top.long(), left.long(), h.long(), w.long()
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 S S"]:
@@ -220,7 +220,7 @@ class Crop(Op):
     def _resize_rows(
         self, images: Float[Tensor, "B 3 H W"], start: Int64[Tensor, " B"], length: Int64[Tensor, " B"]
     ) -> Float[Tensor, "B 3 S W"]:
-        """The antialiased bilinear filter along one axis: an output row is a weighted sum of a few rows of the box."""
+        """The antialiased bilinear filter along one axis: each output row is a weighted sum of a few rows."""
         batch, _, height, width = images.shape
         start, length = start[:, None, None], length[:, None, None]
         scale = length / self.size
@@ -272,12 +272,15 @@ class PadCrop(Op):
 
 @dataclass(frozen=True)
 class _Sometimes(Op):
-    """An operation that acts on an image with probability ``p``: its first random number decides."""
+    """An operation that skips an image with probability 1 - ``p``: the first random number decides."""
 
     p: float = 0.5
 
     def __post_init__(self) -> None:
         self._check("p", isinstance(self.p, int | float) and 0 <= self.p <= 1, "a probability in [0, 1]")
+
+    def skips(self, u: Float[Tensor, "B n"]) -> Bool[Tensor, " B"]:
+        return u[:, 0] >= self.p
 
     def acts(self, u: Float[Tensor, "B n"]) -> Bool[Tensor, " B"]:
         return u[:, 0] < self.p
@@ -355,7 +358,8 @@ class Solarize(_Sometimes):
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``solarize``."""
-        return torch.where(_per_image(params["solarize"]) & (images >= self.threshold), 1 - images, images)
+        invert = _per_image(params["solarize"]) & (images >= self.threshold)
+        return torch.lerp(images, 1 - images, invert.float())
 
 
 @dataclass(frozen=True)
@@ -390,13 +394,13 @@ class Color(_Sometimes):
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``brightness``, ``contrast``, ``saturation``: factors; ``hue``: turns; ``order`` (B,4) of the four."""
-        acts = self.acts(u)
+        skips = self.skips(u)
         params = {}
         for number, option in enumerate(("brightness", "contrast", "saturation"), start=1):
             spread = getattr(self, option)
             low, high = max(0.0, 1 - spread), 1 + spread
-            params[option] = (low + (high - low) * u[:, number]).where(acts, 1.0)
-        params["hue"] = ((2 * u[:, 4] - 1) * self.hue).where(acts, 0.0)
+            params[option] = (low + (high - low) * u[:, number]).masked_fill(skips, 1.0)
+        params["hue"] = ((2 * u[:, 4] - 1) * self.hue).masked_fill(skips, 0.0)
         params["order"] = u[:, 5:].argsort(dim=1, stable=True)  # 0 brightness, 1 contrast, 2 saturation, 3 hue
         return params
 
@@ -409,24 +413,26 @@ class Color(_Sometimes):
         order = params["order"]
         hue_at = (order == self.HUE).byte().argmax(1, keepdim=True)
         place = torch.arange(3, device=images.device)
-        active = torch.cat([place < hue_at, place + 1 > hue_at], dim=1)
+        idle = torch.cat([place >= hue_at, place + 1 <= hue_at], dim=1)
         kind = torch.cat([order[:, :3], order[:, 1:]], dim=1)
         factors = torch.stack([params[name] for name in ("brightness", "contrast", "saturation", "hue")], dim=1)
-        factor = factors.gather(1, kind).where(active, 1.0)
-        to_mean = (1 - factor) * (kind == 1)
-        to_luma = (1 - factor) * (kind == 2)
-        for step in range(6):
-            if step == 3:
-                images = _shift_hue(images, params["hue"])
+        factor = factors.gather(1, kind).masked_fill(idle, 1.0)
+        to_mean, to_luma = (1 - factor) * (kind == 1), (1 - factor) * (kind == 2)
+        steps = torch.stack([factor, to_mean, to_luma]).permute(2, 0, 1)[..., None, None, None]  # (6,3,B,1,1,1)
+        images = images.clone()  # and from here on in place: fresh memory costs a CPU more than the sums
+        for number, (factor, to_mean, to_luma) in enumerate(steps):
+            if number == 3:
+                _shift_hue_(images, params["hue"])
             luma = _luma(images)
-            mean = luma.mean((2, 3), keepdim=True) * _per_image(to_mean[:, step])
-            reference = luma.mul_(_per_image(to_luma[:, step])).add_(mean)
-            images = torch.addcmul(reference, images, _per_image(factor[:, step])).clamp_(0, 1)
+            # rows first: one long sum may be split over threads in another way for another batch
+            mean = luma.mean(3, keepdim=True).mean(2, keepdim=True).mul_(to_mean)
+            reference = luma.mul_(to_luma).add_(mean)
+            torch.addcmul(reference, images, factor, out=images).clamp_(0, 1)
         return images
 
 
-def _shift_hue(images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
-    """Turn the hue, keeping value and chroma: HSV without ever forming saturation.
+def _shift_hue_(images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]) -> None:
+    """Turn the hue in place, keeping value and chroma: HSV without ever forming saturation.
 
     With h the hue in turns, V the largest channel and C the chroma, a channel is V - C clamp(2 - 6 d, 0, 1), where d is
     the distance on the circle between h and the hue opposite to the channel's own.
@@ -441,9 +447,9 @@ def _shift_hue(images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]) -> 
     # grey: chroma 0, and any hue will do
     hue = hue.div_(chroma.clamp(min=1e-12)).div_(6).add_(_per_image(turns))
     opposite = 0.5 - torch.arange(3, device=images.device).view(3, 1, 1) / 3
-    away = hue + opposite
+    away = torch.add(hue, opposite, out=images)
     away = away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
-    return torch.addcmul(value, chroma, away, value=-1)
+    torch.addcmul(value, chroma, away, value=-1, out=images)
 
 
 @dataclass(frozen=True)
@@ -480,7 +486,7 @@ class Blur(_Sometimes):
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``sigma`` in pixels; 0 leaves the image as it is."""
         low, high = self.sigma
-        return {"sigma": (low + (high - low) * u[:, 1]).where(self.acts(u), 0.0)}
+        return {"sigma": (low + (high - low) * u[:, 1]).masked_fill(self.skips(u), 0.0)}
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``gaussian_blur``."""
@@ -525,7 +531,7 @@ class Rotate(_Sometimes):
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``angle`` in degrees, counter-clockwise."""
-        return {"angle": ((2 * u[:, 1] - 1) * self.degrees).where(self.acts(u), 0.0)}
+        return {"angle": ((2 * u[:, 1] - 1) * self.degrees).masked_fill(self.skips(u), 0.0)}
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``rotate`` with bilinear interpolation."""
@@ -565,9 +571,8 @@ class Translate(_Sometimes):
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``down``, ``right``: shares of the side."""
-        acts = self.acts(u)
-        down, right = ((2 * u[:, number] - 1) * self.fraction for number in (1, 2))
-        return {"down": down.where(acts, 0.0), "right": right.where(acts, 0.0)}
+        shift = ((2 * u[:, 1:] - 1) * self.fraction).masked_fill(self.skips(u)[:, None], 0.0)
+        return {"down": shift[:, 0], "right": shift[:, 1]}
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``affine`` with whole pixels."""
@@ -792,8 +797,7 @@ class View:
         """
         if images.dtype != torch.uint8:
             raise UserError(f"images are {str(images.dtype).removeprefix('torch.')}, expected uint8 in 0..255")
-        # In the cache of one core: what an operation writes, the next one reads. Twice as fast, most of it in page faults.
-        share = max(1, CPU_VALUES // max(images[0].numel(), 3 * self.size**2))
+        share = max(4, CPU_CHUNK // (3 * self.size**2))
         if images.device.type != "cpu" or len(images) <= share:
             return self._make(images, params)
         views = torch.empty(len(images), 3, self.size, self.size)

@@ -1,0 +1,148 @@
+"""A measuring moment is one pass for all monitors and changes nothing; a step never waits for the device."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_geometry.callbacks import CKAMonitor
+from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.methods import Method, SimCLR, Supervised
+from ssl_geometry.records import Protocol
+
+SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
+
+
+def pooled(activations: Tensor) -> Tensor:
+    return activations.flatten(2).mean(2) if activations.ndim > 2 else activations
+
+
+class MeanMonitor(Monitor):
+    """Another monitor: asks for other layers, reduced in another way."""
+
+    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+        return [Request(("stem", "layer2.0"), pooled)]
+
+    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        self.seen: list[int] = []
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        (layers,) = reduced.values()
+        assert {name: value.ndim for name, value in layers.items()} == {"stem": 2, "layer2.0": 2}
+        self.seen += batch["index"].tolist()
+
+    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+        return Findings([], {}, {}, Protocol())
+
+
+def run(tmp_path: Path, callbacks: list[L.Callback], epochs: int = 1, method: Method | None = None) -> L.Trainer:
+    data = DataModule("digits", limit_train=128, measure_size=100, eval_batch_size=40, batch_size=64)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        default_root_dir=tmp_path,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+    )
+    trainer.fit(method or SimCLR(**SMALL), data)
+    return trainer
+
+
+def test_monitors_due_together_share_one_pass(tmp_path: Path) -> None:
+    method, calls = SimCLR(**SMALL), []
+    method.backbone.register_forward_hook(lambda *_: calls.append(method.training))
+    other = MeanMonitor(every_n_epochs=2)
+    run(tmp_path, [CKAMonitor(every_n_epochs=1), other], epochs=2, method=method)
+    measured = [training for training in calls if not training]
+    assert len(measured) == 3 * 3, "three batches of measurement images at each of three moments, whoever asks"
+    assert sorted(other.seen) == sorted(set(other.seen))
+    assert len(other.seen) == 100
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "expected"), [(1, 3, [0, 1, 2, 3]), (2, 3, [0, 2, 3]), (5, 3, [0, 3]), (0, 3, [])]
+)
+def test_moments(tmp_path: Path, every: int, epochs: int, expected: list[int]) -> None:
+    moments = []
+
+    class Noting(MeanMonitor):
+        def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+            moments.append(moment.epoch)
+            return super().finish(trainer, method, moment)
+
+    run(tmp_path, [Noting(every_n_epochs=every)], epochs=epochs)
+    assert moments == expected
+
+
+def test_measuring_puts_every_mode_back(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Dropout(), nn.BatchNorm1d(3))
+    torch.set_float32_matmul_precision("medium")
+    state, rng = [v.clone() for v in net.state_dict().values()], torch.get_rng_state()
+    try:
+        with pytest.raises(RuntimeError), measuring(net):
+            _measure_and_fail(net)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [part.training for part in net] == [False, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(state, net.state_dict().values(), strict=True))
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def _measure_and_fail(net: nn.Module) -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    net(torch.randn(5, 3, generator=torch.Generator()))
+    raise RuntimeError
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations that make the host wait for a device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name == "index" and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+        if name in self.WAITING or masks:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_what_waits() -> None:
+    with HostReads() as reads:
+        x = torch.ones(3)
+        _ = x[x > 0], float(x.sum()), x.nonzero()
+    assert reads.found == ["index", "_local_scalar_dense", "nonzero"]
+
+
+@pytest.mark.parametrize("method_class", [SimCLR, Supervised])
+def test_a_training_step_of_ours_never_waits_for_the_device(method_class: type[Method]) -> None:
+    method = method_class(**SMALL, augment=["simclr", "blur", "solarize", "rotate", "translate"])
+    method.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    loss = nn.CrossEntropyLoss()
+    if isinstance(method, SimCLR):  # lightly's NT-Xent picks the negatives with a mask; that wait is not ours
+        method.loss = lambda z, batch: loss(z[0] @ z[1].T, torch.arange(8))  # type: ignore[method-assign,assignment]
+    batch = {
+        "image": torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8),
+        "label": torch.randint(10, (8,)),
+        "index": torch.arange(8),
+    }
+    with HostReads() as reads:
+        method.training_step(batch, 0).backward()  # type: ignore[arg-type]
+    assert reads.found == []

@@ -1,0 +1,82 @@
+"""Pictures show the rows that they are given, and nothing else; records keep what they are given."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from ssl_geometry.records import RecordStore, read_records, record
+from ssl_geometry.report.figures import cka_curves, cka_heatmap
+
+
+def rows(other: str = "b", epoch: int = 3) -> list[dict[str, Any]]:
+    values = np.array([[0.1, 0.9, np.nan], [0.4, -0.05, 0.2]])
+    return [
+        record(
+            model="a", model_other=other, metric="cka", layer=f"l{i}", layer_other=f"k{j}", depth=float(i),
+            depth_other=j / 2, epoch=epoch, step=7, n=64, value=float(values[i, j]),
+        )
+        for i in range(2)
+        for j in range(3)
+    ]  # fmt: skip
+
+
+def test_a_map_shows_every_value_first_layer_below(tmp_path: Path) -> None:
+    figure = cka_heatmap(list(reversed(rows())))
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), [[0.1, 0.9, np.nan], [0.4, -0.05, 0.2]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["l0", "l1"]
+    assert axes.get_ylim() == (-0.5, 1.5)
+    assert axes.images[0].get_clim() == (-0.05, 1), "an unbiased estimate below 0 is shown, not cut off"
+    dots = axes.collections[0].get_offsets()
+    np.testing.assert_array_equal(dots, [[1, 0], [0, 1]])
+    figure.savefig(tmp_path / "map.png")
+
+
+def test_a_map_of_nothing_but_nan_is_still_drawn(tmp_path: Path) -> None:
+    frame = pd.DataFrame(rows()).assign(value=np.nan)
+    cka_heatmap(frame).savefig(tmp_path / "map.png")
+
+
+def test_a_map_needs_one_pair_and_one_moment() -> None:
+    with pytest.raises(ValueError, match="select one"):
+        cka_heatmap(rows() + rows(epoch=4))
+    with pytest.raises(ValueError, match="select one"):
+        cka_heatmap([])
+
+
+@pytest.mark.parametrize("against", ["depth", "epoch"])
+def test_curves_show_every_row_once(against: Any) -> None:
+    frame = pd.DataFrame([row for epoch in (1, 2, 5) for row in rows(epoch=epoch) if row["layer_other"] == "k0"])
+    figure: Figure = cka_curves(frame, against=against)
+    points = sorted((x, y) for line in figure.axes[0].lines for x, y in zip(*line.get_data(), strict=True))
+    assert points == sorted(zip(frame[against], frame["value"], strict=True))
+    assert len(figure.axes[0].lines) == (3 if against == "depth" else 2)
+
+
+def test_records_are_replaced_by_part_and_survive_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RecordStore(tmp_path / "records")
+    store.write("cka/epoch=00001", rows())
+    store.write("cka/epoch=00001", rows())
+    store.write("cka/epoch=00002", rows(epoch=2))
+    assert len(read_records(tmp_path)) == 12
+
+    def half(table: Any, path: Path) -> None:
+        path.write_bytes(b"PAR1 half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ssl_geometry.records.store.pq.write_table", half)
+    with pytest.raises(OSError, match="No space"):
+        store.write("cka/epoch=00002", rows(epoch=2))
+    assert len(read_records(tmp_path)) == 12
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_a_run_without_records_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no records here"):
+        read_records(tmp_path)
