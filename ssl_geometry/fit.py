@@ -31,6 +31,13 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
 
+PROGRAM = "python -m ssl_geometry.fit"
+USAGE = f"{PROGRAM} --config FILE [--config FILE ...] [--option VALUE ...]"
+DESCRIPTION = (
+    "Train a network and watch the geometry of its layers while it learns. Start from a file in configs/; any option "
+    "below can be given in a file or on the command line, later ones win. A method's own options: --model.help CLASS. "
+    "Everything that a run makes lies in runs/<experiment>/<run-id>/."
+)
 TRAINER_DEFAULTS = {
     "max_epochs": 100,
     "num_sanity_val_steps": 0,
@@ -78,15 +85,14 @@ class FitCLI(LightningCLI):
             subclass_mode_model=True,
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             parser_class=FitParser,
-            parser_kwargs={"prog": "python -m ssl_geometry.fit", "description": __doc__, "default_env": False},
+            parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
             args=list(args),
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What comes beside model, data and trainer."""
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options in the order in which ``--help`` shows them: the run, the method, the data, monitors, the trainer."""
         parser.add_argument("--base", type=str | None, help="in a config file: another config file to start from")
         parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--experiment", type=str, default="default", help="folder of the runs that belong together")
@@ -114,7 +120,11 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--wandb_project", type=str, default="ssl_geometry", help="W&B project")
         parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(DataModule, "data")
         parser.add_lightning_class_args(CKAMonitor, "cka")
+        parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
 
@@ -125,6 +135,9 @@ class FitCLI(LightningCLI):
             config.pop(option, None)
         if config.get("model") is None:
             raise UserError("no --model: give a --config such as configs/quickstart/simclr.yaml, or --model CLASS")
+        for option, instead in (("logger", "--loggers"), ("default_root_dir", "--runs, --experiment and --run_id")):
+            if config["trainer"].get(option) is not None:
+                raise UserError(f"--trainer.{option} {config['trainer'][option]}: use {instead}")
         self.settings = config
         self.run = open_run(config, config["runs"], config["experiment"], config["run_id"], self.config.resume)
         if is_first_process():
@@ -133,11 +146,11 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
         callbacks: list[Callback] = [
+            FitProgress(),  # first: its clock starts before the first measurement
             *(self._get(self.config_init, "trainer.callbacks") or []),
             *self._callbacks(),
             StopOnNaN(),
             FlushRecords(),
-            FitProgress(),
             ModelCheckpoint(
                 self.run.directory / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),

@@ -1,9 +1,8 @@
 """Run directories, checkpoints that are whole or absent, and networks read back from them.
 
 ``runs/<experiment>/<run-id>/`` holds ``config.yaml``, ``run.json``, ``checkpoints/last.ckpt``, ``records/``,
-``figures/`` and the loggers' own folders.
-The first process chooses the directory; the others learn it from the environment, or from the SLURM job that they
-share.
+``figures/`` and the loggers' own folders. The first process chooses the directory; the others learn it from the
+environment, or from the SLURM job that they share.
 """
 
 import getpass

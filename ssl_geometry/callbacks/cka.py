@@ -1,12 +1,10 @@
 """Layerwise CKA while a network trains: with itself, with its own initialisation, and with a reference.
 
 Protocol: unbiased minibatch CKA with a linear kernel on flattened activations, Gram matrices of ``gram_size``
-    consecutive measurement images
-in a fixed order, network in evaluation mode, float32 with products summed in float64. Initialisation and reference
-do not move, so their
-Gram vectors are taken once and kept (about 0.1 MB a layer for 2,048 images): every later moment costs one pass of
-one network, and all pairs
-of layers are one matrix product a batch.
+consecutive measurement images in a fixed order, network in evaluation mode, float32 with products summed in float64.
+Initialisation and reference do not move, so their Gram vectors are taken once and kept (about 0.1 MB a layer for
+2,048 images): every later moment costs one pass of one network, and all pairs of layers are one matrix product a
+batch.
 """
 
 import logging

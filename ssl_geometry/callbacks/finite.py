@@ -13,8 +13,7 @@ class StopOnNaN(L.Callback):
     """Stops when the loss became NaN or infinite on any process.
 
     The loss is looked at on the device in every step; the host looks only at logging steps and at the end of an
-    epoch, before
-    the checkpoint, so the last checkpoint is a good one.
+    epoch, before the checkpoint, so the last checkpoint is a good one.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,10 +1,11 @@
 """Where curves are watched: W&B, TensorBoard, CSV. Records in Parquet are always written."""
 
+import logging
+import os
 from typing import Any, Literal
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.runs import Run, is_first_process
@@ -48,16 +49,17 @@ def _wandb(run: Run, config: dict[str, Any], project: str) -> WandbLogger:
         "config": config,
         "resume": "allow",
     }
-    settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS, silent=True)
+    os.environ.setdefault("WANDB_SILENT", "true")  # what it would print is said here, or stands in run.json
+    settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS)
     if not is_first_process():
         return WandbLogger(**common, settings=settings)
     try:
         logger = WandbLogger(**common, offline=not wandb.login(prompt=False), settings=settings)
         experiment = logger.experiment
-    except Exception as error:  # a server that is away must not stop training
-        rank_zero_warn(f"W&B cannot be reached ({str(error).splitlines()[0]}): this run is logged offline")
+    except Exception as error:  # neither a missing key nor a server that is away may stop training
+        logging.getLogger(__name__).info(f"W&B: logging offline ({str(error).splitlines()[0]})")
         wandb.teardown()
-        logger = WandbLogger(**common, offline=True, settings=wandb.Settings(silent=True))
+        logger = WandbLogger(**common, offline=True, settings=settings)
         experiment = logger.experiment
     experiment.define_metric("epoch", hidden=True)
     for section in ("cka", "val", "test"):

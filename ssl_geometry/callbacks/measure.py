@@ -1,15 +1,12 @@
 """Measuring while training: monitors due at the same moment share ONE pass over the measurement images.
 
 A moment is the start of training (the initialisation) or the end of an epoch. The first monitor that is due runs the
-pass for all: it
-collects what each asks for (views, layers, reductions), runs the network once a batch and view, and hands every
-monitor its part.
+pass for all: it collects what each asks for (views, layers, reductions), runs the network once a batch and view, and
+hands every monitor its part.
 
-The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the
-precision of training, on
-images in a fixed order, split over processes by whole batches. Nothing of the training changes: modes, weights,
-optimiser and
-random number streams are left as they were found.
+The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the precision
+of training, on images in a fixed order, split over processes by whole batches. Nothing of the training changes:
+modes, weights, optimiser and random number streams are left as they were found.
 """
 
 import time
@@ -17,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -38,7 +36,8 @@ class Request:
 
     Args:
         layers: names of layers, in forward order.
-        reduce: hashable function of a layer's output (B, ...); equal reductions of several monitors are computed once.
+        reduce: hashable function of a layer's output (B, ...); equal reductions of several monitors are computed
+            once.
         view: name of a view of the method: "clean".
     """
 
@@ -62,7 +61,8 @@ class Monitor(L.Callback):
     """Base of the callbacks that measure: says what it needs, gets it batch by batch, and returns records.
 
     Args:
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches the monitor off.
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches the monitor
+            off.
     """
 
     def __init__(self, every_n_epochs: int = 1) -> None:
@@ -218,20 +218,17 @@ def measuring(module: nn.Module) -> Iterator[None]:
 
 def log(trainer: L.Trainer, found: Findings, moment: Moment) -> None:
     """Hand findings to every logger in the form that it understands (on the first process)."""
+    figures = cache(lambda: {name: draw() for name, draw in found.figures.items()})
     for logger in trainer.loggers:
         if isinstance(logger, RecordsLogger):
             logger.log_findings(found.records, found.protocol, moment.epoch)
             if moment.epoch == trainer.max_epochs:
-                logger.save_figures(found.figures)
+                logger.save_figures(figures())
         else:
             logger.log_metrics({**found.scalars, "epoch": float(moment.epoch)}, step=moment.step)
-            _log_figures(logger, found.figures, moment)
-
-
-def _log_figures(logger: Any, figures: Mapping[str, Callable[[], Figure]], moment: Moment) -> None:
-    if isinstance(logger, WandbLogger):
-        for name, draw in figures.items():
-            logger.log_image(name, [draw()], step=moment.step)
-    elif isinstance(logger, TensorBoardLogger):
-        for name, draw in figures.items():
-            logger.experiment.add_figure(name, draw(), global_step=moment.step)
+        if isinstance(logger, WandbLogger):
+            for name, figure in figures().items():
+                logger.log_image(name, [figure], step=moment.step)
+        elif isinstance(logger, TensorBoardLogger):
+            for name, figure in figures().items():
+                logger.experiment.add_figure(name, figure, global_step=moment.step)

@@ -1,7 +1,7 @@
 """A Lightning logger that writes records: everything that is logged lands in Parquet, with or without W&B."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,12 @@ class RecordsLogger(Logger):
             self.store.write(f"{rows[0]['metric']}/epoch={epoch:05d}", rows, [protocol])
 
     @rank_zero_only
-    def save_figures(self, figures: Mapping[str, Callable[[], Figure]]) -> None:
-        """Draw and keep pictures as PNG under ``figures/``."""
-        for name, draw in figures.items():
+    def save_figures(self, figures: Mapping[str, Figure]) -> None:
+        """Keep pictures as PNG under ``figures/``."""
+        for name, figure in figures.items():
             path = self.run_dir / "figures" / f"{name.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw().savefig(path)
+            figure.savefig(path)
 
     @rank_zero_only
     def flush(self) -> None:

@@ -1,8 +1,7 @@
 """What can be read off frozen features: here, by their nearest neighbours.
 
-Protocol: the bank holds clean (un-augmented) training images, features are L2-normalised, similarity is cosine, and
-    a query's
-neighbours vote with weight exp(similarity / temperature), as in Wu et al. 2018.
+Protocol: the bank holds clean (un-augmented) training images, features are L2-normalised, similarity is cosine, and a
+query's neighbours vote with weight exp(similarity / temperature), as in Wu et al. 2018.
 """
 
 import torch

@@ -1,10 +1,8 @@
 """What every method shares: backbone, views, optimiser, schedule, evaluation. A method adds a loss.
 
-One training step: the batch's images become ``num_views`` views on the device; all views go through backbone and
-head in ONE
-forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor a view. Nothing in the step
-waits for the
-device: metrics stay tensors until a logger reads them.
+One training step: the batch's images become ``num_views`` views on the device; all views go through backbone and head
+in ONE forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor a view. Nothing in the
+step waits for the device: metrics stay tensors until a logger reads them.
 """
 
 import logging
@@ -49,8 +47,7 @@ class Method(L.LightningModule):
             deviations.
         center_crop: share of the image's side that a clean view keeps (0.875 is usual on ImageNet).
         augment: how training views are made: a policy (simclr, supervised, none), an operation (crop, flip, color,
-            ...), either one
-            with options ({simclr: {strength: 1.0}}), or a list of these.
+            ...), either one with options ({simclr: {strength: 1.0}}), or a list of these.
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images; scaled linearly with the global batch.
         weight_decay: not applied to biases and normalisation layers.
@@ -60,18 +57,20 @@ class Method(L.LightningModule):
         compile: compile the backbone with torch.compile.
         seed: of the random views; fit sets it to ``--seed_everything``.
 
-    Attributes:
-        backbone: images to pooled features.
-        num_features: how many features those are.
-        head: what the loss reads; the identity until a subclass sets it.
-        view: how training views are made.
-        clean_view: how images are seen when they are measured.
     """
 
     num_views = 1
+    """Views of each image that the loss compares."""
     backbone: nn.Module
-    head: nn.Module
+    """Images to pooled features."""
     num_features: int
+    """How many features those are."""
+    head: nn.Module
+    """What the loss reads; the identity until a subclass sets it."""
+    view: View
+    """How training views are made."""
+    clean_view: View
+    """How images are seen when they are measured."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Records as Parquet parts in a run directory, each written whole or not at all.
 
-A part is named after the moment it was measured at, so a resumed run that measures a moment again replaces its own part
-and no row stands twice.
+A part is named after the moment it was measured at, so a resumed run that measures a moment again replaces its own
+part and no row stands twice.
 """
 
 import os

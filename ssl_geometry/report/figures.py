@@ -32,8 +32,7 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
 
     Returns:
         A figure. Cells that could not be computed are hatched grey. On a map of two networks a white dot marks, for
-        each layer on
-        the vertical axis, the most similar layer of the other.
+        each layer on the vertical axis, the most similar layer of the other.
 
     Raises:
         ValueError: no rows, or rows of several moments or pairs.
@@ -100,7 +99,9 @@ def cka_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None
         axes = figure.add_subplot()
         for key in sorted(frame[lines].unique()):
             line = frame[frame[lines] == key].sort_values(along)
-            axes.plot(line[along], line["value"], color=colors.cmap(colors.norm(key)), marker=".", markersize=4, linewidth=1.2)
+            axes.plot(
+                line[along], line["value"], color=colors.cmap(colors.norm(key)), marker=".", markersize=4, linewidth=1.2
+            )
         axes.set_ylim(min(0, frame["value"].min()) - 0.02, 1.02)
         axes.set_ylabel("CKA (unbiased)")
         axes.grid(alpha=0.25)

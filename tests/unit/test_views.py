@@ -344,7 +344,7 @@ def test_picture_does_not_depend_on_batch_and_order(batch, side, size, seed):
 
 @pytest.mark.parametrize(("batch", "size"), [(150, 32), (9, 224)])
 def test_picture_does_not_depend_on_the_chunks_of_a_cpu_nor_on_threads(batch, size, monkeypatch):
-    images, index, view = pictures(batch, 256, 256), torch.arange(batch), View(EVERYTHING, size=size)
+    images, index, view = pictures(batch, size + 8, size), torch.arange(batch), View(EVERYTHING, size=size)
     chunked = view(images, index, **AT)
     single = torch.cat([view(images[i : i + 1], index[i : i + 1], **AT) for i in range(0, batch, 8)])
     assert torch.equal(single, chunked[::8])
@@ -388,7 +388,7 @@ def test_picture_does_not_depend_on_the_device():
 
 
 class HostWaits(TorchDispatchMode):
-    """What would make the host wait for a CUDA device: reading a value, data-dependent shapes, constants sent from the host."""
+    """What makes the host wait for a CUDA device: reading values, data-dependent shapes, constants from the host."""
 
     names = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "scalar_tensor", "index.Tensor")
 
@@ -407,7 +407,7 @@ def test_views_make_no_call_that_waits_for_a_device():
     with HostWaits() as control:
         torch.where(torch.ones(2) > 0, torch.ones(2), 0.0)
         torch.ones(2).sum().item()
-    assert {name.split(".")[1] for name in control.found} == {"where", "_local_scalar_dense"}
+    assert {"where", "_local_scalar_dense"} <= {name.split(".")[1] for name in control.found}
     images, index, view = pictures(8, 40, 40), torch.arange(8), View(EVERYTHING, size=32, normalize="half")
     with HostWaits() as waits:
         view(images, index, **AT)
@@ -491,19 +491,19 @@ def test_simclr_strength_scales_the_jitter():
         ({"augment": {"crop": {"size": 8}}}, "crop has no option 'size'"),
         ({"augment": {"simclr": {"blurr": True}}}, "simclr has no option 'blurr'; did you mean 'blur'"),
         ({"augment": {"simclr": {"strength": "high"}}}, "simclr cannot work with {'strength': 'high'}"),
-        ({"augment": {"simclr": {"strength": -1}}}, "color.brightness is -0.8, expected a number, 0 or more"),
+        ({"augment": {"simclr": {"strength": -1}}}, "color.brightness is -0.8, expected a number in [0, inf]"),
         ({"augment": {"crop": 0.5}}, "crop has 0.5, expected {option: value}"),
         ({"augment": {"crop": {"scale": 0.5}}}, "crop.scale is 0.5, expected [low, high] in (0, 1]"),
         ({"augment": {"crop": {"scale": [0.5, 0.2]}}}, "crop.scale is [0.5, 0.2]"),
         ({"augment": {"crop": {"ratio": [0, 1]}}}, "crop.ratio is [0, 1]"),
-        ({"augment": {"flip": {"p": 1.5}}}, "flip.p is 1.5, expected a probability in [0, 1]"),
+        ({"augment": {"flip": {"p": 1.5}}}, "flip.p is 1.5, expected a number in [0, 1]"),
         ({"augment": {"color": {"hue": 0.6}}}, "color.hue is 0.6, expected a number in [0, 0.5]"),
         ({"augment": {"blur": {"kernel": 4}}}, "blur.kernel is 4, expected an odd number"),
         ({"augment": {"blur": {"sigma": [0, 1]}}}, "blur.sigma is [0, 1]"),
         ({"augment": {"pad_crop": {"padding": 1.5}}}, "pad_crop.padding is 1.5"),
         ({"augment": {"rotate": {"degrees": "90"}}}, "rotate.degrees is '90'"),
         ({"augment": {"translate": {"fraction": 2}}}, "translate.fraction is 2"),
-        ({"augment": {"solarize": {"threshold": 128}}}, "solarize.threshold is 128, expected a value in [0, 1]"),
+        ({"augment": {"solarize": {"threshold": 128}}}, "solarize.threshold is 128, expected a number in [0, 1]"),
         ({"augment": 3}, "3 is neither a name"),
         ({"size": 0}, "size is 0, expected a number of pixels"),
         ({"normalize": "imagenett"}, "normalize is 'imagenett'; did you mean 'imagenet'"),
