@@ -9,13 +9,9 @@ name
 another one to start from: ``base: other.yaml``. Everything a run makes lies in runs/<experiment>/<run-id>/.
 """
 
-import logging
-import re
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
@@ -26,7 +22,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from ssl_geometry.callbacks import CKAMonitor, FitProgress, FlushRecords, LoggerName, StopOnNaN, make_loggers
+from ssl_geometry.callbacks import (
+    CKAMonitor,
+    FitProgress,
+    FlushRecords,
+    InvarianceMonitor,
+    LoggerName,
+    StopOnNaN,
+    make_loggers,
+)
+from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
@@ -49,29 +54,6 @@ TRAINER_DEFAULTS = {
 }
 
 
-class FitParser(LightningArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what was wrong and what was meant, and exit with code 2."""
-        if self.exit_on_error is False or "--debug" in sys.argv:
-            super().error(message, ex)
-        print(f"error: {self.one_line(message)}", file=sys.stderr)
-        sys.exit(2)
-
-    def one_line(self, message: str) -> str:
-        """A parser's message without the list of types that it tried."""
-        noise = r"^\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not re.match(noise, line)]
-        text = re.sub(r": ;? ?", ": ", "; ".join(lines)).replace('Parser key "', "--").replace('":', ":")
-        known = [action.dest for action in self._actions]
-        if found := re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message):
-            key = found[1] or found[2]
-            if key.partition(".")[0] not in ("model",) and "model" not in message.splitlines()[0]:
-                return f"unknown option {key!r}; {nearest(key, known)} (see --help)"
-        return f"{text} (see --help, or --model.help CLASS for a method's options)" if "model" in text else text
-
-
 class FitCLI(LightningCLI):
     """Options of ``fit``: the run, the method, the data, the trainer, and one group a monitor."""
 
@@ -86,7 +68,7 @@ class FitCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_class=FitParser,
+            parser_class=Parser,
             parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
             args=list(args),
         )
@@ -123,6 +105,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(DataModule, "data")
         parser.add_lightning_class_args(CKAMonitor, "cka")
+        parser.add_lightning_class_args(InvarianceMonitor, "invariance")
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")
@@ -241,11 +224,10 @@ def fit(args: Sequence[str]) -> Run:
     Raises:
         UserError: a mistake in the options, the data, or a run that cannot go on.
     """
-    _quiet()
     try:
         cli = FitCLI(expand_bases(args))
     except ValueError as error:  # jsonargparse wraps what a constructor says
-        raise _mistake(error) or error from None
+        raise mistake_behind(error) or error from None
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
         results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
@@ -257,32 +239,6 @@ def fit(args: Sequence[str]) -> Run:
     cli.run.note(status="finished", results=results)
     print_summary(cli.run, cli.trainer, results)
     return cli.run
-
-
-def _mistake(error: BaseException | None) -> UserError | None:
-    """The user's mistake behind an error, if there is one."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error
-
-
-def _quiet() -> None:
-    """Show what this package says; of Lightning and torch, warnings that a user can act on."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logger = logging.getLogger("ssl_geometry")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.addFilter(lambda _: is_first_process())
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    for message in (
-        "LightningCLI's args parameter",  # options are passed on after base files are put in
-        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
-        "The number of training batches .* is smaller than the logging interval",
-        ".*does not have many workers",
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 @rank_zero_only
@@ -309,18 +265,8 @@ def print_summary(run: Run, trainer: L.Trainer, results: Mapping[str, float]) ->
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point: a user's mistake is one line and exit code 2; ``--debug`` shows the traceback."""
-    args = sys.argv[1:] if args is None else args
-    try:
-        fit(args)
-    except UserError as error:
-        if "--debug" in args:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: continue with the same command and --resume auto", file=sys.stderr)
-        sys.exit(130)
+    """Entry point of ``python -m ssl_geometry.fit``."""
+    run_command(fit, args, interrupted="interrupted: continue with the same command and --resume auto")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -258,7 +258,18 @@ def read_checkpoint(path: str | Path, option: str, map_location: Any = "cpu") ->
     return checkpoint
 
 
-def load_method(path: str | Path, option: str = "path") -> tuple[str, Method]:
+class Loaded(NamedTuple):
+    """A network read back."""
+
+    name: str
+    """The run's id, or the name of a file that is in no run."""
+    method: Method
+    """On the CPU, weights loaded."""
+    epochs: int
+    """Completed epochs."""
+
+
+def load_method(path: str | Path, option: str = "path") -> Loaded:
     """A trained network from a run directory or a checkpoint.
 
     Args:
@@ -266,7 +277,7 @@ def load_method(path: str | Path, option: str = "path") -> tuple[str, Method]:
         option: the option that named it, for the error message.
 
     Returns:
-        Its name (the run's id, or the name of a file that is in no run), and the method on the CPU, weights loaded.
+        Its name, the method, and its completed epochs.
 
     Raises:
         UserError: nothing there, not a checkpoint of this framework, or a method that cannot be imported here.
@@ -293,4 +304,4 @@ def load_method(path: str | Path, option: str = "path") -> tuple[str, Method]:
     except (KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
-    return name, network
+    return Loaded(name, network, checkpoint.get("epoch", -1) + 1)

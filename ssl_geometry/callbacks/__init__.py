@@ -2,6 +2,7 @@
 
 from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
+from ssl_geometry.callbacks.invariance import InvarianceMonitor
 from ssl_geometry.callbacks.loggers import LoggerName, make_loggers
 from ssl_geometry.callbacks.progress import FitProgress
 from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
@@ -10,6 +11,7 @@ __all__ = [
     "CKAMonitor",
     "FitProgress",
     "FlushRecords",
+    "InvarianceMonitor",
     "LoggerName",
     "RecordsLogger",
     "StopOnNaN",

@@ -83,7 +83,7 @@ class CKAMonitor(Monitor):
             self._measure_reference(trainer, pl_module, self.reference)
 
     def _measure_reference(self, trainer: L.Trainer, method: L.LightningModule, path: str) -> None:
-        name, reference = load_method(path, option="--cka.reference")
+        name, reference, _ = load_method(path, option="--cka.reference")
         reference.to(method.device)
         request = Request(tuple(layer_names(reference, self.layers)), GramVector(self.gram_size))
         fixed = FixedNetwork(name, layer_depths(reference, request.layers), {})
@@ -109,7 +109,9 @@ class CKAMonitor(Monitor):
         if self._keep_initial:
             self.fixed["init"] = FixedNetwork("init", self._depths, {})
         columns = [layer for name, fixed in self.fixed.items() for layer in (f"{name}/{key}" for key in fixed.depths)]
-        self._metric = LayerwiseCKA(self._request.layers, [*self._request.layers, *columns]).to(method.device)
+        self._metric = LayerwiseCKA(self._request.layers, [*self._request.layers, *columns], self.gram_size).to(
+            method.device
+        )
         self._images = torch.zeros((), dtype=torch.long, device=method.device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
@@ -120,27 +122,19 @@ class CKAMonitor(Monitor):
         cols = dict(rows)
         for fixed in self.fixed.values():
             cols |= fixed.batch(batch_number)
-        self._metric.update(rows, cols)
+        self._metric.update(rows, cols, batch=batch_number)
         self._images += len(batch["index"])
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
         """Rows for every pair of layers; curves against initialisation and reference."""
         if self._keep_initial:
             self.fixed["init"].vectors = _over_all_ranks(self.fixed["init"].vectors)
-        matrix = self._metric.compute().cpu()
+        shape = self._metric.cross.shape[1:]
+        matrix, error = (m.reshape(shape).cpu() for m in (self._metric.compute(), self._metric.standard_error()))
         images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
-        protocol = Protocol(
-            {
-                "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
-                "gram_size": self.gram_size,
-                "network": "evaluation mode, float32",
-                "view": method.clean_view.spec,  # type: ignore[union-attr]
-                "images": trainer.datamodule.measure_ids,  # type: ignore[attr-defined]
-                "n": images,
-                "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
-            }
-        )
-        run = _run_name(trainer)
+        views = {"clean": method.clean_view.spec}  # type: ignore[union-attr]
+        protocol = cka_protocol(trainer.datamodule.measure_ids, images, self.gram_size, views)  # type: ignore[attr-defined]
+        run = run_name(trainer)
         common = {
             "run": run,
             "model": run,
@@ -153,30 +147,31 @@ class CKAMonitor(Monitor):
             "protocol": protocol.hash,
         }
         others = {run: self._depths, **{name: fixed.depths for name, fixed in self.fixed.items()}}
-        rows, scalars, column = [], {}, 0
+        rows: list[dict[str, Any]] = []
+        scalars, column = {}, 0
         for other, depths in others.items():
-            block = matrix[:, column : column + len(depths)].tolist()
+            block, errors = (m[:, column : column + len(depths)].tolist() for m in (matrix, 1.96 * error))
             column += len(depths)
-            for (layer, depth), values in zip(self._depths.items(), block, strict=True):
-                rows += [
-                    record(
+            for layer, values, spreads in zip(self._depths, block, errors, strict=True):
+                mine = {
+                    layer_other: record(
                         **common,
                         model_other=other,
                         layer=layer,
                         layer_other=layer_other,
-                        depth=depth,
-                        depth_other=d,
-                        value=v,
+                        depth=self._depths[layer],
+                        depth_other=depths[layer_other],
+                        value=value,
+                        low=value - spread,
+                        high=value + spread,
                     )
-                    for (layer_other, d), v in zip(depths.items(), values, strict=True)
-                ]
+                    for layer_other, value, spread in zip(depths, values, spreads, strict=True)
+                }
+                rows += mine.values()
                 if other != run:
-                    twin = layer if layer in depths else min(depths, key=lambda name: abs(depths[name] - depth))
-                    scalars[f"cka/to_{other}/{layer}"] = values[list(depths).index(twin)]
-                    self.curves.append(
-                        record(**common, model_other=other, layer=layer, layer_other=twin, depth=depth,
-                               depth_other=depths[twin], value=scalars[f"cka/to_{other}/{layer}"])
-                    )  # fmt: skip
+                    twin = mine.get(layer) or min(mine.values(), key=lambda row: abs(row["depth_other"] - row["depth"]))
+                    scalars[f"cka/to_{other}/{layer}"] = twin["value"]
+                    self.curves.append(twin)
         return Findings(rows, scalars, self._figures(rows, run, others), protocol)
 
     def _figures(self, rows: list[dict[str, Any]], run: str, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,5 +209,28 @@ def _over_all_ranks(vectors: dict[int, Tensor]) -> dict[int, Tensor]:
     return {number: part[number] for part in parts for number in sorted(part)}
 
 
-def _run_name(trainer: L.Trainer) -> str:
+def cka_protocol(images: str, n: int, gram_size: int, views: Mapping[str, Any]) -> Protocol:
+    """All that changes a CKA, the same live and afterwards.
+
+    Args:
+        images: hash of the measurement images.
+        n: how many there are.
+        gram_size: images in a Gram matrix.
+        views: how the images were seen, by the names that stand in the rows.
+    """
+    return Protocol(
+        {
+            "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
+            "gram_size": gram_size,
+            "network": "evaluation mode, float32",
+            "views": dict(views),
+            "images": images,
+            "n": n,
+            "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
+        }
+    )
+
+
+def run_name(trainer: L.Trainer) -> str:
+    """The run that a trainer belongs to."""
     return str(next((logger.version for logger in trainer.loggers if logger.version is not None), "run"))

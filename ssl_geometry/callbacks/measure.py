@@ -38,12 +38,14 @@ class Request:
         layers: names of layers, in forward order.
         reduce: hashable function of a layer's output (B, ...); equal reductions of several monitors are computed
             once.
-        view: name of a view of the method: "clean".
+        view: how the images are seen: "clean", "own", or a policy or operation; see ``Method.measuring_view``.
+        draw: number of the draw of a random view: two draws are two augmented copies.
     """
 
     layers: tuple[str, ...]
     reduce: Reduction
     view: str = "clean"
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,23 +172,24 @@ def forward_pass(
     Yields:
         The batch, and for each request layer to reduced output.
     """
-    wanted: dict[str, dict[str, set[Reduction]]] = defaultdict(lambda: defaultdict(set))
+    wanted: dict[tuple[str, int], dict[str, set[Reduction]]] = defaultdict(lambda: defaultdict(set))
     for request in requests:
         for layer in request.layers:
-            wanted[request.view][layer].add(request.reduce)
-    view = ""
+            wanted[request.view, request.draw][layer].add(request.reduce)
+    views = {name: method.measuring_view(name) for name, _ in wanted}
+    look = ("", 0)
 
     def reduce(layer: str, output: Tensor) -> dict[Reduction, Tensor]:
-        return {reduction: reduction(output) for reduction in wanted[view].get(layer, ())}
+        return {reduction: reduction(output) for reduction in wanted[look].get(layer, ())}
 
     with Taps(method, sorted({layer for layers in wanted.values() for layer in layers}), reduce) as taps:
         for batch in batches:
             batch = {key: value.to(method.device) for key, value in batch.items()}
             taken = {}
-            for view in wanted:
-                images = method.clean_view(batch["image"], batch["index"], seed=0, epoch=0, view=0)
-                taken[view] = taps(images)
-            yield batch, {r: {layer: taken[r.view][layer][r.reduce] for layer in r.layers} for r in requests}
+            for look in wanted:
+                name, draw = look
+                taken[look] = taps(views[name](batch["image"], batch["index"], seed=0, epoch=0, view=draw))
+            yield batch, {r: {layer: taken[r.view, r.draw][layer][r.reduce] for layer in r.layers} for r in requests}
 
 
 @contextmanager

@@ -253,7 +253,7 @@ class DataModule(L.LightningDataModule):
         root: str = "data",
         image_size: int | None = None,
         batch_size: int = 256,
-        eval_batch_size: int = 512,
+        eval_batch_size: int = 256,
         val_fraction: float = 0.1,
         measure_size: int = 2048,
         limit_train: int | None = None,
@@ -400,7 +400,7 @@ class DataModule(L.LightningDataModule):
         return self._evaluation("test")
 
     def bank_dataloader(self) -> Loader:
-        """At most 50,000 training images that vote in nearest-neighbour classification; as many batches in each process."""
+        """At most 50,000 training images to find nearest neighbours in; as many batches in each process."""
         return self._evaluation("bank")
 
     def loader(self, split: Literal["train", "val", "test", "measure"]) -> Loader:

@@ -6,6 +6,7 @@ step waits for the device: metrics stay tensors until a logger reads them.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 import lightning as L
@@ -21,6 +22,18 @@ from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone
 
 logger = logging.getLogger(__name__)
+
+SINGLE: dict[str, Augment] = {
+    "flip": {"flip": {"p": 0.5}},
+    "color": {"color": {"p": 1.0}},
+    "gray": {"gray": {"p": 0.5}},
+    "blur": {"blur": {"p": 1.0}},
+}
+"""Single augmentations whose share of changed images differs from the policies'.
+
+A colour or a blur acts on every image; a flip and a grey on half of them, because two copies that are both flipped, or
+both grey, do not differ.
+"""
 
 Optimizer = Literal["lars", "sgd", "adamw"]
 
@@ -59,6 +72,8 @@ class Method(L.LightningModule):
 
     """
 
+    named_views: Mapping[str, Augment] = SINGLE
+    """What :meth:`measuring_view` knows by name, beside policies and operations."""
     num_views = 1
     """Views of each image that the loss compares."""
     backbone: nn.Module
@@ -130,6 +145,24 @@ class Method(L.LightningModule):
             views = self.clean_view(images, index, seed=0, epoch=0, view=0)
             return self.backbone(self._in_format(views)).float()
 
+    def measuring_view(self, name: str) -> View:
+        """How images are seen by a measurement; parameters are the same for every network (common random numbers).
+
+        Args:
+            name: ``clean``; ``own``, how this method's training views are made; or any policy or operation.
+
+        Returns:
+            A view of this method's size and normalisation.
+        """
+        if name == "clean":
+            return self.clean_view
+        if name == "own":
+            return self.view
+        spec = self.clean_view.spec
+        return View(
+            self.named_views.get(name, name), **{key: spec[key] for key in ("size", "normalize", "center_crop")}
+        )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """All views in one forward, then the method's loss."""
         with torch.autocast(self.device.type, enabled=False):
@@ -146,8 +179,14 @@ class Method(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint, as plain data, which class with which arguments gives this network."""
         cls = type(self)
-        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}  # Lightning's own
-        checkpoint["method"] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+        checkpoint["method"] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": self.init_args}
+
+    @property
+    def init_args(self) -> dict[str, Any]:
+        """The arguments that make this method anew, as plain data."""
+        return {
+            name: value for name, value in self.hparams.items() if not name.startswith("_")
+        }  # the rest is Lightning's
 
     def _in_format(self, images: Tensor) -> Tensor:
         images = images.to(self.dtype)

@@ -1,6 +1,7 @@
 """Measures as ``torchmetrics.Metric`` classes: state over batches and ranks, usable in any loop."""
 
-from ssl_geometry.metrics.cka import LayerwiseCKA
+from ssl_geometry.metrics.cka import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.metrics.knn import KNNAccuracy
+from ssl_geometry.metrics.overlap import MutualKNN
 
-__all__ = ["KNNAccuracy", "LayerwiseCKA"]
+__all__ = ["ClassCKA", "InvarianceCKA", "KNNAccuracy", "LayerwiseCKA", "MutualKNN"]

@@ -6,7 +6,9 @@ from typing import Any, Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 Rows = pd.DataFrame | Sequence[Mapping[str, Any]]
@@ -21,13 +23,14 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 MANY_LAYERS = 24
+LABELS = {"cka": "CKA (unbiased)", "invariance": "CKA of two augmented copies", "class_cka": "CKA with the classes"}
 
 
 def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
     """The map of CKA between the layers of two networks, both axes from the first layer to the last.
 
     Args:
-        rows: records of metric ``cka`` for one pair of networks at one moment.
+        rows: records of one metric for one pair of networks at one moment.
         title: written above; by default says which networks, when, and on how many images.
 
     Returns:
@@ -41,31 +44,37 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
     if frame.empty or any(frame[column].nunique(dropna=False) > 1 for column in ("model", "model_other", "epoch")):
         raise ValueError("a CKA map shows one pair of networks at one moment: select one model, model_other and epoch")
     first = frame.iloc[0]
+    itself = first["model"] == first["model_other"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 + 0.16 * frame["layer_other"].nunique(), 2.0 + 0.16 * frame["layer"].nunique()))
+        axes = figure.add_subplot()
+        image = _map(axes, frame, dots=not itself)
+        other = "itself" if itself else first["model_other"]
+        axes.set_title(title or f"CKA of {first['model']} with {other}\nepoch {first['epoch']}, {first['n']} images")
+        figure.colorbar(image, ax=axes, label="CKA (unbiased)", shrink=0.8)
+    return figure
+
+
+def _map(axes: Axes, frame: pd.DataFrame, dots: bool) -> AxesImage:
     table = frame.pivot(index="layer", columns="layer_other", values="value")
     table = table.loc[
         frame.drop_duplicates("layer").sort_values("depth", kind="stable")["layer"],
         frame.drop_duplicates("layer_other").sort_values("depth_other", kind="stable")["layer_other"],
     ]
     values = table.to_numpy()
-    itself = first["model"] == first["model_other"]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 + 0.16 * values.shape[1], 2.0 + 0.16 * values.shape[0]))
-        axes = figure.add_subplot()
-        axes.set_facecolor("0.8")
-        axes.patch.set_hatch("///")
-        image = axes.imshow(values, origin="lower", cmap="magma", vmin=min(0.0, np.nanmin(values, initial=0.0)), vmax=1)
-        if not itself:
-            seen = np.flatnonzero(~np.isnan(values).all(1))
-            axes.scatter(np.nanargmax(values[seen], 1), seen, s=7, color="white", edgecolor="black", linewidth=0.4)
-        _layer_ticks(axes.yaxis, list(table.index))
-        _layer_ticks(axes.xaxis, list(table.columns), rotation=90)
-        axes.set_ylabel(f"layer of {first['model']}")
-        axes.set_xlabel(f"layer of {first['model_other']}")
-        other = "itself" if itself else first["model_other"]
-        axes.set_title(title or f"CKA of {first['model']} with {other}\nepoch {first['epoch']}, {first['n']} images")
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label="CKA (unbiased)", shrink=0.8)
-    return figure
+    axes.set_facecolor("0.8")
+    axes.patch.set_hatch("///")
+    lowest = float(np.nanmin(values, initial=0.0))
+    image = axes.imshow(values, origin="lower", cmap="magma", vmin=min(0.0, lowest), vmax=1, aspect="auto")
+    if dots:
+        seen = np.flatnonzero(~np.isnan(values).all(1))
+        axes.scatter(np.nanargmax(values[seen], 1), seen, s=7, color="white", edgecolor="black", linewidth=0.4)
+    _layer_ticks(axes.yaxis, list(table.index))
+    _layer_ticks(axes.xaxis, list(table.columns), rotation=90)
+    axes.set_ylabel(f"layer of {frame['model'].iloc[0]}")
+    axes.set_xlabel(f"layer of {frame['model_other'].iloc[0]}")
+    axes.spines[:].set_visible(False)
+    return image
 
 
 def _layer_ticks(axis: Any, names: list[str], rotation: float = 0) -> None:
@@ -74,12 +83,19 @@ def _layer_ticks(axis: Any, names: list[str], rotation: float = 0) -> None:
 
 
 def cka_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None = None) -> Figure:
-    """CKA of corresponding layers of two networks, over training.
+    """CKA of corresponding layers of two networks, over training; see :func:`layer_curves`."""
+    first = _first(rows)
+    other = "its initialisation" if first["model_other"] == "init" else first["model_other"]
+    return layer_curves(rows, against, title or f"CKA of {first['model']}'s layers with {other}, {first['n']} images")
+
+
+def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None = None) -> Figure:
+    """One number of each layer, over training.
 
     Args:
-        rows: records of metric ``cka`` of one network with another one, one row a layer and moment.
+        rows: records of one metric of one network, one row a layer and moment.
         against: "depth" draws one line a moment over the network's depth, "epoch" one line a layer over the epochs.
-        title: written above; by default says which networks.
+        title: written above; by default says which metric, view and network.
 
     Returns:
         A figure, lines coloured by what is not on the horizontal axis.
@@ -87,10 +103,8 @@ def cka_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None
     Raises:
         ValueError: no rows.
     """
+    first = _first(rows)
     frame = pd.DataFrame(rows)
-    if frame.empty:
-        raise ValueError("no rows to draw")
-    first = frame.iloc[0]
     along, lines = ("depth", "epoch") if against == "depth" else ("epoch", "depth")
     limits = (frame[lines].min(), max(frame[lines].max(), frame[lines].min() + 1e-9))
     colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(*limits), "viridis")
@@ -98,12 +112,10 @@ def cka_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None
         figure = Figure(figsize=(5.2, 3.2))
         axes = figure.add_subplot()
         for key in sorted(frame[lines].unique()):
-            line = frame[frame[lines] == key].sort_values(along)
-            axes.plot(
-                line[along], line["value"], color=colors.cmap(colors.norm(key)), marker=".", markersize=4, linewidth=1.2
-            )
+            line, color = frame[frame[lines] == key].sort_values(along), colors.cmap(colors.norm(key))
+            axes.plot(line[along], line["value"], color=color, marker=".", markersize=4, linewidth=1.2)
         axes.set_ylim(min(0, frame["value"].min()) - 0.02, 1.02)
-        axes.set_ylabel("CKA (unbiased)")
+        axes.set_ylabel(LABELS.get(first["metric"], first["metric"]))
         axes.grid(alpha=0.25)
         if against == "depth":
             axes.set_xlabel("depth of the layer (0 = stem, 1 = last)")
@@ -112,6 +124,210 @@ def cka_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             figure.colorbar(colors, ax=axes, label="depth of the layer")
-        other = "its initialisation" if first["model_other"] == "init" else first["model_other"]
-        axes.set_title(title or f"CKA of {first['model']}'s layers with {other}, {first['n']} images")
+        axes.set_title(title or _what(first))
     return figure
+
+
+def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
+    """The invariance of every layer to every augmentation.
+
+    Args:
+        rows: records of metric ``invariance`` of one network at one moment.
+        title: written above; by default says which network and when.
+
+    Returns:
+        A figure: layers from below to above, augmentations from left to right in the order of the rows.
+    """
+    first = _first(rows)
+    frame = pd.DataFrame(rows)
+    table = frame.pivot(index="layer", columns="view", values="value")
+    layers = frame.drop_duplicates("layer").sort_values("depth", kind="stable")["layer"]
+    table = table.loc[layers, list(dict.fromkeys(frame["view"]))]
+    values = table.to_numpy()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.4 + 0.36 * values.shape[1], 1.6 + 0.17 * values.shape[0]))
+        axes = figure.add_subplot()
+        axes.set_facecolor("0.8")
+        image = axes.imshow(
+            values,
+            origin="lower",
+            cmap="magma",
+            vmin=min(0.0, float(np.nanmin(values, initial=0.0))),
+            vmax=1,
+            aspect="auto",
+        )
+        _layer_ticks(axes.yaxis, list(table.index))
+        axes.set_xticks(range(values.shape[1]), list(table.columns), rotation=45, ha="right", fontsize=7)
+        axes.set_ylabel("layer")
+        axes.set_xlabel("augmentation of both copies")
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, label=LABELS["invariance"], shrink=0.8)
+        axes.set_title(title or f"Invariance of {first['model']}\nepoch {first['epoch']}, {first['n']} images")
+    return figure
+
+
+def pair_panels(cka: Rows, knn: Rows, title: str | None = None) -> Figure:
+    """Two networks layer by layer: maps of all, residual (odd) and post-residual (even) layers, and how alike they
+    are.
+
+    The panels of figures 1, 2 and 4 of Grigg et al. 2021, with the overlap of nearest neighbours below the CKA.
+
+    Args:
+        cka: records of metric ``cka`` of one pair of networks.
+        knn: records of metric ``mutual_knn`` of the same pair.
+        title: written above.
+
+    Returns:
+        A figure of two rows. In the maps a white dot marks, for each layer on the vertical axis, the most similar
+        layer of the other network; the curves show the similarity to the layer at the same place (*diag*) and to the
+        most similar layer (*max*), post-residual layers only.
+    """
+    first = _first(cka)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(15, 7.2))
+        grid = figure.subplots(2, 4)
+        for panels, rows, label in zip(grid, (cka, knn), ("CKA", "mutual kNN"), strict=True):
+            frame = pd.DataFrame(rows)
+            for axes, (name, kept) in zip(panels, _parity(frame).items(), strict=False):
+                axes.set_title(f"{label}: {name}")
+                if kept.empty:
+                    axes.set_axis_off()
+                    continue
+                image = _map(axes, kept, dots=first["model"] != first["model_other"])
+                figure.colorbar(image, ax=axes, shrink=0.8)
+            even = _parity(frame)["post-residual (even)"]
+            for name, line in diag_and_max(even).items():
+                panels[3].plot(line.index, line.to_numpy(), marker="o", markersize=3, label=name)
+            panels[3].set_title(f"{label}: post-residual layers")
+            panels[3].set_xlabel(f"depth of the layer of {first['model']}")
+            panels[3].set_ylim(min(0, even["value"].min()) if len(even) else 0, 1.02)
+            panels[3].grid(alpha=0.25)
+            panels[3].legend()
+        figure.suptitle(title or f"{first['model']} and {first['model_other']}, {first['n']} images")
+    return figure
+
+
+def _parity(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of all, odd (residual) and even (post-residual) layers; names as the taps give them."""
+
+    def odd(names: pd.Series) -> pd.Series:
+        return names.str.endswith(".residual")
+
+    def even(names: pd.Series) -> pd.Series:
+        return names.str.fullmatch(r"(layer\d+\.\d+|blocks\.\d+)")
+
+    return {
+        "all": frame,
+        "residual (odd)": frame[odd(frame["layer"]) & odd(frame["layer_other"])],
+        "post-residual (even)": frame[even(frame["layer"]) & even(frame["layer_other"])],
+    }
+
+
+def diag_and_max(rows: Rows) -> dict[str, pd.Series]:
+    """For each layer of the first network, over its depth: the value at the layer in the same place, and the largest.
+
+    Args:
+        rows: records of one pair of networks. The same place is the same name, else the nearest depth.
+
+    Returns:
+        Two series indexed by depth.
+    """
+    frame = pd.DataFrame(rows)
+    frame = frame.assign(
+        away=np.where(frame["layer"] == frame["layer_other"], -1, (frame["depth"] - frame["depth_other"]).abs())
+    )
+    by_layer = frame.sort_values("away", kind="stable").groupby("depth")["value"]
+    return {"same layer (diag)": by_layer.first(), "most similar layer (max)": by_layer.max()}
+
+
+def compare_curves(panels: Mapping[str, Rows], groups: Mapping[str, str], title: str | None = None) -> Figure:
+    """Numbers of each layer of several networks over depth; networks of one group (seeds of a method) give a band.
+
+    The panels of figures 3 and 5 of Grigg et al. 2021.
+
+    Args:
+        panels: title of each panel, and its rows: one row a network and layer.
+        groups: network to group.
+        title: written above.
+
+    Returns:
+        A figure: a line a group (the mean), a band from the lowest to the highest network; a single network's band is
+        its error bar. Stages of a ResNet are shaded in turn, layers of a head are hollow.
+    """
+    colors = {group: f"C{number}" for number, group in enumerate(dict.fromkeys(groups.values()))}
+    lowest = min(0.0, *(pd.DataFrame(rows)["value"].min() for rows in panels.values()))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 4.6 * len(panels), 3.8))
+        for axes, (name, rows) in zip(
+            np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels.items(), strict=True
+        ):
+            frame = pd.DataFrame(rows)
+            frame = frame.assign(group=frame["model"].map(groups), place=_places(frame))
+            _mark_stages(axes, frame)
+            for group, color in colors.items():
+                lines = frame[frame["group"] == group]
+                by_place = lines.groupby("place")
+                mean = by_place["value"].mean()
+                single = lines["model"].nunique() == 1
+                low, high = (
+                    (by_place["low"].min(), by_place["high"].max())
+                    if single
+                    else (by_place["value"].min(), by_place["value"].max())
+                )
+                head = by_place["layer"].first().str.startswith("head").to_numpy()
+                axes.plot(mean.index, mean, color=color, linewidth=1.4, label=group)
+                axes.fill_between(
+                    mean.index, low.astype(float), high.astype(float), color=color, alpha=0.2, linewidth=0
+                )
+                axes.scatter(mean.index[~head], mean[~head], s=14, color=color, zorder=3)
+                axes.scatter(mean.index[head], mean[head], s=18, facecolor="white", edgecolor=color, zorder=3)
+            axes.set_title(name)
+            axes.set_xlabel("layer (post-residual, then head)")
+            axes.set_ylim(lowest - 0.02, 1.08)
+            axes.grid(alpha=0.25)
+            axes.legend(loc="best")
+        figure.axes[0].set_ylabel("CKA (unbiased)")
+        if title:
+            figure.suptitle(title)
+    return figure
+
+
+def _places(frame: pd.DataFrame) -> pd.Series:
+    """Where layers stand on a shared axis: backbones of the same layers line up, heads of any length come after.
+
+    Backbones of different layers are put on the axis by depth.
+    """
+    head = frame["layer"].str.startswith("head")
+    backbones = frame[~head].drop_duplicates(["model", "layer"]).groupby("model")["layer"].apply(tuple)
+    if backbones.nunique() > 1:
+        return frame["depth"] * backbones.map(len).max()
+    order = {layer: place for place, layer in enumerate(frame[~head].sort_values("depth")["layer"].drop_duplicates())}
+    last = frame[head].groupby("model")["depth"].rank("dense")
+    share = last / last.groupby(frame["model"]).transform("max")
+    return frame["layer"].map(order).fillna(len(order) - 1 + 2 * share)
+
+
+def _mark_stages(axes: Axes, frame: pd.DataFrame) -> None:
+    """Block groups and head of the network with the most layers."""
+    longest = frame["model"].value_counts().index[0]
+    layers = frame[frame["model"] == longest].drop_duplicates("layer")
+    marks = (
+        layers["layer"].str.extract(r"^layer(\d+)\.")[0].radd("BG").fillna(layers["layer"].str.extract("^(head)")[0])
+    )
+    for number, (mark, places) in enumerate(layers["place"].groupby(marks, sort=False)):
+        if number % 2:
+            axes.axvspan(places.min() - 0.4, places.max() + 0.4, color="0.94", zorder=0)
+        middle = (places.min() + places.max()) / 2
+        axes.text(middle, 1.0, str(mark), transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7)
+
+
+def _first(rows: Rows) -> Any:
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        raise ValueError("no rows to draw")
+    return frame.iloc[0]
+
+
+def _what(row: Any) -> str:
+    seen = "" if row["view"] in (None, "clean") else f" ({row['view']} views)"
+    return f"{LABELS.get(row['metric'], row['metric'])}{seen} of {row['model']}, {row['n']} images"

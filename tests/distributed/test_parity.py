@@ -1,5 +1,7 @@
 """Several processes give the numbers of one: losses and their gradients, metrics."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.methods import SimCLR, Supervised
-from ssl_geometry.metrics import KNNAccuracy, LayerwiseCKA
+from ssl_geometry.metrics import ClassCKA, InvarianceCKA, KNNAccuracy, LayerwiseCKA, MutualKNN
 from tests.distributed.conftest import Ranks
 
 LAYERS = ["a", "b", "c"]
@@ -19,18 +21,51 @@ def activations() -> dict[str, Tensor]:
     return {"a": x, "b": x.tanh() + 0.2 * torch.randn(x.shape, generator=generator), "c": x[:, :3] ** 2}
 
 
-def cka(rank: int, world_size: int) -> Tensor:
-    metric = LayerwiseCKA(LAYERS)
-    batches = [{name: part[start : start + 64] for name, part in activations().items()} for start in range(0, 337, 64)]
-    for batch in batches[rank::world_size]:
-        metric.update({name: gram_vector(value) for name, value in batch.items()})
+def cka(rank: int, world_size: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The standard error, the metric, and the error once more: synchronising must leave the sums as they were."""
+    metric = {
+        "layers": LayerwiseCKA(LAYERS, ["c", "a"], blocks=4),
+        "views": InvarianceCKA(LAYERS, blocks=4),
+        "classes": ClassCKA(LAYERS, num_classes=3, blocks=4),
+    }[kind]
+    x = activations()
+    others: dict[str, Any] = {
+        "layers": x,
+        "views": {name: value.relu() for name, value in x.items()},
+        "classes": x["a"][:, :3].argmax(1),
+    }
+    for number, part in list(enumerate(torch.arange(337).split(64)))[rank::world_size]:
+        vectors = {name: gram_vector(value[part]) for name, value in x.items()}
+        other = others[kind]
+        if isinstance(other, dict):
+            metric.update(vectors, {name: gram_vector(value[part]) for name, value in other.items()}, batch=number)
+        else:
+            metric.update(vectors, other[part], batch=number)
+    return metric.standard_error(), metric.compute(), metric.standard_error()
+
+
+@pytest.mark.parametrize("kind", ["layers", "views", "classes"])
+def test_cka(ranks: Ranks, kind: str) -> None:
+    expected = cka(0, 1, kind)
+    assert expected[0].isfinite().all()
+    assert expected[0].max() > 1e-3
+    for got in ranks(cka, kind):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def mutual_knn(rank: int, world_size: int, images: int) -> Tensor:
+    x = activations()
+    metric = MutualKNN(LAYERS, ["b", "c"], k=5)
+    for part in list(torch.randperm(images, generator=torch.Generator().manual_seed(3)).split(64))[rank::world_size]:
+        metric.update({name: value[part] for name, value in x.items()}, index=part)
     return metric.compute()
 
 
-def test_cka(ranks: Ranks) -> None:
-    (expected,) = [cka(0, 1)]
-    for got in ranks(cka):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("images", [337, 64], ids=["uneven", "one rank has all"])
+def test_mutual_knn(ranks: Ranks, images: int) -> None:
+    expected = mutual_knn(0, 1, images)
+    for got in ranks(mutual_knn, images):
+        assert torch.equal(got, expected)
 
 
 def knn(rank: int, world_size: int) -> Tensor:

@@ -119,7 +119,7 @@ class TestARunLeaves:
 
 
 def test_live_numbers_equal_those_of_the_saved_checkpoint(runs: Path) -> None:
-    _, method = load_method(runs / "simclr")
+    method = load_method(runs / "simclr").method
     data = DataModule("digits", limit_train=256, limit_test=128, measure_size=128, batch_size=64)
     data.prepare_data()
     data.setup("fit")
@@ -207,7 +207,7 @@ def test_a_method_is_one_file_anywhere_on_the_path(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     args = options(tmp_path, "mine", "--model.strength=2", "--model.augment=[crop, flip]")
     run = fit([arg.replace("ssl_geometry.methods.SimCLR", "my_method.Pull") for arg in args])
-    _, method = load_method(run.directory)
+    method = load_method(run.directory).method
     assert method.hparams["strength"] == 2
     records = read_records(run.directory)
     assert "head" in set(records["layer"])

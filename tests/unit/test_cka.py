@@ -1,5 +1,10 @@
 """CKA against the textbook formula in float64, closed forms, and the traps that other implementations fall into."""
 
+import json
+import subprocess
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssl_geometry.geometry.cka import cka_matrix, gram_vector, u_center
-from ssl_geometry.metrics import LayerwiseCKA
+from ssl_geometry.geometry.cka import (
+    Estimator,
+    Kernel,
+    cka,
+    cka_matrix,
+    class_vector,
+    feature_cka,
+    gram_vector,
+    hsic,
+    jackknife,
+    pool,
+    project,
+    u_center,
+)
+from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 
 
 def hsic1(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
@@ -32,16 +50,23 @@ def reference(x: np.ndarray, y: np.ndarray, size: int) -> float:
     return sums[0] / np.sqrt(sums[1] * sums[2])
 
 
-def cka(x: torch.Tensor, y: torch.Tensor, size: int = 64) -> float:
+def minibatch(x: torch.Tensor, y: torch.Tensor, size: int = 64) -> float:
     v, w = gram_vector(x, size).double(), gram_vector(y, size).double()
     return float(cka_matrix((v @ w).view(1, 1), (v @ v).view(1), (w @ w).view(1)))
 
 
-def test_golden_debiased_value() -> None:
+@pytest.mark.parametrize(
+    ("kernel", "estimator", "golden"),
+    [("linear", "biased", 0.55761), ("linear", "unbiased", 0.51346), ("rbf", "biased", 0.65483)],
+)
+def test_golden_values(kernel: Kernel, estimator: Estimator, golden: float) -> None:
     np.random.seed(1337)  # noqa: NPY002  the published values were made with this generator
-    x = np.random.randn(100, 10)  # noqa: NPY002
-    y = np.random.randn(100, 10) + x  # noqa: NPY002
-    assert cka(torch.from_numpy(x), torch.from_numpy(y), size=100) == pytest.approx(0.51346, abs=5e-6)
+    x = torch.from_numpy(np.random.randn(100, 10))  # noqa: NPY002
+    y = torch.from_numpy(np.random.randn(100, 10)) + x  # noqa: NPY002
+    assert float(cka(x, y, kernel=kernel, estimator=estimator)) == pytest.approx(golden, abs=5e-6)
+    if estimator == "unbiased":
+        assert minibatch(x, y, size=100) == pytest.approx(golden, abs=5e-6)
+        assert float(feature_cka(x, y)) == pytest.approx(golden, abs=5e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,11 +82,11 @@ def test_agrees_with_the_textbook_formula(n: int, d: int, e: int, size: int, see
     x = rng.standard_normal((n, d)) + 3
     y = np.tanh(x @ rng.standard_normal((d, e))) + 0.3 * rng.standard_normal((n, e))
     expected = reference(x, y, size)
-    got = cka(torch.from_numpy(x), torch.from_numpy(y), size)
+    got = minibatch(torch.from_numpy(x), torch.from_numpy(y), size)
     # Small groups can have a self-HSIC near 0 or below; there both are undefined or ill-conditioned.
     if np.isfinite(expected) and abs(expected) < 2:
         assert got == pytest.approx(expected, abs=1e-8)
-    in_float32 = cka(torch.from_numpy(x).float(), torch.from_numpy(y).float(), size)
+    in_float32 = minibatch(torch.from_numpy(x).float(), torch.from_numpy(y).float(), size)
     if np.isfinite(expected) and abs(expected) < 2 and size >= 16 and n >= 32 and min(d, e) >= 4:
         assert in_float32 == pytest.approx(expected, abs=1e-4)
 
@@ -83,7 +108,7 @@ def test_a_large_mean_in_float32_costs_nothing(offset: float) -> None:
     # The reference sees the same float32 numbers, so this measures the algorithm and not the rounding of its input.
     x, y = x.astype(np.float32), y.astype(np.float32)
     centred = reference(x - x.astype(np.float64).mean(0), y - y.astype(np.float64).mean(0), 64)
-    assert cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(centred, abs=1e-5)
+    assert minibatch(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(centred, abs=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,15 +118,15 @@ def test_invariant_to_scale_rotation_and_the_order_of_features(scale: float, see
     x, y = torch.randn(2, 96, 24, generator=generator)
     y = y + x
     rotation = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0]
-    expected = cka(x, y)
-    assert cka(x * scale, y) == pytest.approx(expected, abs=1e-5)
-    assert cka(x @ rotation, y) == pytest.approx(expected, abs=1e-5)
-    assert cka(x[:, torch.randperm(24, generator=generator)], y) == pytest.approx(expected, abs=1e-5)
+    expected = minibatch(x, y)
+    assert minibatch(x * scale, y) == pytest.approx(expected, abs=1e-5)
+    assert minibatch(x @ rotation, y) == pytest.approx(expected, abs=1e-5)
+    assert minibatch(x[:, torch.randperm(24, generator=generator)], y) == pytest.approx(expected, abs=1e-5)
 
 
 def test_independent_gaussians_are_near_zero_where_the_biased_estimate_says_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    values = [cka(*torch.randn(2, 256, 4096, generator=generator)) for _ in range(8)]
+    values = [minibatch(*torch.randn(2, 256, 4096, generator=generator)) for _ in range(8)]
     assert abs(np.mean(values)) < 0.02
     assert min(values) < 0, "an unbiased estimate of 0 is sometimes below it: nothing may be clamped"
 
@@ -120,13 +145,13 @@ def test_a_constant_layer_is_nan_and_named(level: float) -> None:
 def test_nearly_collapsed_features_still_give_a_number() -> None:
     x = torch.randn(64, 50, dtype=torch.float64)
     nearly = 1 + 1e-4 * x.float()
-    assert cka(nearly.double(), x) == pytest.approx(1, abs=1e-3)
+    assert minibatch(nearly.double(), x) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("rest", [1, 2, 3])
 def test_a_last_group_of_fewer_than_four_is_left_out(rest: int) -> None:
     x, y = torch.randn(2, 64 + rest, 9)
-    assert cka(x, y) == cka(x[:64], y[:64])
+    assert minibatch(x, y) == minibatch(x[:64], y[:64])
 
 
 def test_a_batch_of_fewer_than_four_adds_nothing() -> None:
@@ -190,3 +215,324 @@ def test_gram_matrices_of_fewer_than_four_are_refused() -> None:
         gram_vector(torch.randn(8, 2), gram_size=3)
     with pytest.raises(ValueError, match="at least 4"):
         u_center(torch.eye(3))
+
+
+# -- full batch, kernels ---------------------------------------------------------------------------------------------
+
+
+def numpy_cka(x: np.ndarray, y: np.ndarray, kernel: str, bandwidth: float, drop_top: int, estimator: str) -> float:
+    """CKA from features, step by step: principal components by SVD, distances by differences, the formulas of HSIC."""
+
+    def gram(z: np.ndarray) -> np.ndarray:
+        u, s, vt = np.linalg.svd(z - z.mean(0), full_matrices=False)
+        z = (u[:, drop_top:] * s[drop_top:]) @ vt[drop_top:]
+        if kernel == "linear":
+            return z @ z.T
+        d = np.linalg.norm(z[:, None] - z[None], axis=2)
+        return np.exp(-(d**2) / (2 * bandwidth**2 * np.median(d**2)))
+
+    def h(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
+        if estimator == "unbiased":
+            return hsic1(k, l)
+        centre = np.eye(len(k)) - 1 / len(k)
+        return float(np.trace(k @ centre @ l @ centre)) / (len(k) - 1) ** 2
+
+    k, l = gram(x), gram(y)  # noqa: E741
+    return h(k, l) / np.sqrt(h(k, k) * h(l, l))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(8, 60),
+    d=st.integers(4, 30),
+    e=st.integers(4, 30),
+    kernel=st.sampled_from(["linear", "rbf"]),
+    estimator=st.sampled_from(["unbiased", "biased"]),
+    bandwidth=st.floats(0.3, 3),
+    drop_top=st.integers(0, 2),
+    seed=st.integers(0, 10**6),
+)
+def test_full_batch_cka_agrees_with_numpy(
+    n: int, d: int, e: int, kernel: Kernel, estimator: Estimator, bandwidth: float, drop_top: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d)) + 3
+    y = np.tanh(x @ rng.standard_normal((d, e))) + 0.3 * rng.standard_normal((n, e))
+    expected = numpy_cka(x, y, kernel, bandwidth, drop_top, estimator)
+    options: dict[str, Any] = {"kernel": kernel, "bandwidth": bandwidth, "drop_top": drop_top}
+    tensors = torch.from_numpy(x), torch.from_numpy(y)
+    assert float(cka(*tensors, estimator=estimator, **options)) == pytest.approx(expected, abs=1e-7)
+    if estimator == "unbiased":  # the vectors of one Gram matrix over all images hold the same number
+        v, w = (gram_vector(part, n, **options) for part in tensors)
+        assert float(v @ w / (v.norm() * w.norm())) == pytest.approx(expected, abs=1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(8, 200), d=st.integers(2, 20), e=st.integers(2, 20), seed=st.integers(0, 10**6))
+def test_feature_space_form_equals_the_gram_form(n: int, d: int, e: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64) + 5
+    y = torch.randn(n, e, generator=generator, dtype=torch.float64) + x[:, :1]
+    torch.testing.assert_close(feature_cka(x, y), cka(x, y), rtol=1e-9, atol=1e-9)
+
+
+def test_biased_hsic_of_a_kernel_with_itself_in_closed_form() -> None:
+    n = 30  # the identity: HKH = H, and |H|_F² = n - 1
+    assert float(hsic(torch.eye(n), torch.eye(n), "biased")) == pytest.approx(1 / (n - 1))
+
+
+def test_the_biased_estimate_of_independent_gaussians_is_what_the_dimensions_say() -> None:
+    x, y = torch.randn(2, 128, 2048, generator=torch.Generator().manual_seed(0))
+    assert float(cka(x, y, estimator="biased")) == pytest.approx(2048 / (128 + 2048), abs=0.01)
+    assert abs(float(cka(x, y))) < 0.05
+
+
+@pytest.mark.parametrize("far", [0.1, 0.3, 0.5])
+def test_a_far_subset_drives_linear_cka_to_its_closed_form(far: float) -> None:
+    # Davari et al. 2022: translate a share of the images to infinity, and CKA with the untouched features tends to
+    # rho / (1 - rho) * |mean of the subset|² / E|x|² * sqrt(participation ratio), whatever the features were.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=generator, dtype=torch.float64) * torch.arange(1, 9)
+    x = x - x.mean(0)
+    subset = torch.zeros(200, dtype=torch.bool)
+    subset[: int(200 * far)] = True
+    moved = x + 1e9 * subset[:, None] * torch.randn(8, generator=generator, dtype=torch.float64)
+    spectrum = torch.linalg.eigvalsh(x.T @ x)
+    participation = spectrum.sum() ** 2 / spectrum.square().sum()
+    limit = far / (1 - far) * x[subset].mean(0).square().sum() / x.square().sum(1).mean() * participation.sqrt()
+    assert float(cka(x, moved, estimator="biased")) == pytest.approx(float(limit), rel=1e-6)
+
+
+def test_leaving_out_the_top_component_undoes_a_far_subset() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 16, generator=generator)
+    moved = x + 100 * (torch.arange(256) % 64 < 8)[:, None] * torch.eye(16)[0]
+    v, w = gram_vector(x), gram_vector(moved, drop_top=1)
+    assert minibatch(x, moved) < 0.4
+    assert float(v @ w / (v.norm() * w.norm())) > 0.8
+
+
+@pytest.mark.parametrize("options", [{"kernel": "rbf"}, {"drop_top": 1}, {"features": "project"}])
+@pytest.mark.parametrize("level", [0.0, 0.1, -3e4])
+def test_every_option_gives_zeros_for_a_constant_layer(options: dict[str, Any], level: float) -> None:
+    assert not gram_vector(torch.full((70, 3000), level), **options).any()
+    assert torch.isnan(cka(torch.full((70, 30), level), torch.randn(70, 3), drop_top=options.get("drop_top", 0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("drop_top", [3, 5, 100])
+def test_nothing_is_left_without_all_components(drop_top: int, dtype: torch.dtype) -> None:
+    x = torch.randn(70, 3, dtype=dtype) @ torch.randn(3, 200, dtype=dtype)
+    assert gram_vector(x, drop_top=2).any()
+    assert not gram_vector(x, drop_top=drop_top).any()
+
+
+def test_an_rbf_kernel_without_a_bandwidth_is_nan() -> None:
+    x = torch.cat([torch.zeros(60, 3), torch.randn(4, 3)])  # most pairs coincide: the median distance is 0
+    assert gram_vector(x, kernel="rbf").isnan().all()
+
+
+def test_a_wide_rbf_kernel_tends_to_the_linear_one() -> None:
+    x, y = torch.randn(2, 128, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = y + x
+    assert float(cka(x, y, kernel="rbf", bandwidth=100)) == pytest.approx(float(cka(x, y)), abs=1e-3)
+    assert float(cka(x, y, kernel="rbf")) != pytest.approx(float(cka(x, y)), abs=1e-2)
+
+
+def test_wrong_options_are_told() -> None:
+    x = torch.randn(8, 4)
+    for call, message in (
+        (lambda: gram_vector(x, features="mean"), "features must be .* got 'mean'"),  # type: ignore[arg-type]
+        (lambda: gram_vector(x, kernel="cosine"), "kernel must be .* got 'cosine'"),  # type: ignore[arg-type]
+        (lambda: gram_vector(x, drop_top=-1), "drop_top must be at least 0, got -1"),
+        (lambda: cka(x, x, estimator="debiased"), "estimator must be .* got 'debiased'"),  # type: ignore[arg-type]
+        (lambda: feature_cka(x[:3], x[:3]), "at least 4"),
+        (lambda: cka(x[:1], x[:1], estimator="biased"), "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# -- features --------------------------------------------------------------------------------------------------------
+
+
+def test_pooling_averages_positions_of_maps_and_of_tokens() -> None:
+    maps, tokens = torch.randn(64, 5, 7, 3), torch.randn(64, 9, 6)
+    torch.testing.assert_close(pool(maps), torch.einsum("bchw->bc", maps) / 21)
+    torch.testing.assert_close(pool(tokens), torch.einsum("btd->bd", tokens) / 9)
+    assert torch.equal(gram_vector(maps, features="pool"), gram_vector(pool(maps)))
+    last = maps.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(gram_vector(last, features="pool"), gram_vector(pool(maps)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(width=st.integers(1, 3000), dims=st.integers(1, 300))
+def test_a_projection_adds_each_coordinate_to_one_sum_with_a_sign(width: int, dims: int) -> None:
+    matrix = project(torch.eye(width), dims)
+    if width <= dims:
+        assert torch.equal(matrix, torch.eye(width))
+    else:
+        assert matrix.shape == (width, dims)
+        assert (matrix.abs().sum(1) == 1).all()
+        assert matrix.abs().sum(0).max() <= -(-width // dims)
+
+
+def test_a_projection_is_the_same_in_every_process() -> None:
+    first = project(torch.arange(5000.0)[None], 4)
+    code = "import torch; from ssl_geometry.geometry.cka import project; torch.manual_seed(7); "
+    code += "print(project(torch.arange(5000.0)[None], 4).tolist())"
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert first.tolist() == json.loads(other)
+
+
+def test_projected_cka_is_near_the_flattened_one_whatever_the_memory_format() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 12, generator=generator)
+    x, y = (hidden[:, part] @ torch.randn(8, 20 * 32 * 32, generator=generator) for part in (slice(8), slice(4, 12)))
+    x, y = x.view(256, 20, 32, 32), y.view(256, 20, 32, 32)
+    v, w = (gram_vector(part, features="project") for part in (x, y))
+    projected = float(v @ w / (v.norm() * w.norm()))
+    assert projected == pytest.approx(minibatch(x, y), abs=0.02)
+    assert torch.equal(v, gram_vector(x.to(memory_format=torch.channels_last), features="project"))
+
+
+# -- classes and views -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(classes=st.integers(2, 8), each=st.integers(2, 12), d=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_class_cka_of_balanced_classes_in_closed_form(classes: int, each: int, d: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat(each)
+    x = torch.randn(classes * each, d, generator=generator, dtype=torch.float64) + labels[:, None]
+    x = x - x.mean(0)
+    means = torch.stack([x[labels == c].mean(0) for c in range(classes)])
+    norm = torch.linalg.matrix_norm(x.T @ x)
+    expected = each * means.square().sum() / ((classes - 1) ** 0.5 * norm)
+    got = cka(x, torch.eye(classes, dtype=torch.float64)[labels], estimator="biased")
+    assert float(got) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10])
+def test_class_cka_is_one_exactly_where_class_means_collapse_to_a_simplex(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (256,), generator=generator)
+    corners = 3 * torch.linalg.qr(torch.randn(32, classes, generator=generator))[0].T + 7
+    metric = ClassCKA(["simplex", "line"], classes)
+    metric.update({"simplex": gram_vector(corners[labels]), "line": gram_vector(labels[:, None].float())}, labels)
+    simplex, line = metric.compute().tolist()
+    assert simplex == pytest.approx(1, abs=1e-6)
+    assert line == pytest.approx(1, abs=1e-6) if classes == 2 else line < 0.9
+
+
+def test_class_cka_is_layerwise_cka_with_the_one_hot_classes() -> None:
+    x, labels = {"a": torch.randn(200, 6), "b": torch.randn(200, 9)}, torch.randint(4, (200,))
+    x["b"][:, 0] += labels
+    vectors = {name: gram_vector(value, 32) for name, value in x.items()}
+    metric = ClassCKA(["a", "b"], num_classes=4, gram_size=32)
+    metric.update(vectors, labels)
+    expected = [reference(value.numpy(), np.eye(4)[labels], 32) for value in x.values()]
+    np.testing.assert_allclose(metric.compute().numpy(), expected, atol=1e-6)
+    assert torch.equal(class_vector(labels, 4, 32), gram_vector(torch.eye(4)[labels], 32))
+
+
+def test_groups_of_one_class_alone_are_nan_and_named() -> None:
+    metric = ClassCKA(["a"], num_classes=3)
+    metric.update({"a": gram_vector(torch.randn(64, 3))}, torch.ones(64, dtype=torch.long))
+    with pytest.warns(UserWarning, match="classes"):
+        assert metric.compute().isnan().all()
+
+
+def test_invariance_is_the_diagonal_of_the_two_views() -> None:
+    x = {"a": torch.randn(128, 6), "b": torch.randn(128, 9)}
+    y = {name: value + torch.randn(value.shape) for name, value in x.items()}
+    metric, both = InvarianceCKA(["a", "b"]), LayerwiseCKA(["a", "b"], ["a", "b"])
+    for part in torch.arange(128).split(64):
+        one, other = ({name: gram_vector(value[part]) for name, value in view.items()} for view in (x, y))
+        metric.update(one, other)
+        both.update(one, other)
+    expected = [reference(x[name].numpy(), y[name].numpy(), 64) for name in x]
+    np.testing.assert_allclose(metric.compute().numpy(), expected, atol=1e-6)
+    assert torch.equal(metric.standard_error(), both.standard_error().diagonal())
+
+
+def test_a_collapsed_layer_is_named_once_in_the_warning_on_invariance() -> None:
+    metric = InvarianceCKA(["fine", "collapsed"])
+    vectors = {"fine": gram_vector(torch.randn(64, 3)), "collapsed": gram_vector(torch.ones(64, 3))}
+    metric.update(vectors, vectors)
+    with pytest.warns(UserWarning, match=r"not finite: collapsed$"):
+        assert metric.compute().isnan().tolist() == [False, True]
+
+
+# -- error bars ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(blocks=st.integers(2, 12), empty=st.integers(0, 3), seed=st.integers(0, 10**6))
+def test_the_jackknife_agrees_with_leaving_blocks_out_one_by_one(blocks: int, empty: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(blocks, 40, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(blocks, 40, 2, generator=generator, dtype=torch.float64) + x[..., :1]
+    metric = LayerwiseCKA(["x"], ["y"], gram_size=40, blocks=blocks + empty)
+    for a, b in zip(x, y, strict=True):
+        metric.update({"x": gram_vector(a, 40)}, {"y": gram_vector(b, 40)})
+    without = []
+    for left_out in range(blocks):
+        keep = [block for block in range(blocks) if block != left_out]
+        without.append(reference(x[keep].flatten(0, 1).numpy(), y[keep].flatten(0, 1).numpy(), 40))
+    expected = np.sqrt((blocks - 1) * np.var(without))
+    assert float(metric.standard_error()) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    value, _ = jackknife(metric.cross, metric.rows_self, metric.cols_self)
+    torch.testing.assert_close(value.squeeze(), metric.compute())
+
+
+def test_the_standard_error_is_the_spread_over_repetitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    repetitions, blocks, n = 400, 16, 32
+    x = torch.randn(repetitions * blocks * n, 6, generator=generator)
+    y = torch.randn(x.shape, generator=generator) + x
+    v, w = (gram_vector(part, n).view(repetitions, blocks, -1).double() for part in (x, y))
+    cross, rows, cols = ((a * b).sum(2).unsqueeze(2) for a, b in ((v, w), (v, v), (w, w)))
+    results = [jackknife(c.unsqueeze(2), r, s) for c, r, s in zip(cross, rows, cols, strict=True)]
+    values, errors = (torch.stack(part).flatten() for part in zip(*results, strict=True))
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.25)
+    covered = ((values - values.mean()).abs() < 2.13 * errors).double().mean()  # Student's t with 15 degrees of freedom
+    assert 0.90 < float(covered) < 0.99
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("batches", [0, 1])
+def test_fewer_than_two_batches_have_no_standard_error(batches: int) -> None:
+    metric = LayerwiseCKA(["a", "b"])
+    for _ in range(batches):
+        metric.update({name: gram_vector(torch.randn(64, 3)) for name in ("a", "b")})
+    assert metric.standard_error().isnan().all()
+
+
+def test_blocks_do_not_change_the_value_and_forward_counts_like_update() -> None:
+    batches = [{name: gram_vector(torch.randn(64, 3)) for name in ("a", "b")} for _ in range(6)]
+    fed, called, coarse = LayerwiseCKA(["a", "b"]), LayerwiseCKA(["a", "b"]), LayerwiseCKA(["a", "b"], blocks=2)
+    for number, batch in enumerate(batches):
+        fed.update(batch, batch=number)
+        called(batch)
+        coarse.update(batch)
+    torch.testing.assert_close(coarse.compute(), fed.compute(), rtol=0, atol=1e-12)
+    assert torch.equal(fed.standard_error(), called.standard_error())
+    assert not torch.equal(fed.standard_error(), coarse.standard_error())
+
+
+def test_gram_vectors_of_different_images_are_refused() -> None:
+    metric = LayerwiseCKA(["a"], ["b"])
+    with pytest.raises(ValueError, match="same images with the same gram_size"):
+        metric.update({"a": gram_vector(torch.randn(64, 3))}, {"b": gram_vector(torch.randn(64, 3), 32)})
+    with pytest.raises(ValueError, match="not made with gram_size=64"):
+        metric.update(*({name: gram_vector(torch.randn(96, 3), 32)} for name in ("a", "b")))
+
+
+def test_the_standard_error_is_over_gram_matrices_however_they_come_in_batches() -> None:
+    x = {name: torch.randn(64 * 6 + 20, 4) for name in ("a", "b")}
+    single, double = LayerwiseCKA(["a", "b"]), LayerwiseCKA(["a", "b"])
+    for metric, size in ((single, 64), (double, 128)):
+        for start in range(0, 404, size):
+            metric.update({name: gram_vector(value[start : start + size]) for name, value in x.items()})
+    torch.testing.assert_close(single.standard_error(), double.standard_error(), rtol=0, atol=1e-12)

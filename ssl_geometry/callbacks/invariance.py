@@ -1,0 +1,146 @@
+"""How far each layer ignores augmentations, and how far it shows the classes, while a network trains.
+
+Protocol: the CKA of a layer with itself under two augmented copies of the same measurement images (Grigg et al. 2021,
+figures 3 and 5), for the method's own policy, the standard policies, and each augmentation alone (that split is
+ours); and the CKA of a layer on clean images with the one-hot labels. Every network and every moment sees the same
+copies.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ssl_geometry.callbacks.cka import GramVector, cka_protocol, run_name
+from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request
+from ssl_geometry.metrics import ClassCKA, InvarianceCKA
+from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.records import record
+from ssl_geometry.report.figures import layer_curves, view_heatmap
+
+VIEWS = ("own", "simclr", "supervised", "crop", "flip", "color", "gray", "blur", "rotate", "translate")
+
+
+def distinct_views(method: Any, views: Sequence[str]) -> dict[str, str]:
+    """For each view, the first of the list that makes the same pictures: each picture is made and measured once."""
+    specs = {name: method.measuring_view(name).spec for name in views}
+    return {name: next(other for other in views if specs[other] == spec) for name, spec in specs.items()}
+
+
+def invariance_requests(method: Any, layers: tuple[str, ...], gram_size: int, views: Sequence[str]) -> list[Request]:
+    """Two augmented copies for each distinct view."""
+    distinct = dict.fromkeys(distinct_views(method, views).values())
+    return [Request(layers, GramVector(gram_size), view, draw) for view in distinct for draw in (0, 1)]
+
+
+class InvarianceMonitor(Monitor):
+    """CKA between two augmented copies of the images, layer by layer and augmentation by augmentation; class CKA.
+
+    Args:
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
+        layers: which layers; see ``--cka.layers``.
+        gram_size: images in a Gram matrix.
+        views: augmentations: own (the method's training views), policies (simclr, supervised) and single operations.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        layers: str | list[str] = "all",
+        gram_size: int = 64,
+        views: Sequence[str] = VIEWS,
+    ) -> None:
+        super().__init__(every_n_epochs)
+        self.layers, self.gram_size, self.views = layers, gram_size, tuple(views)
+        self.curves: list[dict[str, Any]] = []  # the rows of `own` and of class CKA over training
+
+    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+        """Clean images for class CKA, which other monitors ask for too, and two copies a view."""
+        names = tuple(layer_names(method, self.layers))
+        self._depths = layer_depths(method, names)
+        self._distinct = distinct_views(method, self.views)
+        self._clean = Request(names, GramVector(self.gram_size))
+        return [self._clean, *invariance_requests(method, names, self.gram_size, self.views)]
+
+    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        """Fresh sums."""
+        layers = list(self._depths)
+        classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
+        self._invariance = {
+            view: InvarianceCKA(layers, self.gram_size).to(method.device) for view in set(self._distinct.values())
+        }
+        self._classes = ClassCKA(layers, classes, self.gram_size).to(method.device)
+        self._images = torch.zeros((), dtype=torch.long, device=method.device)
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """One batch: all views of it."""
+        looks = {(request.view, request.draw): layers for request, layers in reduced.items()}
+        for view, metric in self._invariance.items():
+            metric.update(looks[view, 0], looks[view, 1], batch=batch_number)
+        self._classes.update(looks["clean", 0], batch["label"], batch=batch_number)
+        self._images += len(batch["index"])
+
+    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+        """A row for each layer and view, with an error bar from the jackknife over batches."""
+        images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
+        specs = {view: method.measuring_view(view).spec for view in self.views}  # type: ignore[operator]
+        protocol = cka_protocol(
+            trainer.datamodule.measure_ids,  # type: ignore[attr-defined]
+            images,
+            self.gram_size,
+            {"clean": method.clean_view.spec, **specs},  # type: ignore[union-attr]
+        )
+        common = {
+            "run": run_name(trainer),
+            "model": run_name(trainer),
+            "split": "measure",
+            "epoch": moment.epoch,
+            "step": moment.step,
+            "n": images,
+            "protocol": protocol.hash,
+        }
+        rows = []
+        for view in self.views:
+            measured = self._invariance[self._distinct[view]]
+            rows += layer_rows(self._depths, measured, metric="invariance", view=view, **common)
+        class_rows = layer_rows(self._depths, self._classes, metric="class_cka", view="clean", **common)
+        self.curves += [row for row in rows if row["view"] == "own"] + class_rows
+        return Findings(rows + class_rows, self._scalars(rows, class_rows), self._figures(rows), protocol)
+
+    def _scalars(self, rows: list[dict[str, Any]], class_rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Curves to watch: every layer under own views, one layer under every view, every layer's classes."""
+        watched = "pooled" if "pooled" in self._depths else list(self._depths)[-1]
+        return {
+            **{f"invariance/own/{row['layer']}": row["value"] for row in rows if row["view"] == "own"},
+            **{f"invariance/{watched}/{row['view']}": row["value"] for row in rows if row["layer"] == watched},
+            **{f"class_cka/{row['layer']}": row["value"] for row in class_rows},
+        }
+
+    def _figures(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        figures: dict[str, Any] = {"invariance/views": partial(view_heatmap, rows)}
+        for name, metric in (("invariance/own", "invariance"), ("invariance/classes", "class_cka")):
+            curve = [row for row in self.curves if row["metric"] == metric]
+            if curve:
+                figures[f"{name}_depth"] = partial(layer_curves, curve, "depth")
+                figures[f"{name}_epochs"] = partial(layer_curves, curve, "epoch")
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"curves": self.curves}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint left."""
+        self.curves = state_dict["curves"]
+
+
+def layer_rows(depths: Mapping[str, float], measured: InvarianceCKA | ClassCKA, **common: Any) -> list[dict[str, Any]]:
+    """A row for each layer: value, and 95 % of a normal error around it."""
+    values, errors = (tensor.reshape(-1).tolist() for tensor in (measured.compute(), measured.standard_error()))
+    return [
+        record(**common, layer=layer, depth=depth, value=value, low=value - 1.96 * error, high=value + 1.96 * error)
+        for (layer, depth), value, error in zip(depths.items(), values, errors, strict=True)
+    ]

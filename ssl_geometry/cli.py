@@ -1,0 +1,84 @@
+"""What the commands share: a parser that tells a mistake in one line, and the exit codes."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.runs import is_first_process
+
+
+class Parser(LightningArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what was wrong and what was meant, and exit with code 2."""
+        if self.exit_on_error is False or "--debug" in sys.argv:
+            super().error(message, ex)
+        print(f"error: {self.one_line(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def one_line(self, message: str) -> str:
+        """A parser's message without the list of types that it tried."""
+        noise = r"^\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not re.match(noise, line)]
+        text = re.sub(r": ;? ?", ": ", "; ".join(lines)).replace('Parser key "', "--").replace('":', ":")
+        known = [action.dest for action in self._actions]
+        found = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+        if found and "model" not in message.splitlines()[0]:
+            key = found[1] or found[2]
+            return f"unknown option {key!r}; {nearest(key, known)} (see --help)"
+        return f"{text} (see --help, or --model.help CLASS for a method's options)" if "--model:" in text else text
+
+
+def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | None, interrupted: str) -> None:
+    """Run a command: a user's mistake is one line and exit code 2; ``--debug`` shows the traceback.
+
+    Args:
+        command: takes the command line.
+        args: the command line; None takes the process's.
+        interrupted: what to say to Ctrl-C.
+    """
+    args = sys.argv[1:] if args is None else args
+    _quiet()
+    try:
+        command(args)
+    except UserError as error:
+        if "--debug" in args:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(130)
+
+
+def _quiet() -> None:
+    """Show what this package says; of Lightning and torch, warnings that a user can act on."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logger = logging.getLogger("ssl_geometry")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda _: is_first_process())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    for message in (
+        "LightningCLI's args parameter",  # options are passed on after base files are put in
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "The number of training batches .* is smaller than the logging interval",
+        ".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def mistake_behind(error: BaseException | None) -> UserError | None:
+    """The user's mistake that caused an error, if there is one: parsers wrap what constructors say."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error

@@ -1,0 +1,454 @@
+"""Compare networks layer by layer: the figures of Grigg et al. 2021 from runs, checkpoints or random initialisations.
+
+    python -m ssl_geometry.compare --models simclr=runs/cifar10/simclr supervised=runs/cifar10/supervised
+    python -m ssl_geometry.compare --models a=RUN b=RUN untrained=random --out runs/compare/abc --layers blocks
+
+Protocol: every network sees the same measurement images, and the same augmented copies of them; evaluation mode,
+float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices; the overlap of nearest neighbours stands
+beside it, because CKA alone can be moved by a few outlying images. The numbers are those of the monitors of ``fit``,
+with the same protocol hash.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ssl_geometry.callbacks.cka import GramVector, cka_protocol
+from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_requests, layer_rows
+from ssl_geometry.callbacks.measure import Request, forward_pass, measuring
+from ssl_geometry.cli import Parser, run_command
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.cka import pool
+from ssl_geometry.geometry.overlap import mutual_knn, neighbor_ids
+from ssl_geometry.methods import Method
+from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
+from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.records import Protocol, RecordStore, record
+from ssl_geometry.report.figures import compare_curves, diag_and_max, pair_panels, view_heatmap
+from ssl_geometry.runs import load_method
+
+UNTRAINED = "untrained"
+
+
+@dataclass
+class Network:
+    """One network of the comparison, and what is kept of it: no activations, no weights."""
+
+    name: str
+    group: str
+    """The method, by which seeds are put together."""
+    epoch: int | None
+    depths: dict[str, float]
+    vectors: list[Tensor]
+    """For each batch, the Gram vectors of the layers, (L, P)."""
+    neighbors: Tensor
+    """Of each layer and image, the k nearest images, (L, N, k)."""
+
+
+def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]:
+    """The networks that ``--models`` names.
+
+    Args:
+        models: ``NAME=PATH`` of a run or a checkpoint, or ``NAME=random`` (``random:SEED``) for an untrained twin of
+            the first.
+
+    Returns:
+        Name to network, and its completed epochs where they are known; None marks an untrained twin.
+
+    Raises:
+        UserError: no name or path, a name twice, a path that holds no network.
+    """
+    named = dict(model.partition("=")[::2] for model in models)
+    if len(named) < len(models) or not all(named.values()):
+        raise UserError(
+            f"--models {' '.join(models)}: expected NAME=PATH, each name once, such as simclr=runs/x/simclr"
+        )
+    loaded = {name: load_method(path, "--models") for name, path in named.items() if not path.startswith("random")}
+    if not loaded:
+        raise UserError(
+            "--models: at least one run or checkpoint; an untrained network takes its architecture from the first"
+        )
+    first = next(iter(loaded.values())).method
+    networks: dict[str, tuple[Method, int | None]] = {}
+    for name, path in named.items():
+        if name in loaded:
+            networks[name] = loaded[name].method, loaded[name].epochs
+        else:
+            torch.manual_seed(int(path.partition(":")[2] or 0))
+            networks[name] = type(first)(**first.init_args), None
+    return networks
+
+
+def pooled(activations: Tensor) -> Tensor:
+    """Reduction for neighbourhoods: pooled over space."""
+    return pool(activations).float()
+
+
+def measure_network(
+    name: str, method: Method, epoch: int | None, data: DataModule, options: Any, store: RecordStore, progress: Any
+) -> Network:
+    """One pass over the measurement images: Gram vectors, neighbours, invariance and class CKA of one network."""
+    names = tuple(layer_names(method, options.layers))
+    depths = layer_depths(method, names)
+    clean, features = Request(names, GramVector(options.gram_size)), Request(names, pooled)
+    requests = [clean, features, *invariance_requests(method, names, options.gram_size, options.views)]
+    distinct = distinct_views(method, options.views)
+    invariance = {view: InvarianceCKA(names, options.gram_size) for view in set(distinct.values())}
+    classes = ClassCKA(names, data.num_classes, options.gram_size)
+    vectors, kept = [], defaultdict(list)
+    task = progress.add_task(name, total=len(data.loader("measure")))
+    with measuring(method):
+        for number, (batch, reduced) in enumerate(forward_pass(method, data.loader("measure"), requests)):
+            vectors.append(torch.stack(list(reduced[clean].values())).cpu())
+            for layer, value in reduced[features].items():
+                kept[layer].append(value.cpu())
+            looks = {
+                (request.view, request.draw): layers for request, layers in reduced.items() if request is not features
+            }
+            for view, metric in invariance.items():
+                metric.to(method.device).update(looks[view, 0], looks[view, 1], batch=number)
+            classes.to(method.device).update(reduced[clean], batch["label"], batch=number)
+            progress.advance(task)
+    group = UNTRAINED if epoch is None else type(method).__name__
+    neighbors = torch.stack([neighbor_ids(torch.cat(kept.pop(layer)), options.k) for layer in names])
+    network = Network(name, group, epoch, depths, vectors, neighbors)
+    views = {view: method.measuring_view(view).spec for view in options.views}
+    protocol = cka_protocol(
+        data.measure_ids, neighbors.shape[1], options.gram_size, {"clean": method.clean_view.spec, **views}
+    )
+    common = _common(network, options, protocol)
+    rows = layer_rows(depths, classes, metric="class_cka", view="clean", **common)
+    for view in options.views:
+        rows += layer_rows(depths, invariance[distinct[view]], metric="invariance", view=view, **common)
+    store.write(f"layers/{name}", rows, [protocol])
+    return network
+
+
+def views_of(name: str) -> str:
+    """The name, in the records, of the views that a network of the comparison was trained on."""
+    return f"views of {name}"
+
+
+def _common(network: Network, options: Any, protocol: Protocol) -> dict[str, Any]:
+    return {
+        "run": Path(options.out).name,
+        "model": network.name,
+        "split": "measure",
+        "epoch": network.epoch or 0,
+        "n": network.neighbors.shape[1],
+        "protocol": protocol.hash,
+    }
+
+
+def compare_pair(a: Network, b: Network, data: DataModule, view: Any, options: Any, store: RecordStore) -> None:
+    """All pairs of layers of two networks: CKA with error bars, and overlap of neighbours."""
+    cka = LayerwiseCKA([f"a/{layer}" for layer in a.depths], [f"b/{layer}" for layer in b.depths], options.gram_size)
+    for number, (x, y) in enumerate(zip(a.vectors, b.vectors, strict=True)):
+        cka.update(
+            {f"a/{layer}": row for layer, row in zip(a.depths, x, strict=True)},
+            {f"b/{layer}": row for layer, row in zip(b.depths, y, strict=True)},
+            batch=number,
+        )
+    shape = len(a.depths), len(b.depths)
+    values, errors = cka.compute().reshape(shape), cka.standard_error().reshape(shape)
+    overlap = mutual_knn(a.neighbors, b.neighbors)
+    n = a.neighbors.shape[1]
+    protocol = cka_protocol(data.measure_ids, n, options.gram_size, {"clean": view})
+    knn_protocol = Protocol(
+        {"metric": f"mutual kNN, k={options.k}, cosine, pooled features", "images": data.measure_ids, "n": n}
+    )
+    rows = []
+    for i, (layer, depth) in enumerate(a.depths.items()):
+        for j, (layer_other, depth_other) in enumerate(b.depths.items()):
+            pair = {
+                "model_other": b.name,
+                "layer": layer,
+                "layer_other": layer_other,
+                "depth": depth,
+                "depth_other": depth_other,
+            }
+            value, error = float(values[i, j]), 1.96 * float(errors[i, j])
+            similarity = {"value": value, "low": value - error, "high": value + error}
+            rows.append(record(**_common(a, options, protocol), **pair, metric="cka", view="clean", **similarity))
+            shared = {"metric": "mutual_knn", "view": "clean", "value": float(overlap[i, j])}
+            rows.append(record(**_common(a, options, knn_protocol), **pair, **shared))
+    store.write(f"pairs/{a.name}--{b.name}", rows, [protocol, knn_protocol])
+
+
+def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path]:
+    """All pictures, from the records alone, as PNG and PDF.
+
+    Args:
+        frame: the records of a comparison.
+        groups: network to method.
+        out: folder.
+
+    Returns:
+        The PNG files.
+    """
+    pictures = {}
+    pairs = frame[frame["model_other"].notna()]
+    for (a, b), rows in pairs.groupby(["model", "model_other"], sort=False):
+        pictures[f"layers_{a}_{b}"] = pair_panels(rows[rows["metric"] == "cka"], rows[rows["metric"] == "mutual_knn"])
+    layers = frame[frame["model_other"].isna()]
+    even = layers[layers["layer"].str.fullmatch(r"layer\d+\.\d+|blocks\.\d+|head.*")]
+    classes = even[even["metric"] == "class_cka"]
+    invariance = even[even["metric"] == "invariance"]
+    self_supervised = [name for name, group in groups.items() if group not in ("Supervised", UNTRAINED)]
+    shown = {view: f"Invariance under the {view}" for view in map(views_of, self_supervised[:1])}
+    shown["own"] = "Invariance under its own training views"
+    panels = {title: invariance[invariance["view"] == view] for view, title in shown.items()}
+    n = int(frame["n"].iloc[0])
+    pictures["invariance_and_classes"] = compare_curves(
+        {**panels, "CKA with the classes": classes}, groups, f"Post-residual and head layers, {n} images"
+    )
+    for model, rows in layers[layers["metric"] == "invariance"].groupby("model", sort=False):
+        pictures[f"invariance_{model}"] = view_heatmap(rows)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        for suffix in ("png", "pdf"):
+            figure.savefig(out / f"{name}.{suffix}")
+    return [out / f"{name}.png" for name in pictures]
+
+
+def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
+    """What the records say about the findings of Grigg et al. 2021, each with the numbers behind it.
+
+    Args:
+        frame: the records of a comparison.
+        groups: network to method.
+
+    Returns:
+        One row a finding: the claim, the figures, and whether they support or contradict it by the rule that stands
+        beside them. A claim whose networks or layers are not there is left out.
+    """
+    found: list[dict[str, str]] = []
+
+    def say(claim: str, rule: str, figures: Mapping[str, float], supports: bool) -> None:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        found.append(
+            {"claim": claim, "figures": shown, "rule": rule, "says": "supports" if supports else "contradicts"}
+        )
+
+    ssl = [model for model, group in groups.items() if group not in ("Supervised", UNTRAINED)]
+    supervised = [model for model, group in groups.items() if group == "Supervised"]
+    untrained = [model for model, group in groups.items() if group == UNTRAINED]
+    cka = frame[frame["metric"] == "cka"]
+    between = cka[
+        (cka["model"].isin(ssl) & cka["model_other"].isin(supervised))
+        | (cka["model"].isin(supervised) & cka["model_other"].isin(ssl))
+    ]
+    even = between[_is_block(between["layer"]) & _is_block(between["layer_other"])]
+    if not even.empty:
+        diag = diag_and_max(even)["same layer (diag)"]
+        low, high = diag.index.min(), diag.index.max()
+        place = (diag.index - low) / max(high - low, 1e-9)
+        middle, last = float(diag[(place > 0.25) & (place < 0.75)].mean()), float(diag.iloc[-1])
+        say(
+            "intermediate representations are similar, and diverge in the last layers",
+            "mean CKA of the middle half of the blocks, same layer, is above that of the last block",
+            {"middle blocks": middle, "last block": last},
+            middle > last,
+        )
+        odd = between[between["layer"].str.endswith(".residual") & between["layer_other"].str.endswith(".residual")]
+        if not odd.empty:
+            branch = diag_and_max(odd)["same layer (diag)"]
+            place = (branch.index - branch.index.min()) / max(branch.index.max() - branch.index.min(), 1e-9)
+            inside = float(branch[(place > 0.25) & (place < 0.75)].mean())
+            say(
+                "they become similar by dissimilar means",
+                "in the middle half, residual branches are less alike than the blocks' outputs",
+                {"residual branches": inside, "block outputs": middle},
+                inside < middle,
+            )
+    layers = frame[frame["model_other"].isna()]
+
+    def value(models: Sequence[str], metric: str, view: str, where: str) -> float:
+        rows = layers[layers["model"].isin(models) & (layers["metric"] == metric) & (layers["view"] == view)]
+        blocks = rows[_is_block(rows["layer"])].sort_values("depth")
+        per_model = {
+            "first": blocks.groupby("model").first,
+            "last": blocks.groupby("model").last,
+            "max": blocks.groupby("model").max,
+        }
+        head = rows.sort_values("depth").groupby("model").last
+        return (
+            float((head if where == "head" else per_model[where])()["value"].mean()) if not rows.empty else float("nan")
+        )
+
+    seen = views_of(ssl[0]) if ssl else ""  # what the supervised network may or may not become invariant to
+    if ssl and supervised:
+        ours, theirs = value(ssl, "invariance", seen, "head"), value(supervised, "invariance", seen, "head")
+        say(
+            "the last layer of SimCLR fits augmentation invariance",
+            f"the last layer's invariance under the {seen} is above the supervised network's",
+            {"self-supervised": ours, "supervised": theirs},
+            ours > theirs,
+        )
+        ours, theirs = value(ssl, "class_cka", "clean", "last"), value(supervised, "class_cka", "clean", "last")
+        say(
+            "the last layers of the supervised network fit the classes",
+            "the last block's CKA with the classes is above that of the self-supervised network's",
+            {"supervised": theirs, "self-supervised": ours},
+            theirs > ours,
+        )
+    if ssl:
+        best, first = value(ssl, "class_cka", "clean", "max"), value(ssl, "class_cka", "clean", "first")
+        figures = {"best block": best, "first block": first}
+        if untrained:
+            figures["untrained, best block"] = value(untrained, "class_cka", "clean", "max")
+        say(
+            "SimCLR fits the classes implicitly in intermediate layers",
+            "a block's CKA with the classes is above the first block's and the untrained network's",
+            figures,
+            best > max(list(figures.values())[1:]),
+        )
+    if ssl and supervised:
+        first, last = (
+            value(supervised, "invariance", seen, "first"),
+            value(supervised, "invariance", seen, "last"),
+        )
+        figures = {"first block": first, "last block": last}
+        if untrained:
+            figures["untrained, last block"] = value(untrained, "invariance", seen, "last")
+        say(
+            "the supervised network does not become augmentation invariant",
+            f"the last block is not more invariant under the {seen} than the others named",
+            figures,
+            last <= max(value for name, value in figures.items() if name != "last block"),
+        )
+    return pd.DataFrame(found, columns=["claim", "figures", "rule", "says"])
+
+
+def _is_block(names: pd.Series) -> pd.Series:
+    return names.str.fullmatch(r"layer\d+\.\d+|blocks\.\d+")
+
+
+def _parse(args: Sequence[str]) -> Any:
+    parser = Parser(
+        prog="python -m ssl_geometry.compare",
+        usage="python -m ssl_geometry.compare --models NAME=PATH [NAME=PATH ...] [--option VALUE ...]",
+        description="Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with pictures.",
+    )
+    parser.add_argument(
+        "--models", type=str, nargs="+", required=True, help="NAME=RUN, NAME=CHECKPOINT or NAME=random[:SEED]"
+    )
+    parser.add_argument("--out", type=str | None, help="folder of the results (default: runs/compare/NAME-NAME)")
+    parser.add_argument(
+        "--layers", type=str | list[str], default="all", help="which layers: a preset, a name, a glob, or a list"
+    )
+    parser.add_argument("--gram_size", type=int, default=64, help="images in a Gram matrix of CKA")
+    parser.add_argument("--k", type=int, default=10, help="neighbours that mutual kNN compares")
+    parser.add_argument(
+        "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
+    )
+    parser.add_argument(
+        "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure"
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_lightning_class_args(DataModule, "data")
+    paths = [Path(arg.partition("=")[2]) for arg in args if "=" in arg and not arg.startswith("--")]
+    run = next((path for path in paths if (path / "config.yaml").is_file()), None)
+    if run is not None:  # the images of the first run, unless told otherwise
+        trained_on = yaml.safe_load((run / "config.yaml").read_text())["data"]
+        parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
+    options = parser.parse_args(list(args))
+    options.out = options.out or f"runs/compare/{'-'.join(model.partition('=')[0] for model in options.models)}"
+    options.data = DataModule(**options.data.as_dict())
+    return options
+
+
+def compare(args: Sequence[str]) -> Path:
+    """Measure, write records, draw pictures and print the findings.
+
+    Args:
+        args: command line.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        UserError: a mistake in the options, a network or the data.
+    """
+    options = _parse(args)
+    out = Path(options.out)
+    if (out / "records").exists():
+        if not options.overwrite:
+            raise UserError(f"--out {out} holds results already: choose another, or --overwrite true")
+        shutil.rmtree(out / "records")
+    networks = load_networks(options.models)
+    data = options.data
+    data.prepare_data()
+    data.setup("test")
+    store, console = RecordStore(out / "records"), Console()
+    columns = (
+        TextColumn("measuring {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeRemainingColumn(),
+    )
+    measured: list[Network] = []
+    views = {}
+    trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
+    others = {views_of(name): augment for name, augment in trained.items()}
+    options.views = [*options.views, *others]  # every network sees every network's training views
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        while networks:
+            name, (method, epoch) = next(iter(networks.items()))
+            method.named_views = {**method.named_views, **others}
+            views[name] = method.clean_view.spec
+            measured.append(measure_network(name, method.to(options.device), epoch, data, options, store, progress))
+            del networks[name], method
+    for a, b in combinations_with_replacement(measured, 2):
+        compare_pair(a, b, data, views[a.name], options, store)
+    groups = {network.name: network.group for network in measured}
+    frame = store.read()
+    pictures = draw(frame, groups, out / "figures")
+    table = findings(frame, groups)
+    (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
+    for row in table.to_dict("records"):
+        console.print(
+            f"[bold]{row['says']:>11}[/bold]  {row['claim']}: {row['figures']}", highlight=False, soft_wrap=True
+        )
+    for picture in pictures:
+        console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
+    console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
+    return out
+
+
+def _markdown(table: pd.DataFrame, options: Any, n: int) -> str:
+    lines = [
+        "# What this comparison says about the findings of Grigg et al. 2021",
+        "",
+        f"Networks: {', '.join(options.models)}; {n} images. These are figures of these runs, not of the paper.",
+        "",
+        "| claim | figures | rule | says |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['claim']} | {row['figures']} | {row['rule']} | {row['says']} |" for row in table.to_dict("records")
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m ssl_geometry.compare``."""
+    run_command(compare, args, interrupted="interrupted: run the same command again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Do two representations agree on which images are alike? The overlap of their nearest neighbours.
+
+Protocol: cosine similarity, the image itself left out by its index, k = 10 unless told. The overlap of unrelated
+representations of N images is k/(N-1): a number without its N says little.
+"""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10, chunk: int = 1024) -> Int64[Tensor, "N k"]:
+    """The k images most alike each image, by cosine similarity, itself left out.
+
+    Args:
+        features: a vector for each image.
+        k: neighbours, fewer than N.
+        chunk: images compared at once; bounds the memory at ``chunk * N`` similarities.
+
+    Returns:
+        Indices of the neighbours of each image, most similar first. The same input gives the same answer; the order
+        of equally similar images is not defined.
+
+    Raises:
+        ValueError: k < 1 or k >= N.
+
+    Example:
+        >>> angle = torch.tensor([0.0, 0.1, 0.3, 1.0])
+        >>> neighbor_ids(torch.stack([angle.cos(), angle.sin()], 1), k=1).flatten()
+        tensor([1, 0, 1, 2])
+    """
+    n = len(features)
+    if not 1 <= k < n:
+        raise ValueError(f"k={k} neighbours need 1 <= k < N, got N={n} images")
+    # Subtracting the mean leaves distances as they are, and lets float32 tell apart directions that are nearly equal
+    # (untrained and collapsed networks), where their cosines all round to 1.
+    unit = F.normalize(features.double(), dim=1)
+    points = (unit - unit.mean(0)).to(torch.promote_types(features.dtype, torch.float32))
+    half = points.square().sum(1) / 2
+    found = []
+    with torch.autocast(points.device.type, enabled=False):
+        for start in range(0, n, chunk):
+            queries = points[start : start + chunk]
+            closeness = queries @ points.T - half  # the cosine, up to terms of the query alone
+            closeness.diagonal(start).fill_(-torch.inf)
+            found.append(closeness.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> Float[Tensor, "L M"]:
+    """Mutual k-nearest-neighbour overlap of every pair of layers: the mean of |A and B| / k over images.
+
+    Args:
+        ids_a: neighbours of each image in each layer, without repetitions (see :func:`neighbor_ids`).
+        ids_b: the same of other layers, for the same images and k.
+
+    Returns:
+        Overlap in [0, 1], float64. Unrelated layers read k/(N-1) on average.
+
+    Raises:
+        ValueError: different images or k.
+
+    References:
+        Huh et al., *The Platonic representation hypothesis*, 2024, appendix A.
+
+    Example:
+        >>> a = torch.tensor([[[1, 2], [0, 2], [1, 3], [2, 1]]])
+        >>> b = torch.tensor([[[1, 3], [0, 2], [0, 3], [2, 0]]])
+        >>> mutual_knn(a, torch.cat([a, b]))
+        tensor([[1.0000, 0.6250]], dtype=torch.float64)
+    """
+    if ids_a.shape[1:] != ids_b.shape[1:]:
+        raise ValueError(
+            f"neighbours of the same N images with the same k are needed, got (N, k) = {tuple(ids_a.shape[1:])} "
+            f"and {tuple(ids_b.shape[1:])}"
+        )
+    both = torch.cat([ids_a, ids_b]).transpose(0, 1).contiguous()
+    n, layers, k = both.shape
+    width = layers * k
+    shared = torch.zeros(len(ids_a), len(ids_b), dtype=torch.float64, device=both.device)
+    for part in both.split(max(1, 2**24 // (layers * width))):
+        # Among the candidates of one image in all layers, equal ids get equal slots; memory does not grow with N.
+        candidates = part.flatten(1)
+        slots = torch.searchsorted(candidates.sort(1).values, candidates).view_as(part)
+        member = torch.zeros(len(part), layers, width, device=both.device).scatter_(2, slots, 1)
+        shared += (member[:, : len(ids_a)] @ member[:, len(ids_a) :].mT).sum(0, dtype=torch.float64)
+    return shared / (n * k)

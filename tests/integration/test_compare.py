@@ -1,0 +1,138 @@
+"""``python -m ssl_geometry.compare`` gives the monitors' numbers again, draws them, and says what they say."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ssl_geometry.compare import compare, findings, main
+from ssl_geometry.fit import fit
+from ssl_geometry.records import read_records, record
+from tests.integration.test_fit import options
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    views = "--invariance.views=[own, simclr, color]"
+    more = ["--invariance.every_n_epochs=2", views, "--data.eval_batch_size=64"]
+    fit(options(folder, "supervised", *more, method="Supervised"))
+    fit(options(folder, "simclr", *more, f"--cka.reference={folder / 'e' / 'supervised'}"))
+    return folder / "e"
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Path) -> Path:
+    models = [f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}", "untrained=random:5"]
+    return compare(["--models", *models, "--out", str(runs.parent / "compared"), "--views=[own, simclr, color]"])
+
+
+def test_it_gives_the_numbers_that_the_monitors_gave(runs: Path, compared: Path) -> None:
+    again, keys = read_records(compared), ["layer", "layer_other"]
+    live = read_records(runs / "simclr").query("epoch == 2")
+    for other in ("simclr", "supervised"):
+        left = live[(live["metric"] == "cka") & (live["model_other"] == other)].set_index(keys)
+        right = again[(again["metric"] == "cka") & (again["model"] == "simclr") & (again["model_other"] == other)]
+        right = right.set_index(keys)
+        assert len(left) == len(right) > 100
+        assert set(left["protocol"]) == set(right["protocol"])
+        np.testing.assert_allclose(left["value"], right["value"].loc[left.index], atol=1e-6)
+
+
+def test_it_gives_the_invariance_that_the_monitors_gave(runs: Path, compared: Path) -> None:
+    again, keys = read_records(compared), ["metric", "layer", "view"]
+    for run in ("simclr", "supervised"):
+        left = read_records(runs / run).query("metric in ('invariance', 'class_cka')")
+        left = left[left["epoch"] == 2].set_index(keys)
+        right = again[(again["model"] == run) & again["model_other"].isna()].set_index(keys)
+        assert len(left) > 30
+        np.testing.assert_allclose(left["value"], right["value"].loc[left.index], atol=1e-6)
+        np.testing.assert_allclose(left["low"], right["low"].loc[left.index], atol=1e-6)
+        assert (left["low"] < left["value"]).any()
+
+
+def test_invariance_has_the_values_that_it_must_have(compared: Path) -> None:
+    rows = read_records(compared).query("metric == 'invariance'")
+    assert set(rows["view"]) == {"own", "simclr", "color", "views of simclr", "views of supervised"}
+    same = rows.pivot(index=["model", "layer"], columns="view", values="value")
+    np.testing.assert_array_equal(same.loc["simclr", "own"], same.loc["simclr", "views of simclr"])
+    np.testing.assert_array_equal(same.loc["supervised", "own"], same.loc["supervised", "views of supervised"])
+    assert rows["value"].max() <= 1 + 1e-9
+
+
+def test_it_writes_every_picture_and_the_table(compared: Path) -> None:
+    names = {path.name for path in (compared / "figures").iterdir()}
+    for stem in ("layers_simclr_supervised", "layers_simclr_simclr", "invariance_and_classes", "invariance_untrained"):
+        assert {f"{stem}.png", f"{stem}.pdf"} <= names
+    assert "| claim | figures | rule | says |" in (compared / "findings.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--models", "simclr"], ["--models simclr", "NAME=PATH"]),
+        (["--models", "a=no/such/run"], ["--models", "no/such/run"]),
+        (["--models", "a=random"], ["at least one run"]),
+        ([], ["models"]),
+        (["--models", "a=x", "--k", "many"], ["k", "many"]),
+        (["--models", "a=x", "--datta.root", "x"], ["datta.root", "data.root"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert all(word in line for word in words), line
+
+
+def test_results_are_not_overwritten(runs: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--models", f"simclr={runs / 'simclr'}", "--out", str(compared)])
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def made_up(diag: list[float], invariance: dict[str, list[float]], classes: dict[str, list[float]]) -> pd.DataFrame:
+    """Records of a SimCLR and a supervised network of five blocks with the given values."""
+    rows: list[dict[str, Any]] = []
+    layers = [f"layer1.{i}" for i in range(5)]
+    for i, layer in enumerate(layers):
+        for j, other in enumerate(layers):
+            value = diag[i] if i == j else 0.0
+            pair = {"model": "s", "model_other": "t", "layer": layer, "layer_other": other}
+            rows.append(record(**pair, metric="cka", depth=i / 5, depth_other=j / 5, value=value, view="clean"))
+    for metric, values in (("invariance", invariance), ("class_cka", classes)):
+        view = "views of s" if metric == "invariance" else "clean"
+        for model, numbers in values.items():
+            for i, value in enumerate(numbers):
+                layer = layers[i] if i < 5 else "head"
+                rows.append(record(model=model, metric=metric, view=view, layer=layer, depth=i / 5, value=value))
+    return pd.DataFrame(rows)
+
+
+def test_findings_follow_the_numbers() -> None:
+    groups = {"s": "SimCLR", "t": "Supervised"}
+    as_published = findings(
+        made_up(
+            [0.9, 0.9, 0.8, 0.8, 0.2],
+            {"s": [0.1, 0.2, 0.3, 0.5, 0.8, 0.9], "t": [0.3, 0.2, 0.2, 0.2, 0.2, 0.2]},
+            {"s": [0.1, 0.2, 0.3, 0.4, 0.3, 0.2], "t": [0.1, 0.2, 0.3, 0.5, 0.9, 0.9]},
+        ),
+        groups,
+    )
+    assert set(as_published["says"]) == {"supports"}
+    assert len(as_published) == 5
+    otherwise = findings(
+        made_up(
+            [0.2, 0.2, 0.2, 0.2, 0.9],
+            {"s": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1], "t": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]},
+            {"s": [0.9, 0.5, 0.5, 0.5, 0.5, 0.5], "t": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1]},
+        ),
+        groups,
+    )
+    assert set(otherwise["says"]) == {"contradicts"}
+    assert "last block 0.900" in otherwise["figures"][0]
