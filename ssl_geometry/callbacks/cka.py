@@ -47,6 +47,8 @@ class FixedNetwork:
     name: str
     depths: dict[str, float]
     vectors: dict[int, Tensor]
+    images: str = ""
+    """Which images in which batches: a resumed run may look at others."""
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Layer to Gram vector, as columns of the metric are named."""
@@ -84,6 +86,8 @@ class CKAMonitor(Monitor):
 
     def _measure_reference(self, trainer: L.Trainer, method: L.LightningModule, path: str) -> None:
         name, reference, _ = load_method(path, option="--cka.reference")
+        if name in ("init", run_name(trainer)):  # the names tell the networks of the records apart
+            name += "-reference"
         reference.to(method.device)
         request = Request(tuple(layer_names(reference, self.layers)), GramVector(self.gram_size))
         fixed = FixedNetwork(name, layer_depths(reference, request.layers), {})
@@ -106,8 +110,13 @@ class CKAMonitor(Monitor):
     def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
         """A fresh sum; at the very first moment, the initialisation begins to be kept."""
         self._keep_initial = trainer.global_step == 0
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        images = f"{data.measure_ids}, batches of {data.eval_batch_size}, Gram matrices of {self.gram_size}"
         if self._keep_initial:
-            self.fixed["init"] = FixedNetwork("init", self._depths, {})
+            self.fixed["init"] = FixedNetwork("init", self._depths, {}, images)
+        elif "init" in self.fixed and self.fixed["init"].images != images:
+            logger.info("the measurement images are others than at the start: CKA with the initialisation ends here")
+            del self.fixed["init"]
         columns = [layer for name, fixed in self.fixed.items() for layer in (f"{name}/{key}" for key in fixed.depths)]
         self._metric = LayerwiseCKA(self._request.layers, [*self._request.layers, *columns], self.gram_size).to(
             method.device
@@ -191,14 +200,14 @@ class CKAMonitor(Monitor):
         initial = self.fixed.get("init")
         return {
             "curves": self.curves,
-            "initial": None if initial is None else {"depths": initial.depths, "vectors": initial.vectors},
+            "initial": None if initial is None else vars(initial),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint left."""
         self.curves = state_dict["curves"]
         if state_dict["initial"] is not None:
-            self.fixed["init"] = FixedNetwork("init", **state_dict["initial"])
+            self.fixed["init"] = FixedNetwork(**state_dict["initial"])
 
 
 def _over_all_ranks(vectors: dict[int, Tensor]) -> dict[int, Tensor]:

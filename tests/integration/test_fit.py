@@ -171,6 +171,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
 
 
+def test_a_resumed_run_may_look_at_other_images(tmp_path: Path) -> None:
+    """What was kept of the initialisation then ends; all else goes on."""
+    fit(options(tmp_path, "part", epochs=1))
+    run = fit(options(tmp_path, "part", "--resume=auto", "--data.measure_size=64", epochs=2))
+    last = read_records(run.directory).query("metric == 'cka' and epoch == 2")
+    assert set(last["model_other"]) == {"part"}
+    assert set(last["n"]) == {64}
+
+
 def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_configuration(tmp_path: Path) -> None:
     same = [*options(tmp_path, "x")[:-3], "--trainer.max_epochs=2", "--experiment=e", f"--runs={tmp_path}"]
     first = fit([option for option in same if not option.startswith("--run_id")])
