@@ -9,6 +9,7 @@ beside it, because CKA alone can be moved by a few outlying images. The numbers 
 with the same protocol hash.
 """
 
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -25,13 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ssl_geometry.callbacks.cka import GramVector, cka_protocol
-from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_requests, layer_rows
+from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_requests, layer_records
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring
 from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.cka import pool
-from ssl_geometry.geometry.overlap import mutual_knn, neighbor_ids
+from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, pool
+from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
@@ -55,6 +57,8 @@ class Network:
     """For each batch, the Gram vectors of the layers, (L, P)."""
     neighbors: Tensor
     """Of each layer and image, the k nearest images, (L, N, k)."""
+    alike: Tensor
+    """Layers whose direction does not vary, (L,): they have no neighbours."""
 
 
 def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]:
@@ -86,7 +90,10 @@ def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]
         if name in loaded:
             networks[name] = loaded[name].method, loaded[name].epochs
         else:
-            torch.manual_seed(int(path.partition(":")[2] or 0))
+            seed = path.partition(":")[2] or "0"
+            if not seed.isdigit():
+                raise UserError(f"--models {name}={path}: expected random or random:SEED with a whole number")
+            torch.manual_seed(int(seed))
             networks[name] = type(first)(**first.init_args), None
     return networks
 
@@ -122,17 +129,13 @@ def measure_network(
             classes.to(method.device).update(reduced[clean], batch["label"], batch=number)
             progress.advance(task)
     group = UNTRAINED if epoch is None else type(method).__name__
-    neighbors = torch.stack([neighbor_ids(torch.cat(kept.pop(layer)), options.k) for layer in names])
-    network = Network(name, group, epoch, depths, vectors, neighbors)
-    views = {view: method.measuring_view(view).spec for view in options.views}
-    protocol = cka_protocol(
-        data.measure_ids, neighbors.shape[1], options.gram_size, {"clean": method.clean_view.spec, **views}
-    )
-    common = _common(network, options, protocol)
-    rows = layer_rows(depths, classes, metric="class_cka", view="clean", **common)
-    for view in options.views:
-        rows += layer_rows(depths, invariance[distinct[view]], metric="invariance", view=view, **common)
-    store.write(f"layers/{name}", rows, [protocol])
+    by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
+    neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
+    alike = torch.tensor([all_alike(value) for value in by_layer.values()])
+    network = Network(name, group, epoch, depths, vectors, neighbors, alike)
+    seen = {view: invariance[distinct[view]] for view in options.views}
+    rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
+    store.write(f"layers/{name}", rows, protocols)
     return network
 
 
@@ -141,18 +144,17 @@ def views_of(name: str) -> str:
     return f"views of {name}"
 
 
-def _common(network: Network, options: Any, protocol: Protocol) -> dict[str, Any]:
+def _common(network: Network, options: Any) -> dict[str, Any]:
     return {
         "run": Path(options.out).name,
         "model": network.name,
         "split": "measure",
         "epoch": network.epoch or 0,
         "n": network.neighbors.shape[1],
-        "protocol": protocol.hash,
     }
 
 
-def compare_pair(a: Network, b: Network, data: DataModule, view: Any, options: Any, store: RecordStore) -> None:
+def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store: RecordStore) -> None:
     """All pairs of layers of two networks: CKA with error bars, and overlap of neighbours."""
     cka = LayerwiseCKA([f"a/{layer}" for layer in a.depths], [f"b/{layer}" for layer in b.depths], options.gram_size)
     for number, (x, y) in enumerate(zip(a.vectors, b.vectors, strict=True)):
@@ -163,13 +165,10 @@ def compare_pair(a: Network, b: Network, data: DataModule, view: Any, options: A
         )
     shape = len(a.depths), len(b.depths)
     values, errors = cka.compute().reshape(shape), cka.standard_error().reshape(shape)
-    overlap = mutual_knn(a.neighbors, b.neighbors)
-    n = a.neighbors.shape[1]
-    protocol = cka_protocol(data.measure_ids, n, options.gram_size, {"clean": view})
-    knn_protocol = Protocol(
-        {"metric": f"mutual kNN, k={options.k}, cosine, pooled features", "images": data.measure_ids, "n": n}
-    )
-    rows = []
+    undefined = a.alike[:, None] | b.alike
+    overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
+    knn_protocol = Protocol({**protocol.what, "metric": f"mutual kNN, k={options.k}, cosine, pooled features"})
+    rows, common = [], {**_common(a, options), "view": "clean"}
     for i, (layer, depth) in enumerate(a.depths.items()):
         for j, (layer_other, depth_other) in enumerate(b.depths.items()):
             pair = {
@@ -181,9 +180,9 @@ def compare_pair(a: Network, b: Network, data: DataModule, view: Any, options: A
             }
             value, error = float(values[i, j]), 1.96 * float(errors[i, j])
             similarity = {"value": value, "low": value - error, "high": value + error}
-            rows.append(record(**_common(a, options, protocol), **pair, metric="cka", view="clean", **similarity))
-            shared = {"metric": "mutual_knn", "view": "clean", "value": float(overlap[i, j])}
-            rows.append(record(**_common(a, options, knn_protocol), **pair, **shared))
+            rows.append(record(**common, **pair, metric="cka", **similarity, protocol=protocol.hash))
+            shared = float(overlap[i, j])
+            rows.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))
     store.write(f"pairs/{a.name}--{b.name}", rows, [protocol, knn_protocol])
 
 
@@ -237,6 +236,8 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
     found: list[dict[str, str]] = []
 
     def say(claim: str, rule: str, figures: Mapping[str, float], supports: bool) -> None:
+        if not all(map(math.isfinite, figures.values())):  # no verdict without numbers
+            return
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
         found.append(
             {"claim": claim, "figures": shown, "rule": rule, "says": "supports" if supports else "contradicts"}
@@ -250,43 +251,40 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
         (cka["model"].isin(ssl) & cka["model_other"].isin(supervised))
         | (cka["model"].isin(supervised) & cka["model_other"].isin(ssl))
     ]
-    even = between[_is_block(between["layer"]) & _is_block(between["layer_other"])]
-    if not even.empty:
-        diag = diag_and_max(even)["same layer (diag)"]
-        low, high = diag.index.min(), diag.index.max()
-        place = (diag.index - low) / max(high - low, 1e-9)
-        middle, last = float(diag[(place > 0.25) & (place < 0.75)].mean()), float(diag.iloc[-1])
+    pairs = [rows for _, rows in between.groupby(["model", "model_other"])]
+    even = [_middle_and_last(rows[_is_block(rows["layer"]) & _is_block(rows["layer_other"])]) for rows in pairs]
+    branches = [
+        rows["layer"].str.endswith(".residual") & rows["layer_other"].str.endswith(".residual") for rows in pairs
+    ]
+    odd = [_middle_and_last(rows[chosen]) for rows, chosen in zip(pairs, branches, strict=True)]
+    if pairs:
+        middle, last = (float(np.mean(values)) for values in zip(*even, strict=True))
+        inside = float(np.mean([values[0] for values in odd]))
         say(
             "intermediate representations are similar, and diverge in the last layers",
             "mean CKA of the middle half of the blocks, same layer, is above that of the last block",
             {"middle blocks": middle, "last block": last},
             middle > last,
         )
-        odd = between[between["layer"].str.endswith(".residual") & between["layer_other"].str.endswith(".residual")]
-        if not odd.empty:
-            branch = diag_and_max(odd)["same layer (diag)"]
-            place = (branch.index - branch.index.min()) / max(branch.index.max() - branch.index.min(), 1e-9)
-            inside = float(branch[(place > 0.25) & (place < 0.75)].mean())
-            say(
-                "they become similar by dissimilar means",
-                "in the middle half, residual branches are less alike than the blocks' outputs",
-                {"residual branches": inside, "block outputs": middle},
-                inside < middle,
-            )
+        say(
+            "they become similar by dissimilar means",
+            "in the middle half, residual branches are less alike than the blocks' outputs",
+            {"residual branches": inside, "block outputs": middle},
+            inside < middle,
+        )
     layers = frame[frame["model_other"].isna()]
 
     def value(models: Sequence[str], metric: str, view: str, where: str) -> float:
         rows = layers[layers["model"].isin(models) & (layers["metric"] == metric) & (layers["view"] == view)]
-        blocks = rows[_is_block(rows["layer"])].sort_values("depth")
-        per_model = {
-            "first": blocks.groupby("model").first,
-            "last": blocks.groupby("model").last,
-            "max": blocks.groupby("model").max,
+        rows = rows.sort_values("depth")
+        chosen = rows if where == "head" else rows[_is_block(rows["layer"])]
+        picks: dict[str, Any] = {
+            "first": lambda v: v.iloc[0],
+            "last": lambda v: v.iloc[-1],
+            "head": lambda v: v.iloc[-1],
+            "max": max,
         }
-        head = rows.sort_values("depth").groupby("model").last
-        return (
-            float((head if where == "head" else per_model[where])()["value"].mean()) if not rows.empty else float("nan")
-        )
+        return float(chosen.groupby("model")["value"].agg(picks[where]).mean()) if len(chosen) else math.nan
 
     seen = views_of(ssl[0]) if ssl else ""  # what the supervised network may or may not become invariant to
     if ssl and supervised:
@@ -332,6 +330,15 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["claim", "figures", "rule", "says"])
 
 
+def _middle_and_last(rows: pd.DataFrame) -> tuple[float, float]:
+    """Of one pair of networks, same layers: the mean of the middle half of the layers, and the last one."""
+    if rows.empty:
+        return math.nan, math.nan
+    diag = diag_and_max(rows)["same layer (diag)"]
+    place = (diag.index - diag.index.min()) / max(diag.index.max() - diag.index.min(), 1e-9)
+    return float(diag[(place > 0.25) & (place < 0.75)].mean()), float(diag.iloc[-1])
+
+
 def _is_block(names: pd.Series) -> pd.Series:
     return names.str.fullmatch(r"layer\d+\.\d+|blocks\.\d+")
 
@@ -361,13 +368,22 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_lightning_class_args(DataModule, "data")
     paths = [Path(arg.partition("=")[2]) for arg in args if "=" in arg and not arg.startswith("--")]
-    run = next((path for path in paths if (path / "config.yaml").is_file()), None)
+    folders = [path.parent.parent if path.is_file() else path for path in paths]
+    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     if run is not None:  # the images of the first run, unless told otherwise
         trained_on = yaml.safe_load((run / "config.yaml").read_text())["data"]
         parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
     options = parser.parse_args(list(args))
     options.out = options.out or f"runs/compare/{'-'.join(model.partition('=')[0] for model in options.models)}"
     options.data = DataModule(**options.data.as_dict())
+    if options.gram_size < MIN_GRAM_SIZE:
+        raise UserError(f"--gram_size {options.gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
+    if not 1 <= options.k < options.data.measure_size:
+        raise UserError(
+            f"--k {options.k}: expected at least 1 and fewer than --data.measure_size {options.data.measure_size}"
+        )
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
     return options
 
 
@@ -384,37 +400,34 @@ def compare(args: Sequence[str]) -> Path:
         UserError: a mistake in the options, a network or the data.
     """
     options = _parse(args)
-    out = Path(options.out)
-    if (out / "records").exists():
-        if not options.overwrite:
-            raise UserError(f"--out {out} holds results already: choose another, or --overwrite true")
-        shutil.rmtree(out / "records")
+    out, data = Path(options.out), options.data
+    if (out / "records").exists() and not options.overwrite:
+        raise UserError(f"--out {out} holds results already: choose another, or --overwrite true")
     networks = load_networks(options.models)
-    data = options.data
+    for method, _ in networks.values():
+        layer_names(method, options.layers)  # a mistake is told before anything is measured or deleted
     data.prepare_data()
     data.setup("test")
+    shutil.rmtree(out / "records", ignore_errors=True)
     store, console = RecordStore(out / "records"), Console()
-    columns = (
-        TextColumn("measuring {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeRemainingColumn(),
-    )
-    measured: list[Network] = []
-    views = {}
+    console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
     trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
     others = {views_of(name): augment for name, augment in trained.items()}
     options.views = [*options.views, *others]  # every network sees every network's training views
+    columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    measured: list[Network] = []
+    protocols = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        while networks:
-            name, (method, epoch) = next(iter(networks.items()))
+        for name in list(networks):
+            method, epoch = networks.pop(name)  # one network at a time on the device
             method.named_views = {**method.named_views, **others}
-            views[name] = method.clean_view.spec
+            protocols[name] = cka_protocol(data, options.gram_size, method, {"clean": method.clean_view.spec})
             measured.append(measure_network(name, method.to(options.device), epoch, data, options, store, progress))
-            del networks[name], method
     for a, b in combinations_with_replacement(measured, 2):
-        compare_pair(a, b, data, views[a.name], options, store)
+        protocol, other = protocols[a.name], protocols[b.name].what["views"]["clean"]
+        if other != protocol.what["views"]["clean"]:
+            protocol = Protocol({**protocol.what, "views of the other": other})
+        compare_pair(a, b, protocol, options, store)
     groups = {network.name: network.group for network in measured}
     frame = store.read()
     pictures = draw(frame, groups, out / "figures")
@@ -447,7 +460,7 @@ def _markdown(table: pd.DataFrame, options: Any, n: int) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ssl_geometry.compare``."""
-    run_command(compare, args, interrupted="interrupted: run the same command again")
+    run_command(compare, args, interrupted="interrupted: run the same command again, with --overwrite true")
 
 
 if __name__ == "__main__":

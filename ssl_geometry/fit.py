@@ -10,6 +10,7 @@ another one to start from: ``base: other.yaml``. Everything a run makes lies in 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +54,19 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "sync_batchnorm": True,
 }
+
+
+class KeptCheckpoint(ModelCheckpoint):
+    """The checkpoints that stay, named by completed epochs as the records are."""
+
+    @property
+    def state_key(self) -> str:
+        """Its own, beside that of the last checkpoint."""
+        return "kept"
+
+    def format_checkpoint_name(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        """Epochs are counted as completed ones."""
+        return super().format_checkpoint_name({**metrics, "epoch": metrics["epoch"] + 1}, *args, **kwargs)
 
 
 class FitCLI(LightningCLI):
@@ -140,7 +155,7 @@ class FitCLI(LightningCLI):
         ]
         if self.settings["keep_every_n_epochs"]:
             callbacks.append(
-                ModelCheckpoint(
+                KeptCheckpoint(
                     self.run.directory / "checkpoints",
                     "{epoch:05d}",
                     save_top_k=-1,
@@ -182,6 +197,7 @@ def expand_bases(args: Sequence[str]) -> list[str]:
         ['--config', 'a.yaml', '--config', 'b.yaml', '--debug']
     """
     expanded: list[str] = []
+    seen: set[Path] = set()
     pending = list(args)
     while pending:
         arg = pending.pop(0)
@@ -189,13 +205,15 @@ def expand_bases(args: Sequence[str]) -> list[str]:
         if option not in ("--config", "-c") or not (value or pending):
             expanded.append(arg)
             continue
-        chain = [Path(value or pending.pop(0))]
+        chain = [Path(value or pending.pop(0)).resolve()]
         while base := _base_of(chain[0]):
             if base in chain:
                 raise UserError(f"--config {chain[-1]}: {base} starts from itself")
             chain.insert(0, base)
         for path in chain:
-            expanded += ["--config", str(path)]
+            if path not in seen:  # a base that two files share must not undo what the first of them says
+                expanded += ["--config", str(path)]
+                seen.add(path)
     return expanded
 
 
@@ -209,7 +227,7 @@ def _base_of(path: Path) -> Path | None:
         raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected options as `key: value`, found {type(content).__name__}")
-    return path.parent / content["base"] if content.get("base") else None
+    return (path.parent / content["base"]).resolve() if content.get("base") else None
 
 
 def fit(args: Sequence[str]) -> Run:
@@ -225,20 +243,43 @@ def fit(args: Sequence[str]) -> Run:
         UserError: a mistake in the options, the data, or a run that cannot go on.
     """
     try:
-        cli = FitCLI(expand_bases(args))
+        cli = FitCLI(expand_bases([*_config_of_resumed(args), *args]))
     except ValueError as error:  # jsonargparse wraps what a constructor says
         raise mistake_behind(error) or error from None
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
-        results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]
+        tested = is_overridden("test_step", cli.model, L.LightningModule)
+        results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0] if tested else {}
     except BaseException as error:
-        cli.run.note(status="stopped")
+        with suppress(OSError):
+            cli.run.note(status="stopped")
         if isinstance(error, SystemExit):  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from None
+        if isinstance(error, OSError):
+            raise UserError(f"{cli.run.directory}: {error}; continue with --resume {cli.run.directory}") from error
+        if "Error(s) in loading state_dict" in str(error):
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(
+                f"--resume {cli.run.resumed_from}: a checkpoint of another architecture ({reason})"
+            ) from error
         raise
     cli.run.note(status="finished", results=results)
     print_summary(cli.run, cli.trainer, results)
     return cli.run
+
+
+def _config_of_resumed(args: Sequence[str]) -> list[str]:
+    """``--resume RUN`` without a configuration continues with the run's own."""
+    given = {arg.partition("=")[0] for arg in args}
+    values = [*args, ""]
+    paths = [
+        values[i + 1] if arg == "--resume" else arg.partition("=")[2] for i, arg in enumerate(args) if "--resume" in arg
+    ]
+    if not paths or given & {"--config", "-c", "--model"}:
+        return []
+    path = Path(paths[-1])
+    config = (path.parent.parent if path.is_file() else path) / "config.yaml"
+    return ["--config", str(config)] if config.is_file() else []
 
 
 @rank_zero_only

@@ -53,6 +53,11 @@ class Run:
         """Where the newest checkpoint is, or will be."""
         return self.directory / "checkpoints" / "last.ckpt"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` says."""
+        return _facts(self.directory)
+
     @rank_zero_only
     def note(self, **facts: Any) -> None:
         """Write facts about the run into ``run.json``, keeping those that are there."""
@@ -87,11 +92,12 @@ def open_run(
     Raises:
         UserError: the directory holds a run already, or there is nothing to resume at the path.
     """
-    if not is_first_process() and DIRECTORY_VARIABLE in os.environ:
-        return _continued(Path(os.environ[DIRECTORY_VARIABLE])) if resume else Run(Path(os.environ[DIRECTORY_VARIABLE]))
     fingerprint = _fingerprint(config)
-    if resume not in (None, "auto"):
+    if resume is not None and resume != "auto":
         run = _resume_path(Path(resume))
+    elif not is_first_process() and DIRECTORY_VARIABLE in os.environ:
+        run = Run(Path(os.environ[DIRECTORY_VARIABLE]))
+        run = _continued(run.directory) if resume else run
     else:
         folder = Path(runs) / experiment
         name = run_id or _slurm_id()
@@ -102,7 +108,7 @@ def open_run(
         run = Run(folder / (name or _new_id(folder, config)))
         if resume == "auto":
             run = _continued(run.directory)
-        elif is_first_process() and (run.directory / "config.yaml").exists():
+        elif is_first_process() and any((run.directory / part).exists() for part in ("checkpoints", "records")):
             raise UserError(
                 f"{run.directory} holds a run already: continue it with --resume {run.directory}, "
                 "or choose another --run_id"
@@ -228,7 +234,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read tensors and plain data; code in a file never runs."""
-        return read_checkpoint(path, "--resume", map_location)
+        return read_checkpoint(path, "--resume", map_location or "cpu")
 
 
 def read_checkpoint(path: str | Path, option: str, map_location: Any = "cpu") -> dict[str, Any]:

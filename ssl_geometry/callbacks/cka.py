@@ -2,7 +2,7 @@
 
 Protocol: unbiased minibatch CKA with a linear kernel on flattened activations, Gram matrices of ``gram_size``
 consecutive measurement images in a fixed order, network in evaluation mode, float32 with products summed in float64.
-Initialisation and reference do not move, so their Gram vectors are taken once and kept (about 0.1 MB a layer for
+Initialisation and reference do not move, so their Gram vectors are taken once and kept (a quarter of a MB a layer for
 2,048 images): every later moment costs one pass of one network, and all pairs of layers are one matrix product a
 batch.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, forward_pass, measuring
+from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
@@ -142,7 +143,7 @@ class CKAMonitor(Monitor):
         matrix, error = (m.reshape(shape).cpu() for m in (self._metric.compute(), self._metric.standard_error()))
         images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
         views = {"clean": method.clean_view.spec}  # type: ignore[union-attr]
-        protocol = cka_protocol(trainer.datamodule.measure_ids, images, self.gram_size, views)  # type: ignore[attr-defined]
+        protocol = cka_protocol(trainer.datamodule, self.gram_size, method, views)  # type: ignore[attr-defined]
         run = run_name(trainer)
         common = {
             "run": run,
@@ -181,7 +182,7 @@ class CKAMonitor(Monitor):
                     twin = mine.get(layer) or min(mine.values(), key=lambda row: abs(row["depth_other"] - row["depth"]))
                     scalars[f"cka/to_{other}/{layer}"] = twin["value"]
                     self.curves.append(twin)
-        return Findings(rows, scalars, self._figures(rows, run, others), protocol)
+        return Findings(rows, scalars, self._figures(rows, run, others), [protocol])
 
     def _figures(self, rows: list[dict[str, Any]], run: str, others: Mapping[str, Any]) -> dict[str, Any]:
         figures = {}
@@ -218,23 +219,25 @@ def _over_all_ranks(vectors: dict[int, Tensor]) -> dict[int, Tensor]:
     return {number: part[number] for part in parts for number in sorted(part)}
 
 
-def cka_protocol(images: str, n: int, gram_size: int, views: Mapping[str, Any]) -> Protocol:
+def cka_protocol(data: DataModule, gram_size: int, network: L.LightningModule, views: Mapping[str, Any]) -> Protocol:
     """All that changes a CKA, the same live and afterwards.
 
     Args:
-        images: hash of the measurement images.
-        n: how many there are.
+        data: whose measurement images were seen.
         gram_size: images in a Gram matrix.
+        network: what was measured; its precision counts.
         views: how the images were seen, by the names that stand in the rows.
     """
     return Protocol(
         {
             "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
             "gram_size": gram_size,
-            "network": "evaluation mode, float32",
+            # how batches fall into Gram matrices: no matter while they hold whole ones
+            "batch": data.eval_batch_size if data.eval_batch_size % gram_size else "of whole Gram matrices",
+            "network": f"evaluation mode, {network.dtype}",
             "views": dict(views),
-            "images": images,
-            "n": n,
+            "images": data.measure_ids,
+            "n": data.measure_size,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }
     )

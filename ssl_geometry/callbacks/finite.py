@@ -31,7 +31,8 @@ class StopOnNaN(L.Callback):
             self._stop_if_bad(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last look before the checkpoint."""
+        """The last look before the checkpoint: the weights too, which the last step may have spoilt."""
+        self._bad |= ~torch.stack([parameter.isfinite().all() for parameter in pl_module.parameters()]).all()
         self._stop_if_bad(trainer)
 
     def _stop_if_bad(self, trainer: L.Trainer) -> None:

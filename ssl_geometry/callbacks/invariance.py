@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ssl_geometry.callbacks.cka import GramVector, cka_protocol, run_name
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request
+from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
-from ssl_geometry.records import record
+from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.figures import layer_curves, view_heatmap
 
 VIEWS = ("own", "simclr", "supervised", "crop", "flip", "color", "gray", "blur", "rotate", "translate")
@@ -86,13 +87,6 @@ class InvarianceMonitor(Monitor):
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
         """A row for each layer and view, with an error bar from the jackknife over batches."""
         images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
-        specs = {view: method.measuring_view(view).spec for view in self.views}  # type: ignore[operator]
-        protocol = cka_protocol(
-            trainer.datamodule.measure_ids,  # type: ignore[attr-defined]
-            images,
-            self.gram_size,
-            {"clean": method.clean_view.spec, **specs},  # type: ignore[union-attr]
-        )
         common = {
             "run": run_name(trainer),
             "model": run_name(trainer),
@@ -100,15 +94,14 @@ class InvarianceMonitor(Monitor):
             "epoch": moment.epoch,
             "step": moment.step,
             "n": images,
-            "protocol": protocol.hash,
         }
-        rows = []
-        for view in self.views:
-            measured = self._invariance[self._distinct[view]]
-            rows += layer_rows(self._depths, measured, metric="invariance", view=view, **common)
-        class_rows = layer_rows(self._depths, self._classes, metric="class_cka", view="clean", **common)
+        invariance = {view: self._invariance[self._distinct[view]] for view in self.views}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rows, protocols = layer_records(method, data, self._depths, self.gram_size, invariance, self._classes, **common)
+        class_rows = [row for row in rows if row["metric"] == "class_cka"]
+        rows = [row for row in rows if row["metric"] == "invariance"]
         self.curves += [row for row in rows if row["view"] == "own"] + class_rows
-        return Findings(rows + class_rows, self._scalars(rows, class_rows), self._figures(rows), protocol)
+        return Findings(rows + class_rows, self._scalars(rows, class_rows), self._figures(rows), protocols)
 
     def _scalars(self, rows: list[dict[str, Any]], class_rows: list[dict[str, Any]]) -> dict[str, float]:
         """Curves to watch: every layer under own views, one layer under every view, every layer's classes."""
@@ -137,10 +130,37 @@ class InvarianceMonitor(Monitor):
         self.curves = state_dict["curves"]
 
 
-def layer_rows(depths: Mapping[str, float], measured: InvarianceCKA | ClassCKA, **common: Any) -> list[dict[str, Any]]:
-    """A row for each layer: value, and 95 % of a normal error around it."""
-    values, errors = (tensor.reshape(-1).tolist() for tensor in (measured.compute(), measured.standard_error()))
-    return [
-        record(**common, layer=layer, depth=depth, value=value, low=value - 1.96 * error, high=value + 1.96 * error)
-        for (layer, depth), value, error in zip(depths.items(), values, errors, strict=True)
-    ]
+def layer_records(
+    method: Any,
+    data: DataModule,
+    depths: Mapping[str, float],
+    gram_size: int,
+    invariance: Mapping[str, InvarianceCKA],
+    classes: ClassCKA,
+    **common: Any,
+) -> tuple[list[dict[str, Any]], list[Protocol]]:
+    """Rows for each layer, its invariance under each view and its class CKA, with 95 % of a normal error; live or not.
+
+    Args:
+        method: the network that was measured.
+        data: whose measurement images it saw.
+        depths: layer to depth, in the order of the metrics' layers.
+        gram_size: images in a Gram matrix.
+        invariance: what was measured under each view.
+        classes: what was measured against the labels.
+        common: what all rows share.
+
+    Returns:
+        The rows, and a protocol for each view.
+    """
+    measured = [("class_cka", "clean", classes), *(("invariance", view, metric) for view, metric in invariance.items())]
+    rows, protocols = [], []
+    for name, view, metric in measured:
+        protocol = cka_protocol(data, gram_size, method, {name: method.measuring_view(view).spec})
+        protocols.append(protocol)
+        values, errors = (tensor.reshape(-1).tolist() for tensor in (metric.compute(), metric.standard_error()))
+        for (layer, depth), value, error in zip(depths.items(), values, errors, strict=True):
+            bar = {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error}
+            place = {"layer": layer, "depth": depth, "view": view}
+            rows.append(record(**common, **place, **bar, metric=name, protocol=protocol.hash))
+    return rows, protocols

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import uuid
 from typing import Any, Literal
 
 import wandb
@@ -40,10 +41,12 @@ def make_loggers(names: list[LoggerName], run: Run, config: dict[str, Any], proj
 
 def _wandb(run: Run, config: dict[str, Any], project: str) -> WandbLogger:
     """A W&B run that is the run directory's own, found again on resume; it never asks and never stops training."""
+    identity = run.facts.get("wandb_id") or f"{run.directory.name}-{uuid.uuid4().hex[:8]}"
+    run.note(wandb_id=identity)
     common: dict[str, Any] = {
         "project": project,
         "name": run.directory.name,
-        "id": run.directory.name,
+        "id": identity,
         "group": run.directory.parent.name,
         "save_dir": run.directory,
         "config": config,

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.errors import UserError
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import Protocol
 
@@ -100,7 +101,7 @@ class Monitor(L.Callback):
         """Whether this monitor measures after ``epoch`` completed epochs."""
         if self.every_n_epochs <= 0:
             return False
-        return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        return epoch % self.every_n_epochs == 0 or is_last(trainer, epoch)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The initialisation is the first moment; a resumed run has it already."""
@@ -127,13 +128,13 @@ class Findings:
         records: rows for Parquet.
         scalars: the few of them that are watched live as curves, by logged name.
         figures: how to draw pictures, by logged name; drawn only for loggers that show pictures.
-        protocol: how the numbers came about.
+        protocols: how the numbers came about.
     """
 
     records: list[dict[str, Any]]
     scalars: dict[str, float]
     figures: dict[str, Callable[[], Figure]]
-    protocol: Protocol
+    protocols: list[Protocol]
 
 
 def monitors(trainer: L.Trainer) -> list[Monitor]:
@@ -141,8 +142,18 @@ def monitors(trainer: L.Trainer) -> list[Monitor]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
 
 
+def is_last(trainer: L.Trainer, epoch: int) -> bool:
+    """Whether training ends with this epoch: by its epochs, its steps, its time, or a callback."""
+    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+
+
 def measure(trainer: L.Trainer, method: L.LightningModule, due: Sequence[Monitor], moment: Moment) -> None:
     """One pass over the measurement images for all monitors that are due; then log what they found."""
+    if not hasattr(method, "measuring_view"):
+        raise UserError(
+            f"--model {type(method).__name__}: monitors need a subclass of ssl_geometry.methods.Method; "
+            "make it one, or switch them off (--cka.every_n_epochs 0)"
+        )
     requests = {monitor: tuple(monitor.requests(method)) for monitor in due}
     for monitor in due:
         monitor.begin(trainer, method)
@@ -224,8 +235,8 @@ def log(trainer: L.Trainer, found: Findings, moment: Moment) -> None:
     figures = cache(lambda: {name: draw() for name, draw in found.figures.items()})
     for logger in trainer.loggers:
         if isinstance(logger, RecordsLogger):
-            logger.log_findings(found.records, found.protocol, moment.epoch)
-            if moment.epoch == trainer.max_epochs:
+            logger.log_findings(found.records, found.protocols, moment.epoch)
+            if is_last(trainer, moment.epoch):
                 logger.save_figures(figures())
         else:
             logger.log_metrics({**found.scalars, "epoch": float(moment.epoch)}, step=moment.step)

@@ -69,12 +69,10 @@ class FitProgress(ProgressBar):
             self._show(trainer)
         elif self._enabled:
             elapsed = time.perf_counter() - self._started
-            epochs_left = (trainer.max_epochs or 0) - trainer.current_epoch - 1
             steps_done = max(trainer.global_step - self._first_step, 1)
-            left = elapsed / steps_done * epochs_left * trainer.num_training_batches
+            left = elapsed / steps_done * (trainer.estimated_stepping_batches - trainer.global_step)
             self._console.print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._figures(trainer)}  "
-                f"{_clock(left)} left",
+                f"{_epoch(trainer)}  {self._figures(trainer)}  {_clock(left)} left",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -84,7 +82,7 @@ class FitProgress(ProgressBar):
         self._progress.update(
             self._task,
             completed=trainer.global_step,
-            description=f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+            description=_epoch(trainer),
             figures=self._figures(trainer),
         )
 
@@ -111,6 +109,11 @@ class FitProgress(ProgressBar):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _epoch(trainer: L.Trainer) -> str:
+    total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{total}"
 
 
 def _clock(seconds: float) -> str:

@@ -60,10 +60,10 @@ class RecordsLogger(Logger):
                 )
 
     @rank_zero_only
-    def log_findings(self, rows: Sequence[Mapping[str, Any]], protocol: Protocol, epoch: int) -> None:
+    def log_findings(self, rows: Sequence[Mapping[str, Any]], protocols: Sequence[Protocol], epoch: int) -> None:
         """Write what a monitor found at one moment; measured again, it replaces itself."""
         if rows:
-            self.store.write(f"{rows[0]['metric']}/epoch={epoch:05d}", rows, [protocol])
+            self.store.write(f"{rows[0]['metric']}/epoch={epoch:05d}", rows, protocols)
 
     @rank_zero_only
     def save_figures(self, figures: Mapping[str, Figure]) -> None:
@@ -75,11 +75,11 @@ class RecordsLogger(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the scalars kept so far: a continued epoch keeps its earlier steps, one run again is replaced."""
+        """Write the scalars kept so far; a step that was written before, and is run again, is replaced."""
         for epoch, rows in self._rows.items():
             part = f"scalars/epoch={epoch:05d}"
-            first = min(row["step"] for row in rows)
-            earlier = [row for row in self.store.read_part(part) if row["step"] < first]
+            again = {(row["metric"], row["step"]) for row in rows}
+            earlier = [row for row in self.store.read_part(part) if (row["metric"], row["step"]) not in again]
             self.store.write(part, earlier + rows)
         self._rows.clear()
 

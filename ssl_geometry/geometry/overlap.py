@@ -86,3 +86,19 @@ def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> 
         member = torch.zeros(len(part), layers, width, device=both.device).scatter_(2, slots, 1)
         shared += (member[:, : len(ids_a)] @ member[:, len(ids_a) :].mT).sum(0, dtype=torch.float64)
     return shared / (n * k)
+
+
+def all_alike(features: Float[Tensor, "N D"]) -> bool:
+    """Whether rounding is all that tells directions apart, so that no neighbour is better; true of NaN as well.
+
+    Args:
+        features: a vector for each image.
+
+    Example:
+        >>> all_alike(torch.ones(5, 3)), all_alike(torch.eye(5))
+        (True, False)
+    """
+    unit = F.normalize(features, dim=1)
+    mean = unit.mean(0)
+    resolution = 8 * torch.finfo(unit.dtype).eps
+    return not bool((unit - mean).square().sum(1).mean() > resolution**2 * mean.square().sum())

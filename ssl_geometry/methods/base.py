@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from jaxtyping import Float, Int64, UInt8
 from lightly.utils.lars import LARS
-from lightly.utils.scheduler import CosineWarmupScheduler
+from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 
 from ssl_geometry.data.views import Augment, View
@@ -219,9 +219,16 @@ class Method(L.LightningModule):
                 optimizer = torch.optim.AdamW(groups, lr=lr)
             case unknown:
                 raise UserError(f"--model.optimizer {unknown!r}: known: 'lars', 'sgd', 'adamw'")
+        trainer.fit_loop.setup_data()  # so that the number of batches is known
         steps = int(trainer.estimated_stepping_batches)
-        warmup = min(steps, round(steps / max(trainer.max_epochs or 1, 1) * hparams["warmup_epochs"]))
-        schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps + 1, end_value=0.0)
+        steps_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        warmup = min(steps, round(steps_an_epoch * hparams["warmup_epochs"]))
+
+        # A function and not lightly's scheduler: that one's state would bring an old length of the run back on resume.
+        def share(step: int) -> float:
+            return cosine_warmup_schedule(min(step, steps), steps + 1, 1.0, 0.0, warmup, 0.0)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- evaluation: nearest neighbours for every method, the classifier where the head is one -------------------------

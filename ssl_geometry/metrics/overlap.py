@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.overlap import mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
 
 
 class MutualKNN(Metric):
@@ -107,7 +106,7 @@ class MutualKNN(Metric):
         for number in range(len(self._names)):
             features = dim_zero_cat(getattr(self, f"features{number}")).view(len(index), -1)[order]
             ids.append(neighbor_ids(features, self.k))
-            same.append(_all_alike(features))
+            same.append(all_alike(features))
         if any(same):
             alike = dict.fromkeys(name for name, yes in zip(self._names, same, strict=True) if yes)
             warnings.warn(
@@ -119,11 +118,3 @@ class MutualKNN(Metric):
         stacked, undefined = torch.stack(ids), torch.tensor(same, device=order.device)
         overlap = mutual_knn(stacked[:size], stacked[cols])
         return overlap.masked_fill(undefined[:size, None] | undefined[cols], torch.nan)
-
-
-def _all_alike(features: Float[Tensor, "N D"]) -> bool:
-    """Whether rounding is all that tells directions apart, so that no neighbour is better; true of NaN as well."""
-    unit = F.normalize(features, dim=1)
-    mean = unit.mean(0)
-    resolution = 8 * torch.finfo(unit.dtype).eps
-    return not bool((unit - mean).square().sum(1).mean() > resolution**2 * mean.square().sum())

@@ -196,7 +196,7 @@ def pair_panels(cka: Rows, knn: Rows, title: str | None = None) -> Figure:
                 image = _map(axes, kept, dots=first["model"] != first["model_other"])
                 figure.colorbar(image, ax=axes, shrink=0.8)
             even = _parity(frame)["post-residual (even)"]
-            for name, line in diag_and_max(even).items():
+            for name, line in diag_and_max(even).items() if len(even) else ():
                 panels[3].plot(line.index, line.to_numpy(), marker="o", markersize=3, label=name)
             panels[3].set_title(f"{label}: post-residual layers")
             panels[3].set_xlabel(f"depth of the layer of {first['model']}")
@@ -237,7 +237,8 @@ def diag_and_max(rows: Rows) -> dict[str, pd.Series]:
         away=np.where(frame["layer"] == frame["layer_other"], -1, (frame["depth"] - frame["depth_other"]).abs())
     )
     by_layer = frame.sort_values("away", kind="stable").groupby("depth")["value"]
-    return {"same layer (diag)": by_layer.first(), "most similar layer (max)": by_layer.max()}
+    same = by_layer.agg(lambda values: values.iloc[0])  # NaN stays NaN
+    return {"same layer (diag)": same, "most similar layer (max)": by_layer.max()}
 
 
 def compare_curves(panels: Mapping[str, Rows], groups: Mapping[str, str], title: str | None = None) -> Figure:

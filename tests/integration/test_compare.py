@@ -46,10 +46,12 @@ def test_it_gives_the_invariance_that_the_monitors_gave(runs: Path, compared: Pa
     for run in ("simclr", "supervised"):
         left = read_records(runs / run).query("metric in ('invariance', 'class_cka')")
         left = left[left["epoch"] == 2].set_index(keys)
+        assert left["protocol"].nunique() == (3 if run == "simclr" else 4), "SimCLR's own views are those of simclr"
         right = again[(again["model"] == run) & again["model_other"].isna()].set_index(keys)
         assert len(left) > 30
         np.testing.assert_allclose(left["value"], right["value"].loc[left.index], atol=1e-6)
         np.testing.assert_allclose(left["low"], right["low"].loc[left.index], atol=1e-6)
+        assert (left["protocol"] == right["protocol"].loc[left.index]).all()
         assert (left["low"] < left["value"]).any()
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 
+from ssl_geometry.callbacks import RecordsLogger
 from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.fit import fit, main
+from ssl_geometry.errors import UserError
+from ssl_geometry.fit import expand_bases, fit, main
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import Taps
@@ -178,6 +180,83 @@ def test_a_resumed_run_may_look_at_other_images(tmp_path: Path) -> None:
     last = read_records(run.directory).query("metric == 'cka' and epoch == 2")
     assert set(last["model_other"]) == {"part"}
     assert set(last["n"]) == {64}
+
+
+def test_resume_alone_continues_with_the_runs_own_configuration(tmp_path: Path) -> None:
+    run = fit(options(tmp_path, "a", epochs=1))
+    again = fit([f"--resume={run.directory}", "--trainer.max_epochs=2", f"--runs={tmp_path / 'elsewhere'}"])
+    assert again.directory == run.directory
+    assert read_checkpoint(again.last_checkpoint, "")["epoch"] == 1
+
+
+def test_a_longer_run_has_the_schedule_of_its_new_length(tmp_path: Path) -> None:
+    fit(options(tmp_path, "a", "--model.warmup_epochs=0", epochs=1))
+    run = fit(options(tmp_path, "a", "--model.warmup_epochs=0", "--resume=auto", epochs=2))
+    state = read_checkpoint(run.last_checkpoint, "")
+    assert state["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0, abs=1e-12)
+    halfway = 0.3 * 64 / 256 * (1 + np.cos(np.pi * 4 / 8)) / 2
+    assert halfway > 0.01, "after the first of two epochs the rate is half of the peak, not zero"
+    weights = [read_checkpoint(path, "")["state_dict"]["head.layers.0.weight"] for path in (run.last_checkpoint,)]
+    first = fit(options(tmp_path, "b", "--model.warmup_epochs=0", epochs=1))
+    assert not torch.equal(weights[0], read_checkpoint(first.last_checkpoint, "")["state_dict"]["head.layers.0.weight"])
+
+
+def test_resume_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit(options(tmp_path, "a", epochs=1))
+    with pytest.raises(SystemExit) as exit_:
+        main(options(tmp_path, "a", f"--resume={run.directory}", "--model.width=0.5", epochs=2))
+    assert exit_.value.code == 2
+    assert "another architecture" in capsys.readouterr().err
+
+
+def test_kept_checkpoints_are_named_by_completed_epochs(tmp_path: Path) -> None:
+    run = fit(options(tmp_path, "kept", "--keep_every_n_epochs=1"))
+    names = {path.name for path in (run.directory / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "epoch=00001.ckpt", "epoch=00002.ckpt"}
+    assert load_method(run.directory / "checkpoints" / "epoch=00001.ckpt").epochs == 1
+
+
+def test_a_run_that_ends_by_steps_is_measured_and_drawn_at_its_end(tmp_path: Path) -> None:
+    more = ["--trainer.max_steps=6", "--cka.every_n_epochs=5"]
+    run = fit(options(tmp_path, "steps", *more, epochs=-1))
+    assert sorted(read_records(run.directory).query("metric == 'cka'")["step"].unique()) == [0, 6]
+    assert list((run.directory / "figures").glob("*.png"))
+
+
+def test_a_mistake_leaves_the_run_id_free(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(options(tmp_path, "x", "--model.backbone=resnt10"))
+    assert fit(options(tmp_path, "x", epochs=1)).resumed_from is None
+
+
+def test_a_reference_may_bear_the_runs_own_name(tmp_path: Path, runs: Path) -> None:
+    args = [arg for arg in options(tmp_path, "simclr", epochs=1) if "experiment" not in arg]
+    run = fit([*args, "--experiment=other", f"--cka.reference={runs / 'simclr'}"])
+    start = read_records(run.directory).query("metric == 'cka' and epoch == 0 and layer == layer_other")
+    assert set(start["model_other"]) == {"simclr", "init", "simclr-reference"}
+    np.testing.assert_allclose(start[start["model_other"] == "init"]["value"], 1, atol=1e-12)
+
+
+def test_metrics_that_are_logged_after_the_checkpoint_are_kept(tmp_path: Path) -> None:
+    logger = RecordsLogger(tmp_path / "e" / "r")
+    logger.log_metrics({"train/loss": 1.0, "epoch": 0}, step=3)
+    logger.flush()
+    logger.log_metrics({"train/acc": 0.5, "epoch": 0}, step=3)
+    logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=3)
+    logger.finalize("success")
+    rows = logger.store.read().set_index("metric")["value"]
+    assert rows.to_dict() == {"train/loss": 2.0, "train/acc": 0.5}
+
+
+def test_a_base_that_two_configs_share_undoes_neither(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("data: {batch_size: 4}")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("base: base.yaml")
+    args = expand_bases([f"--config={tmp_path / 'a.yaml'}", "--config", str(tmp_path / "b.yaml")])
+    assert [Path(arg).stem for arg in args if arg != "--config"] == ["base", "a", "b"]
+    (tmp_path / "base.yaml").write_text(f"base: ../{tmp_path.name}/a.yaml")
+    with pytest.raises(UserError, match="starts from itself"):
+        expand_bases(["--config", str(tmp_path / "a.yaml")])
 
 
 def test_resume_auto_finds_the_newest_unfinished_run_of_the_same_configuration(tmp_path: Path) -> None:

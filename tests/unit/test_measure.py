@@ -38,7 +38,7 @@ class MeanMonitor(Monitor):
         self.seen += batch["index"].tolist()
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
-        return Findings([], {}, {}, Protocol())
+        return Findings([], {}, {}, [Protocol()])
 
 
 def run(tmp_path: Path, callbacks: list[L.Callback], epochs: int = 1, method: Method | None = None) -> L.Trainer:

@@ -71,6 +71,17 @@ def test_resume_by_path_of_a_run_or_a_checkpoint(tmp_path: Path) -> None:
         open_run(CONFIG, tmp_path, "e", resume=str(stray))
 
 
+def test_every_process_resumes_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory)
+    older = run.directory / "checkpoints" / "epoch=00001.ckpt"
+    older.write_bytes(run.last_checkpoint.read_bytes())
+    first = open_run(CONFIG, tmp_path, "e", resume=str(older))
+    monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
+    assert open_run(CONFIG, tmp_path, "e", resume=str(older)) == first
+    assert open_run(CONFIG, tmp_path, "e", resume="auto").directory == first.directory
+
+
 def test_processes_that_start_together_need_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
