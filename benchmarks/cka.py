@@ -7,7 +7,8 @@
 Two networks with random weights see N random 32 x 32 images. The layers are the stem and, of each block, the last
 convolution and the output: nothing overwrites them afterwards, so every package sees the same tensors. Each contender
 runs in a process of its own, so that its peak memory is its own; in it, bare forward passes of both networks (the
-floor) and measured passes alternate. Printed are medians over the rounds.
+floor) and measured passes alternate. Printed are medians over the rounds; where others use the machine, the ratio of
+the seconds of CPU, with --threads 1, is the one to trust.
 
 Errors are largest absolute differences over the map: "own" to the float64 value of the contender's own estimator (the
 ratio of sums of unbiased HSIC over Gram matrices of its size), "full" (largest, mean) to the float64 unbiased CKA of
@@ -66,7 +67,7 @@ def cka_map(name: str, nets: list[nn.Module], layers: list[str], loader: DataLoa
     a, b = nets
     if name in OURS:
         taps = [Taps(net, layers, lambda _, x: gram_vector(x, OURS[name])) for net in nets]
-        metric = LayerwiseCKA(taps[0].names, taps[1].names)
+        metric = LayerwiseCKA(taps[0].names, taps[1].names, OURS[name])
         with taps[0], taps[1], torch.no_grad():
             for images, _ in loader:
                 metric.update(taps[0](images), taps[1](images))
@@ -103,22 +104,24 @@ def measure(args: argparse.Namespace) -> dict:
             for net in nets:
                 net(images)
 
-    times: dict[str, list[float]] = {"floor": [], "map": []}
+    wall: dict[str, list[float]] = {"floor": [], "map": []}
+    cpu: dict[str, list[float]] = {"floor": [], "map": []}
     peaks = {}
     matrix = torch.empty(0)
     with torch.no_grad():
         nets[0](next(iter(loader))[0])  # the first pass of a process is slow
     for _ in range(args.rounds):
-        for kind in times:
-            started = time.perf_counter()
+        for kind in wall:
+            started = time.perf_counter(), time.process_time()
             if kind == "floor":
                 floor()
             else:
                 matrix = cka_map(args.one, nets, layers, loader)
-            times[kind].append(time.perf_counter() - started)
+            wall[kind].append(time.perf_counter() - started[0])
+            cpu[kind].append(time.process_time() - started[1])
             peaks.setdefault(kind, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    ratios = [b / a for a, b in zip(times["floor"], times["map"], strict=True)]
-    return {"floor_s": times["floor"], "map_s": times["map"], "ratios": ratios, "peaks": peaks, "map": matrix.tolist()}
+    ratios = [[b / a for a, b in zip(times["floor"], times["map"], strict=True)] for times in (wall, cpu)]
+    return {"wall": wall, "ratios": ratios[0], "cpu_ratios": ratios[1], "peaks": peaks, "map": matrix.tolist()}
 
 
 def hsic(k: np.ndarray, l: np.ndarray) -> np.ndarray:  # noqa: E741
@@ -183,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of a bare and a measured pass")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--channels-last", action="store_true", help="networks in channels-last memory format")
-    parser.add_argument("--only", nargs="+", default=["ours", *PEERS], help=f"of: ours {' '.join(PEERS)}")
+    parser.add_argument("--only", nargs="+", choices=["ours", *PEERS], default=["ours", *PEERS], help="contenders")
     parser.add_argument("--no-errors", action="store_true", help="leave out the float64 reference")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -201,19 +204,23 @@ def main() -> None:
     )
     argv = sys.argv[1:]
     truth = None if args.no_errors else subprocess_of("reference", argv)
-    print("| contender | floor s | map s | map / floor (range) | peak MB floor | map | error own | full max (mean) |")
-    print("|---|---|---|---|---|---|---|---|")
+    if truth and "error" in truth:
+        sys.exit(truth["error"])
+    print(
+        "| contender | floor s | map s | map / floor (range) | of CPU | MB floor | map | error own | full max (mean) |"
+    )
+    print("|---" * 9 + "|")
     for name in [*(OURS if "ours" in args.only else ()), *(peer for peer in PEERS if peer in args.only)]:
         label = name
         if name in PEERS:
             try:
                 label = f"{name} {version(name)}"
             except PackageNotFoundError:
-                print(f"| {name} | not installed | | | | | | |", flush=True)
+                print(f"| {name} | not installed | | | | | | | |", flush=True)
                 continue
         r = subprocess_of(name, argv)
         if "error" in r:
-            print(f"| {label} | {r['error']} | | | | | | |", flush=True)
+            print(f"| {label} | {r['error']} | | | | | | | |", flush=True)
             continue
         own = full = "-"
         if truth is not None:
@@ -223,8 +230,9 @@ def main() -> None:
             full_error = np.abs(matrix - np.array(truth["maps"][str(args.images)]))
             full = f"{full_error.max():.4f} ({full_error.mean():.4f})"
         print(
-            f"| {label} | {statistics.median(r['floor_s']):.1f} | {statistics.median(r['map_s']):.1f} | "
+            f"| {label} | {statistics.median(r['wall']['floor']):.1f} | {statistics.median(r['wall']['map']):.1f} | "
             f"{statistics.median(r['ratios']):.2f} ({min(r['ratios']):.2f}-{max(r['ratios']):.2f}) | "
+            f"{statistics.median(r['cpu_ratios']):.2f} | "
             f"{r['peaks']['floor']:.0f} | {r['peaks']['map']:.0f} | {own} | {full} |",
             flush=True,
         )

@@ -189,9 +189,9 @@ def modes_after(measure: Measure, x: Tensor) -> str:
 
 
 def hooks_after(measure: Measure, x: Tensor) -> str:
-    net = Chain(nn.Linear(32, 32)).eval()
-    measure(net, net, ["0"], x)
-    return str(len(net[0]._forward_hooks))
+    a, b = (Chain(nn.Linear(32, 32)).eval() for _ in range(2))
+    measure(a, b, ["0"], x)
+    return str(len(a[0]._forward_hooks))
 
 
 def gradients_recorded(measure: Measure, x: Tensor) -> str:
@@ -220,9 +220,17 @@ def traps() -> list[tuple[str, str, Callable[[Measure], str]]]:
     noisy = low_rank + 0.3 * torch.randn_like(low_rank)
     half = x[:128].clone()
     half[64:, 16:] = half[64:, :16]
-    resnets = tuple(build_backbone("resnet18", stem="cifar", width=0.5).eval() for _ in range(2))
+    untrained, calibrated = (
+        tuple(build_backbone("resnet18", stem="cifar", width=0.5).eval() for _ in range(2)) for _ in range(2)
+    )
     blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     images = torch.rand(128, 3, 32, 32)
+    for net in calibrated:  # as training would: every BN has the statistics of the images
+        for module in net.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        net(images)
+        net.eval()
     before = nn.Linear(32, 32)
     in_place = Chain(before, nn.ReLU(inplace=True)).eval()
     a, b = Twice().eval(), Twice().eval()
@@ -238,7 +246,16 @@ def traps() -> list[tuple[str, str, Callable[[Measure], str]]]:
 
     return [
         two("convolution maps (4-D), with themselves", same, same, maps, as_shipped),
-        ("ResNet-18 with random weights: largest error", "0", lambda m: largest_error(m, resnets, blocks, images)),
+        (
+            "ResNet-18 with random weights: largest error",
+            "0",
+            lambda m: largest_error(m, untrained, blocks, images),
+        ),
+        (
+            "the same with calibrated BN statistics: largest error",
+            "0",
+            lambda m: largest_error(m, calibrated, blocks, images),
+        ),
         two("rank 8 plus noise", left_half, right_half, torch.cat([low_rank, noisy], 1)),
         two("the same, every feature + 100", left_half, right_half, torch.cat([low_rank, noisy], 1) + 100),
         two(
