@@ -38,7 +38,7 @@ from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, RecordStore, record
-from ssl_geometry.report.figures import compare_curves, diag_and_max, pair_panels, view_heatmap
+from ssl_geometry.report.figures import BLOCK, compare_curves, diag_and_max, pair_panels, view_heatmap
 from ssl_geometry.runs import load_method
 
 UNTRAINED = "untrained"
@@ -202,7 +202,7 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path
     for (a, b), rows in pairs.groupby(["model", "model_other"], sort=False):
         pictures[f"layers_{a}_{b}"] = pair_panels(rows[rows["metric"] == "cka"], rows[rows["metric"] == "mutual_knn"])
     layers = frame[frame["model_other"].isna()]
-    even = layers[layers["layer"].str.fullmatch(r"layer\d+\.\d+|blocks\.\d+|head.*")]
+    even = layers[layers["layer"].str.fullmatch(f"{BLOCK}|head.*")]
     classes = even[even["metric"] == "class_cka"]
     invariance = even[even["metric"] == "invariance"]
     self_supervised = [name for name, group in groups.items() if group not in ("Supervised", UNTRAINED)]
@@ -340,7 +340,7 @@ def _middle_and_last(rows: pd.DataFrame) -> tuple[float, float]:
 
 
 def _is_block(names: pd.Series) -> pd.Series:
-    return names.str.fullmatch(r"layer\d+\.\d+|blocks\.\d+")
+    return names.str.fullmatch(BLOCK)
 
 
 def _parse(args: Sequence[str]) -> Any:

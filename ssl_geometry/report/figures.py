@@ -23,6 +23,7 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 MANY_LAYERS = 24
+BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
 LABELS = {"cka": "CKA (unbiased)", "invariance": "CKA of two augmented copies", "class_cka": "CKA with the classes"}
 
 
@@ -214,7 +215,7 @@ def _parity(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         return names.str.endswith(".residual")
 
     def even(names: pd.Series) -> pd.Series:
-        return names.str.fullmatch(r"(layer\d+\.\d+|blocks\.\d+)")
+        return names.str.fullmatch(BLOCK)
 
     return {
         "all": frame,
