@@ -5,10 +5,14 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.runs import is_first_process
 
@@ -34,6 +38,62 @@ class Parser(LightningArgumentParser):
             key = found[1] or found[2]
             return f"unknown option {key!r}; {nearest(key, known)} (see --help)"
         return f"{text} (see --help, or --model.help CLASS for a method's options)" if "--model:" in text else text
+
+
+def networks_parser(command: str, description: str, args: Sequence[str], layers: str | list[str]) -> Parser:
+    """The parser of a command that measures networks, with the options that such commands share.
+
+    Args:
+        command: its name, such as ``compare``.
+        description: of what it does.
+        args: command line; the images of the first run that it names are the default of ``--data``.
+        layers: default of ``--layers``.
+    """
+    program = f"python -m ssl_geometry.{command}"
+    usage = f"{program} --models NAME=PATH [NAME=PATH ...] [--option VALUE ...]"
+    parser = Parser(prog=program, usage=usage, description=description)
+    parser.add_argument(
+        "--models", type=str, nargs="+", required=True, help="NAME=RUN, NAME=CHECKPOINT or NAME=random[:SEED]"
+    )
+    parser.add_argument("--out", type=str | None, help=f"folder of the results (default: runs/{command}/NAME-NAME)")
+    parser.add_argument(
+        "--layers", type=str | list[str], default=layers, help="which layers: a preset, a name, a glob, or a list"
+    )
+    parser.add_argument(
+        "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure"
+    )
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_lightning_class_args(DataModule, "data")
+    named = [
+        path for arg in args if "=" in arg and not arg.startswith("--") for path in arg.split("=", 1)[1].split(",")
+    ]
+    folders = [path.parent.parent if path.is_file() else path for path in map(Path, named)]
+    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
+    if run is not None:  # the images of the first run, unless told otherwise
+        trained_on = yaml.safe_load((run / "config.yaml").read_text())["data"]
+        parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
+    return parser
+
+
+def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
+    """Read the command line with a :func:`networks_parser`, to which the command has added its own options.
+
+    Returns:
+        The options: ``data`` a data module, ``out`` a folder.
+
+    Raises:
+        UserError: no such device, or results that would be overwritten.
+    """
+    options = parser.parse_args(list(args))
+    names = "-".join(model.partition("=")[0] for model in options.models)
+    options.out = Path(options.out or f"runs/{command}/{names}")
+    options.data = DataModule(**options.data.as_dict())
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
+    if (options.out / "records").exists() and not options.overwrite:
+        raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
+    return options
 
 
 def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | None, interrupted: str) -> None:

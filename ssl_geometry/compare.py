@@ -21,25 +21,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ssl_geometry.callbacks.cka import GramVector, cka_protocol
 from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_requests, layer_records
-from ssl_geometry.callbacks.measure import Request, forward_pass, measuring
-from ssl_geometry.cli import Parser, run_command
+from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
+from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, pool
+from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
 from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, RecordStore, record
 from ssl_geometry.report.figures import BLOCK, compare_curves, diag_and_max, pair_panels, view_heatmap
-from ssl_geometry.runs import load_method
+from ssl_geometry.runs import load_networks
 
 UNTRAINED = "untrained"
 
@@ -59,48 +58,6 @@ class Network:
     """Of each layer and image, the k nearest images, (L, N, k)."""
     alike: Tensor
     """Layers whose direction does not vary, (L,): they have no neighbours."""
-
-
-def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]:
-    """The networks that ``--models`` names.
-
-    Args:
-        models: ``NAME=PATH`` of a run or a checkpoint, or ``NAME=random`` (``random:SEED``) for an untrained twin of
-            the first.
-
-    Returns:
-        Name to network, and its completed epochs where they are known; None marks an untrained twin.
-
-    Raises:
-        UserError: no name or path, a name twice, a path that holds no network.
-    """
-    named = dict(model.partition("=")[::2] for model in models)
-    if len(named) < len(models) or not all(named.values()):
-        raise UserError(
-            f"--models {' '.join(models)}: expected NAME=PATH, each name once, such as simclr=runs/x/simclr"
-        )
-    loaded = {name: load_method(path, "--models") for name, path in named.items() if not path.startswith("random")}
-    if not loaded:
-        raise UserError(
-            "--models: at least one run or checkpoint; an untrained network takes its architecture from the first"
-        )
-    first = next(iter(loaded.values())).method
-    networks: dict[str, tuple[Method, int | None]] = {}
-    for name, path in named.items():
-        if name in loaded:
-            networks[name] = loaded[name].method, loaded[name].epochs
-        else:
-            seed = path.partition(":")[2] or "0"
-            if not seed.isdigit():
-                raise UserError(f"--models {name}={path}: expected random or random:SEED with a whole number")
-            torch.manual_seed(int(seed))
-            networks[name] = type(first)(**first.init_args), None
-    return networks
-
-
-def pooled(activations: Tensor) -> Tensor:
-    """Reduction for neighbourhoods: pooled over space."""
-    return pool(activations).float()
 
 
 def measure_network(
@@ -146,7 +103,7 @@ def views_of(name: str) -> str:
 
 def _common(network: Network, options: Any) -> dict[str, Any]:
     return {
-        "run": Path(options.out).name,
+        "run": options.out.name,
         "model": network.name,
         "split": "measure",
         "epoch": network.epoch or 0,
@@ -344,46 +301,24 @@ def _is_block(names: pd.Series) -> pd.Series:
 
 
 def _parse(args: Sequence[str]) -> Any:
-    parser = Parser(
-        prog="python -m ssl_geometry.compare",
-        usage="python -m ssl_geometry.compare --models NAME=PATH [NAME=PATH ...] [--option VALUE ...]",
-        description="Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with pictures.",
-    )
-    parser.add_argument(
-        "--models", type=str, nargs="+", required=True, help="NAME=RUN, NAME=CHECKPOINT or NAME=random[:SEED]"
-    )
-    parser.add_argument("--out", type=str | None, help="folder of the results (default: runs/compare/NAME-NAME)")
-    parser.add_argument(
-        "--layers", type=str | list[str], default="all", help="which layers: a preset, a name, a glob, or a list"
+    parser = networks_parser(
+        "compare",
+        "Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with pictures.",
+        args,
+        layers="all",
     )
     parser.add_argument("--gram_size", type=int, default=64, help="images in a Gram matrix of CKA")
     parser.add_argument("--k", type=int, default=10, help="neighbours that mutual kNN compares")
     parser.add_argument(
         "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
     )
-    parser.add_argument(
-        "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure"
-    )
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    parser.add_lightning_class_args(DataModule, "data")
-    paths = [Path(arg.partition("=")[2]) for arg in args if "=" in arg and not arg.startswith("--")]
-    folders = [path.parent.parent if path.is_file() else path for path in paths]
-    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
-    if run is not None:  # the images of the first run, unless told otherwise
-        trained_on = yaml.safe_load((run / "config.yaml").read_text())["data"]
-        parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
-    options = parser.parse_args(list(args))
-    options.out = options.out or f"runs/compare/{'-'.join(model.partition('=')[0] for model in options.models)}"
-    options.data = DataModule(**options.data.as_dict())
+    options = parse_networks(parser, "compare", args)
     if options.gram_size < MIN_GRAM_SIZE:
         raise UserError(f"--gram_size {options.gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
     if not 1 <= options.k < options.data.measure_size:
         raise UserError(
             f"--k {options.k}: expected at least 1 and fewer than --data.measure_size {options.data.measure_size}"
         )
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
     return options
 
 
@@ -400,9 +335,7 @@ def compare(args: Sequence[str]) -> Path:
         UserError: a mistake in the options, a network or the data.
     """
     options = _parse(args)
-    out, data = Path(options.out), options.data
-    if (out / "records").exists() and not options.overwrite:
-        raise UserError(f"--out {out} holds results already: choose another, or --overwrite true")
+    out, data = options.out, options.data
     networks = load_networks(options.models)
     for method, _ in networks.values():
         layer_names(method, options.layers)  # a mistake is told before anything is measured or deleted

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,3 +311,40 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
     return Loaded(name, network, checkpoint.get("epoch", -1) + 1)
+
+
+def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]:
+    """The networks that ``--models`` names.
+
+    Args:
+        models: ``NAME=PATH`` of a run or a checkpoint, or ``NAME=random`` (``random:SEED``) for an untrained twin of
+            the first.
+
+    Returns:
+        Name to network, and its completed epochs where they are known; None marks an untrained twin.
+
+    Raises:
+        UserError: no name or path, a name twice, a path that holds no network.
+    """
+    named = dict(model.partition("=")[::2] for model in models)
+    if len(named) < len(models) or not all(named.values()):
+        raise UserError(
+            f"--models {' '.join(models)}: expected NAME=PATH, each name once, such as simclr=runs/x/simclr"
+        )
+    loaded = {name: load_method(path, "--models") for name, path in named.items() if not path.startswith("random")}
+    if not loaded:
+        raise UserError(
+            "--models: at least one run or checkpoint; an untrained network takes its architecture from the first"
+        )
+    first = next(iter(loaded.values())).method
+    networks: dict[str, tuple[Method, int | None]] = {}
+    for name, path in named.items():
+        if name in loaded:
+            networks[name] = loaded[name].method, loaded[name].epochs
+        else:
+            seed = path.partition(":")[2] or "0"
+            if not seed.isdigit():
+                raise UserError(f"--models {name}={path}: expected random or random:SEED with a whole number")
+            torch.manual_seed(int(seed))
+            networks[name] = type(first)(**first.init_args), None
+    return networks

@@ -1,8 +1,8 @@
-"""Measuring while training: monitors due at the same moment share ONE pass over the measurement images.
+"""Measuring while training: monitors due at the same moment share ONE pass over the images.
 
 A moment is the start of training (the initialisation) or the end of an epoch. The first monitor that is due runs the
-pass for all: it collects what each asks for (views, layers, reductions), runs the network once a batch and view, and
-hands every monitor its part.
+pass for all: it collects what each asks for (images, views, layers, reductions), runs the network once a batch and
+view, and hands every monitor its part.
 
 The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the precision
 of training, on images in a fixed order, split over processes by whole batches. Nothing of the training changes:
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.cka import pool
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import Protocol
 
@@ -41,12 +42,21 @@ class Request:
             once.
         view: how the images are seen: "clean", "own", or a policy or operation; see ``Method.measuring_view``.
         draw: number of the draw of a random view: two draws are two augmented copies.
+        split: which images: "measure" (the measurement images) or "bank" (labelled training images).
+        images: the first so many of them; None takes all.
     """
 
     layers: tuple[str, ...]
     reduce: Reduction
     view: str = "clean"
     draw: int = 0
+    split: Literal["measure", "bank"] = "measure"
+    images: int | None = None
+
+
+def pooled(activations: Tensor) -> Tensor:
+    """The reduction of probes and neighbourhoods: averaged over space, float32."""
+    return pool(activations).float()
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,8 @@ class Monitor(L.Callback):
         """One batch of the pass.
 
         Args:
-            batch_number: its place in the measurement set, over all processes.
-            reduced: for each of this monitor's requests, layer to reduced output.
+            batch_number: its place in its split, over all processes.
+            reduced: for each of this monitor's requests of that split, layer to reduced output.
             batch: the images, labels and indices.
         """
         raise NotImplementedError
@@ -148,7 +158,7 @@ def is_last(trainer: L.Trainer, epoch: int) -> bool:
 
 
 def measure(trainer: L.Trainer, method: L.LightningModule, due: Sequence[Monitor], moment: Moment) -> None:
-    """One pass over the measurement images for all monitors that are due; then log what they found."""
+    """One pass over the images for all monitors that are due; then log what they found."""
     if not hasattr(method, "measuring_view"):
         raise UserError(
             f"--model {type(method).__name__}: monitors need a subclass of ssl_geometry.methods.Method; "
@@ -159,11 +169,14 @@ def measure(trainer: L.Trainer, method: L.LightningModule, due: Sequence[Monitor
         monitor.begin(trainer, method)
     wanted = [request for asked in requests.values() for request in asked]
     with measuring(method):
-        batches = trainer.datamodule.loader("measure")  # type: ignore[attr-defined]
-        for count, (batch, reduced) in enumerate(forward_pass(method, batches, wanted)):
-            number = count * trainer.world_size + trainer.global_rank
-            for monitor in due:
-                monitor.update(number, {request: reduced[request] for request in requests[monitor]}, batch)
+        for split, images in dict.fromkeys((request.split, request.images) for request in wanted):
+            batches = trainer.datamodule.loader(split, images)  # type: ignore[attr-defined]
+            here = [request for request in wanted if (request.split, request.images) == (split, images)]
+            for count, (batch, reduced) in enumerate(forward_pass(method, batches, here)):
+                number = count * trainer.world_size + trainer.global_rank
+                for monitor in due:
+                    if mine := {request: reduced[request] for request in requests[monitor] if request in reduced}:
+                        monitor.update(number, mine, batch)
         findings = [monitor.finish(trainer, method, moment) for monitor in due]
     if trainer.is_global_zero:
         for found in findings:

@@ -342,12 +342,13 @@ class DataModule(L.LightningDataModule):
         self.num_classes = len(self.class_names)
         self.num_train = len(train) - n_val
         self.image_shape = train.shape
+        labelled = (train.labels >= 0).nonzero().squeeze(1)  # STL-10 has pictures without a class
         self._rows = {
             "train": torch.arange(n_val, len(train)),
-            "val": torch.arange(n_val),
+            "val": labelled[labelled < n_val],
             "test": torch.arange(len(test)),
             "measure": torch.arange(self.measure_size),
-            "bank": torch.arange(n_val, min(len(train), n_val + BANK_SIZE)),
+            "bank": labelled[labelled >= n_val][:BANK_SIZE],
         }
         self._on_device = self.storage == "device" or (self.storage == "auto" and self._fits(train, test))
         if self._on_device:
@@ -403,21 +404,29 @@ class DataModule(L.LightningDataModule):
         """At most 50,000 training images to find nearest neighbours in; as many batches in each process."""
         return self._evaluation("bank")
 
-    def loader(self, split: Literal["train", "val", "test", "measure"]) -> Loader:
-        """Batches of ``eval_batch_size`` in fixed order; process r of R gets the batches r, r + R, … of the one list.
+    def loader(
+        self,
+        split: Literal["train", "val", "test", "measure", "bank"],
+        images: int | None = None,
+        seed: int | None = None,
+    ) -> Loader:
+        """Batches of ``eval_batch_size``; process r of R gets the batches r, r + R, … of the one list.
 
         Args:
-            split: which images; measure is the part of the test split that measurements look at.
+            split: which images; measure is the part of the test split that measurements look at, bank the labelled
+                training images that probes learn from (at most 50,000).
+            images: the first so many of them, which hold the classes in proportion; None takes all.
+            seed: shuffles them anew in each epoch (see :class:`BatchPlan`); None leaves them in their fixed order.
         """
-        n = len(self._rows[split])
-        return self._loader(split, every_nth(n, self.eval_batch_size, self._rank, self._world_size))
+        n = len(self._rows[split][:images])
+        return self._loader(split, every_nth(n, self.eval_batch_size, self._rank, self._world_size), seed, images)
 
     def _evaluation(self, split: str) -> Loader:
         n = len(self._rows[split])
         return self._loader(split, evenly(n, self.eval_batch_size, self._rank, self._world_size))
 
-    def _loader(self, split: str, slices: list[slice], seed: int | None = None) -> Loader:
-        images, plan = self._images(split), BatchPlan(self._rows[split], slices, seed)
+    def _loader(self, split: str, slices: list[slice], seed: int | None = None, first: int | None = None) -> Loader:
+        images, plan = self._images(split), BatchPlan(self._rows[split][:first], slices, seed)
         if self._on_device:
             return Loader(images, plan)
         workers = min(8, self._cores - 1) if self.num_workers is None else self.num_workers

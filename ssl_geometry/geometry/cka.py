@@ -136,7 +136,7 @@ def pool(activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
         activations: maps, tokens, or vectors (B, D), which stay as they are.
 
     Returns:
-        A vector for each image.
+        A vector for each image; averages are summed and given in float32 where the activations have fewer bits.
 
     Example:
         >>> pool(torch.rand(2, 8, 4, 4)).shape, pool(torch.rand(2, 17, 8)).shape, pool(torch.rand(2, 8)).shape
@@ -144,7 +144,8 @@ def pool(activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
     """
     if activations.ndim == 2:
         return activations
-    return activations.mean(1 if activations.ndim == 3 else tuple(range(2, activations.ndim)))
+    over = 1 if activations.ndim == 3 else tuple(range(2, activations.ndim))
+    return activations.mean(over, dtype=torch.promote_types(activations.dtype, torch.float32))
 
 
 def project(features: Float[Tensor, "B D"], dims: int = 1024) -> Float[Tensor, "B E"]:

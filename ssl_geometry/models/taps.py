@@ -122,6 +122,9 @@ class Taps:
 
     names: list[str]
     """The layers, in forward order."""
+    captured: dict[str, Any] | None
+    """Where activations go. Set it to an empty dict to listen to forwards that others run (inside the block); None
+    leaves them alone."""
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class Taps:
         self._net = _eager(model)
         self._reduce = reduce or (lambda name, activation: activation.clone())
         self._handles: list[RemovableHandle] = []
-        self._captured: dict[str, Any] | None = None
+        self.captured = None
 
     def __enter__(self) -> Self:
         named, _ = _layers(self._net)
@@ -161,13 +164,13 @@ class Taps:
             raise UserError(
                 "taps give activations inside their block only; write `with Taps(...) as taps: taps(images)`"
             )
-        captured = self._captured = {}
+        captured = self.captured = {}
         try:
             # Graphs that were compiled before the hooks came would pass them by.
             with torch.compiler.set_stance("force_eager"):
                 self._net(images)
         finally:
-            self._captured = None
+            self.captured = None
         if silent := [name for name in self.names if name not in captured]:
             raise UserError(
                 f"layers={silent} did not run in the forward of {type(self._net).__name__}; choose layers without them"
@@ -175,8 +178,8 @@ class Taps:
         return captured
 
     def _capture(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        captured = self._captured
-        if captured is None:  # the network was called, not the taps
+        captured = self.captured
+        if captured is None:  # somebody else called the network
             return
         outputs = output if isinstance(output, list | tuple) else [output]
         activation = next((x for x in outputs if isinstance(x, Tensor)), None)
