@@ -1,9 +1,10 @@
 """One LightningDataModule for every method: batches of uint8 pictures, the same for any number of processes.
 
-A batch is a dict: ``image`` uint8 (B,3,H,W), ``label`` int64 (B,), and ``index`` int64 (B,), the place of each picture
-in its split on disk. Global batch b of epoch e holds the same pictures in the same order for any number of processes,
-on either storage path, in a resumed run or not: the order is a pure function of (seed, epoch), and each process takes
-its slice. Evaluation never pads or repeats: process r of R takes the batches r, r + R, … of the one list.
+A batch is a dict: ``image`` uint8 (B,3,H,W), ``label`` int64 (B,) (or (B,C), see ``DataModule.multi_label``), and
+``index`` int64 (B,), the place of each picture in its split on disk. Global batch b of epoch e holds the same pictures
+in the same order for any number of processes, on either storage path, in a resumed run or not: the order is a pure
+function of (seed, epoch), and each process takes its slice. Evaluation never pads or repeats: process r of R takes the
+batches r, r + R, … of the one list.
 
 Splits: ``val_fraction`` of the training images is the validation split (stratified, by ``seed``). The test split has
 one fixed stratified order; ``limit_test`` and the measurement set take its beginning, the same in every run.
@@ -206,7 +207,8 @@ class DataModule(L.LightningDataModule):
     Args:
         dataset: cifar10, cifar100, stl10, svhn, digits, imagenet, torchvision.datasets.<Class>, or the path of an image
             folder: PATH/train/<class>/ with PATH/test/<class>/ (or val/), or PATH/<class>/, of which a fixed fifth
-            becomes the test split.
+            becomes the test split; or, for pictures of several classes each, PATH/train/ and PATH/test/ with a
+            labels.csv in each (columns `file` and, for each class, 0 or 1).
         root: folder of the downloaded files, or of ImageNet's train/ and val/. Not used by digits and image folders.
         image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the pictures' own size
             (16 for digits, 256 for imagenet).
@@ -246,6 +248,8 @@ class DataModule(L.LightningDataModule):
     """(3, height, width) of every picture."""
     num_train: int
     """Images trained on."""
+    multi_label: bool
+    """Whether a picture may show several classes: labels are then (B,C) int64 of zeros and ones."""
 
     def __init__(
         self,
@@ -340,9 +344,10 @@ class DataModule(L.LightningDataModule):
                 f"set an image size to bring all to one"
             )
         self.num_classes = len(self.class_names)
+        self.multi_label = train.labels.ndim == 2
         self.num_train = len(train) - n_val
         self.image_shape = train.shape
-        labelled = (train.labels >= 0).nonzero().squeeze(1)  # STL-10 has pictures without a class
+        labelled = (train.labels.view(len(train), -1) >= 0).all(1).nonzero().squeeze(1)  # STL-10 has others
         self._rows = {
             "train": torch.arange(n_val, len(train)),
             "val": labelled[labelled < n_val],

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -33,6 +34,8 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "
 NAMES = [*TORCHVISION, "digits", "imagenet"]
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
 FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test pictures
+
+LIST = "labels.csv"  # beside pictures that may show several classes: columns `file` and, for each class, 0 or 1
 
 T = TypeVar("T")
 Picture = TypeVar("Picture", PIL.Image.Image, Tensor)
@@ -85,7 +88,8 @@ class Images:
     """One split of a data set, or some rows of it.
 
     Args:
-        labels: class of each row, (N,) int64; -1 where it is unknown.
+        labels: class of each row, (N,) int64, -1 where it is unknown; or, where a picture may show several, (N,C) int64
+            of zeros and ones.
         source: pixels of the rows, (N,3,H,W) uint8, or the pictures on disk.
         size: side in pixels that pictures on disk are brought to; None leaves them, and they must then be all the same.
         index: place of each row on disk, (N,) int64; by default 0, 1, ….
@@ -98,7 +102,7 @@ class Images:
 
     def __init__(
         self,
-        labels: Int64[Tensor, " N"],
+        labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"],
         source: UInt8[Tensor, "N 3 H W"] | Pictures,
         size: int | None = None,
         index: Int64[Tensor, " N"] | None = None,
@@ -273,7 +277,7 @@ def stratified(labels: Int64[Tensor, " N"], *seed: int) -> Int64[Tensor, " N"]:
     rounding (exactly, where all classes are of one size and share k), and contain the first k - 1.
 
     Args:
-        labels: class of each sample, (N,) int64.
+        labels: class of each sample, (N,) int64; where samples have several, (N,C), the order is random.
         seed: one or more whole numbers; the order is a pure function of labels and seed.
 
     Returns:
@@ -286,6 +290,8 @@ def stratified(labels: Int64[Tensor, " N"], *seed: int) -> Int64[Tensor, " N"]:
     """
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
+    if labels.ndim == 2:
+        return torch.from_numpy(order)
     _, group, counts = np.unique(labels.numpy()[order], return_inverse=True, return_counts=True)
     rank = np.empty(len(order))
     rank[np.argsort(group, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
@@ -302,6 +308,9 @@ def load(
     dataset: str, root: str = "data", image_size: int | None = None, download: bool = False, args: dict | None = None
 ) -> tuple[Images, Images, list[str]]:
     """A data set's two splits and the names of its classes.
+
+    A folder whose train/ and test/ hold ``labels.csv`` (columns ``file`` and, for each class, 0 or 1) has pictures of
+    several classes each.
 
     Args:
         dataset: one of ``NAMES``, ``torchvision.datasets.<Class>``, or the path of an image folder.
@@ -344,6 +353,8 @@ def _digits(size: int) -> tuple[Images, Images, list[str]]:
 def _folder(path: Path, option: str, size: int | None) -> tuple[Images, Images, list[str]]:
     if not path.is_dir():
         raise UserError(f"{option} {path}: no such folder; expected one with train/<class>/ and test/<class>/ or val/")
+    if (path / "train" / LIST).is_file():
+        return _listed_splits(path, option, size)
     if not _subfolders(path / "train"):
         if set(_subfolders(path)) <= {"train", "val", "test"}:
             raise UserError(f"{option} {path}: no folders of classes in it; expected train/<class>/ or <class>/")
@@ -380,6 +391,30 @@ def _files(path: Path, option: str, size: int | None, classes: list[str] | None 
             f"<class>/*{{{','.join(IMG_EXTENSIONS)}}}"
         )
     return Images(labels, Files([file for file, _ in samples]), size), classes
+
+
+def _listed_splits(path: Path, option: str, size: int | None) -> tuple[Images, Images, list[str]]:
+    train, classes = _listed(path / "train", option, size)
+    test_path = next((path / name for name in ("test", "val") if (path / name / LIST).is_file()), None)
+    if test_path is None:
+        return *_fifth(train), classes
+    test, others = _listed(test_path, option, size)
+    if others != classes:
+        raise UserError(f"{option} {path}: {test_path.name}/{LIST} has the columns {others}, train/{LIST} {classes}")
+    return train, test, classes
+
+
+def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str]]:
+    """The pictures of a folder that ``labels.csv`` names, each with as many classes as it shows."""
+    table = pd.read_csv(path / LIST, dtype={"file": str})
+    classes = [str(name) for name in table.columns if name != "file"]
+    if "file" not in table or not classes or not table[classes].isin([0, 1]).all(axis=None):
+        raise UserError(f"{option} {path / LIST}: expected a column `file` and a column of 0 and 1 for each class")
+    missing = [name for name in table["file"] if not (path / name).is_file()]
+    if missing or table.empty:
+        raise UserError(f"{option} {path / LIST}: {len(missing)} of {len(table)} pictures are not there: {missing[:1]}")
+    labels = torch.from_numpy(table[classes].to_numpy(np.int64))
+    return Images(labels, Files([str(path / name) for name in table["file"]]), size), classes
 
 
 def _subfolders(path: Path) -> list[str]:

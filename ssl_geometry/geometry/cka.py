@@ -112,7 +112,7 @@ def class_vector(labels: Int64[Tensor, " B"], num_classes: int, gram_size: int =
     """Classes as one more layer: the Gram vector of one-hot labels.
 
     Args:
-        labels: class of each image, in [0, num_classes).
+        labels: class of each image, in [0, num_classes), or (B, C) zeros and ones where images show several.
         num_classes: number of classes.
         gram_size: images in a Gram matrix, as for the layers it is compared with.
 
@@ -126,7 +126,7 @@ def class_vector(labels: Int64[Tensor, " B"], num_classes: int, gram_size: int =
         >>> bool(v @ w / (v.norm() * w.norm()) > 0.8)
         True
     """
-    return gram_vector(F.one_hot(labels, num_classes).float(), gram_size)
+    return gram_vector((F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).float(), gram_size)
 
 
 def pool(activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:

@@ -236,6 +236,8 @@ class Method(L.LightningModule):
     def _fill_bank(self) -> None:
         """Features of the clean training images that vote on the images to be classified."""
         self.knn.reset()
+        if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
+            return  # neighbours vote for one class
         for batch in self.trainer.datamodule.bank_dataloader():  # type: ignore[attr-defined]
             self.knn.update_bank(self.features(batch["image"].to(self.device)), batch["label"].to(self.device))
 
@@ -265,5 +267,6 @@ class Method(L.LightningModule):
             batch: the batch that they were computed from.
             split: "val" or "test"; prefix of the logged names.
         """
-        self.knn.update(features, batch["label"])
-        self.log(f"{split}/knn", self.knn)
+        if batch["label"].ndim == 1:
+            self.knn.update(features, batch["label"])
+            self.log(f"{split}/knn", self.knn)

@@ -37,6 +37,8 @@ class Supervised(Method):
 
     def setup(self, stage: str) -> None:
         """Refuse a data set with another number of classes before any work is done."""
+        if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
+            raise UserError("--model Supervised: it learns one class a picture; pictures of this data set show several")
         classes, mine = self.trainer.datamodule.num_classes, self.hparams["num_classes"]  # type: ignore[attr-defined]
         if classes != mine:
             raise UserError(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from ssl_geometry.data import datasets
+from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.datasets import load, resize, stratified, to_rgb
 from ssl_geometry.errors import UserError
 
@@ -442,3 +443,39 @@ def test_paths_are_kept_as_one_array_and_in_any_script(tmp_path):
     files = datasets.Files([str(tmp_path / name) for name in names])
     assert [Path(files.origin(i)).name for i in range(2)] == names
     assert files.paths.dtype.kind == "S"
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Two splits of pictures that show several classes."""
+    for split, n in (("train", 12), ("test", 6)):
+        for i in range(n):
+            save(tmp_path / split / f"{i}.png", pixels(1, 8, 8, seed=i)[0])
+        rows = "\n".join(f"{i}.png,{i % 2},{int(i % 3 == 0)}" for i in range(n))
+        (tmp_path / split / "labels.csv").write_text(f"file,cat,dog\n{rows}\n")
+    return tmp_path
+
+
+def test_pictures_of_several_classes_are_listed(several):
+    train, test, classes = load(str(several))
+    assert classes == ["cat", "dog"]
+    assert (len(train), len(test)) == (12, 6)
+    assert train[torch.tensor([3, 4])]["label"].tolist() == [[1, 1], [0, 0]]
+    data = DataModule(str(several), val_fraction=0.25, measure_size=4, batch_size=4)
+    data.setup()
+    assert data.multi_label
+    assert {tuple(batch["label"].shape) for batch in data.train_dataloader()} == {(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("picture,cat\n0.png,1\n", "column `file`"),
+        ("file,cat\n0.png,2\n", "0 and 1"),
+        ("file,cat\nno.png,1\n", "no.png"),
+        ("file,bird,dog\n0.png,1,0\n", "columns"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_told(several, content, words):
+    (several / "test" / "labels.csv").write_text(content)
+    assert words in message(load, str(several))
