@@ -4,6 +4,8 @@ Protocol: cosine similarity, the image itself left out by its index, k = 10 unle
 representations of N images is k/(N-1): a number without its N says little.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -70,22 +72,59 @@ def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> 
         >>> mutual_knn(a, torch.cat([a, b]))
         tensor([[1.0000, 0.6250]], dtype=torch.float64)
     """
+    k = ids_a.shape[2]
+    shared = [shared.sum(0) for shared, _, _ in _shared(ids_a, ids_b)]
+    return torch.stack(shared).sum(0) / (ids_a.shape[1] * k)
+
+
+def jaccard(ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]) -> Float[Tensor, "L M"]:
+    """Jaccard overlap of every pair of layers: the mean of |A and B| / |A or B| over images.
+
+    Unlike :func:`mutual_knn` it knows images with different numbers of neighbours, such as those of an NNK graph.
+
+    Args:
+        ids_a: neighbours of each image in each layer, without repetitions; -1 where there are fewer than K.
+        ids_b: the same of other layers, for the same images and K.
+
+    Returns:
+        Overlap in [0, 1], float64; images without neighbours in both layers are left out, NaN where all are.
+
+    Raises:
+        ValueError: different images or K.
+
+    Example:
+        >>> a, b = torch.tensor([[[1, 2], [0, 2], [1, -1]]]), torch.tensor([[[1, -1], [0, 2], [0, -1]]])
+        >>> jaccard(a, b)
+        tensor([[0.5000]], dtype=torch.float64)
+    """
+    sums, images = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for shared, a, b in _shared(ids_a, ids_b):
+        either = a[:, :, None] + b[:, None] - shared
+        sums = sums + (shared / either).nan_to_num(0).sum(0).to(sums)
+        images = images + (either > 0).sum(0).to(sums)
+    return sums / images
+
+
+def _shared(
+    ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]
+) -> Iterator[tuple[Float[Tensor, "P L M"], Float[Tensor, "P L"], Float[Tensor, "P M"]]]:
+    """For some images after others: neighbours that each pair of layers has in common, and those of each layer."""
     if ids_a.shape[1:] != ids_b.shape[1:]:
         raise ValueError(
             f"neighbours of the same N images with the same k are needed, got (N, k) = {tuple(ids_a.shape[1:])} "
             f"and {tuple(ids_b.shape[1:])}"
         )
     both = torch.cat([ids_a, ids_b]).transpose(0, 1).contiguous()
-    n, layers, k = both.shape
+    _, layers, k = both.shape
     width = layers * k
-    shared = torch.zeros(len(ids_a), len(ids_b), dtype=torch.float64, device=both.device)
     for part in both.split(max(1, 2**24 // (layers * width))):
         # Among the candidates of one image in all layers, equal ids get equal slots; memory does not grow with N.
         candidates = part.flatten(1)
         slots = torch.searchsorted(candidates.sort(1).values, candidates).view_as(part)
-        member = torch.zeros(len(part), layers, width, device=both.device).scatter_(2, slots, 1)
-        shared += (member[:, : len(ids_a)] @ member[:, len(ids_a) :].mT).sum(0, dtype=torch.float64)
-    return shared / (n * k)
+        there = (part >= 0).float()  # -1 stands for no neighbour
+        member = torch.zeros(len(part), layers, width, device=both.device).scatter_(2, slots, there)
+        a, b = member.split([len(ids_a), len(ids_b)], dim=1)
+        yield (a @ b.mT).double(), a.sum(2).double(), b.sum(2).double()
 
 
 def all_alike(features: Float[Tensor, "N D"]) -> bool:

@@ -9,7 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.overlap import mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import jaccard, mutual_knn, neighbor_ids
 from ssl_geometry.metrics import MutualKNN
 
 
@@ -161,3 +161,21 @@ def test_too_few_images_are_told() -> None:
 def test_a_layer_with_other_images_than_the_index_is_told() -> None:
     with pytest.raises(ValueError, match="layer b has 4 images, the index 2"):
         MutualKNN(["a", "b"]).update({"a": torch.randn(2, 3), "b": torch.randn(4, 3)}, index=torch.arange(2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 3), st.integers(4, 25), st.data())
+def test_jaccard_is_that_of_sets(layers: int, others: int, n: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, n - 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    ids = torch.rand(layers + others, n, n, generator=generator).argsort(2)[..., :k]
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -1)
+    got = jaccard(ids[:layers], ids[layers:])
+    for i in range(layers):
+        for j in range(others):
+            pairs = [
+                (set(a) - {-1}, set(b) - {-1}) for a, b in zip(ids[i].tolist(), ids[layers + j].tolist(), strict=True)
+            ]
+            shares = [len(a & b) / len(a | b) for a, b in pairs if a | b]
+            expected = np.mean(shares) if shares else np.nan
+            np.testing.assert_allclose(got[i, j], expected, atol=1e-9)

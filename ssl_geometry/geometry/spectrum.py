@@ -1,0 +1,202 @@
+"""How many directions features use, and how evenly: numbers read off singular values, eigenvalues and distances.
+
+All in float64. What cannot be computed, because features are all zero or do not vary, is NaN.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
+    """Singular values in descending order, min(N, D) of them.
+
+    They are roots of the eigenvalues of the smaller product, in float64: those of a float32 matrix are lost below 1e-7
+    of the largest either way.
+
+    Example:
+        >>> singular_values(torch.diag(torch.tensor([3.0, 4.0])))
+        tensor([4., 3.], dtype=torch.float64)
+    """
+    x = features.double()
+    product = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    values = torch.linalg.eigvalsh(product).flip(0)
+    resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
+    return torch.where(values > resolution, values, 0).sqrt()
+
+
+def _entropy_rank(values: Float[Tensor, " M"], eps: float) -> Float[Tensor, ""]:
+    p = values / values.sum() + eps
+    return torch.special.entr(p).sum().exp()
+
+
+def rankme(features: Float[Tensor, "N D"], eps: float = 1e-7) -> Float[Tensor, ""]:
+    """RankMe: the exponential of the entropy of the singular values, features not centred.
+
+    Args:
+        features: embeddings.
+        eps: added to each share of the singular values; 0 gives the effective rank.
+
+    Returns:
+        From 1 to about min(N, D); NaN where all features are zero.
+
+    References:
+        Garrido et al., *RankMe: assessing the downstream performance of pretrained self-supervised representations by
+        their rank*, 2023, eq. 1-2; Roy & Vetterli, *The effective rank*, 2007 (eps = 0).
+
+    Example:
+        >>> round(float(rankme(torch.eye(8))), 3)
+        8.0
+    """
+    return _entropy_rank(singular_values(features), eps)
+
+
+def covariance_eigenvalues(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
+    """Eigenvalues of the covariance (centred, divided by N) in descending order, min(N, D) of them."""
+    x = features.double()
+    return singular_values(x - x.mean(0)).square() / len(x)
+
+
+def participation_ratio(features: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    """Square of the sum of the covariance's eigenvalues over the sum of their squares.
+
+    Returns:
+        From 1 to min(N - 1, D); NaN where the features do not vary.
+
+    References:
+        Gao et al., *A theory of multineuronal dimensionality, dynamics and measurement*, 2017.
+
+    Example:
+        >>> round(float(participation_ratio(torch.eye(5))), 3)  # a simplex: four equal directions
+        4.0
+    """
+    values = covariance_eigenvalues(features)
+    return values.sum().square() / values.square().sum()
+
+
+def alpha_req(
+    features: Float[Tensor, "N D"], first: int = 11, last: int = 100
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Decay alpha of the covariance's eigenvalues, lambda_i ~ i^-alpha, and how well that law holds.
+
+    Args:
+        features: embeddings.
+        first: first index of the fit, counted from 1: the largest eigenvalues follow no law.
+        last: last index of the fit, at most; it ends before eigenvalues that are zero.
+
+    Returns:
+        alpha and R^2 of the fit of log lambda against log i, both weighted by 1/i; NaN with fewer than three
+        eigenvalues in the range.
+
+    References:
+        Agrawal et al., *alpha-ReQ: assessing representation quality in self-supervised learning by measuring
+        eigenspectrum decay*, 2022; Stringer et al., *High-dimensional geometry of population responses in visual
+        cortex*, 2019 (the weights).
+
+    Example:
+        >>> axes = torch.linalg.qr(torch.randn(300, 120, generator=torch.Generator().manual_seed(0)).double())[0]
+        >>> axes -= axes.mean(0)
+        >>> axes = torch.linalg.qr(axes)[0]
+        >>> alpha, fit = alpha_req(axes * torch.arange(1, 121) ** -0.75)  # eigenvalues i^-1.5
+        >>> round(float(alpha), 3), round(float(fit), 3)
+        (1.5, 1.0)
+    """
+    values = covariance_eigenvalues(features)[:last]
+    values = values[values > 0]
+    index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
+    values, index = values[first - 1 :], index[first - 1 :]
+    if len(values) < 3:
+        return (values.new_tensor(torch.nan),) * 2
+    x, y, weight = index.log(), values.log(), 1 / index
+    x, y = (part - (weight * part).sum() / weight.sum() for part in (x, y))
+    slope = (weight * x * y).sum() / (weight * x * x).sum()
+    return -slope, 1 - (weight * (y - slope * x).square()).sum() / (weight * y * y).sum()
+
+
+def view_statistics(views: Float[Tensor, "n q D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, "D D"]]:
+    """Of q views of each of n images: the mean of each image, and the sum of products of what is left.
+
+    The sums of batches and ranks add up; :func:`lidar` takes them.
+    """
+    means = views.double().mean(1)
+    rest = (views.double() - means[:, None]).flatten(0, 1)
+    return means, rest.T @ rest
+
+
+def lidar(
+    means: Float[Tensor, "n D"], scatter: Float[Tensor, "D D"], views: int, delta: float = 1e-4, eps: float = 1e-8
+) -> Float[Tensor, ""]:
+    """LiDAR: the effective rank of what linear discriminant analysis sees when every image is a class of its views.
+
+    Args:
+        means: mean embedding of each image over its views, as of :func:`view_statistics`.
+        scatter: the sum over images of the products of what is left.
+        views: how many views each image has.
+        delta: added to the diagonal of the covariance within images.
+        eps: added to each share of the eigenvalues.
+
+    Returns:
+        From 1 to about min(n - 1, D); NaN where all means are equal.
+
+    References:
+        Thilak et al., *LiDAR: sensing linear probing performance in joint embedding SSL architectures*, 2024, eq. 1-4.
+
+    Example:
+        >>> images = torch.eye(6)[:, None] + 1e-3 * torch.randn(6, 10, 6, generator=torch.Generator().manual_seed(0))
+        >>> round(float(lidar(*view_statistics(images), views=10)), 1)
+        5.0
+    """
+    n, width = means.shape
+    centered = means.double() - means.double().mean(0)
+    within = scatter.double() / (n * views) + delta * torch.eye(width, dtype=torch.float64, device=scatter.device)
+    # S_w^-1/2 S_b S_w^-1/2 has the squared singular values of L^-1 (centered / sqrt(n)), where S_w = L L'.
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(within), centered.T / n**0.5, upper=False)
+    return _entropy_rank(singular_values(whitened).square(), eps)
+
+
+def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+    """Squared distance of the unit vectors of two views of each image; 0 where they agree.
+
+    Returns:
+        One number an image in [0, 4], float64: the loss is their mean. NaN for a zero vector.
+
+    References:
+        Wang & Isola, *Understanding contrastive representation learning through alignment and uniformity on the
+        hypersphere*, 2020, eq. 8 (alpha = 2).
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        tensor([0., 2.], dtype=torch.float64)
+    """
+    return (_unit(x) - _unit(y)).square().sum(1)
+
+
+def uniformity(x: Float[Tensor, "N D"], t: float = 2.0, chunk: int = 1024) -> Float[Tensor, ""]:
+    """Logarithm of the mean Gaussian potential of all pairs of unit vectors: the lower, the more evenly they are spread.
+
+    Args:
+        x: embeddings.
+        t: the potential is exp(-t |x - y|^2).
+        chunk: images compared at once.
+
+    Returns:
+        At most 0 (all equal), float64; NaN for fewer than two images or a zero vector.
+
+    References:
+        Wang & Isola, as for :func:`alignment`, eq. 9.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # one pair, at distance 2
+        tensor(-8., dtype=torch.float64)
+    """
+    n, unit = len(x), _unit(x)
+    total = unit.new_zeros(())
+    for start in range(0, n, chunk):
+        squares = 2 - 2 * (unit[start : start + chunk] @ unit.T)
+        squares.diagonal(start).fill_(torch.inf)  # an image with itself
+        total += (-t * squares).exp().sum()
+    return (total / (n * (n - 1))).log() if n > 1 else total.new_tensor(torch.nan)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x.double() / x.double().norm(dim=1, keepdim=True)  # a zero vector has no direction: NaN

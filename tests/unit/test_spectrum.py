@@ -1,0 +1,107 @@
+"""Spectral numbers against closed forms, and against second implementations in NumPy and SciPy."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import pdist
+
+from ssl_geometry.geometry.spectrum import (
+    alignment,
+    alpha_req,
+    covariance_eigenvalues,
+    lidar,
+    participation_ratio,
+    rankme,
+    singular_values,
+    uniformity,
+    view_statistics,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def entropy_rank(values: np.ndarray, eps: float) -> float:
+    p = values / values.sum() + eps
+    return float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 40), st.integers(0, 100))
+def test_spectra_are_numpys(n: int, width: int, seed: int) -> None:
+    x = normal(n, width, seed=seed) + 3
+    values = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(singular_values(x), values, rtol=1e-6, atol=1e-6 * values[0])
+    assert float(rankme(x)) == pytest.approx(entropy_rank(values, 1e-7), rel=1e-5)
+    assert float(rankme(x, eps=0)) == pytest.approx(entropy_rank(values, 0), rel=1e-5)
+    covariance = np.cov(x.double().numpy().T, bias=True).reshape(width, width)
+    eigenvalues = np.sort(np.linalg.eigvalsh(covariance))[::-1][: min(n, width)]
+    np.testing.assert_allclose(covariance_eigenvalues(x), eigenvalues, atol=1e-9 * eigenvalues[0] + 1e-12)
+    expected = np.trace(covariance) ** 2 / (covariance**2).sum()
+    assert float(participation_ratio(x)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_orthonormal_features_have_full_rank_and_copies_of_one_have_rank_one() -> None:
+    assert float(rankme(torch.eye(16), eps=0)) == pytest.approx(16)
+    assert float(rankme(torch.ones(16, 1) @ normal(1, 8), eps=0)) == pytest.approx(1)
+    two = torch.cat([torch.zeros(10, 5), torch.ones(10, 5)])
+    assert float(participation_ratio(two)) == pytest.approx(1)
+
+
+def test_a_gaussian_of_known_spectrum() -> None:
+    scales = torch.arange(1, 65) ** -0.5  # covariance i^-1
+    x = normal(60_000, 64) * scales
+    alpha, fit = alpha_req(x, first=5, last=60)
+    assert float(alpha) == pytest.approx(1, abs=0.03)
+    assert float(fit) > 0.99
+    squares = scales.square().double()
+    assert float(participation_ratio(x)) == pytest.approx(float(squares.sum() ** 2 / squares.square().sum()), rel=0.03)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(4, 30), st.integers(2, 8), st.integers(2, 20), st.integers(0, 100))
+def test_lidar_is_its_definition(n: int, q: int, width: int, seed: int) -> None:
+    views = (normal(n, 1, width, seed=seed) + 0.3 * normal(n, q, width, seed=seed + 1)).double()
+    means, scatter = view_statistics(views)
+    x = views.numpy()
+    mu = x.mean(1)
+    between = np.cov(mu.T, bias=True).reshape(width, width)
+    within = sum((image - image.mean(0)).T @ (image - image.mean(0)) for image in x) / (n * q) + 1e-4 * np.eye(width)
+    root = scipy.linalg.inv(scipy.linalg.sqrtm(within))
+    eigenvalues = np.linalg.eigvalsh(root @ between @ root).clip(0)
+    assert float(lidar(means, scatter, views=q)) == pytest.approx(entropy_rank(eigenvalues, 1e-8), rel=1e-4)
+    halves = [view_statistics(part) for part in views.split(n // 2 + 1)]
+    merged = lidar(torch.cat([m for m, _ in halves]), sum(s for _, s in halves), views=q)  # type: ignore[arg-type]
+    assert float(merged) == pytest.approx(float(lidar(means, scatter, views=q)), rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 10), st.integers(1, 70))
+def test_alignment_and_uniformity_are_their_definitions(n: int, width: int, chunk: int) -> None:
+    x, y = normal(n, width, seed=1).double(), normal(n, width, seed=2).double()
+    u, v = (part / part.norm(dim=1, keepdim=True) for part in (x, y))
+    np.testing.assert_allclose(alignment(x, y), (u - v).square().sum(1))
+    expected = np.log(np.exp(-2 * pdist(u.numpy(), "sqeuclidean")).mean())
+    assert float(uniformity(x, chunk=chunk)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_uniform_circle_has_the_uniformity_of_a_bessel_function() -> None:
+    angle = torch.arange(4000).double() * (2 * torch.pi / 4000)
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    assert float(uniformity(circle)) == pytest.approx(np.log(scipy.special.ive(0, 4.0)), abs=1e-3)
+
+
+def test_what_does_not_vary_has_no_spectrum() -> None:
+    same, nothing = torch.full((20, 5), 0.3), torch.zeros(20, 5)
+    assert participation_ratio(same).isnan()
+    assert rankme(nothing).isnan()
+    assert all(value.isnan() for value in alpha_req(same))
+    means, scatter = view_statistics(same[:, None].expand(20, 3, 5))
+    assert lidar(means, scatter, views=3).isnan()
+    assert float(uniformity(same)) == pytest.approx(0, abs=1e-12)
+    assert uniformity(nothing).isnan()
+    assert alignment(nothing, same).isnan().all()
