@@ -21,6 +21,7 @@ Index = Literal["auto", "exact", "ivf", "hnsw"]
 
 EXACT_ROWS = 200_000  # "auto" searches larger banks on a CPU approximately
 SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate search
+CLOSE = 1e-3  # unit vectors whose mean is this near to length 1 are told apart in float64
 LINKS = 32  # of a point in an HNSW graph
 
 
@@ -77,27 +78,29 @@ def nearest(
         raise ValueError(f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf or hnsw")
     itself = bank is None
     blocks = [features] if bank is None else [bank] if isinstance(bank, Tensor) else bank
-    center = None
-    if metric != "inner":  # any shift will do; this one leaves most digits to the differences
-        center = _finite(features, metric, "queries").mean(0)
-    queries = _points(features, metric, center, "queries")
-    keys = _keys(features)
-    found: Neighbors | None = None
-    found_keys = torch.empty(0)
-    first = 0
+    queries, center = _centered(features, metric)
+    keys = None  # a hash of each row, once equal rows are seen
+    found, found_keys, first = None, torch.empty(0), 0
     for block in blocks:
-        points, block_keys = _points(block, metric, center, "bank"), _keys(block)
-        rows = torch.arange(len(block), device=block.device) if duplicates else _distinct(block_keys)
-        extra = int(itself or not duplicates)  # the query's own place in the list, or its copy's
-        some = _search(queries, points[rows] if len(rows) < len(points) else points, k + extra, metric, index)
-        ids = torch.where(some.ids < 0, -1, rows[some.ids] + first)
-        some_keys = torch.where(ids < 0, 0, block_keys[(ids - first).clamp_min(0)])
-        if extra:
-            mine = (ids, torch.arange(len(ids), device=ids.device)) if duplicates else (some_keys, keys)
-            ids = ids.masked_fill(mine[0] == mine[1][:, None], -1)
-        earlier = [] if found is None else [(found, found_keys)]
-        lists = [*earlier, (some._replace(ids=ids), some_keys)]  # of equal points the first stands for all
-        found, found_keys = _best(lists, k, metric == "inner", distinct=not duplicates)
+        points = queries if itself else _points(block, metric, center, "bank")
+        own = torch.arange(len(features), device=features.device) if itself else None
+        some = _search(queries, points, k + itself, metric, index)
+        several = bank is not None and not isinstance(bank, Tensor)  # copies may be in different blocks
+        if not duplicates and (several or _copies_in(some, queries, metric, features, block, own)):
+            keys = _keys(features) if keys is None else keys
+            block_keys = _keys(block)
+            rows = _distinct(block_keys)
+            some = _search(queries, points[rows], k + 1, metric, index)
+            some = some._replace(ids=rows[some.ids].where(some.ids >= 0, -1))
+            some_keys = block_keys[some.ids.clamp_min(0)].where(some.ids >= 0, 0)
+            some = some._replace(ids=some.ids.masked_fill(some_keys == keys[:, None], -1))
+        else:
+            some_keys = torch.zeros_like(some.ids)
+            if own is not None:
+                some = some._replace(ids=some.ids.masked_fill(some.ids == own[:, None], -1))
+        some = some._replace(ids=(some.ids + first).where(some.ids >= 0, -1))
+        lists = [(some, some_keys)] if found is None else [(found, found_keys), (some, some_keys)]
+        found, found_keys = _best(lists, k, metric == "inner", distinct=not duplicates)  # of equal points the first
         first += len(block)
     others = first - itself
     if found is None or not 1 <= k <= others:
@@ -129,22 +132,63 @@ def merge(parts: Sequence[Neighbors], k: int, largest: bool = True) -> Neighbors
     return merged._replace(values=sign * merged.values)
 
 
-def _finite(features: Tensor, metric: Metric, what: str) -> Tensor:
-    """Features as float32, unit vectors for cosine."""
-    broken = int((~features.isfinite().all(1)).sum())
-    if broken or not len(features):
-        raise ValueError(f"{what}: {broken} of {len(features)} vectors are not finite")
-    if metric != "cosine":
-        return features.float()
-    zero = int((features == 0).all(1).sum())
-    if zero:
-        raise ValueError(f"{what}: {zero} of {len(features)} vectors are zero and have no cosine")
-    return F.normalize(features.double(), dim=1)
+def _centered(features: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
+    """The queries as FAISS is to see them, and the shift by which all points are moved.
+
+    Any shift leaves distances as they are; this one leaves most digits to the differences.
+    """
+    points = _points(features, metric, None, "queries")
+    if metric == "inner":
+        return points, None
+    center = points.mean(0)
+    if metric == "l2":
+        return points - center, center
+    if float(1 - center.square().sum()) > CLOSE:
+        return points.sub_(center), center  # unit vectors are a copy already
+    center = F.normalize(features.double(), dim=1).mean(0)
+    return _points(features, metric, center, "queries"), center
 
 
 def _points(features: Tensor, metric: Metric, center: Tensor | None, what: str) -> Tensor:
-    points = _finite(features, metric, what)
-    return (points if center is None else points - center).float().contiguous()
+    """Float32 points, unit vectors for cosine, less the center; in float64 on the way where the center is."""
+    points = features.to(torch.float32 if center is None else center.dtype)
+    lengths = points.norm(dim=1)
+    broken, zero = int((~lengths.isfinite()).sum()), int((lengths == 0).sum())
+    if broken or not len(features):
+        raise ValueError(f"{what}: {broken} of {len(features)} vectors are not finite")
+    if metric == "cosine":
+        if zero:
+            raise ValueError(f"{what}: {zero} of {len(features)} vectors are zero and have no cosine")
+        points = points / lengths[:, None]
+    return points.contiguous() if center is None else (points - center).float().contiguous()
+
+
+def _copies_in(
+    found: Neighbors, queries: Tensor, metric: Metric, features: Tensor, bank: Tensor, own: Tensor | None
+) -> bool:
+    """Whether a list holds a copy of its query, or two equal points: these have equal values but for rounding."""
+    ids, values = found.ids, found.values
+    there = ids >= 0 if own is None else (ids >= 0) & (ids != own[:, None])
+    squares = queries.square().sum(1, keepdim=True)
+    rounding = 64 * torch.finfo(values.dtype).eps * (squares + values.abs())
+    of_a_copy = squares if metric == "inner" else 0
+    row, place = (there & ((values - of_a_copy).abs() <= rounding)).nonzero(as_tuple=True)
+    if _any_equal(features, row, bank, ids[row, place]):
+        return True
+    for step in (1, 2):
+        gap = (values[:, step:] - values[:, :-step]).abs()
+        row, place = (there[:, step:] & there[:, :-step] & (gap <= rounding[:, step:])).nonzero(as_tuple=True)
+        if _any_equal(bank, ids[row, place], bank, ids[row, place + step]):
+            return True
+    return False
+
+
+def _any_equal(x: Tensor, rows: Tensor, y: Tensor, columns: Tensor) -> bool:
+    for start in range(0, len(rows), 4096):
+        part = slice(start, start + 4096)
+        if bool((x[rows[part]] == y[columns[part]]).all(1).any()):
+            return True
+    return False
 
 
 def _keys(features: Tensor) -> Int64[Tensor, " N"]:
@@ -215,11 +259,11 @@ def _best(
     """The best k of the lists laid side by side; of equal keys only the first where ``distinct``."""
     ids, keys = (torch.cat(columns, 1) for columns in zip(*((part.ids, key) for part, key in parts), strict=True))
     values = torch.cat([part.values for part, _ in parts], 1)
-    worst = -torch.inf if largest else torch.inf
-    rank = values.masked_fill((ids < 0) | values.isnan(), worst)
-    order = rank.argsort(dim=1, descending=largest, stable=True)
-    ids, keys, values, rank = (column.gather(1, order) for column in (ids, keys, values, rank))
-    gone = rank == worst
+    if len(parts) > 1:
+        rank = values.masked_fill(ids < 0, -torch.inf if largest else torch.inf)
+        order = rank.argsort(dim=1, descending=largest, stable=True)
+        ids, keys, values = (column.gather(1, order) for column in (ids, keys, values))
+    gone = ids < 0
     if distinct and len(parts) > 1:
         for start in range(0, len(ids), 1024):
             rows = slice(start, start + 1024)

@@ -172,7 +172,7 @@ def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor,
 
 
 def uniformity(x: Float[Tensor, "N D"], t: float = 2.0, chunk: int = 1024) -> Float[Tensor, ""]:
-    """Logarithm of the mean Gaussian potential of all pairs of unit vectors: the lower, the more evenly they are spread.
+    """Logarithm of the mean Gaussian potential of all pairs of unit vectors: the lower, the more evenly spread.
 
     Args:
         x: embeddings.

@@ -1,0 +1,141 @@
+"""k nearest neighbours: our call beside bare FAISS, torch and scikit-learn, and what a measuring moment costs.
+
+    python benchmarks/neighbors.py                              # N = 10,000; D = 512 and 2,048
+    python benchmarks/neighbors.py --sizes 50000 --rounds 1     # half an hour
+    python benchmarks/neighbors.py --part monitor               # a moment of NeighborhoodMonitor, in epochs
+
+Points lie near a curved manifold of ten dimensions in twenty clusters. Libraries take turns in one process; medians.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import faiss
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch.nn import functional as F
+
+from ssl_geometry.geometry.neighbors import nearest
+
+
+def manifold(n: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centers, inside = torch.randn(20, 10, generator=generator), torch.randn(n, 10, generator=generator)
+    latent = 2 * centers[torch.arange(n) % 20] + inside
+    features = (latent @ torch.randn(10, width, generator=generator)).relu()
+    return features + 0.1 * torch.randn(n, width, generator=generator)
+
+
+def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(n):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def search(args: argparse.Namespace) -> None:
+    print(f"k = {args.k}, cosine, {args.threads} threads, torch {torch.__version__}, faiss {faiss.__version__}\n")
+    print("| N, D | search | seconds (median) | over bare FAISS (median, range) |")
+    print("|---|---|---|---|")
+    for n in args.sizes:
+        for width in args.widths:
+            x = manifold(n, width)
+            unit = F.normalize(x)
+            array = unit.numpy()
+            calls: dict[str, Callable[[], object]] = {
+                "bare FAISS (L2 of unit vectors)": lambda array=array: faiss.knn(
+                    array, array, args.k + 1, metric=faiss.METRIC_L2
+                ),
+                "nearest": lambda x=x: nearest(x, k=args.k, index="exact"),
+                "torch matmul and topk": lambda unit=unit: torch.cat(
+                    [(part @ unit.T).topk(args.k + 1).indices for part in unit.split(1024)]
+                ),
+            }
+            if n <= args.sklearn_up_to:
+                calls["scikit-learn brute, euclidean"] = lambda array=array: (
+                    NearestNeighbors(n_neighbors=args.k, algorithm="brute").fit(array).kneighbors()
+                )
+            times = rounds(calls, args.rounds)
+            bare = times["bare FAISS (L2 of unit vectors)"]
+            for name, seconds in times.items():
+                ratios = [a / b for a, b in zip(seconds, bare, strict=True)]
+                over = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+                print(f"| {n:,}, {width} | {name} | {statistics.median(seconds):.2f} | {over} |", flush=True)
+
+
+def monitor(args: argparse.Namespace) -> None:
+    """One moment of the monitor on a fresh network, and one epoch's training steps, on random pictures."""
+    import lightning as L
+
+    from ssl_geometry.callbacks import NeighborhoodMonitor
+    from ssl_geometry.data.datamodule import DataModule
+    from ssl_geometry.methods import SimCLR
+
+    class Clock(L.Callback):
+        def on_train_epoch_start(self, *_: object) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.training = time.perf_counter() - self.started
+
+    class Pictures(DataModule):
+        def _read(self):
+            from ssl_geometry.data.datasets import Images
+
+            generator = torch.Generator().manual_seed(0)
+            parts = []
+            for n in (args.epoch, args.images):
+                pixels = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+                parts.append(Images(torch.arange(n) % 10, pixels))
+            self.num_classes, self.class_names, self.multi_label = 10, [str(i) for i in range(10)], False
+            self.num_train, self.image_shape, self._on_device = args.epoch, (3, 32, 32), True
+            self._rows = {"train": torch.arange(args.epoch), "measure": torch.arange(args.images)}
+            return parts[0], parts[1]
+
+    torch.manual_seed(0)
+    measured, clock = NeighborhoodMonitor(every_n_epochs=1), Clock()
+    data = Pictures("random", batch_size=256, measure_size=args.images)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[clock, measured],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(SimCLR("resnet18", width=args.width, optimizer="sgd", channels_last=False), data)
+    moment = measured.seconds / 2
+    epoch = clock.training * 50_000 / args.epoch
+    print(f"ResNet-18 x {args.width}, {args.images} images, 6 layers and a head, 5 settings x 10 copies:")
+    print(f"one moment {moment:.1f} s, one epoch of SimCLR on 50,000 images {epoch:.1f} s: {moment / epoch:.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="search", choices=["search", "monitor"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000])
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--k", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sklearn-up-to", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=2000, help="measured by the monitor")
+    parser.add_argument("--epoch", type=int, default=2560, help="images trained on for the monitor's share")
+    parser.add_argument("--width", type=float, default=0.25, help="of the ResNet-18")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    {"search": search, "monitor": monitor}[args.part](args)
+
+
+if __name__ == "__main__":
+    main()
