@@ -80,7 +80,7 @@ def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
     """Read the command line with a :func:`networks_parser`, to which the command has added its own options.
 
     Returns:
-        The options: ``data`` a data module, ``out`` a folder.
+        The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder.
 
     Raises:
         UserError: no such device, or results that would be overwritten.
@@ -88,7 +88,8 @@ def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
     options = parser.parse_args(list(args))
     names = "-".join(model.partition("=")[0] for model in options.models)
     options.out = Path(options.out or f"runs/{command}/{names}")
-    options.data = DataModule(**options.data.as_dict())
+    options.data_options = options.data.as_dict()
+    options.data = DataModule(**options.data_options)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
     if (options.out / "records").exists() and not options.overwrite:

@@ -30,6 +30,7 @@ from ssl_geometry.callbacks import (
     FlushRecords,
     InvarianceMonitor,
     LoggerName,
+    ProbeMonitor,
     StopOnNaN,
     make_loggers,
 )
@@ -121,6 +122,7 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(DataModule, "data")
         parser.add_lightning_class_args(CKAMonitor, "cka")
         parser.add_lightning_class_args(InvarianceMonitor, "invariance")
+        parser.add_lightning_class_args(ProbeMonitor, "probes")
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")

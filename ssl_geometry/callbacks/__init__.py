@@ -4,6 +4,7 @@ from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
 from ssl_geometry.callbacks.loggers import LoggerName, make_loggers
+from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.callbacks.progress import FitProgress
 from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
 
@@ -13,6 +14,7 @@ __all__ = [
     "FlushRecords",
     "InvarianceMonitor",
     "LoggerName",
+    "ProbeMonitor",
     "RecordsLogger",
     "StopOnNaN",
     "make_loggers",

@@ -65,6 +65,6 @@ def _wandb(run: Run, config: dict[str, Any], project: str) -> WandbLogger:
         logger = WandbLogger(**common, offline=True, settings=settings)
         experiment = logger.experiment
     experiment.define_metric("epoch", hidden=True)
-    for section in ("cka", "invariance", "class_cka", "val", "test"):
+    for section in ("cka", "invariance", "class_cka", "probes", "neighbors", "spectrum", "val", "test"):
         experiment.define_metric(f"{section}/*", step_metric="epoch")
     return logger

@@ -3,5 +3,16 @@
 from ssl_geometry.metrics.cka import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.metrics.knn import KNNAccuracy
 from ssl_geometry.metrics.overlap import MutualKNN
+from ssl_geometry.metrics.probe_bank import ProbeBank
+from ssl_geometry.metrics.probes import LogisticProbe, RidgeProbe
 
-__all__ = ["ClassCKA", "InvarianceCKA", "KNNAccuracy", "LayerwiseCKA", "MutualKNN"]
+__all__ = [
+    "ClassCKA",
+    "InvarianceCKA",
+    "KNNAccuracy",
+    "LayerwiseCKA",
+    "LogisticProbe",
+    "MutualKNN",
+    "ProbeBank",
+    "RidgeProbe",
+]

@@ -1,5 +1,6 @@
 """Pictures drawn from records. A picture never computes: each value that it shows is a row."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,7 +25,20 @@ STYLE: Any = {
 }
 MANY_LAYERS = 24
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
-LABELS = {"cka": "CKA (unbiased)", "invariance": "CKA of two augmented copies", "class_cka": "CKA with the classes"}
+LABELS = {
+    "cka": "CKA (unbiased)",
+    "invariance": "CKA of two augmented copies",
+    "class_cka": "CKA with the classes",
+    "ridge_probe": "Accuracy of ridge regression",
+    "logistic_probe": "Accuracy of logistic regression",
+    "online_probe": "Accuracy of online probes",
+    "neighbors": "NNK neighbours",
+    "diameter": "Diameter of the NNK polytope",
+    "affinity": "Affinity with the nearest neighbour's polytope",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
+    "alpha_req": "Decay of the spectrum (alpha-ReQ)",
+}
 
 
 def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
@@ -115,7 +129,8 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
         for key in sorted(frame[lines].unique()):
             line, color = frame[frame[lines] == key].sort_values(along), colors.cmap(colors.norm(key))
             axes.plot(line[along], line["value"], color=color, marker=".", markersize=4, linewidth=1.2)
-        axes.set_ylim(min(0, frame["value"].min()) - 0.02, 1.02)
+        top = frame["value"].max()
+        axes.set_ylim(min(0, frame["value"].min()) - 0.02, 1.02 if not top > 1 else 1.05 * top)
         axes.set_ylabel(LABELS.get(first["metric"], first["metric"]))
         axes.grid(alpha=0.25)
         if against == "depth":
@@ -164,6 +179,123 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label=LABELS["invariance"], shrink=0.8)
         axes.set_title(title or f"Invariance of {first['model']}\nepoch {first['epoch']}, {first['n']} images")
+    return figure
+
+
+def manifold_violins(rows: Rows, metric: str, title: str | None = None) -> Figure:
+    """How one number of the manifold around each image is distributed, layer by layer, a panel a kind of manifold.
+
+    Args:
+        rows: records of one network at one moment, with the quantiles of the metric.
+        metric: neighbors, diameter, affinity, ...
+        title: written above; by default says which network and when.
+
+    Returns:
+        A figure: violins drawn through the quantiles, a white dot at the median, a bar from quarter to quarter.
+    """
+    frame = pd.DataFrame(rows)
+    frame = frame[frame["metric"] == f"{metric}_quantile"]
+    first = _first(frame)
+    layers = frame.drop_duplicates("layer").sort_values("depth", kind="stable")["layer"].tolist()
+    kinds = frame["view"].unique()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 3.2 * min(3, len(kinds)), 0.8 + 2.3 * -(-len(kinds) // 3)))
+        panels = figure.subplots(-(-len(kinds) // 3), min(3, len(kinds)), sharex=True, sharey=True, squeeze=False)
+        for axes in panels.flat[len(kinds) :]:
+            axes.set_axis_off()
+        for number, (axes, kind) in enumerate(zip(panels.flat, kinds, strict=False)):
+            for place, layer in enumerate(layers):
+                shown = frame[(frame["view"] == kind) & (frame["layer"] == layer)].sort_values("low")
+                if len(shown):
+                    _violin(axes, place, shown["value"].to_numpy(), f"C{number}")
+            axes.set_title(kind)
+            axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+            axes.grid(axis="y", alpha=0.25)
+        for axes in panels[:, 0]:
+            axes.set_ylabel(LABELS.get(metric, metric), fontsize=7)
+        figure.suptitle(title or f"{first['model']}, epoch {first['epoch']}, {frame['n'].max()} images")
+    return figure
+
+
+def _violin(axes: Axes, place: float, quantiles: np.ndarray, color: str) -> None:
+    points = (quantiles[1:] + quantiles[:-1]) / 2
+    width = 1.06 * points.std() * len(points) ** -0.2  # Scott's rule
+    if width > 1e-9:
+        heights = np.linspace(quantiles[0], quantiles[-1], 80)
+        density = np.exp(-(((heights[:, None] - points) / width) ** 2) / 2).sum(1)
+        half = 0.42 * density / density.max()
+        axes.fill_betweenx(heights, place - half, place + half, color=color, alpha=0.45, linewidth=0)
+    quarter = (len(quantiles) - 1) // 4
+    axes.plot([place] * 2, quantiles[[quarter, -1 - quarter]], color="0.25", linewidth=2.4, solid_capstyle="butt")
+    axes.plot(place, quantiles[(len(quantiles) - 1) // 2], "o", color="white", markeredgecolor="0.25", markersize=3.5)
+
+
+def training_curves(rows: Rows, metrics: Sequence[str], views: Sequence[str], layer: str, title: str) -> Figure:
+    """Numbers of one layer of several networks over their training: a line a network, with its error band.
+
+    Args:
+        rows: records of the networks.
+        metrics: one column of panels each.
+        views: one row of panels each.
+        layer: which layer.
+        title: written above.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: no rows.
+    """
+    frame = pd.DataFrame(rows)
+    frame = frame[(frame["layer"] == layer) & frame["metric"].isin(metrics) & frame["view"].isin(views)]
+    _first(frame)
+    colors = {model: f"C{number}" for number, model in enumerate(frame["model"].unique())}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 3 * len(metrics), 0.6 + 2.2 * len(views)))
+        panels = figure.subplots(len(views), len(metrics), sharex=True, squeeze=False)
+        for axes, (view, metric) in zip(panels.flat, itertools.product(views, metrics), strict=True):
+            for model, lines in frame[(frame["metric"] == metric) & (frame["view"] == view)].groupby("model"):
+                lines = lines.sort_values("epoch")
+                axes.plot(lines["epoch"], lines["value"], color=colors[model], marker=".", label=model)
+                low, high = lines["low"].astype(float), lines["high"].astype(float)
+                axes.fill_between(lines["epoch"], low, high, color=colors[model], alpha=0.2, linewidth=0)
+            axes.set_title(f"{view}: {LABELS.get(metric, metric)}", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.25)
+        for axes in panels[-1]:
+            axes.set_xlabel("epoch")
+        panels[0, 0].legend()
+        figure.suptitle(title)
+    return figure
+
+
+def neighbor_pictures(pictures: Sequence[tuple[np.ndarray, str, bool]], columns: int, title: str) -> Figure:
+    """Pictures in a grid, some framed: an image and its neighbours.
+
+    Args:
+        pictures: (H,W,3) uint8, what stands above it, and whether it is framed, row by row.
+        columns: pictures in a row.
+        title: written above.
+
+    Returns:
+        A figure.
+    """
+    rows = -(-len(pictures) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.2 + 0.82 * columns, 0.7 + 1.02 * rows))
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes in panels.flat:
+            axes.set_axis_off()
+        for axes, (picture, text, framed) in zip(panels.flat, pictures, strict=False):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_title(text, fontsize=5.5, pad=2)
+            if framed:
+                axes.set_axis_on()
+                axes.set_xticks([])
+                axes.set_yticks([])
+                for spine in axes.spines.values():
+                    spine.set(visible=True, color="tab:orange", linewidth=2.2)
+        figure.suptitle(title, fontsize=8)
     return figure
 
 
@@ -242,7 +374,13 @@ def diag_and_max(rows: Rows) -> dict[str, pd.Series]:
     return {"same layer (diag)": same, "most similar layer (max)": by_layer.max()}
 
 
-def compare_curves(panels: Mapping[str, Rows], groups: Mapping[str, str], title: str | None = None) -> Figure:
+def compare_curves(
+    panels: Mapping[str, Rows],
+    groups: Mapping[str, str],
+    title: str | None = None,
+    label: str = "CKA (unbiased)",
+    levels: Mapping[str, float] | None = None,
+) -> Figure:
     """Numbers of each layer of several networks over depth; networks of one group (seeds of a method) give a band.
 
     The panels of figures 3 and 5 of Grigg et al. 2021.
@@ -251,6 +389,8 @@ def compare_curves(panels: Mapping[str, Rows], groups: Mapping[str, str], title:
         panels: title of each panel, and its rows: one row a network and layer.
         groups: network to group.
         title: written above.
+        label: what the vertical axis shows.
+        levels: named values without layers, drawn as dotted lines.
 
     Returns:
         A figure: a line a group (the mean), a band from the lowest to the highest network; a single network's band is
@@ -283,12 +423,14 @@ def compare_curves(panels: Mapping[str, Rows], groups: Mapping[str, str], title:
                 )
                 axes.scatter(mean.index[~head], mean[~head], s=14, color=color, zorder=3)
                 axes.scatter(mean.index[head], mean[head], s=18, facecolor="white", edgecolor=color, zorder=3)
+            for number, (level, value) in enumerate((levels or {}).items()):
+                axes.axhline(value, color="0.45", linestyle=(number, (1, 1.5)), linewidth=1.2, label=level)
             axes.set_title(name)
             axes.set_xlabel("layer (post-residual, then head)")
             axes.set_ylim(lowest - 0.02, 1.08)
             axes.grid(alpha=0.25)
             axes.legend(loc="best")
-        figure.axes[0].set_ylabel("CKA (unbiased)")
+        figure.axes[0].set_ylabel(label)
         if title:
             figure.suptitle(title)
     return figure

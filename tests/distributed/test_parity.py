@@ -8,8 +8,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.neighbors import merge, nearest
 from ssl_geometry.methods import SimCLR, Supervised
-from ssl_geometry.metrics import ClassCKA, InvarianceCKA, KNNAccuracy, LayerwiseCKA, MutualKNN
+from ssl_geometry.metrics import (
+    ClassCKA,
+    InvarianceCKA,
+    KNNAccuracy,
+    LayerwiseCKA,
+    LogisticProbe,
+    MutualKNN,
+    ProbeBank,
+    RidgeProbe,
+)
 from tests.distributed.conftest import Ranks
 
 LAYERS = ["a", "b", "c"]
@@ -85,6 +95,48 @@ def test_knn(ranks: Ranks) -> None:
     assert [float(value) for value in ranks(knn)] == [pytest.approx(float(expected), abs=1e-7)] * len(ranks(knn))
 
 
+def converged_probe(rank: int, world_size: int, kind: str, batch: int) -> dict[str, Tensor]:
+    """A probe of three classes that the features tell apart only in part."""
+    x = activations()
+    index = torch.arange(337)
+    labels = (x["a"][:, :3] + 0.5 * torch.randn(337, 3, generator=torch.Generator().manual_seed(4))).argmax(1)
+    widths = {name: value.shape[1] for name, value in x.items()}
+    probe = {"ridge": RidgeProbe, "logistic": LogisticProbe}[kind](widths, num_classes=3)
+    for part in list(index[:250].split(batch))[rank::world_size]:
+        probe.update_bank({name: value[part] for name, value in x.items()}, labels[part], part)
+    for part in list(index[250:].split(batch))[rank::world_size]:
+        probe.update({name: value[part] for name, value in x.items()}, labels[part])
+    return probe.compute()
+
+
+@pytest.mark.parametrize("batch", [20, 250], ids=["uneven", "one rank has all"])
+@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+def test_converged_probes(ranks: Ranks, kind: str, batch: int) -> None:
+    expected = converged_probe(0, 1, kind, batch)
+    assert 0.5 < expected["top1"].max() < 1
+    for got in ranks(converged_probe, kind, batch):
+        for name in ("top1", "mean_per_class", "l2"):
+            torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-12)
+
+
+def probe_bank(rank: int, world_size: int) -> dict[str, Tensor]:
+    x = activations()
+    labels = x["a"][:, :3].argmax(1)
+    bank = ProbeBank({name: value.shape[1] for name, value in x.items()}, num_classes=3)
+    for part in torch.arange(330).split(30):
+        mine = part[rank * 30 // world_size : (rank + 1) * 30 // world_size]
+        bank.step({name: value[mine] for name, value in x.items()}, labels[mine], mine)
+    return dict(bank.state_dict())
+
+
+def test_online_probes(ranks: Ranks) -> None:
+    expected = probe_bank(0, 1)
+    assert expected["correct"].max() > 0.5 * expected["held"]
+    for got in ranks(probe_bank):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+
+
 def loss_and_gradient(rank: int, world_size: int, method: str) -> tuple[Tensor, Tensor]:
     """The loss averaged over ranks, and the gradient of the images' outputs as DDP would give it to shared weights."""
     generator = torch.Generator().manual_seed(2)
@@ -116,3 +168,25 @@ def test_losses_and_gradients(ranks: Ranks, method: str) -> None:
     for got_loss, got_gradient in ranks(loss_and_gradient, method):
         torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got_gradient, gradient, rtol=1e-4, atol=1e-6)
+
+
+def shards(rank: int, world_size: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Each rank holds a part of the bank, finds the nearest there, and all lists are merged."""
+    generator = torch.Generator().manual_seed(5)
+    queries, bank = torch.randn(40, 6, generator=generator), torch.randn(101, 6, generator=generator)
+    start, stop = rank * 101 // world_size, (rank + 1) * 101 // world_size
+    mine = nearest(queries, bank[start:stop], k=7, metric=metric)  # type: ignore[arg-type]
+    parts = [mine._replace(ids=mine.ids + start)]
+    if world_size > 1:
+        parts = [mine] * world_size
+        dist.all_gather_object(parts, mine._replace(ids=mine.ids + start))
+    merged = merge(parts, k=7, largest=metric != "l2")
+    return merged.ids, merged.values
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
+def test_neighbours_of_a_sharded_bank(ranks: Ranks, metric: str) -> None:
+    ids, values = shards(0, 1, metric)
+    for got_ids, got_values in ranks(shards, metric):
+        assert torch.equal(got_ids, ids)
+        torch.testing.assert_close(got_values, values, rtol=1e-5, atol=1e-6)

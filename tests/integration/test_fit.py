@@ -136,8 +136,11 @@ def test_live_numbers_equal_those_of_the_saved_checkpoint(runs: Path) -> None:
 
 @pytest.mark.parametrize("method", ["SimCLR", "Supervised"])
 def test_training_is_bit_identical_with_and_without_monitors(tmp_path: Path, method: str) -> None:
-    on = fit(options(tmp_path, "on", "--cka.every_n_epochs=1", method=method))
-    off = fit(options(tmp_path, "off", "--cka.every_n_epochs=0", method=method))
+    monitors = ("cka", "invariance", "probes")
+    views = "--invariance.views=[own, color]"
+    on = fit(options(tmp_path, "on", *(f"--{name}.every_n_epochs=1" for name in monitors), views, method=method))
+    off = fit(options(tmp_path, "off", *(f"--{name}.every_n_epochs=0" for name in monitors), method=method))
+    assert {"cka", "invariance", "ridge_probe", "online_probe"} <= set(read_records(on.directory)["metric"])
     pd.testing.assert_series_equal(losses(on.directory), losses(off.directory), check_exact=True)
     weights = [read_checkpoint(run.last_checkpoint, "")["state_dict"] for run in (on, off)]
     assert weights[0].keys() == weights[1].keys()
@@ -156,11 +159,12 @@ class Interrupt(L.Callback):
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = fit(options(tmp_path, "whole", epochs=3))
+    probes = ["--probes.every_n_epochs=1", "--probes.logistic=true"]
+    whole = fit(options(tmp_path, "whole", *probes, epochs=3))
     callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.Interrupt","init_args":{"epoch":2}}]'
     with pytest.raises(KeyboardInterrupt):
-        fit(options(tmp_path, "part", callback, epochs=3))
-    resumed = fit(options(tmp_path, "part", "--resume=auto", epochs=3))
+        fit(options(tmp_path, "part", *probes, callback, epochs=3))
+    resumed = fit(options(tmp_path, "part", *probes, "--resume=auto", epochs=3))
     assert resumed.resumed_from is not None
     states = [read_checkpoint(run.last_checkpoint, "") for run in (whole, resumed)]
     assert all(torch.equal(value, states[1]["state_dict"][key]) for key, value in states[0]["state_dict"].items())
@@ -482,5 +486,18 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     keys = ["epoch", "layer", "layer_other"]
     left, right = (frame[frame["model_other"] == "init"].set_index(keys)["value"].sort_index() for frame in frames)
     pd.testing.assert_series_equal(left, right, check_exact=False, rtol=0, atol=1e-5)
+    for metric in ("ridge_probe", "online_probe"):
+        frames = [
+            read_records(run).query(f"metric == '{metric}' and epoch == 2").set_index("layer") for run in (one, two)
+        ]
+        assert len(frames[0]) == len(frames[1]) > 10
+        np.testing.assert_allclose(frames[0]["value"], frames[1]["value"].loc[frames[0].index], atol=1.5 / 128)
+    banks = [
+        read_checkpoint(run / "checkpoints" / "last.ckpt", "")["callbacks"]["ProbeMonitor"]["bank"]
+        for run in (one, two)
+    ]
+    torch.testing.assert_close(banks[0]["weight"], banks[1]["weight"], rtol=1e-3, atol=1e-3)
+    assert banks[0]["weight"].abs().max() > 0.1
+    assert banks[0]["held"] == banks[1]["held"]
     results = [json.loads((run / "run.json").read_text())["results"] for run in (one, two)]
     assert results[0] == pytest.approx(results[1], abs=1 / 128 + 1e-9)

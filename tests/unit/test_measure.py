@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_geometry.callbacks import CKAMonitor
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring
+from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring, pooled
+from ssl_geometry.callbacks.probes import ProbeMonitor, layer_widths
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.methods import Method, SimCLR, Supervised
+from ssl_geometry.metrics import ProbeBank
+from ssl_geometry.models.taps import Taps, layer_names
 from ssl_geometry.records import Protocol
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
-
-
-def pooled(activations: Tensor) -> Tensor:
-    return activations.flatten(2).mean(2) if activations.ndim > 2 else activations
 
 
 class MeanMonitor(Monitor):
@@ -69,6 +68,32 @@ def test_monitors_due_together_share_one_pass(tmp_path: Path) -> None:
     assert len(measured) == 3 * 3, "three batches of measurement images at each of three moments, whoever asks"
     assert sorted(other.seen) == sorted(set(other.seen))
     assert len(other.seen) == 100
+
+
+def test_training_images_are_one_pass_too(tmp_path: Path) -> None:
+    method, calls = SimCLR(**SMALL), []
+    method.backbone.register_forward_hook(lambda *_: calls.append(method.training))
+    probes = ProbeMonitor(layers=["stages"], train_images=100, logistic=True)
+    run(tmp_path, [CKAMonitor(every_n_epochs=1), probes], epochs=1, method=method)
+    assert calls.count(False) == 2 * (3 + 3) + 1, "at two moments three batches of either split; one black picture"
+    assert calls.count(True) == 2, "online probes listen to the steps"
+    assert not any(module._forward_hooks for module in method.backbone.layer1.modules())
+
+
+@pytest.mark.parametrize("backend", ["eager"])
+def test_online_probes_hear_a_compiled_network(tmp_path: Path, backend: str) -> None:
+    banks = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        method = Supervised(**SMALL)
+        if compiled:
+            method.backbone.compile(backend=backend)
+        probes = ProbeMonitor(layers=["stages", "pooled"], train_images=100)
+        run(tmp_path, [probes], epochs=2, method=method)
+        assert probes.bank is not None
+        banks.append(probes.bank.weight)
+    assert banks[0].abs().max() > 0.01
+    torch.testing.assert_close(banks[0], banks[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +168,11 @@ def test_a_training_step_of_ours_never_waits_for_the_device(method_class: type[M
         "label": torch.randint(10, (8,)),
         "index": torch.arange(8),
     }
-    with HostReads() as reads:
+    names = layer_names(method, "all")
+    bank = ProbeBank(layer_widths(method, names, (3, 16, 16)), num_classes=10)
+    with Taps(method, names, lambda _, output: pooled(output)) as taps, HostReads() as reads:
+        taps.captured = {}
         method.training_step(batch, 0).backward()  # type: ignore[arg-type]
+        bank.step(taps.captured, batch["label"], batch["index"])
     assert reads.found == []
+    assert bank.held + bank.seen > 0

@@ -1,0 +1,205 @@
+"""Linear classifiers of many layers, with many learning rates and weight decays, trained as one batched tensor.
+
+Protocol: logistic regression by SGD with momentum on standardised features (running mean and variance of the features
+seen so far), started at zero. A fixed tenth of the images (see :func:`ssl_geometry.geometry.probes.held_out`) trains no
+classifier: the accuracy on it chooses, for each layer, among the hyper-parameters. Over several processes, all sums of
+a step are reduced as one flat tensor: every process holds the classifiers that one process would have.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.distributed import all_reduce, is_available, is_initialized
+
+from ssl_geometry.geometry.probes import held_out
+
+LEARNING_RATES = (0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (0.0, 1e-3)
+MEMORY = 0.99  # of the running mean and variance, from step to step
+
+
+class ProbeBank(nn.Module):
+    """Linear classifiers on the features of each layer, stepped on features that somebody else computed.
+
+    Features are divided by their standard deviations and by the root of their number, so that the largest curvature of
+    the loss is at most 1/2 whatever the width, and every learning rate below 7 is stable. A step makes no host
+    synchronisation and draws no random number.
+
+    Args:
+        widths: layer to number of its features.
+        num_classes: number of classes.
+        learning_rates: of SGD, on features of that scale.
+        weight_decays: every learning rate is tried with every weight decay; biases are not decayed.
+        momentum: of SGD.
+
+    Example:
+        >>> labels = torch.arange(64) % 4
+        >>> bank = ProbeBank({"layer": 4}, num_classes=4)
+        >>> for step in range(20):
+        ...     bank.step({"layer": torch.eye(4)[labels]}, labels, index=torch.arange(64))
+        >>> bank.scores({"layer": torch.eye(4)}).argmax(2)
+        tensor([[0, 1, 2, 3]])
+    """
+
+    learning_rate: Tensor
+    """Of each classifier, (H,)."""
+    weight_decay: Tensor
+    """Of each classifier, (H,)."""
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+    weight_velocity: Tensor
+    bias_velocity: Tensor
+    mean: Tensor
+    variance: Tensor
+    steps: Tensor
+    seen: Tensor
+    correct: Tensor
+    held: Tensor
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        num_classes: int,
+        learning_rates: Sequence[float] = LEARNING_RATES,
+        weight_decays: Sequence[float] = WEIGHT_DECAYS,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        self.num_classes = num_classes
+        self.momentum = momentum
+        layers, width, heads = len(widths), max(widths.values()), len(learning_rates) * len(weight_decays)
+        grid = torch.cartesian_prod(torch.tensor(learning_rates), torch.tensor(weight_decays)).view(heads, 2)
+        for name, value in {
+            "learning_rate": grid[:, 0].contiguous(),
+            "weight_decay": grid[:, 1].contiguous(),
+            "scale": torch.tensor([1 / math.sqrt(width) for width in widths.values()]).view(-1, 1, 1),
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+        for name, shape in {
+            "weight": (layers, width, heads, num_classes),
+            "bias": (layers, heads, num_classes),
+            "weight_velocity": (layers, width, heads, num_classes),
+            "bias_velocity": (layers, heads, num_classes),
+            "mean": (layers, 1, width),
+            "variance": (layers, 1, width),
+            "steps": (),
+            "seen": (),  # images behind mean and variance, the older ones counting less
+            "correct": (layers, heads),  # held-out images classified rightly, since the last `forget`
+            "held": (),  # held-out images since then
+        }.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    @torch.no_grad()
+    def step(
+        self,
+        features: Mapping[str, Float[Tensor, "VB D"]],
+        labels: Int64[Tensor, " B"],
+        index: Int64[Tensor, " B"] | None = None,
+        rate: float = 1.0,
+    ) -> None:
+        """One step of SGD of all classifiers. Every process must call it, each with its share of the global batch.
+
+        Args:
+            features: of each layer; of V views of each image one after another, view by view.
+            labels: class of each image; images of class -1 are left out.
+            index: number of each image in the data set, by which a fixed tenth is held out; None learns from all.
+            rate: multiplies every learning rate: where a schedule is.
+        """
+        centered = self._stack(features) - self.mean
+        views = centered.shape[1] // len(labels)
+        labels = labels.repeat(views)
+        held = torch.zeros_like(labels, dtype=torch.bool) if index is None else held_out(index).repeat(views)
+        training, judged = ((labels >= 0) & part for part in (~held, held))
+        inputs = centered * self._inverse_deviation()
+        scores = self._scores(inputs)  # (L, VB, H, C)
+        right = (scores.argmax(3) == labels[:, None]).float()
+        errors = scores.softmax(3)
+        errors[:, torch.arange(len(labels), device=labels.device), :, labels] -= 1
+        errors *= training[:, None, None]
+        told = torch.stack([training, judged]).float()
+        sums = [
+            inputs.mT @ errors.flatten(2),  # gradient of the weights
+            errors.sum(1),
+            centered.sum(1),
+            centered.square().sum(1),
+            torch.einsum("lrh,r->lh", right, told[1]),
+            torch.cat([told.sum(1), told.new_full((1,), len(labels))]),
+        ]
+        flat = torch.cat([part.flatten() for part in sums])
+        if is_available() and is_initialized():
+            all_reduce(flat)
+        parts = flat.split([part.numel() for part in sums])
+        gradient, bias_gradient, first, second, correct, count = (
+            part.view(shaped.shape) for part, shaped in zip(parts, sums, strict=True)
+        )
+        self._descend(gradient.view_as(self.weight), bias_gradient, count[0].clamp_min(1), rate)
+        self._move_statistics(first.unsqueeze(1), second.unsqueeze(1), count[2])
+        self.correct += correct
+        self.held += count[1]
+
+    def _descend(self, gradient: Tensor, bias_gradient: Tensor, count: Tensor, scale: float) -> None:
+        decay, rate = self.weight_decay[:, None], self.learning_rate[:, None]
+        self.weight_velocity.mul_(self.momentum).add_(gradient / count).addcmul_(self.weight, decay)
+        self.bias_velocity.mul_(self.momentum).add_(bias_gradient / count)
+        self.weight.addcmul_(self.weight_velocity, rate, value=-scale)
+        self.bias.addcmul_(self.bias_velocity, rate, value=-scale)
+
+    def _move_statistics(self, first: Tensor, second: Tensor, count: Tensor) -> None:
+        # About the old mean, so that nothing cancels where features vary little around a large mean: the first batch
+        # says where the mean lies, from the second on there is a variance.
+        older = torch.where(self.steps > 1, MEMORY * self.seen, 0)
+        self.seen.copy_(older + count)
+        shift = first / self.seen
+        variance = (older * self.variance + second) / self.seen - shift.square()
+        self.variance.copy_(torch.where(self.steps > 0, variance, 0))
+        self.mean += shift
+        self.steps += 1
+
+    def _inverse_deviation(self) -> Tensor:
+        # A feature that never varied says nothing; the features filled up to the common width are of that kind.
+        resolution = 8 * torch.finfo(self.mean.dtype).eps
+        varies = self.variance > resolution**2 * self.mean.square()
+        return torch.where(varies, self.variance.rsqrt(), 0) * self.scale
+
+    def _stack(self, features: Mapping[str, Tensor]) -> Float[Tensor, "L B D"]:
+        rows = len(next(iter(features.values())))
+        stacked = self.mean.new_zeros(len(self.widths), rows, self.mean.shape[2])
+        for number, (layer, width) in enumerate(self.widths.items()):
+            stacked[number, :, :width] = features[layer]
+        return stacked
+
+    def _scores(self, inputs: Float[Tensor, "L B D"]) -> Float[Tensor, "L B H C"]:
+        bias = self.bias.flatten(1).unsqueeze(1)
+        return torch.baddbmm(bias, inputs, self.weight.flatten(2)).unflatten(2, self.bias.shape[1:])
+
+    @torch.no_grad()
+    def best(self) -> Int64[Tensor, " L"]:
+        """The classifier of each layer that was right most often on held-out images since :meth:`forget`.
+
+        The first of equals; the same in every process.
+        """
+        return self.correct.argmax(1)
+
+    @torch.no_grad()
+    def scores(
+        self, features: Mapping[str, Float[Tensor, "B D"]], chosen: Int64[Tensor, " L"] | None = None
+    ) -> Float[Tensor, "L B C"]:
+        """What one classifier of each layer says to each image, before the softmax.
+
+        Args:
+            features: of each layer.
+            chosen: which classifier of each layer; None takes the best.
+        """
+        scores = self._scores((self._stack(features) - self.mean) * self._inverse_deviation())
+        chosen = self.best() if chosen is None else chosen
+        return scores[torch.arange(len(scores), device=scores.device), :, chosen]
+
+    def forget(self) -> None:
+        """Count anew which classifier is right how often: the network has moved on."""
+        self.correct.zero_()
+        self.held.zero_()

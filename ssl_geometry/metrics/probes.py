@@ -1,0 +1,198 @@
+"""Converged linear classifiers on frozen features of each layer, over batches and ranks.
+
+Protocol: features of clean labelled training images (the bank) and of images to classify, pooled. The strength of the
+penalty is chosen by the accuracy on a fixed tenth of the bank, the classifier is fitted again on the whole bank, and
+the images to classify are looked at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from ssl_geometry.geometry.probes import (
+    L2,
+    LinearProbe,
+    accuracies,
+    converged_probes,
+    held_out,
+    one_hot,
+    ridge_probe,
+    ridge_sums,
+)
+
+
+class _LayerProbe(Metric):
+    """The images to classify, and how well a classifier of each layer does on them."""
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    labels: list[Tensor]
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2) -> None:
+        super().__init__()
+        self.widths, self.num_classes, self.l2 = dict(widths), num_classes, tuple(l2)
+        self._integers = ["labels"]
+        self.add_state("labels", [], dist_reduce_fx="cat")
+        self._add_features("queries")
+
+    def _add_features(self, name: str) -> None:
+        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
+        for number in range(len(self.widths)):
+            self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
+
+    def _keep(self, name: str, features: Mapping[str, Tensor]) -> None:
+        for number, layer in enumerate(self.widths):
+            getattr(self, f"{name}{number}").append(features[layer].detach().float().flatten())
+
+    def _kept(self, name: str) -> dict[str, Float[Tensor, "N D"]]:
+        return {
+            layer: dim_zero_cat(getattr(self, f"{name}{number}")).view(-1, width)
+            for number, (layer, width) in enumerate(self.widths.items())
+        }
+
+    def update_bank(
+        self,
+        features: Mapping[str, Float[Tensor, "B D"]],
+        labels: Int64[Tensor, " B"],
+        index: Int64[Tensor, " B"],
+    ) -> None:
+        """Add images of known class.
+
+        Args:
+            features: of each layer.
+            labels: class of each image.
+            index: number of each image in the data set, each once over all ranks; it says which tenth is held out.
+        """
+        raise NotImplementedError
+
+    def update(self, features: Mapping[str, Float[Tensor, "B D"]], labels: Int64[Tensor, " B"]) -> None:
+        """Add images to classify.
+
+        Args:
+            features: of each layer.
+            labels: true class of each image.
+        """
+        self.labels.append(labels)
+        self._keep("queries", features)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather over ranks; one without images joins in with an empty tensor of the right type."""
+        for name in self._integers:
+            if not getattr(self, name):
+                getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> dict[str, Float[Tensor, " L"]]:
+        """For each layer ``top1`` and ``mean_per_class`` in [0, 1], and the chosen ``l2``.
+
+        Raises:
+            ValueError: features that are not finite, or a bank that teaches no classes.
+        """
+        labels, queries = dim_zero_cat(self.labels), self._kept("queries")
+        found = []
+        for layer, probe in self._fit().items():
+            (scores,) = probe.scores(queries[layer])
+            found.append({**accuracies(scores, labels), "l2": probe.l2[0], "gradient_norm": probe.gradient_norm[0]})
+        return {name: torch.stack([row[name].double() for row in found]) for name in found[0]}
+
+    def _fit(self) -> dict[str, LinearProbe]:
+        raise NotImplementedError
+
+
+class RidgeProbe(_LayerProbe):
+    """Linear regression of the one-hot classes on each layer, in closed form from sums: no learning rate, exact.
+
+    Of the bank, it keeps sums of products (a matrix of D + 1 rows a layer) and the features of the held-out tenth: the
+    memory hardly grows with the bank.
+
+    Args:
+        widths: layer to number of its features.
+        num_classes: number of classes.
+        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.probes.ridge`.
+
+    Example:
+        >>> probe, labels = RidgeProbe({"layer": 4}, num_classes=4), torch.arange(80) % 4
+        >>> probe.update_bank({"layer": torch.eye(4)[labels]}, labels, index=torch.arange(80))
+        >>> probe.update({"layer": torch.eye(4)}, torch.arange(4))
+        >>> float(probe.compute()["top1"])
+        1.0
+    """
+
+    held_labels: list[Tensor]
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2) -> None:
+        super().__init__(widths, num_classes, l2)
+        for number, width in enumerate(widths.values()):
+            zeros = torch.zeros(2, width + 1, width + 1 + num_classes, dtype=torch.float64)
+            self.add_state(f"sums{number}", zeros, dist_reduce_fx="sum")
+        self._integers.append("held_labels")
+        self.add_state("held_labels", [], dist_reduce_fx="cat")
+        self._add_features("held")
+
+    def update_bank(
+        self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
+    ) -> None:
+        """Add images of known class; see the base class."""
+        held = held_out(index)
+        targets = one_hot(labels, self.num_classes)
+        for number, layer in enumerate(self.widths):
+            sums = getattr(self, f"sums{number}")
+            for part, chosen in enumerate((~held, held)):
+                sums[part] += ridge_sums(features[layer][chosen], targets[chosen])
+        self.held_labels.append(labels[held])
+        self._keep("held", {layer: value[held] for layer, value in features.items()})
+
+    def _fit(self) -> dict[str, LinearProbe]:
+        labels, held = dim_zero_cat(self.held_labels), self._kept("held")
+        found = {}
+        for number, layer in enumerate(self.widths):
+            fit, chosen_by = getattr(self, f"sums{number}")
+            found[layer] = ridge_probe(fit, chosen_by, held[layer], labels, self.l2)
+        return found
+
+
+class LogisticProbe(_LayerProbe):
+    """Multinomial logistic regression on each layer, to convergence, all layers and strengths at once.
+
+    Args:
+        widths: layer to number of its features.
+        num_classes: number of classes.
+        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.probes.logistic_regression`.
+
+    Example:
+        >>> probe, labels = LogisticProbe({"layer": 4}, num_classes=4), torch.arange(80) % 4
+        >>> probe.update_bank({"layer": torch.eye(4)[labels]}, labels, index=torch.arange(80))
+        >>> probe.update({"layer": torch.eye(4)}, torch.arange(4))
+        >>> float(probe.compute()["top1"])
+        1.0
+    """
+
+    bank_labels: list[Tensor]
+    bank_index: list[Tensor]
+
+    def __init__(self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2) -> None:
+        super().__init__(widths, num_classes, l2)
+        for name in ("bank_labels", "bank_index"):
+            self._integers.append(name)
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self._add_features("bank")
+
+    def update_bank(
+        self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
+    ) -> None:
+        """Add images of known class; see the base class."""
+        self.bank_labels.append(labels)
+        self.bank_index.append(index)
+        self._keep("bank", features)
+
+    def _fit(self) -> dict[str, LinearProbe]:
+        index, order = dim_zero_cat(self.bank_index).sort()  # sums then run in the same order for any number of ranks
+        bank = {layer: value[order] for layer, value in self._kept("bank").items()}
+        labels = dim_zero_cat(self.bank_labels)[order]
+        return converged_probes(bank, labels, held_out(index), self.num_classes, self.l2)
