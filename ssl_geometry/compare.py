@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -32,15 +33,30 @@ from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
+from ssl_geometry.geometry.neighbors import nearest
+from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, RecordStore, record
-from ssl_geometry.report.figures import BLOCK, compare_curves, diag_and_max, pair_panels, view_heatmap
+from ssl_geometry.report.figures import (
+    BLOCK,
+    compare_curves,
+    diag_and_max,
+    neighbor_pictures,
+    pair_panels,
+    training_curves,
+    view_heatmap,
+)
 from ssl_geometry.runs import load_networks
 
 UNTRAINED = "untrained"
+CANDIDATES = 50
+"""Nearest images of which NNK chooses, where neighbours are shown."""
+MANIFOLDS = ("neighbors", "diameter", "affinity")
+SHOWN = 10
+"""Neighbours in a row of pictures."""
 
 
 @dataclass
@@ -58,6 +74,8 @@ class Network:
     """Of each layer and image, the k nearest images, (L, N, k)."""
     alike: Tensor
     """Layers whose direction does not vary, (L,): they have no neighbours."""
+    features: Tensor | None = None
+    """Of the last layer of the backbone, (N, D), where neighbours are to be shown."""
 
 
 def measure_network(
@@ -89,7 +107,9 @@ def measure_network(
     by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
     alike = torch.tensor([all_alike(value) for value in by_layer.values()])
-    network = Network(name, group, epoch, depths, vectors, neighbors, alike)
+    shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
+    kept_features = by_layer[shown[0]] if options.show_neighbors else None
+    network = Network(name, group, epoch, depths, vectors, neighbors, alike, kept_features)
     seen = {view: invariance[distinct[view]] for view in options.views}
     rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
     store.write(f"layers/{name}", rows, protocols)
@@ -172,11 +192,76 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path
     )
     for model, rows in layers[layers["metric"] == "invariance"].groupby("model", sort=False):
         pictures[f"invariance_{model}"] = view_heatmap(rows)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in pictures.items():
-        for suffix in ("png", "pdf"):
-            figure.savefig(out / f"{name}.{suffix}")
-    return [out / f"{name}.png" for name in pictures]
+    return [save(figure, out / name) for name, figure in pictures.items()]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Keep a picture as PNG and PDF; the PNG's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "png"):
+        figure.savefig(f"{path}.{suffix}")
+    return Path(f"{path}.png")
+
+
+def draw_training(models: Sequence[str], out: Path) -> list[Path]:
+    """Manifold graph metrics over the training of the runs that measured them (``--neighbors.every_n_epochs``).
+
+    Args:
+        models: ``NAME=PATH``, as given to ``--models``.
+        out: folder of the picture.
+
+    Returns:
+        The PNG file, or nothing where fewer than one run measured them more than once.
+    """
+    frames = []
+    for model in models:
+        name, _, path = model.partition("=")
+        if (Path(path) / "records" / "neighbors").is_dir():
+            frame = RecordStore(Path(path) / "records").read()
+            frames.append(frame[frame["metric"].isin(MANIFOLDS)].assign(model=name))
+    rows = pd.concat(frames) if frames else pd.DataFrame({"epoch": [], "layer": []})
+    if rows["epoch"].nunique() < 2:
+        return []
+    title = f"Manifolds in the pooled features over training, {int(rows['n'].max()):,} images"
+    return [save(training_curves(rows, MANIFOLDS, ("semantic", "policy"), "pooled", title), out / "manifolds_training")]
+
+
+def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -> Figure:
+    """Images and their neighbours in the last layer of the backbone: the nearest above, those that NNK keeps below.
+
+    Args:
+        network: what was measured.
+        data: whose measurement images they are.
+        numbers: of the images.
+
+    Returns:
+        A picture, two rows an image.
+    """
+    assert network.features is not None
+    pixels = torch.cat([batch["image"].cpu() for batch in data.loader("measure")]).movedim(1, -1).numpy()
+    labels = torch.cat([batch["label"].cpu() for batch in data.loader("measure")])
+    found = nearest(network.features, k=min(CANDIDATES, len(pixels) - 1))
+    chosen = nnk(network.features, found.ids[list(numbers)], network.features[list(numbers)])
+
+    def picture(image: int, text: str, framed: bool = False) -> tuple[np.ndarray, str, bool]:
+        name = data.class_names[int(labels[image])] if labels.ndim == 1 else ""
+        return pixels[image], f"{name[:12]}\n{text}", framed
+
+    pictures = []
+    for row, number in enumerate(numbers):
+        ids, kept = found.ids[number], chosen.active[row]
+        by_weight = chosen.weights[row].masked_fill(~kept, 0).argsort(descending=True)[: int(kept.sum())]
+        above = [picture(int(ids[j]), f"cos {found.values[number, j]:.3f}", bool(kept[j])) for j in range(SHOWN)]
+        below = [picture(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
+        blank = (np.full_like(pixels[0], 255), "", False)
+        below += [blank] * (SHOWN - len(below))
+        pictures += [picture(number, f"image {number}"), *above]
+        pictures += [(blank[0], f"NNK keeps\n{int(kept.sum())} of {len(ids)}", False), *below]
+    return neighbor_pictures(
+        pictures,
+        SHOWN + 1,
+        f"{network.name}: the {SHOWN} nearest of each image (framed: kept by NNK), and its NNK neighbours by weight",
+    )
 
 
 def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
@@ -312,7 +397,16 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument(
         "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
     )
+    parser.add_argument(
+        "--show_neighbors",
+        type=list[int],
+        default=[],
+        help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
+    )
     options = parse_networks(parser, "compare", args)
+    for number in options.show_neighbors:
+        if not 0 <= number < options.data.measure_size:
+            raise UserError(f"--show_neighbors {number}: expected 0 to {options.data.measure_size - 1}")
     if options.gram_size < MIN_GRAM_SIZE:
         raise UserError(f"--gram_size {options.gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
     if not 1 <= options.k < options.data.measure_size:
@@ -364,6 +458,12 @@ def compare(args: Sequence[str]) -> Path:
     groups = {network.name: network.group for network in measured}
     frame = store.read()
     pictures = draw(frame, groups, out / "figures")
+    pictures += [
+        save(show_neighbors(network, data, options.show_neighbors), out / "figures" / f"neighbors_{network.name}")
+        for network in measured
+        if options.show_neighbors
+    ]
+    pictures += draw_training(options.models, out / "figures")
     table = findings(frame, groups)
     (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
     for row in table.to_dict("records"):

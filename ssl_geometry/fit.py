@@ -30,7 +30,9 @@ from ssl_geometry.callbacks import (
     FlushRecords,
     InvarianceMonitor,
     LoggerName,
+    NeighborhoodMonitor,
     ProbeMonitor,
+    SpectrumMonitor,
     StopOnNaN,
     make_loggers,
 )
@@ -123,6 +125,8 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(CKAMonitor, "cka")
         parser.add_lightning_class_args(InvarianceMonitor, "invariance")
         parser.add_lightning_class_args(ProbeMonitor, "probes")
+        parser.add_lightning_class_args(NeighborhoodMonitor, "neighbors")
+        parser.add_lightning_class_args(SpectrumMonitor, "spectrum")
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         parser.link_arguments("seed_everything", "data.seed")

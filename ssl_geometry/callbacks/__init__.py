@@ -4,9 +4,11 @@ from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
 from ssl_geometry.callbacks.loggers import LoggerName, make_loggers
+from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
 from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.callbacks.progress import FitProgress
 from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
+from ssl_geometry.callbacks.spectrum import SpectrumMonitor
 
 __all__ = [
     "CKAMonitor",
@@ -14,8 +16,10 @@ __all__ = [
     "FlushRecords",
     "InvarianceMonitor",
     "LoggerName",
+    "NeighborhoodMonitor",
     "ProbeMonitor",
     "RecordsLogger",
+    "SpectrumMonitor",
     "StopOnNaN",
     "make_loggers",
 ]

@@ -11,14 +11,17 @@ from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.geometry.neighbors import merge, nearest
 from ssl_geometry.methods import SimCLR, Supervised
 from ssl_geometry.metrics import (
+    AugmentationManifolds,
     ClassCKA,
     InvarianceCKA,
     KNNAccuracy,
     LayerwiseCKA,
     LogisticProbe,
     MutualKNN,
+    Neighborhoods,
     ProbeBank,
     RidgeProbe,
+    Spectrum,
 )
 from tests.distributed.conftest import Ranks
 
@@ -190,3 +193,62 @@ def test_neighbours_of_a_sharded_bank(ranks: Ranks, metric: str) -> None:
     for got_ids, got_values in ranks(shards, metric):
         assert torch.equal(got_ids, ids)
         torch.testing.assert_close(got_values, values, rtol=1e-5, atol=1e-6)
+
+
+def neighborhoods(rank: int, world_size: int, batch: int) -> dict[str, Any]:
+    x = activations()
+    labels = x["a"][:, :3].argmax(1)
+    metric = Neighborhoods(LAYERS, k=20)
+    manifolds = AugmentationManifolds(LAYERS, ["crop"])
+    for part in list(torch.arange(337).split(batch))[rank::world_size]:
+        metric.update({name: value[part] for name, value in x.items()}, labels[part], part)
+        generator = torch.Generator().manual_seed(int(part[0]))
+        copies = {
+            name: value[part][:, None] + torch.randn(len(part), 5, value.shape[1], generator=generator)
+            for name, value in x.items()
+        }
+        manifolds.update({"crop": copies})
+    found = {
+        f"{layer} {name}": torch.tensor(value)
+        for layer, rows in metric.compute().items()
+        for name, value in rows.statistics.items()
+    }
+    found |= {f"{layer} ids": rows.ids for layer, rows in metric.compute().items()}
+    found |= {
+        f"{layer} {name}": value for layer, rows in metric.compute().items() for name, value in rows.semantic.items()
+    }
+    found |= {
+        f"{kind} {name}": value.sort().values
+        for kind, rows in manifolds.compute().items()
+        for name, value in rows.items()
+    }
+    return found
+
+
+@pytest.mark.parametrize("batch", [64, 337], ids=["uneven", "one rank has all"])
+def test_neighborhoods(ranks: Ranks, batch: int) -> None:
+    expected = neighborhoods(0, 1, batch)
+    for got in ranks(neighborhoods, batch):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def spectrum(rank: int, world_size: int, batch: int) -> dict[str, Tensor]:
+    x = activations()
+    metric = Spectrum({name: value.shape[1] for name, value in x.items()}, views=4)
+    for part in list(torch.arange(337).split(batch))[rank::world_size]:
+        generator = torch.Generator().manual_seed(int(part[0]))
+        copies = {
+            name: value[part][:, None] + torch.randn(len(part), 4, value.shape[1], generator=generator)
+            for name, value in x.items()
+        }
+        metric.update({name: value[part] for name, value in x.items()}, copies, part)
+    return metric.compute()
+
+
+@pytest.mark.parametrize("batch", [64, 337], ids=["uneven", "one rank has all"])
+def test_spectra(ranks: Ranks, batch: int) -> None:
+    expected = spectrum(0, 1, batch)
+    assert expected["lidar"].isfinite().all()
+    for got in ranks(spectrum, batch):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, equal_nan=True)

@@ -136,11 +136,17 @@ def test_live_numbers_equal_those_of_the_saved_checkpoint(runs: Path) -> None:
 
 @pytest.mark.parametrize("method", ["SimCLR", "Supervised"])
 def test_training_is_bit_identical_with_and_without_monitors(tmp_path: Path, method: str) -> None:
-    monitors = ("cka", "invariance", "probes")
-    views = "--invariance.views=[own, color]"
-    on = fit(options(tmp_path, "on", *(f"--{name}.every_n_epochs=1" for name in monitors), views, method=method))
+    monitors = ("cka", "invariance", "probes", "neighbors", "spectrum")
+    small = [
+        "--invariance.views=[own, color]",
+        "--neighbors.copies=3",
+        "--neighbors.settings=[crop]",
+        "--spectrum.copies=2",
+    ]
+    on = fit(options(tmp_path, "on", *(f"--{name}.every_n_epochs=1" for name in monitors), *small, method=method))
     off = fit(options(tmp_path, "off", *(f"--{name}.every_n_epochs=0" for name in monitors), method=method))
-    assert {"cka", "invariance", "ridge_probe", "online_probe"} <= set(read_records(on.directory)["metric"])
+    found = set(read_records(on.directory)["metric"])
+    assert {"cka", "invariance", "ridge_probe", "online_probe", "diameter", "kept_since_last", "rankme"} <= found
     pd.testing.assert_series_equal(losses(on.directory), losses(off.directory), check_exact=True)
     weights = [read_checkpoint(run.last_checkpoint, "")["state_dict"] for run in (on, off)]
     assert weights[0].keys() == weights[1].keys()
@@ -159,7 +165,13 @@ class Interrupt(L.Callback):
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    probes = ["--probes.every_n_epochs=1", "--probes.logistic=true"]
+    probes = ["--probes.every_n_epochs=1", "--probes.logistic=true", "--neighbors.every_n_epochs=1"]
+    probes += [
+        "--neighbors.copies=3",
+        "--neighbors.settings=[crop]",
+        "--spectrum.every_n_epochs=1",
+        "--spectrum.copies=2",
+    ]
     whole = fit(options(tmp_path, "whole", *probes, epochs=3))
     callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.Interrupt","init_args":{"epoch":2}}]'
     with pytest.raises(KeyboardInterrupt):
@@ -172,7 +184,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     for run in (whole, resumed):
         frame = read_records(run.directory).drop(columns=["run", "model"])
         frame["model_other"] = frame["model_other"].replace(run.directory.name, "itself")
-        keys = ["metric", "epoch", "step", "model_other", "layer", "layer_other"]
+        keys = ["metric", "epoch", "step", "model_other", "layer", "layer_other", "view", "low"]
         frames.append(frame.sort_values(keys, ignore_index=True))
     pd.testing.assert_frame_equal(frames[0], frames[1], check_exact=True)
 

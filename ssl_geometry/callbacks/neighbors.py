@@ -1,0 +1,246 @@
+"""Neighbourhoods of images in each layer while a network trains: manifold graph metrics, live.
+
+Protocol: averages over space of each layer's activations; of every image its k most similar (cosine), of them those
+that non-negative kernel regression keeps (NNK, solved exactly). **Semantic** manifolds are made of images of one class,
+on clean images; **augmentation** manifolds of copies of one image, under five settings. Settings, normalisation and
+aggregation are ours, after Cosentino et al. 2022.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ssl_geometry import __version__
+from ssl_geometry.callbacks.cka import run_name
+from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, pooled
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.overlap import jaccard, mutual_knn
+from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
+from ssl_geometry.metrics.neighborhoods import MANIFOLD_METRICS, LayerNeighbors
+from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.records import Protocol, record
+from ssl_geometry.report.figures import layer_curves, manifold_violins
+
+LAYERS = ("stages", "pooled", "head")
+SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rotate", "translate": "translate"}
+"""Setting of an augmentation manifold to the view that makes the copies."""
+QUANTILES = tuple(share / 20 for share in range(21))
+
+
+class NeighborhoodMonitor(Monitor):
+    """Manifold graph metrics of each layer: neighbours, diameter, affinity, and how graphs change.
+
+    Args:
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
+        layers: which layers; see ``--cka.layers``.
+        k: nearest images of which NNK chooses.
+        settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
+        copies: augmented copies of each image.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        layers: str | list[str] = list(LAYERS),  # noqa: B006  jsonargparse shows and copies it
+        k: int = 50,
+        settings: Sequence[str] = tuple(SETTINGS),
+        copies: int = 10,
+    ) -> None:
+        super().__init__(every_n_epochs)
+        if unknown := [name for name in settings if name not in SETTINGS]:
+            raise UserError(f"--neighbors.settings {unknown[0]}: expected some of {', '.join(SETTINGS)}")
+        if copies < 3:
+            raise UserError(f"--neighbors.copies {copies}: a manifold needs at least 3")
+        if k < 3:
+            raise UserError(f"--neighbors.k {k}: expected at least 3")
+        self.layers, self.k, self.settings, self.copies = layers, k, tuple(settings), copies
+        self.curves: list[dict[str, Any]] = []  # the means of each manifold over training
+        self.last: dict[str, Tensor] = {}  # the graph of the last moment, to see how much of it is left
+
+    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+        """Pooled features of clean images, and of all copies."""
+        names = tuple(layer_names(method, self.layers))
+        self._depths = layer_depths(method, names)
+        self._clean = Request(names, pooled)
+        self._copies = {
+            setting: [Request(names, pooled, SETTINGS[setting], draw) for draw in range(self.copies)]
+            for setting in self.settings
+        }
+        return [self._clean, *(request for draws in self._copies.values() for request in draws)]
+
+    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        """Fresh sums."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self.k < data.measure_size:
+            raise UserError(
+                f"--neighbors.k {self.k}: expected fewer than --data.measure_size {data.measure_size} images"
+            )
+        if data.multi_label:
+            raise UserError(
+                "--neighbors: semantic manifolds need one class a picture; set --neighbors.every_n_epochs 0"
+            )
+        self._neighborhoods = Neighborhoods(list(self._depths), self.k).to(method.device)
+        self._manifolds = AugmentationManifolds(list(self._depths), self.settings).to(method.device)
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """One batch: clean images are kept, manifolds of copies are measured at once."""
+        self._neighborhoods.update(reduced[self._clean], batch["label"], batch["index"])
+        self._manifolds.update(
+            {
+                setting: {layer: torch.stack([reduced[draw][layer] for draw in draws], 1) for layer in self._depths}
+                for setting, draws in self._copies.items()
+            }
+        )
+
+    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+        """Means, spreads and quantiles of each manifold and layer; what the graph looks like, and what is left."""
+        try:
+            layers = self._neighborhoods.compute()
+        except ValueError as error:
+            raise UserError(f"neighbourhoods after {moment.epoch} epochs: {error}") from error
+        manifolds = {("semantic", layer): found.semantic for layer, found in layers.items()} | self._manifolds.compute()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        protocol = neighbor_protocol(data, method, k=self.k, copies=self.copies, settings=self.settings)
+        run = run_name(trainer)
+        common = {
+            "run": run,
+            "model": run,
+            "split": "measure",
+            "epoch": moment.epoch,
+            "step": moment.step,
+            "protocol": protocol.hash,
+        }
+        rows = manifold_records(manifolds, self._depths, **common)
+        graph = graph_records(layers, self._depths, **common)
+        graph += self._left_of_the_last(layers, common)
+        means = [row for row in rows if row["metric"] in MANIFOLD_METRICS]
+        self.curves += means
+        scalars = {
+            f"neighbors/{row['view']}/{row['metric']}/{row['layer']}": row["value"]
+            for row in means
+            if row["view"] in ("semantic", "policy") and row["metric"] != "affinity_random"
+        }
+        scalars |= {
+            f"neighbors/{row['metric']}/{row['layer']}": row["value"]
+            for row in graph
+            if row["metric"] in ("purity", "hubness", "two_nn", "kept_since_last") and row["layer_other"] is None
+        }
+        return Findings(rows + graph, scalars, self._figures(rows), [protocol])
+
+    def _left_of_the_last(
+        self, layers: Mapping[str, LayerNeighbors], common: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for layer, found in layers.items():
+            ids, last = found.ids.cpu(), self.last.get(layer)
+            if last is not None and last.shape == ids.shape:
+                kept = float(mutual_knn(ids[None], last[None]))
+                place = {"layer": layer, "depth": self._depths[layer], "view": "clean", "n": len(ids)}
+                rows.append(record(**common, **place, metric="kept_since_last", value=kept))
+            self.last[layer] = ids
+        return rows
+
+    def _figures(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        for metric in ("neighbors", "diameter", "affinity"):
+            figures[f"neighbors/{metric}"] = partial(manifold_violins, rows, metric)
+            for view in ("semantic", *self.settings[:1]):
+                curve = [row for row in self.curves if row["metric"] == metric and row["view"] == view]
+                figures[f"neighbors/{metric}_{view}_epochs"] = partial(layer_curves, curve, "epoch")
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far, and the graph of the last moment."""
+        return {"curves": self.curves, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint left."""
+        self.curves, self.last = state_dict["curves"], state_dict["last"]
+
+
+def manifold_records(
+    manifolds: Mapping[tuple[str, str], Mapping[str, Tensor]], depths: Mapping[str, float], **common: Any
+) -> list[dict[str, Any]]:
+    """Rows for each manifold, layer and metric: the mean with 95 % of a normal error, spread and quantiles.
+
+    Args:
+        manifolds: kind of manifold and layer to each metric of each image, NaN where an image has none.
+        depths: layer to depth.
+        common: what all rows share.
+    """
+    rows = []
+    for (kind, layer), metrics in manifolds.items():
+        for metric, values in metrics.items():
+            values = values[values.isfinite()].double().cpu()
+            place = {**common, "layer": layer, "depth": depths[layer], "view": kind, "n": len(values)}
+            mean = float(values.mean())
+            spread = float(values.std()) if len(values) > 1 else float("nan")
+            error = 1.96 * spread / max(len(values), 1) ** 0.5
+            rows.append(record(**place, metric=metric, value=mean, low=mean - error, high=mean + error))
+            rows.append(record(**place, metric=f"{metric}_std", value=spread))
+            if len(values):
+                levels = torch.tensor(QUANTILES, dtype=torch.float64)
+                for level, value in zip(QUANTILES, values.quantile(levels).tolist(), strict=True):
+                    rows.append(record(**place, metric=f"{metric}_quantile", low=level, value=value))
+    return rows
+
+
+def graph_records(
+    layers: Mapping[str, LayerNeighbors], depths: Mapping[str, float], **common: Any
+) -> list[dict[str, Any]]:
+    """Rows for the graph of each layer, and for the Jaccard overlap of the NNK graphs of each pair of layers.
+
+    Args:
+        layers: layer to its neighbourhoods.
+        depths: layer to depth.
+        common: what all rows share.
+    """
+    rows = []
+    for layer, found in layers.items():
+        place = {**common, "layer": layer, "depth": depths[layer], "view": "clean", "n": len(found.ids)}
+        rows += [record(**place, metric=name, value=value) for name, value in found.statistics.items()]
+    graphs = torch.stack([found.nnk_ids.cpu() for found in layers.values()])
+    overlap = jaccard(graphs, graphs).tolist()
+    for layer, values in zip(layers, overlap, strict=True):
+        for other, value in zip(layers, values, strict=True):
+            pair = {"layer": layer, "layer_other": other, "depth": depths[layer], "depth_other": depths[other]}
+            rows.append(
+                record(
+                    **common,
+                    **pair,
+                    model_other=common["model"],
+                    metric="nnk_jaccard",
+                    view="clean",
+                    n=graphs.shape[1],
+                    value=value,
+                )
+            )
+    return rows
+
+
+def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protocol:
+    """All that changes a neighbourhood, the same live and afterwards.
+
+    Args:
+        data: whose measurement images were seen.
+        network: what was measured; its precision and its views count.
+        options: of the monitor.
+    """
+    views = {name: network.measuring_view(view).spec for name, view in SETTINGS.items()}
+    return Protocol(
+        {
+            "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
+            "pooling": "average over space",
+            "network": f"evaluation mode, {network.dtype}",
+            "views": {"clean": network.clean_view.spec, **views},
+            "images": data.measure_ids,
+            "n": data.measure_size,
+            **options,
+            "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
+        }
+    )

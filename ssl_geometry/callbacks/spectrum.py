@@ -1,0 +1,125 @@
+"""Spectra of each layer's features while a network trains: rank, decay, LiDAR, alignment and uniformity.
+
+Protocol: averages over space of each layer's activations, clean measurement images; LiDAR and alignment compare
+augmented copies (the views of SimCLR, which the monitor of neighbourhoods asks for as well).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ssl_geometry import __version__
+from ssl_geometry.callbacks.cka import run_name
+from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, pooled
+from ssl_geometry.callbacks.neighbors import LAYERS
+from ssl_geometry.callbacks.probes import layer_widths
+from ssl_geometry.errors import UserError
+from ssl_geometry.metrics import Spectrum
+from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.records import Protocol, record
+from ssl_geometry.report.figures import layer_curves
+
+VIEW = "simclr"
+
+
+class SpectrumMonitor(Monitor):
+    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment and uniformity of each layer.
+
+    Args:
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
+        layers: which layers; see ``--cka.layers``.
+        copies: augmented copies of each image that LiDAR compares; 0 leaves LiDAR and alignment out.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 0,
+        layers: str | list[str] = list(LAYERS),  # noqa: B006  jsonargparse shows and copies it
+        copies: int = 10,
+    ) -> None:
+        super().__init__(every_n_epochs)
+        if copies < 0 or copies == 1:
+            raise UserError(f"--spectrum.copies {copies}: expected 0, or at least 2")
+        self.layers, self.copies = layers, copies
+        self.curves: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Learn the widths of the layers."""
+        if self.every_n_epochs > 0 and hasattr(pl_module, "measuring_view"):
+            shape = trainer.datamodule.image_shape  # type: ignore[attr-defined]
+            self._widths = layer_widths(pl_module, layer_names(pl_module, self.layers), shape)
+
+    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+        """Pooled features of clean images and of copies."""
+        names = tuple(layer_names(method, self.layers))
+        self._depths = layer_depths(method, names)
+        self._clean = Request(names, pooled)
+        self._copies = [Request(names, pooled, VIEW, draw) for draw in range(self.copies)]
+        return [self._clean, *self._copies]
+
+    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+        """Fresh sums."""
+        self._spectrum = Spectrum(self._widths, self.copies).to(method.device)
+        self._images = torch.zeros((), dtype=torch.long, device=method.device)
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """One batch."""
+        copies = {layer: torch.stack([reduced[draw][layer] for draw in self._copies], 1) for layer in self._depths}
+        self._spectrum.update(reduced[self._clean], copies if self.copies else None, batch["index"])
+        self._images += len(batch["index"])
+
+    def finish(self, trainer: L.Trainer, method: Any, moment: Moment) -> Findings:
+        """A row for each layer and number."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        protocol = Protocol(
+            {
+                "metric": "spectra of features",
+                "pooling": "average over space",
+                "network": f"evaluation mode, {method.dtype}",
+                "views": {"clean": method.clean_view.spec, "copies": method.measuring_view(VIEW).spec},
+                "copies": self.copies,
+                "images": data.measure_ids,
+                "n": data.measure_size,
+                "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
+            }
+        )
+        run = run_name(trainer)
+        common = {
+            "run": run,
+            "model": run,
+            "view": "clean",
+            "split": "measure",
+            "epoch": moment.epoch,
+            "step": moment.step,
+            "n": int(trainer.strategy.reduce(self._images, reduce_op="sum")),
+            "protocol": protocol.hash,
+        }
+        rows = [
+            record(**common, metric=metric, layer=layer, depth=depth, value=value)
+            for metric, values in self._spectrum.compute().items()
+            for (layer, depth), value in zip(self._depths.items(), values.reshape(-1).tolist(), strict=True)
+        ]
+        self.curves += rows
+        scalars = {f"spectrum/{row['metric']}/{row['layer']}": row["value"] for row in rows}
+        return Findings(rows, scalars, self._figures(), [protocol])
+
+    def _figures(self) -> dict[str, Any]:
+        figures = {}
+        for metric in ("rankme", "lidar", "alpha_req"):
+            curve = [row for row in self.curves if row["metric"] == metric]
+            if curve:
+                figures[f"spectrum/{metric}_depth"] = partial(layer_curves, curve, "depth")
+                figures[f"spectrum/{metric}_epochs"] = partial(layer_curves, curve, "epoch")
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"curves": self.curves}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint left."""
+        self.curves = state_dict["curves"]

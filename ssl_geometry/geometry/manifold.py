@@ -1,0 +1,308 @@
+"""Manifold graph metrics: the shape of the polytopes that NNK neighbourhoods span (Cosentino et al. 2022).
+
+Of each query, on vectors of unit length: the number of its NNK neighbours (grows with intrinsic dimension), the
+diameter of their polytope (small where the network is invariant, large where it is equivariant), and the affinity of
+the directions towards them with those of a neighbouring query (1 where the manifold is flat). Two kinds of manifold:
+semantic, the images of a class (:func:`same_class_ids`, :func:`manifold_metrics`), and augmentation, the augmented
+copies of an image (:func:`augmentation_metrics`). What is not defined for a query is NaN.
+
+The paper gives no formulas for these; the normalisation here is this project's: directions x_j - x_i are not
+re-centred, those of squared singular value below a tenth of the largest are left out, and the overlap of two
+subspaces is divided by the smaller of their dimensions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from ssl_geometry.geometry.nnk import NNK, centered, over_chunks, products, solve
+
+DIRECTIONS = 0.1
+"""Directions of at least this share of the largest squared singular value span a neighbourhood."""
+
+
+def manifold_metrics(
+    features: Float[Tensor, "N D"],
+    ids: Int64[Tensor, "N K"],
+    result: NNK,
+    *,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> dict[str, Float[Tensor, " N"]]:
+    """Size and orientation of every image's NNK neighbourhood.
+
+    Args:
+        features: a vector for each image.
+        ids: the candidates of each image, -1 for none.
+        result: :func:`~ssl_geometry.geometry.nnk.nnk` of the same features and candidates, cosine kernel.
+        seed: of the random images that neighbours are compared with.
+        chunk: images at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
+
+    Returns:
+        For each image, float64:
+
+        - ``neighbors``: number of NNK neighbours; NaN without candidates,
+        - ``diameter``: largest distance between two neighbours, in [0, 2]; NaN for fewer than two,
+        - ``affinity``: of its directions with those of its nearest neighbour, in [0, 1]; NaN where either has fewer
+          than two neighbours,
+        - ``affinity_random``: the same with any other image, the baseline,
+        - ``angle``, ``angle_random``: mean principal angle in degrees, of the same pairs.
+
+    Raises:
+        ValueError: features that are not finite, zero vectors, or shapes that do not fit.
+
+    References:
+        Cosentino et al., *The geometry of self-supervised learning models and its impact on transfer learning*, 2022;
+        Golub & Van Loan, *Matrix computations*, section 6.4.3, for principal angles.
+
+    Example:
+        >>> from ssl_geometry.geometry.nnk import nnk
+        >>> angle = torch.arange(8) * torch.pi / 4
+        >>> circle = torch.stack([angle.cos(), angle.sin()], 1)
+        >>> ids = (torch.arange(8).unsqueeze(1) + torch.tensor([1, 7, 2, 6])) % 8
+        >>> metrics = manifold_metrics(circle, ids, nnk(circle, ids))
+        >>> metrics["neighbors"][0], metrics["diameter"][0]  # one on each side, a quarter of a turn apart
+        (tensor(2., dtype=torch.float64), tensor(1.4142, dtype=torch.float64))
+    """
+    n, device = len(features), features.device
+    if ids.shape != result.active.shape or len(ids) != n:
+        raise ValueError(
+            f"ids and result must belong to the {n} features, got {tuple(ids.shape)} and {tuple(result.active.shape)}"
+        )
+    points, _ = centered(features)
+    count = result.active.sum(1)
+    order = result.active.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
+    rows, active = ids.gather(1, order).clamp_min(0), result.active.gather(1, order)
+
+    shapes = _joined(
+        over_chunks(lambda r: _shapes(products(points, rows[r], points[r]).double(), active[r]), n, device, chunk)
+    )
+
+    def compare(partner: Int64[Tensor, " N"]) -> tuple[Tensor, Tensor]:
+        def work(r: slice) -> tuple[Tensor, Tensor]:
+            j = partner[r]
+            cross = products(points, rows[r], points[r], (rows[j], points[j])).double()
+            return _alignment(_rows(shapes, r), cross, _rows(shapes, j))
+
+        affinity, angle = zip(*over_chunks(work, n, device, chunk), strict=True)
+        return torch.cat(affinity), torch.cat(angle)
+
+    nearest = rows.gather(1, shapes.nearest.unsqueeze(1)).squeeze(1)
+    return _named(count, shapes, compare(nearest), compare(_others(1, n, seed, device).flatten()))
+
+
+def augmentation_metrics(
+    copies: Float[Tensor, "B m D"], *, seed: int = 0, chunk: int | None = None
+) -> dict[str, Float[Tensor, " B"]]:
+    """The metrics of :func:`manifold_metrics` for the manifold of each image's augmented copies.
+
+    Every copy is a query and the others of its image are its candidates, but for those that are equal to it. Answers
+    are averaged over the copies for which they are defined.
+
+    Args:
+        copies: features of m >= 3 augmented copies of each image.
+        seed: of the random copies that neighbours are compared with.
+        chunk: copies (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
+
+    Returns:
+        For each image, float64, under the same names. NaN where no copy has an answer, as when all are equal.
+
+    Raises:
+        ValueError: fewer than three copies, features that are not finite, or zero vectors.
+
+    Example:
+        >>> metrics = augmentation_metrics(torch.eye(5).expand(2, 5, 5))  # the corners of a simplex, twice
+        >>> metrics["neighbors"], metrics["diameter"]
+        (tensor([4., 4.], dtype=torch.float64), tensor([1.4142, 1.4142], dtype=torch.float64))
+    """
+    images, m = copies.shape[:2]
+    if m < 3:
+        raise ValueError(f"augmentation manifolds need at least 3 copies of each image, got {m}")
+    device = copies.device
+    points = centered(copies.flatten(0, 1))[0].view_as(copies)
+
+    def distances(r: slice) -> Float[Tensor, "b m m"]:
+        part = points[r] - points[r].mean(1, keepdim=True)  # the copies of an image may be close among themselves
+        inner = (part @ part.mT).double()
+        own = inner.diagonal(dim1=1, dim2=2)
+        return own.unsqueeze(1) + own.unsqueeze(2) - inner - inner.mT
+
+    squares = torch.cat(over_chunks(distances, images, device, chunk))  # all that follows is a function of these
+    code = _codes(copies.flatten(0, 1)).view(images, m)
+    candidates = (code.unsqueeze(1) != code.unsqueeze(2)).flatten(0, 1)  # nor is a copy its own candidate
+    to_query = squares.flatten(0, 1)
+    between = squares.unsqueeze(1).expand(images, m, m, m).flatten(0, 1)
+    result = solve(1 - between / 4, 1 - to_query / 4, valid=candidates)
+
+    queries = len(to_query)
+    local = (to_query.unsqueeze(2) + to_query.unsqueeze(1) - between) / 2  # (x_a - x_i) · (x_b - x_i)
+    shapes = _joined(over_chunks(lambda r: _shapes(local[r], result.active[r]), queries, device, chunk))
+    image = torch.arange(images, device=device).repeat_interleave(m)
+
+    def compare(partner: Int64[Tensor, " Q"]) -> tuple[Tensor, Tensor]:
+        j = image * m + partner
+
+        def work(r: slice) -> tuple[Tensor, Tensor]:
+            # (x_a - x_i) · (x_b - x_j) = (|x_a - x_j|² + |x_b - x_i|² - |x_a - x_b|² - |x_i - x_j|²) / 2
+            apart = to_query[r].gather(1, partner[r].unsqueeze(1))
+            ends = to_query[j[r]].unsqueeze(2) + to_query[r].unsqueeze(1) - apart.unsqueeze(2)
+            return _alignment(_rows(shapes, r), (ends - between[r]) / 2, _rows(shapes, j[r]))
+
+        affinity, angle = zip(*over_chunks(work, queries, device, chunk), strict=True)
+        return torch.cat(affinity), torch.cat(angle)
+
+    count = result.active.sum(1)
+    each = _named(count, shapes, compare(shapes.nearest), compare(_others(images, m, seed, device).flatten()))
+    return {name: values.view(images, m).nanmean(1) for name, values in each.items()}
+
+
+def same_class_ids(
+    features: Float[Tensor, "N D"], labels: Int64[Tensor, " N"], k: int = 50, chunk: int = 1024
+) -> Int64[Tensor, "N k"]:
+    """The k images of the same class that are most alike, by cosine similarity: candidates for semantic manifolds.
+
+    Args:
+        features: a vector for each image.
+        labels: class of each image.
+        k: candidates.
+        chunk: images compared at once; with the size of a class, bounds the memory.
+
+    Returns:
+        Their indices, most similar first, -1 where the class has fewer. The image itself and exact copies of it are
+        left out.
+
+    Raises:
+        ValueError: k < 1, labels of other images, features that are not finite, or zero vectors.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])
+        >>> same_class_ids(features, torch.tensor([0, 0, 0, 1]), k=2)
+        tensor([[ 1,  2],
+                [ 0,  2],
+                [ 1,  0],
+                [-1, -1]])
+    """
+    if k < 1 or len(labels) != len(features):
+        raise ValueError(f"k >= 1 and a label for each image are needed, got k={k}, {len(labels)} of {len(features)}")
+    points, _ = centered(features)
+    codes = _codes(features)
+    ids = torch.full((len(features), k), -1, device=features.device)
+    by_class = labels.argsort()
+    sizes = labels.unique(return_counts=True)[1].tolist()
+    with torch.autocast(features.device.type, enabled=False):
+        for members in by_class.split(sizes):
+            own = points[members] - points[members].mean(0)
+            half = own.square().sum(1) / 2
+            for part in torch.arange(len(members), device=ids.device).split(chunk):
+                closeness = own[part] @ own.T - half  # falls with distance
+                copies = codes[members[part]].unsqueeze(1) == codes[members]
+                best = closeness.masked_fill_(copies, -torch.inf).topk(min(k, len(members)), dim=1)
+                ids[members[part], : best.indices.shape[1]] = members[best.indices].where(best.values > -torch.inf, -1)
+    return ids
+
+
+def summarize(values: Float[Tensor, " N"]) -> dict[str, float]:
+    """Mean, standard deviation (of the values, not an estimate for others) and median, NaN left out.
+
+    Args:
+        values: of single images.
+
+    Returns:
+        Under the names mean, std and median; NaN where all values are.
+
+    Example:
+        >>> summarize(torch.tensor([1.0, 2.0, 6.0, torch.nan]))["mean"]
+        3.0
+    """
+    known = values[~values.isnan()].double()
+    if not len(known):
+        return dict.fromkeys(("mean", "std", "median"), torch.nan)
+    return {
+        "mean": float(known.mean()),
+        "std": float(known.std(correction=0)),
+        "median": float(known.quantile(0.5)),
+    }
+
+
+class _Shapes(NamedTuple):
+    """Neighbourhoods of Q queries with M neighbours at most, and R directions at most."""
+
+    diameter: Float[Tensor, " Q"]
+    nearest: Int64[Tensor, " Q"]  # place of the nearest neighbour among the M
+    basis: Float[Tensor, "Q M R"]  # orthonormal directions, as combinations of the differences to neighbours
+    dims: Int64[Tensor, " Q"]  # how many; 0 for fewer than two neighbours
+
+
+def _shapes(local: Float[Tensor, "Q M M"], active: Bool[Tensor, "Q M"]) -> _Shapes:
+    """From the inner products (x_a - x_i) · (x_b - x_i)."""
+    own = local.diagonal(dim1=1, dim2=2)
+    both = active.unsqueeze(2) & active.unsqueeze(1)
+    enough = active.sum(1) >= 2
+    squares = (own.unsqueeze(2) + own.unsqueeze(1) - 2 * local).where(both, 0).flatten(1)
+    values, vectors = torch.linalg.eigh(local.where(both, 0))
+    kept = (values > 0) & (values >= DIRECTIONS * values[:, -1:]) & enough.unsqueeze(1)
+    return _Shapes(
+        diameter=squares.amax(1).sqrt().where(enough, torch.nan),
+        nearest=own.where(active, torch.inf).argmin(1),
+        basis=vectors * torch.where(kept, values, torch.inf).rsqrt().unsqueeze(1),
+        dims=kept.sum(1),
+    )
+
+
+def _joined(parts: list[_Shapes]) -> _Shapes:
+    diameter, nearest, basis, dims = zip(*parts, strict=True)
+    most = max(1, *(int(part.max()) for part in dims))  # eigenvalues ascend: what is kept stands last
+    return _Shapes(
+        torch.cat(diameter), torch.cat(nearest), torch.cat([part[..., -most:] for part in basis]), torch.cat(dims)
+    )
+
+
+def _rows(shapes: _Shapes, rows: slice | Tensor) -> _Shapes:
+    return _Shapes(*(field[rows] for field in shapes))
+
+
+def _alignment(
+    a: _Shapes, cross: Float[Tensor, "Q M M"], b: _Shapes
+) -> tuple[Float[Tensor, " Q"], Float[Tensor, " Q"]]:
+    """Affinity and mean principal angle, from the inner products (x_a - x_i) · (x_b - x_j)."""
+    overlap = a.basis.mT @ cross @ b.basis
+    fewer = torch.minimum(a.dims, b.dims)
+    defined = fewer > 0
+    affinity = (overlap.square().sum((1, 2)) / fewer).sqrt()
+    angles = torch.linalg.svdvals(overlap).clamp_max(1).acos().rad2deg()
+    principal = torch.arange(angles.shape[1], device=angles.device) < fewer.unsqueeze(1)
+    angle = angles.where(principal, 0).sum(1) / fewer
+    return affinity.where(defined, torch.nan), angle.where(defined, torch.nan)
+
+
+def _named(
+    count: Int64[Tensor, " Q"], shapes: _Shapes, near: tuple[Tensor, Tensor], random: tuple[Tensor, Tensor]
+) -> dict[str, Float[Tensor, " Q"]]:
+    return {
+        "neighbors": count.double().where(count > 0, torch.nan),
+        "diameter": shapes.diameter,
+        "affinity": near[0],
+        "affinity_random": random[0],
+        "angle": near[1],
+        "angle_random": random[1],
+    }
+
+
+def _others(groups: int, n: int, seed: int, device: torch.device) -> Int64[Tensor, "groups n"]:
+    """For each of n, another one at random; the same numbers on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(1, max(n, 2), (groups, n), generator=generator)
+    return ((torch.arange(n) + steps) % n).to(device)
+
+
+def _codes(features: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
+    """64-bit codes of rows: equal for equal ones, and for them alone but by a chance of 2^-64."""
+    generator = torch.Generator().manual_seed(0)
+    factors = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
+    codes = [
+        ((part.float() + 0.0).contiguous().view(torch.int32) * factors).sum(1)  # + 0.0 makes -0 equal to 0
+        for part in features.split(1024)
+    ]
+    return torch.cat(codes)

@@ -1,0 +1,195 @@
+"""Neighbourhoods of images in the feature space of each layer, over batches and ranks.
+
+The state is features, with the index of each image, which puts them in one order for any number of ranks, and numbers
+of single images: nothing is averaged before ``compute``.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from ssl_geometry.geometry.dimension import levina_bickel, two_nn
+from ssl_geometry.geometry.graph import graph_statistics
+from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metrics, same_class_ids
+from ssl_geometry.geometry.neighbors import nearest
+from ssl_geometry.geometry.nnk import nnk
+
+MANIFOLD_METRICS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
+"""What is measured of the manifold around each image; see :mod:`ssl_geometry.geometry.manifold`."""
+
+
+class LayerNeighbors(NamedTuple):
+    """The neighbourhoods of one layer."""
+
+    ids: Int64[Tensor, "N k"]
+    """Nearest neighbours of each image, most similar first, in the order of the images' index; -1 for none."""
+    nnk_ids: Int64[Tensor, "N k"]
+    """Those of them that NNK keeps, the others -1."""
+    semantic: dict[str, Float[Tensor, " N"]]
+    """Manifold graph metrics of each image among those of its class."""
+    statistics: dict[str, float]
+    """Of the whole graph: purity, hubness, reciprocal edges, components, intrinsic dimensions."""
+
+
+class Neighborhoods(Metric):
+    """Nearest neighbours and NNK neighbours of images in each layer, and the manifold of each class.
+
+    Args:
+        layers: names of the layers.
+        k: candidates of each image, by cosine similarity.
+
+    References:
+        Shekkizhar & Ortega, *Graph construction from data by non-negative kernel regression*, 2020; Cosentino et al.,
+        *The geometry of self-supervised learning models and its impact on transfer learning*, 2022.
+
+    Example:
+        >>> neighborhoods = Neighborhoods(["layer"], k=5)
+        >>> labels = torch.arange(60) % 2
+        >>> features = torch.randn(60, 3) + 9 * torch.eye(3)[labels]
+        >>> neighborhoods.update({"layer": features}, labels, index=torch.arange(60))
+        >>> neighborhoods.compute()["layer"].statistics["purity"]
+        1.0
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    index: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, layers: Sequence[str], k: int = 50) -> None:
+        super().__init__()
+        self.layers, self.k = list(layers), k
+        for name in ("index", "labels"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
+        for number in range(len(self.layers)):
+            self.add_state(f"features{number}", [], dist_reduce_fx="cat")
+
+    def update(
+        self,
+        features: Mapping[str, Float[Tensor, "B D"]],
+        labels: Int64[Tensor, " B"],
+        index: Int64[Tensor, " B"],
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            features: of each layer.
+            labels: class of each image.
+            index: the images' numbers, each once over all batches and ranks.
+        """
+        self.labels.append(labels)
+        self.index.append(index)
+        for number, layer in enumerate(self.layers):
+            getattr(self, f"features{number}").append(features[layer].detach().float().flatten())
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather over ranks; one without images joins in with an empty tensor of the right type."""
+        for name in ("index", "labels"):
+            if not getattr(self, name):
+                getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
+        super().sync(*args, **kwargs)
+
+    def compute(self) -> dict[str, LayerNeighbors]:
+        """Layer to its neighbourhoods.
+
+        Raises:
+            ValueError: too few images for k, or features that are not finite (with the layer's name).
+        """
+        index, order = dim_zero_cat(self.index).sort()
+        labels = dim_zero_cat(self.labels)[order]
+        found = {}
+        for number, layer in enumerate(self.layers):
+            features = dim_zero_cat(getattr(self, f"features{number}")).view(len(index), -1)[order]
+            directed = (features != 0).any(1).nonzero().squeeze(1)  # NaN is kept, and told
+            if len(directed) < len(index):
+                warnings.warn(
+                    f"layer {layer}: {len(index) - len(directed)} of {len(index)} images are all zero and have no "
+                    "neighbours by cosine",
+                    stacklevel=2,
+                )
+            try:
+                found[layer] = _spread(self._measure(features[directed], labels[directed]), directed, len(index))
+            except ValueError as error:
+                raise ValueError(f"layer {layer}: {error}") from error
+        return found
+
+    def _measure(self, features: Tensor, labels: Tensor) -> LayerNeighbors:
+        k = min(self.k, len(features) - 1)
+        cosine, euclidean = nearest(features, k=k), nearest(features, k=min(k, 20), metric="l2")
+        solved = nnk(features, cosine.ids)
+        nnk_ids = cosine.ids.where(solved.active, -1)
+        same = same_class_ids(features, labels, k)
+        semantic = manifold_metrics(features, same, nnk(features, same))
+        statistics = {
+            **graph_statistics(cosine.ids, labels),
+            **{f"nnk_{name}": value for name, value in graph_statistics(nnk_ids, labels).items()},
+            "two_nn": float(two_nn(euclidean.values)),
+            "levina_bickel": float(levina_bickel(euclidean.values)),
+        }
+        return LayerNeighbors(cosine.ids, nnk_ids, semantic, statistics)
+
+
+def _spread(found: LayerNeighbors, rows: Int64[Tensor, " M"], n: int) -> LayerNeighbors:
+    """What was found among some of n images, in the numbers of all of them."""
+    ids, nnk_ids = (
+        torch.full((n, part.shape[1]), -1, device=part.device).index_copy_(0, rows, rows[part].where(part >= 0, -1))
+        for part in (found.ids, found.nnk_ids)
+    )
+    semantic = {
+        name: torch.full((n,), torch.nan, dtype=value.dtype, device=value.device).index_copy_(0, rows, value)
+        for name, value in found.semantic.items()
+    }
+    return found._replace(ids=ids, nnk_ids=nnk_ids, semantic=semantic)
+
+
+class AugmentationManifolds(Metric):
+    """The manifold that each image's augmented copies form in each layer.
+
+    Args:
+        layers: names of the layers.
+        settings: names of the augmentations.
+
+    References:
+        Cosentino et al., *The geometry of self-supervised learning models and its impact on transfer learning*, 2022.
+
+    Example:
+        >>> manifolds = AugmentationManifolds(["layer"], ["crop"])
+        >>> manifolds.update({"crop": {"layer": torch.randn(4, 10, 8)}})  # ten copies of four images
+        >>> manifolds.compute()["crop", "layer"]["diameter"].shape
+        torch.Size([4])
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, layers: Sequence[str], settings: Sequence[str]) -> None:
+        super().__init__()
+        self.kinds = [(setting, layer) for setting in settings for layer in layers]
+        for number in range(len(self.kinds)):
+            self.add_state(f"values{number}", [], dist_reduce_fx="cat")
+
+    def update(self, copies: Mapping[str, Mapping[str, Float[Tensor, "B m D"]]]) -> None:
+        """Add one batch.
+
+        Args:
+            copies: setting and layer to the features of m copies of each image.
+        """
+        for number, (setting, layer) in enumerate(self.kinds):
+            values = augmentation_metrics(copies[setting][layer])
+            rows = torch.stack([values[name].double() for name in MANIFOLD_METRICS], 1)
+            getattr(self, f"values{number}").append(rows.flatten())
+
+    def compute(self) -> dict[tuple[str, str], dict[str, Float[Tensor, " N"]]]:
+        """Setting and layer to each metric of each image, in no order."""
+        found = {}
+        for number, kind in enumerate(self.kinds):
+            rows = dim_zero_cat(getattr(self, f"values{number}")).view(-1, len(MANIFOLD_METRICS))
+            found[kind] = dict(zip(MANIFOLD_METRICS, rows.unbind(1), strict=True))
+        return found
