@@ -110,7 +110,7 @@ def augmentation_metrics(
         For each image, float64, under the same names. NaN where no copy has an answer, as when all are equal.
 
     Raises:
-        ValueError: fewer than three copies, features that are not finite, or zero vectors.
+        ValueError: no images, fewer than three copies, features that are not finite, or zero vectors.
 
     Example:
         >>> metrics = augmentation_metrics(torch.eye(5).expand(2, 5, 5))  # the corners of a simplex, twice
@@ -118,8 +118,8 @@ def augmentation_metrics(
         (tensor([4., 4.], dtype=torch.float64), tensor([1.4142, 1.4142], dtype=torch.float64))
     """
     images, m = copies.shape[:2]
-    if m < 3:
-        raise ValueError(f"augmentation manifolds need at least 3 copies of each image, got {m}")
+    if images == 0 or m < 3:
+        raise ValueError(f"augmentation manifolds need images of at least 3 copies each, got {images} images of {m}")
     device = copies.device
     points = centered(copies.flatten(0, 1))[0].view_as(copies)
 

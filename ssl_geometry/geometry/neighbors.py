@@ -1,16 +1,19 @@
 """The k nearest neighbours of every image, by FAISS: exact, or approximate with its measured recall.
 
-Protocol: the image itself and exact copies of it are no neighbours, and of equal points one stands for all. Cosine
-similarity is searched as the distance of unit vectors about their mean, which tells directions apart where cosines all
-round to 1 (untrained and collapsed networks). On a CUDA device the exact search runs there, tensors in and out.
+Protocol: the image itself and exact copies of it are no neighbours, and of equal points the first stands for all.
+Cosine similarity is searched as the distance of unit vectors, and all points are moved by the mean of the queries:
+that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours nearer than
+float32 products can rank (classes collapsed onto their means) are searched again in float64. Of points at
+distances that come out equal the smaller id is first (cosine and l2, on a CPU). On a CUDA device the exact search runs
+there, tensors in and out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import faiss
+import faiss.contrib.torch_utils  # FAISS takes and gives tensors
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -21,8 +24,10 @@ Index = Literal["auto", "exact", "ivf", "hnsw"]
 
 EXACT_ROWS = 200_000  # "auto" searches larger banks on a CPU approximately
 SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate search
-CLOSE = 1e-3  # unit vectors whose mean is this near to length 1 are told apart in float64
 LINKS = 32  # of a point in an HNSW graph
+NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
+GPU_MAX_K = 2048  # FAISS keeps no longer lists on a GPU
+NOBODY = torch.iinfo(torch.int64).min  # the key of a neighbour that does not exist
 
 
 class Neighbors(NamedTuple):
@@ -36,6 +41,7 @@ class Neighbors(NamedTuple):
     """Share of the true neighbours that were found: 1 for an exact search, measured on a sample otherwise."""
 
 
+@torch.no_grad()
 def nearest(
     features: Float[Tensor, "N D"],
     bank: Float[Tensor, "M D"] | Iterable[Float[Tensor, "m D"]] | None = None,
@@ -49,21 +55,22 @@ def nearest(
 
     Args:
         features: the queries.
-        bank: where to search, float32; several blocks of a bank that is larger than memory, one after another; None
-            searches among the queries, each without itself.
+        bank: where to search; several blocks of a bank that is larger than memory, one after another; None searches
+            among the queries, each without itself.
         k: neighbours.
         metric: "cosine", "inner" (product) or "l2".
         index: "exact", "ivf" (inverted lists), "hnsw" (a graph), or "auto": exact but for banks of more than 200,000
             rows on a CPU, which take ivf. Approximate searches run on the CPU.
-        duplicates: whether points that are equal are all neighbours, copies of the query among them. By default one
-            stands for all, and a copy of the query is none.
+        duplicates: whether points that are equal in float32 are all neighbours, copies of the query among them. By
+            default one stands for all, and a copy of the query is none.
 
     Returns:
-        Ids (rows of the bank, of all blocks in a row), similarities or squared distances, and the recall.
+        Ids (rows of the bank, of all blocks in a row), similarities or squared distances in float32, and the recall.
+        Where all points are equal nothing has a neighbour: ids are -1.
 
     Raises:
         ValueError: k that is not between 1 and the number of other points, features that are not finite, zero vectors
-            under cosine, or an unknown metric or index.
+            under cosine, shapes that do not fit, or an unknown metric or index.
 
     References:
         Douze et al., *The Faiss library*, 2024.
@@ -74,51 +81,54 @@ def nearest(
         >>> found.ids.tolist(), round(float(found.values[0, 0]), 4)
         ([[1, 2], [0, 2], [1, 0], [2, 1]], 0.995)
     """
-    if metric not in ("cosine", "inner", "l2") or index not in ("auto", "exact", "ivf", "hnsw"):
+    if metric not in get_args(Metric) or index not in get_args(Index):
         raise ValueError(f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf or hnsw")
     itself = bank is None
-    blocks = [features] if bank is None else [bank] if isinstance(bank, Tensor) else bank
-    queries, center = _centered(features, metric)
-    keys = None  # a hash of each row, once equal rows are seen
-    found, found_keys, first = None, torch.empty(0), 0
+    lengths = _lengths(features, metric, "queries", features.shape[-1])
+    whole = features if bank is None else bank if isinstance(bank, Tensor) else None
+    blocks: Iterable[Tensor] = [whole] if whole is not None else cast(Iterable[Tensor], bank)
+    others = None if whole is None else len(whole) - itself
+    if k < 1 or (others is not None and k > others):  # before a long search
+        raise ValueError(_too_few(k, others))
+    center = None if metric == "inner" else _mean(features, lengths)
+    queries = _points(features, lengths, center)
+    # Points of the same key are the same point: of equal bits, or of the same number where copies count.
+    own = torch.arange(len(features), device=features.device)
+    keys = (own if itself else -1 - own) if duplicates else _keys(features)
+    found: Neighbors | None = None
+    found_keys, first = keys, 0
     for block in blocks:
-        points = queries if itself else _points(block, metric, center, "bank")
-        own = torch.arange(len(features), device=features.device) if itself else None
-        some = _search(queries, points, k + itself, metric, index)
-        several = bank is not None and not isinstance(bank, Tensor)  # copies may be in different blocks
-        if not duplicates and (several or _copies_in(some, queries, metric, features, block, own)):
-            keys = _keys(features) if keys is None else keys
-            block_keys = _keys(block)
+        points = queries
+        if not itself:
+            points = _points(block, _lengths(block, metric, "bank", features.shape[1]), center)
+        rows = torch.arange(len(block), device=block.device)
+        block_keys = keys if itself else first + rows if duplicates else _keys(block)
+        if not duplicates:
             rows = _distinct(block_keys)
-            some = _search(queries, points[rows], k + 1, metric, index)
-            some = some._replace(ids=rows[some.ids].where(some.ids >= 0, -1))
-            some_keys = block_keys[some.ids.clamp_min(0)].where(some.ids >= 0, 0)
-            some = some._replace(ids=some.ids.masked_fill(some_keys == keys[:, None], -1))
-        else:
-            some_keys = torch.zeros_like(some.ids)
-            if own is not None:
-                some = some._replace(ids=some.ids.masked_fill(some.ids == own[:, None], -1))
-        some = some._replace(ids=(some.ids + first).where(some.ids >= 0, -1))
-        lists = [(some, some_keys)] if found is None else [(found, found_keys), (some, some_keys)]
-        found, found_keys = _best(lists, k, metric == "inner", distinct=not duplicates)  # of equal points the first
+            points = points[rows] if len(rows) < len(points) else points
+        some, some_keys = _others(queries, keys, points, block_keys[rows], k, metric, index)
+        some = some._replace(ids=(rows[some.ids] + first).where(some.ids >= 0, -1))
+        if found is not None:
+            again = _in(some_keys, found_keys)  # copies of what an earlier block holds
+            some = some._replace(ids=some.ids.masked_fill(again, -1))
+            some, some_keys = _best([found, some], [found_keys, some_keys], k, metric == "inner")
+        found, found_keys = some, some_keys
         first += len(block)
-    others = first - itself
-    if found is None or not 1 <= k <= others:
-        raise ValueError(f"k={k} neighbours need 1 <= k <= {others}, the number of other points")
-    values = 1 - found.values / 2 if metric == "cosine" else found.values
-    return found._replace(values=values)
+    if found is None or k > first - itself:
+        raise ValueError(_too_few(k, first - itself))
+    return found._replace(values=1 - found.values / 2) if metric == "cosine" else found
 
 
 def merge(parts: Sequence[Neighbors], k: int, largest: bool = True) -> Neighbors:
     """The best k of several lists for the same queries, such as those of ranks that each hold a part of the bank.
 
     Args:
-        parts: lists whose ids number the whole bank.
+        parts: lists whose ids number the whole bank. Copies in different parts stay.
         k: neighbours to keep.
         largest: whether large values are near (cosine, inner product) or small ones (l2).
 
     Returns:
-        The merged lists; the recall is the lowest of the parts'.
+        The merged lists, of equally near points the smaller id first; the recall is the lowest of the parts'.
 
     Example:
         >>> a = Neighbors(torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.1]]))
@@ -126,79 +136,58 @@ def merge(parts: Sequence[Neighbors], k: int, largest: bool = True) -> Neighbors
         >>> merge([a, b], k=2).ids
         tensor([[0, 7]])
     """
-    sign = -1 if largest else 1
-    pairs = [(part._replace(values=sign * part.values), part.ids) for part in parts]
-    merged, _ = _best(pairs, k, False, distinct=False)
-    return merged._replace(values=sign * merged.values)
+    return _best(parts, [part.ids for part in parts], k, largest)[0]
 
 
-def _centered(features: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
-    """The queries as FAISS is to see them, and the shift by which all points are moved.
-
-    Any shift leaves distances as they are; this one leaves most digits to the differences.
-    """
-    points = _points(features, metric, None, "queries")
-    if metric == "inner":
-        return points, None
-    center = points.mean(0)
-    if metric == "l2":
-        return points - center, center
-    if float(1 - center.square().sum()) > CLOSE:
-        return points.sub_(center), center  # unit vectors are a copy already
-    center = F.normalize(features.double(), dim=1).mean(0)
-    return _points(features, metric, center, "queries"), center
+def _too_few(k: int, others: int | None) -> str:
+    return f"k={k} neighbours need 1 <= k <= {'' if others is None else f'{others}, '}the number of other points"
 
 
-def _points(features: Tensor, metric: Metric, center: Tensor | None, what: str) -> Tensor:
-    """Float32 points, unit vectors for cosine, less the center; in float64 on the way where the center is."""
-    points = features.to(torch.float32 if center is None else center.dtype)
-    lengths = points.norm(dim=1)
-    broken, zero = int((~lengths.isfinite()).sum()), int((lengths == 0).sum())
-    if broken or not len(features):
+def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[Tensor, "N 1"]:
+    """What vectors are divided by: their lengths for cosine, else 1. Refuses what cannot be searched."""
+    if features.ndim != 2 or features.shape[1] != width or not features.numel():
+        raise ValueError(f"{what}: expected (N, {width}) numbers, N at least 1, got shape {tuple(features.shape)}")
+    # Float32 will do: the error of a length moves a unit vector across all differences of near ones.
+    lengths = features.to(torch.promote_types(features.dtype, torch.float32)).norm(dim=1, keepdim=True)
+    if broken := int((~lengths.isfinite()).sum()):
         raise ValueError(f"{what}: {broken} of {len(features)} vectors are not finite")
-    if metric == "cosine":
-        if zero:
-            raise ValueError(f"{what}: {zero} of {len(features)} vectors are zero and have no cosine")
-        points = points / lengths[:, None]
-    return points.contiguous() if center is None else (points - center).float().contiguous()
+    if metric != "cosine":
+        return torch.ones_like(lengths)
+    if zero := int((lengths == 0).sum()):
+        raise ValueError(f"{what}: {zero} of {len(features)} vectors are zero and have no cosine")
+    return lengths
 
 
-def _copies_in(
-    found: Neighbors, queries: Tensor, metric: Metric, features: Tensor, bank: Tensor, own: Tensor | None
-) -> bool:
-    """Whether a list holds a copy of its query, or two equal points: these have equal values but for rounding."""
-    ids, values = found.ids, found.values
-    there = ids >= 0 if own is None else (ids >= 0) & (ids != own[:, None])
-    squares = queries.square().sum(1, keepdim=True)
-    rounding = 64 * torch.finfo(values.dtype).eps * (squares + values.abs())
-    of_a_copy = squares if metric == "inner" else 0
-    row, place = (there & ((values - of_a_copy).abs() <= rounding)).nonzero(as_tuple=True)
-    if _any_equal(features, row, bank, ids[row, place]):
-        return True
-    for step in (1, 2):
-        gap = (values[:, step:] - values[:, :-step]).abs()
-        row, place = (there[:, step:] & there[:, :-step] & (gap <= rounding[:, step:])).nonzero(as_tuple=True)
-        if _any_equal(bank, ids[row, place], bank, ids[row, place + step]):
-            return True
-    return False
+def _mean(features: Tensor, lengths: Tensor) -> Float[Tensor, " D"]:
+    """About the mean. Any shift leaves distances as they are; this one leaves most digits to the differences."""
+    return (features.float().T @ (1 / lengths[:, 0]).float()).double() / len(features)
 
 
-def _any_equal(x: Tensor, rows: Tensor, y: Tensor, columns: Tensor) -> bool:
-    for start in range(0, len(rows), 4096):
-        part = slice(start, start + 4096)
-        if bool((x[rows[part]] == y[columns[part]]).all(1).any()):
-            return True
-    return False
+def _parts(features: Tensor) -> Iterator[slice]:
+    """Rows that stay in the cache."""
+    step = max(1, 2**17 // features.shape[1])
+    return (slice(start, start + step) for start in range(0, len(features), step))
+
+
+def _points(features: Tensor, lengths: Tensor, center: Tensor | None) -> Float[Tensor, "N D"]:
+    """The points as FAISS is to see them: float32, differences taken in float64."""
+    if center is None:
+        return features.float().contiguous()
+    points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
+    for part in _parts(features):
+        points[part] = features[part].double() / lengths[part] - center
+    return points
 
 
 def _keys(features: Tensor) -> Int64[Tensor, " N"]:
-    """Equal for equal rows; for others almost never (a 64-bit hash)."""
-    bits = (features.float() + 0.0).contiguous().view(torch.int32).long()  # -0 becomes 0
-    odd = torch.randint(2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    total = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
-    for part, factor in zip(bits.split(4096, dim=1), odd.to(bits.device).split(4096), strict=True):
-        total += (part * factor).sum(1)
-    return total
+    """Equal for rows that are equal in float32; for others almost never (a 64-bit hash)."""
+    generator = torch.Generator().manual_seed(0)
+    odd = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
+    keys = []
+    for part in _parts(features):
+        bits = (features[part].float() + 0.0).view(torch.int32)  # -0 becomes 0
+        keys.append(((bits ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are all zero
+    return torch.cat(keys)
 
 
 def _distinct(keys: Int64[Tensor, " N"]) -> Int64[Tensor, " n"]:
@@ -209,32 +198,64 @@ def _distinct(keys: Int64[Tensor, " N"]) -> Int64[Tensor, " n"]:
     return firsts.sort().values
 
 
-def _search(queries: Tensor, points: Tensor, k: int, metric: Metric, index: Index) -> Neighbors:
-    """Ids, and inner products or squared distances; -1 and NaN where the points run out."""
-    wanted, k = k, min(k, len(points))
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
+def _others(
+    queries: Tensor, keys: Tensor, points: Tensor, point_keys: Tensor, k: int, metric: Metric, index: Index
+) -> tuple[Neighbors, Int64[Tensor, "N k"]]:
+    """The k nearest points that are not the query itself, with their keys; -1 and NaN where the points run out."""
     if index == "auto":
         index = "exact" if points.is_cuda or len(points) <= EXACT_ROWS else "ivf"
-    if index == "exact" and points.is_cuda:
-        values, ids = faiss.knn_gpu(_resources(), queries, points, k, metric=kind, device=points.device.index)
-        found = Neighbors(ids, values)
+    n = min(k + 1, len(points))
+    search = _exact if index == "exact" else _approximate
+    values, ids = search(queries, points, n, metric, index)
+    values, ids = F.pad(values, (0, k + 1 - n)), F.pad(ids, (0, k + 1 - n), value=-1)
+    found_keys = point_keys[ids].where(ids >= 0, NOBODY)
+    itself = found_keys == keys[:, None]  # once at most, as keys differ
+    place = torch.where(itself.any(1), itself.int().argmax(1), k)
+    column = torch.arange(k, device=ids.device)
+    column = column + (column >= place[:, None])
+    values, ids, found_keys = (part.gather(1, column) for part in (values, ids, found_keys))
+    found = Neighbors(ids, values.masked_fill(ids < 0, torch.nan))
+    if index != "exact":
+        sample = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(ids.device)
+        true = _others(queries[sample], keys[sample], points, point_keys, k, metric, "exact")[0].ids
+        recall = _in(true, ids[sample])[true >= 0].double().mean()  # NaN where nobody has a neighbour
+        found = found._replace(recall=float(recall))
+    return found, found_keys
+
+
+def _exact(queries: Tensor, points: Tensor, k: int, metric: Metric, _: Index) -> tuple[Tensor, Tensor]:
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
+    if points.is_cuda and k <= GPU_MAX_K:
+        with torch.cuda.device(points.device):  # whose stream FAISS joins
+            resources = faiss.StandardGpuResources()  # not kept: 1.5 GB of workspace that training wants back
+            values, ids = faiss.knn_gpu(resources, queries, points, k, metric=kind, device=points.device.index)
     else:
         with _threads():
-            search = _exact if index == "exact" else partial(_approximate, index=index)
-            found = search(queries.cpu(), points.cpu(), k, kind)
-    missing = (0, wanted - k)
-    ids = F.pad(found.ids.to(points.device), missing, value=-1)
-    values = F.pad(found.values.to(points.device), missing, value=torch.nan)
-    return found._replace(ids=ids, values=values)
+            values, ids = faiss.knn(queries.cpu(), points.cpu(), k, metric=kind)
+        values, ids = values.to(points.device), ids.to(points.device)
+    if metric != "inner":
+        _rank_in_float64(queries, points, values, ids)
+    return values, ids
 
 
-def _exact(queries: Tensor, points: Tensor, k: int, kind: Any) -> Neighbors:
-    values, ids = faiss.knn(queries.numpy(), points.numpy(), k, metric=kind)
-    return Neighbors(torch.from_numpy(ids), torch.from_numpy(values))
+def _rank_in_float64(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor) -> None:
+    """Search again, in place, for queries whose neighbours are too near for |x|² + |y|² - 2xy in float32."""
+    second = values[:, min(1, values.shape[1] - 1)]  # the first may be the query itself
+    rows = (second < NEAR * torch.linalg.vector_norm(queries, dim=1).square()).nonzero()[:, 0]
+    if not len(rows):
+        return
+    wide = points.double()
+    half = wide.square().sum(1) / 2
+    for part in rows.split(max(1, 2**24 // len(points))):
+        query = queries[part].double()
+        near, ids[part] = (query @ wide.T).sub_(half).topk(values.shape[1], dim=1)
+        values[part] = (query.square().sum(1, keepdim=True) - 2 * near).clamp_min(0).to(values.dtype)
 
 
-def _approximate(queries: Tensor, points: Tensor, k: int, kind: Any, index: str) -> Neighbors:
+def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index: Index) -> tuple[Tensor, Tensor]:
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
     n, width = points.shape
+    device, points = points.device, points.cpu()
     searcher: Any
     if index == "hnsw":
         searcher = faiss.IndexHNSWFlat(width, LINKS, kind)
@@ -243,54 +264,42 @@ def _approximate(queries: Tensor, points: Tensor, k: int, kind: Any, index: str)
         lists = max(1, min(n // 39, round(4 * n**0.5)))  # FAISS wants 39 training points a list
         searcher = faiss.index_factory(width, f"IVF{lists},Flat", kind)
         searcher.nprobe = max(1, lists // 8)
-        searcher.train(points.numpy())
-    searcher.add(points.numpy())
-    values, ids = searcher.search(queries.numpy(), k)
-    sample = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-    true = _exact(queries[sample], points, k, kind).ids
-    found = torch.from_numpy(ids)
-    recall = float((found[sample, :, None] == true[:, None]).any(1).double().mean())
-    return Neighbors(found, torch.from_numpy(values), recall)
+    with _threads():
+        searcher.train(points)
+        searcher.add(points)
+        values, ids = searcher.search(queries.cpu(), k)
+    return values.to(device), ids.to(device)
+
+
+def _in(ids: Int64[Tensor, "N k"], others: Int64[Tensor, "N m"]) -> Tensor:
+    """Which entries of a row are in the same row of others."""
+    others = others.sort(1).values
+    place = torch.searchsorted(others, ids).clamp_max(others.shape[1] - 1)
+    return others.gather(1, place) == ids
 
 
 def _best(
-    parts: Sequence[tuple[Neighbors, Tensor]], k: int, largest: bool, distinct: bool
+    parts: Sequence[Neighbors], keys: Sequence[Tensor], k: int, largest: bool
 ) -> tuple[Neighbors, Int64[Tensor, "N k"]]:
-    """The best k of the lists laid side by side; of equal keys only the first where ``distinct``."""
-    ids, keys = (torch.cat(columns, 1) for columns in zip(*((part.ids, key) for part, key in parts), strict=True))
-    values = torch.cat([part.values for part, _ in parts], 1)
-    if len(parts) > 1:
-        rank = values.masked_fill(ids < 0, -torch.inf if largest else torch.inf)
-        order = rank.argsort(dim=1, descending=largest, stable=True)
-        ids, keys, values = (column.gather(1, order) for column in (ids, keys, values))
-    gone = ids < 0
-    if distinct and len(parts) > 1:
-        for start in range(0, len(ids), 1024):
-            rows = slice(start, start + 1024)
-            same = (keys[rows, :, None] == keys[rows, None]) & ~gone[rows, None]
-            gone[rows] |= same.tril(-1).any(2)
-    order = gone.int().argsort(dim=1, stable=True)[:, :k]
-    ids, keys, values, gone = (column.gather(1, order) for column in (ids, keys, values, gone))
-    if ids.shape[1] < k:
-        pad = (0, k - ids.shape[1])
-        ids, keys, values, gone = (F.pad(ids, pad), F.pad(keys, pad), F.pad(values, pad), F.pad(gone, pad, value=True))
-    recall = min(part.recall for part, _ in parts)
-    return Neighbors(ids.masked_fill(gone, -1), values.masked_fill(gone, torch.nan), recall), keys
+    """The best k of lists laid side by side, and their keys."""
+    ids, values, marks = (
+        torch.cat(columns, 1) for columns in ([part.ids for part in parts], [part.values for part in parts], [*keys])
+    )
+    rank = values.masked_fill(ids < 0, -torch.inf if largest else torch.inf)
+    order = ids.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds them equal
+    order = order.gather(1, rank.gather(1, order).argsort(dim=1, descending=largest, stable=True))[:, :k]
+    short = (0, k - order.shape[1])
+    ids, marks = F.pad(ids.gather(1, order), short, value=-1), F.pad(marks.gather(1, order), short)
+    values = F.pad(values.gather(1, order), short).masked_fill(ids < 0, torch.nan)
+    return Neighbors(ids, values, min(part.recall for part in parts)), marks
 
 
 @contextmanager
 def _threads() -> Iterator[None]:
-    """FAISS uses as many threads as torch does, from the same OpenMP pool, and is left as it was."""
+    """FAISS uses as many threads as torch does, and is left as it was."""
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(torch.get_num_threads())
     try:
         yield
     finally:
         faiss.omp_set_num_threads(before)
-
-
-@cache
-def _resources() -> Any:
-    import faiss.contrib.torch_utils  # lets FAISS take and give CUDA tensors
-
-    return faiss.StandardGpuResources()

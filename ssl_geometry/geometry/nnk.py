@@ -8,8 +8,8 @@ For a query i and its K candidates S, under a kernel k with k(i, i) = 1, the wei
 and the candidates with theta_j > 0 are its NNK neighbours (Shekkizhar & Ortega 2020). Solved exactly, in float64, for
 a whole chunk of queries at once: the active-set method of Lawson & Hanson on swept tableaux, where a candidate enters
 or leaves by one rank-one update. Singular K_SS (more candidates than dimensions, duplicates) are no exception. Every
-answer carries its KKT residual, computed afresh from K_SS and K_Si; an answer that misses the tolerance is sought
-again with SciPy, and what still misses it is warned of.
+answer carries its KKT residual, computed afresh from K_SS and K_Si; an answer beyond 1e-10 is sought again with SciPy,
+and one that even then misses the tolerance is warned of.
 
 Candidates come as rows of the features, padded with -1; they are nearest images as a rule, but need not be. Beside a
 centred copy of the features, memory does not grow with their number.
@@ -379,14 +379,22 @@ def products(
     queries, k = rows.shape
     width = k if other is None else other[0].shape[1]
     result = points.new_empty(queries, k, width) if out is None else out
-    # The differences of a few queries stay in the cache of a core until they are multiplied: 38 µs a query instead of
-    # 50 (K = 50, D = 512), 150 instead of 193 (D = 2048).
-    step = max(1, (2**19 if points.device.type == "cpu" else 2**28) // ((k + width) * points.shape[1]))
+    # On a CPU the differences of a few queries stay in a core's cache until they are multiplied, and of a symmetric
+    # product only what lies below the diagonal is formed, 16 columns at once: 110 µs a query instead of 193 (K = 50,
+    # D = 2048), 36 instead of 50 (D = 512).
+    rows_at_once, block = (2**20, 16) if points.device.type == "cpu" else (2**28, k)
+    step = max(1, rows_at_once // ((k + width) * points.shape[1]))
     for start in range(0, queries, step):
         r = slice(start, start + step)
         a = _differences(points, rows[r], centers[r])
-        b = a if other is None else _differences(points, other[0][r], other[1][r])
-        torch.bmm(a, b.mT, out=result[r])
+        if other is not None:
+            torch.bmm(a, _differences(points, other[0][r], other[1][r]).mT, out=result[r])
+            continue
+        for column in range(0, k, block):
+            end = column + block
+            part = a[:, column:] @ a[:, column:end].mT
+            result[r, column:, column:end] = part
+            result[r, column:end, end:] = part[:, block:].mT
     return result
 
 

@@ -270,7 +270,8 @@ BAD = [
     (lambda: manifold_metrics(torch.eye(3), IDS[:, :1], RESULT), r"the 3 features, got \(3, 1\) and \(3, 2\)"),
     (lambda: manifold_metrics(torch.zeros(3, 2), IDS, RESULT), r"3 of 3 images are zero vectors"),
     (lambda: manifold_metrics(torch.full((3, 2), torch.nan), IDS, RESULT), r"3 of 3 images have NaN"),
-    (lambda: augmentation_metrics(torch.ones(4, 2, 8)), r"at least 3 copies of each image, got 2"),
+    (lambda: augmentation_metrics(torch.ones(4, 2, 8)), r"at least 3 copies each, got 4 images of 2"),
+    (lambda: augmentation_metrics(torch.ones(0, 5, 8)), r"at least 3 copies each, got 0 images of 5"),
     (lambda: same_class_ids(torch.eye(3), torch.zeros(3), 0), r"got k=0, 3 of 3"),
     (lambda: same_class_ids(torch.eye(3), torch.zeros(2), 1), r"got k=1, 2 of 3"),
 ]

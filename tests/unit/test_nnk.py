@@ -59,7 +59,7 @@ def test_answers_are_those_of_nnls(kind: str) -> None:
     rng = np.random.default_rng(KINDS.index(kind))
     unique = 0
     for _ in range(60):
-        k, d = int(rng.integers(5, 101)), int(rng.choice([2, 3, 5, 10, 30, 100, 512]))
+        k, d = int(rng.integers(5, 101)), int(rng.choice([2, 3, 5, 10, 30, 100, 512, 2048]))
         x = cloud(kind, 5, k, d, rng)
         weights, active, error, residual = (field.numpy() for field in nnk(*as_tensors(x)))
         for i in range(len(x)):
@@ -221,6 +221,19 @@ def test_equal_points_explain_each_other_without_error() -> None:
         np.testing.assert_allclose(result.weights.sum(1).numpy(), 1, rtol=1e-6)
         np.testing.assert_allclose(result.error.numpy(), 0, atol=1e-7)
         assert float(result.residual.max()) < 1e-9
+
+
+def test_no_more_than_a_chunk_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    sweep = module._lawson_hanson
+    monkeypatch.setattr(module, "_lawson_hanson", lambda a, b: sizes.append(len(b)) or sweep(a, b))
+    features = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1000, (1000, 10), generator=torch.Generator().manual_seed(1))
+    for chunk, most in ((64, 64), (None, 256)):
+        sizes.clear()
+        nnk(features, ids, chunk=chunk)
+        assert max(sizes) <= most
+        assert sum(sizes) == 1000
 
 
 def test_neither_chunks_nor_threads_change_the_answer() -> None:
