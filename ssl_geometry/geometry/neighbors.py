@@ -10,7 +10,7 @@ there, tensors in and out.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import faiss
 import faiss.contrib.torch_utils  # FAISS takes and gives tensors
@@ -85,9 +85,8 @@ def nearest(
         raise ValueError(f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf or hnsw")
     itself = bank is None
     lengths = _lengths(features, metric, "queries", features.shape[-1])
-    whole = features if bank is None else bank if isinstance(bank, Tensor) else None
-    blocks: Iterable[Tensor] = [whole] if whole is not None else cast(Iterable[Tensor], bank)
-    others = None if whole is None else len(whole) - itself
+    blocks = [features] if bank is None else [bank] if isinstance(bank, Tensor) else bank
+    others = len(features) - 1 if bank is None else len(bank) if isinstance(bank, Tensor) else None
     if k < 1 or (others is not None and k > others):  # before a long search
         raise ValueError(_too_few(k, others))
     center = None if metric == "inner" else _mean(features, lengths)

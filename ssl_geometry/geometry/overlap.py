@@ -97,12 +97,12 @@ def jaccard(ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]) -> Flo
         >>> jaccard(a, b)
         tensor([[0.5000]], dtype=torch.float64)
     """
-    sums, images = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    shares = []
     for shared, a, b in _shared(ids_a, ids_b):
-        either = a[:, :, None] + b[:, None] - shared
-        sums = sums + (shared / either).nan_to_num(0).sum(0).to(sums)
-        images = images + (either > 0).sum(0).to(sums)
-    return sums / images
+        share = shared / (a[:, :, None] + b[:, None] - shared)
+        shares.append(torch.stack([share.nansum(0), (~share.isnan()).sum(0)]))
+    total, images = torch.stack(shares).sum(0)
+    return total / images
 
 
 def _shared(

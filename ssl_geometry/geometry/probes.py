@@ -285,7 +285,7 @@ def logistic_regression(
     for group in _groups(features, len(l2) * num_classes):
         axes = [_principal_axes(features[name]) for name in group]
         x = torch.stack([axis.inputs for axis in axes])
-        squares = torch.stack([axis.eigenvalues for axis in axes])
+        squares = torch.stack([axis.squares for axis in axes])
         weights = _minimise(x, targets, squares, strengths, labels.ndim == 1, tolerance, max_iterations)
         for name, axis, inputs, weight in zip(group, axes, x, weights, strict=True):
             objective, gradient = _evaluate(inputs, targets, weight, strengths, labels.ndim == 1)
@@ -322,11 +322,11 @@ def _check(features: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> 
 
 
 class _Axes(NamedTuple):
-    inputs: Float[Tensor, "N D+1"]
-    """Standardised features in their principal axes, and a column of ones."""
-    eigenvalues: Float[Tensor, " D+1"]
+    inputs: Float[Tensor, "N M+1"]
+    """Standardised features in their M = min(N, D) principal axes, and a column of ones."""
+    squares: Float[Tensor, " M+1"]
     """Mean squares of those columns."""
-    turn: Float[Tensor, "D D"]
+    turn: Float[Tensor, "D M"]
     """Raw, centred features times this are the inputs."""
     mean: Float[Tensor, " D"]
 
@@ -340,11 +340,18 @@ def _principal_axes(features: Float[Tensor, "N D"]) -> _Axes:
     varies = deviation > 8 * torch.finfo(torch.float32).eps * features.float().square().mean(0).sqrt()
     scale = torch.where(varies, 1 / deviation, 0)
     standard = centered * scale
-    values, vectors = torch.linalg.eigh((standard.T @ standard / len(standard)).double())
-    turn = vectors.float()
-    inputs = torch.cat([standard @ turn, standard.new_ones(len(standard), 1)], 1)
-    eigenvalues = torch.cat([values.clamp_min(0).float(), values.new_ones(1).float()])
-    return _Axes(inputs, eigenvalues, scale[:, None] * turn, mean)
+    n, width = standard.shape
+    if n < width:  # then n axes hold all that varies: the others' weights are 0
+        values, images = torch.linalg.eigh((standard @ standard.T / n).double())
+        resolution = torch.finfo(torch.float32).eps * values[-1]
+        lengths = torch.where(values > resolution, (n * values).clamp_min(0).sqrt(), 0)
+        turn = (standard.T @ images.float()) * torch.where(lengths > 0, 1 / lengths, 0).float()
+    else:
+        values, vectors = torch.linalg.eigh((standard.T @ standard / n).double())
+        turn = vectors.float()
+    inputs = torch.cat([standard @ turn, standard.new_ones(n, 1)], 1)
+    squares = torch.cat([values.clamp_min(0).float(), values.new_ones(1).float()])
+    return _Axes(inputs, squares, scale[:, None] * turn, mean)
 
 
 def _groups(features: Mapping[str, Tensor], columns: int) -> list[list[str]]:

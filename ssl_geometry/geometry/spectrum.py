@@ -1,6 +1,6 @@
 """How many directions features use, and how evenly: numbers read off singular values, eigenvalues and distances.
 
-All in float64. What cannot be computed, because features are all zero or do not vary, is NaN.
+All in float64. What cannot be computed, because features are all zero, do not vary or are not finite, is NaN.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
-    """Singular values in descending order, min(N, D) of them.
+    """Singular values in descending order, min(N, D) of them; NaN for features that are not finite.
 
     They are roots of the eigenvalues of the smaller product, in float64: those of a float32 matrix are lost below 1e-7
     of the largest either way.
@@ -20,6 +20,8 @@ def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
     """
     x = features.double()
     product = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    if not product.isfinite().all():
+        return torch.full_like(product[0], torch.nan)
     values = torch.linalg.eigvalsh(product).flip(0)
     resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
     return torch.where(values > resolution, values, 0).sqrt()
@@ -150,7 +152,8 @@ def lidar(
     centered = means.double() - means.double().mean(0)
     within = scatter.double() / (n * views) + delta * torch.eye(width, dtype=torch.float64, device=scatter.device)
     # S_w^-1/2 S_b S_w^-1/2 has the squared singular values of L^-1 (centered / sqrt(n)), where S_w = L L'.
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(within), centered.T / n**0.5, upper=False)
+    root = torch.linalg.cholesky(within) if within.isfinite().all() else torch.full_like(within, torch.nan)
+    whitened = torch.linalg.solve_triangular(root, centered.T / n**0.5, upper=False)
     return _entropy_rank(singular_values(whitened).square(), eps)
 
 

@@ -34,7 +34,7 @@ LABELS = {
     "online_probe": "Accuracy of online probes",
     "neighbors": "NNK neighbours",
     "diameter": "Diameter of the NNK polytope",
-    "affinity": "Affinity with the nearest neighbour's polytope",
+    "affinity": "Affinity of neighbouring polytopes",
     "rankme": "RankMe",
     "lidar": "LiDAR",
     "alpha_req": "Decay of the spectrum (alpha-ReQ)",

@@ -19,6 +19,7 @@ def graph(n: int, k: int, seed: int) -> torch.Tensor:
     return ids.masked_fill(torch.rand(n, k, generator=generator) < 0.3, -1)
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")  # SciPy's word for in-degrees that are all equal
 @settings(max_examples=30, deadline=None)
 @given(st.integers(3, 40), st.data())
 def test_statistics_are_those_of_the_adjacency_matrix(n: int, data: st.DataObject) -> None:

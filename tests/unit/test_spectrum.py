@@ -105,3 +105,11 @@ def test_what_does_not_vary_has_no_spectrum() -> None:
     assert float(uniformity(same)) == pytest.approx(0, abs=1e-12)
     assert uniformity(nothing).isnan()
     assert alignment(nothing, same).isnan().all()
+
+
+def test_what_is_not_finite_has_no_spectrum() -> None:
+    broken = normal(20, 5)
+    broken[3, 2] = torch.inf
+    means, scatter = view_statistics(broken[:, None] + 0.1 * normal(20, 4, 5))
+    values = [rankme(broken), participation_ratio(broken), *alpha_req(broken), lidar(means, scatter, views=4)]
+    assert all(value.isnan() for value in [*values, uniformity(broken), alignment(broken, broken)[3]])
