@@ -65,13 +65,14 @@ def networks_parser(command: str, description: str, args: Sequence[str], layers:
     parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_lightning_class_args(DataModule, "data")
-    named = [
-        path for arg in args if "=" in arg and not arg.startswith("--") for path in arg.split("=", 1)[1].split(",")
-    ]
+    words = [arg.removeprefix("--models=") for arg in args]
+    models = [word.partition("=")[2] for word in words if "=" in word and not word.startswith("--")]
+    named = [path for paths in models for path in paths.split(",")]
     folders = [path.parent.parent if path.is_file() else path for path in map(Path, named)]
     run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     if run is not None:  # the images of the first run, unless told otherwise
-        trained_on = yaml.safe_load((run / "config.yaml").read_text())["data"]
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        trained_on = {"seed": config.get("seed_everything"), **config["data"]}  # the seed is linked, not written twice
         parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
     return parser
 

@@ -55,6 +55,7 @@ UNTRAINED = "untrained"
 CANDIDATES = 50
 """Nearest images of which NNK chooses, where neighbours are shown."""
 MANIFOLDS = ("neighbors", "diameter", "affinity")
+KINDS = ("semantic", "policy")
 SHOWN = 10
 """Neighbours in a row of pictures."""
 
@@ -218,12 +219,13 @@ def draw_training(models: Sequence[str], out: Path) -> list[Path]:
         name, _, path = model.partition("=")
         if (Path(path) / "records" / "neighbors").is_dir():
             frame = RecordStore(Path(path) / "records").read()
-            frames.append(frame[frame["metric"].isin(MANIFOLDS)].assign(model=name))
+            shown = frame["metric"].isin(MANIFOLDS) & (frame["layer"] == "pooled") & frame["view"].isin(KINDS)
+            frames.append(frame[shown].assign(model=name))
     rows = pd.concat(frames) if frames else pd.DataFrame({"epoch": [], "layer": []})
     if rows["epoch"].nunique() < 2:
         return []
     title = f"Manifolds in the pooled features over training, {int(rows['n'].max()):,} images"
-    return [save(training_curves(rows, MANIFOLDS, ("semantic", "policy"), "pooled", title), out / "manifolds_training")]
+    return [save(training_curves(rows, MANIFOLDS, KINDS, "pooled", title), out / "manifolds_training")]
 
 
 def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -> Figure:
@@ -240,8 +242,12 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
     assert network.features is not None
     pixels = torch.cat([batch["image"].cpu() for batch in data.loader("measure")]).movedim(1, -1).numpy()
     labels = torch.cat([batch["label"].cpu() for batch in data.loader("measure")])
-    found = nearest(network.features, k=min(CANDIDATES, len(pixels) - 1))
-    chosen = nnk(network.features, found.ids[list(numbers)], network.features[list(numbers)])
+    try:
+        found = nearest(network.features, k=min(CANDIDATES, len(pixels) - 1))
+        chosen = nnk(network.features, found.ids[list(numbers)], network.features[list(numbers)])
+    except ValueError as error:
+        raise UserError(f"--show_neighbors: {network.name}: {error}") from error
+    blank = (np.full_like(pixels[0], 255), "", False)
 
     def picture(image: int, text: str, framed: bool = False) -> tuple[np.ndarray, str, bool]:
         name = data.class_names[int(labels[image])] if labels.ndim == 1 else ""
@@ -251,9 +257,10 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
     for row, number in enumerate(numbers):
         ids, kept = found.ids[number], chosen.active[row]
         by_weight = chosen.weights[row].masked_fill(~kept, 0).argsort(descending=True)[: int(kept.sum())]
-        above = [picture(int(ids[j]), f"cos {found.values[number, j]:.3f}", bool(kept[j])) for j in range(SHOWN)]
+        there = [j for j in range(min(SHOWN, len(ids))) if ids[j] >= 0]
+        above = [picture(int(ids[j]), f"cos {found.values[number, j]:.3f}", bool(kept[j])) for j in there]
+        above += [blank] * (SHOWN - len(above))
         below = [picture(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
-        blank = (np.full_like(pixels[0], 255), "", False)
         below += [blank] * (SHOWN - len(below))
         pictures += [picture(number, f"image {number}"), *above]
         pictures += [(blank[0], f"NNK keeps\n{int(kept.sum())} of {len(ids)}", False), *below]
@@ -457,6 +464,8 @@ def compare(args: Sequence[str]) -> Path:
         compare_pair(a, b, protocol, options, store)
     groups = {network.name: network.group for network in measured}
     frame = store.read()
+    table = findings(frame, groups)
+    (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
     pictures = draw(frame, groups, out / "figures")
     pictures += [
         save(show_neighbors(network, data, options.show_neighbors), out / "figures" / f"neighbors_{network.name}")
@@ -464,8 +473,6 @@ def compare(args: Sequence[str]) -> Path:
         if options.show_neighbors
     ]
     pictures += draw_training(options.models, out / "figures")
-    table = findings(frame, groups)
-    (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
     for row in table.to_dict("records"):
         console.print(
             f"[bold]{row['says']:>11}[/bold]  {row['claim']}: {row['figures']}", highlight=False, soft_wrap=True

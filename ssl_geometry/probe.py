@@ -9,6 +9,7 @@ tenth of the training images. An untrained network and the raw pixels stand in t
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.callbacks.probes import LAYERS, layer_widths, probe_protocol, probe_rows
 from ssl_geometry.cli import networks_parser, parse_networks, run_command
-from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.probes import (
@@ -53,6 +54,7 @@ SEVERAL_CLASSES = ("layers", "labels")
 POOLED = "pooled"
 """The layer that everything but the curve over layers is read off: the input of a classifier on top."""
 UNTRAINED, PIXELS = "untrained", "raw pixels"
+FRACTIONS = (0.01, 0.1, 1.0)
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates of linear evaluation, on features of the probe bank's scale."""
 PIXEL_SIDE = 32
@@ -126,6 +128,9 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
     labels, index, test_labels = train.pop("label"), train.pop("index"), test.pop("label")
     del test["index"]
     depths = layer_depths(method, layers)
+    for layer, values in {**train, **{f"{layer} (test)": values for layer, values in test.items()}}.items():
+        if broken := int((~values.isfinite().all(1)).sum()):
+            raise UserError(f"--models {name}: layer {layer}: features of {broken} images are not finite")
     return Subject(name, method, epoch or 0, depths, train, labels, index, test, test_labels)
 
 
@@ -142,9 +147,13 @@ def _check_memory(features: int, data: DataModule, options: Any) -> None:
 
 def _free_memory(device: str) -> int:
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(meminfo["MemAvailable"].split()[0]) * 1024
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # no Linux: what is free, without the cache
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 # -- evaluations: each gives what it found, by metric ------------------------------------------------------------------
@@ -252,11 +261,6 @@ def evaluate_labels(subject: Subject, data: DataModule, options: Any, progress: 
     task = progress.add_task(f"{subject.name}: few labels", total=len(options.label_fractions))
     for fraction in options.label_fractions:
         images = round(fraction * n)
-        if images < max(10, 2 * data.num_classes):
-            raise UserError(
-                f"--label_fractions {fraction:g}: {images} of {n} images for {data.num_classes} classes; at least two "
-                "a class are needed, one to learn from and one to choose by"
-            )
         values = []
         for draw in range(options.draws if fraction < 1 else 1):
             rows = stratified(subject.train_labels.cpu(), draw)[:images].to(options.device)
@@ -265,7 +269,7 @@ def evaluate_labels(subject: Subject, data: DataModule, options: Any, progress: 
             (scores,) = probes[POOLED].scores(subject.test[POOLED])
             values.append(accuracies(scores, subject.test_labels))
         key = "mAP" if data.multi_label else "top1"
-        found[f"labels_{fraction:.0%}"] = {key: [sum(float(value[key]) for value in values) / len(values)]}
+        found[f"labels_{100 * fraction:g}%"] = {key: [sum(float(value[key]) for value in values) / len(values)]}
         progress.advance(task)
     return found
 
@@ -278,7 +282,7 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
     given = subject.method.init_args
     shared = ("backbone", "stem", "width", "image_size", "normalize", "center_crop", "channels_last")
     for fraction in options.label_fractions:
-        progress.console.print(f"fine-tuning {subject.name} on {fraction:.0%} of the labels", highlight=False)
+        progress.console.print(f"fine-tuning {subject.name} on {100 * fraction:g}% of the labels", highlight=False)
         torch.manual_seed(0)
         network = Supervised(
             data.num_classes,
@@ -289,12 +293,14 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             **{key: given[key] for key in shared},
         )
         network.backbone.load_state_dict(subject.method.backbone.state_dict())
-        images = DataModule(**{**options.data_options, "limit_train": max(1, round(fraction * data.num_train))})
+        images = DataModule(
+            **{**options.data_options, "limit_train": max(2, round(fraction * len(subject.train_labels)))}
+        )
         images.batch_size = min(images.batch_size, images.limit_train or images.batch_size)
         trainer = L.Trainer(
             max_epochs=options.finetune_epochs,
             accelerator="gpu" if options.device.startswith("cuda") else "cpu",
-            devices=1,
+            devices=[torch.device(options.device).index or 0] if options.device.startswith("cuda") else 1,
             callbacks=[FitProgress(), StopOnNaN()],
             logger=False,
             enable_checkpointing=False,
@@ -304,7 +310,7 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
         )
         trainer.fit(network, images)
         (result,) = trainer.test(network, images, verbose=False)
-        found[f"finetune_{fraction:.0%}"] = {"top1": [result["test/acc"]]}
+        found[f"finetune_{100 * fraction:g}%"] = {"top1": [result["test/acc"]]}
     return found
 
 
@@ -341,7 +347,11 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
         },
     }
     chosen["linear_augmented"] = {**chosen["linear"], "batch": data.eval_batch_size, "training views": options.augment}
-    common = {"train_images": options.train_images, "test": "whole test split"}
+    chosen["knn"]["selection"] = "none"
+    chosen["labels"]["selection"] = "accuracy on the last tenth of each subset (one image a class at least)"
+    chosen["finetune"] |= {"selection": "none", "encoder": "trained as well"}
+    bank = len(data.loader("bank", options.train_images).sampler.rows)
+    common = {"clean training images": bank, "test": f"the whole split, {len(data.loader('test').sampler.rows)} images"}
     return {name: probe_protocol(name, data, method, **common, **chosen[name]) for name in options.evaluations}
 
 
@@ -373,7 +383,7 @@ def _parse(args: Sequence[str]) -> Any:
         "--augment", type=str, default="supervised", help="training views of linear_augmented and finetune"
     )
     parser.add_argument(
-        "--label_fractions", type=list[float], default=[0.01, 0.1, 1.0], help="shares of the labels to learn from"
+        "--label_fractions", type=list[float], default=list(FRACTIONS), help="shares of the labels to learn from"
     )
     parser.add_argument("--draws", type=int, default=5, help="random subsets for each share of the labels below 1")
     parser.add_argument("--finetune_epochs", type=int, default=30, help="epochs of fine-tuning")
@@ -386,11 +396,29 @@ def _parse(args: Sequence[str]) -> Any:
         value = getattr(options, name)
         if value is not None and value < low:
             raise UserError(f"--{name} {value}: expected at least {low}")
+    if options.train_images is not None and options.train_images > BANK_SIZE:
+        raise UserError(f"--train_images {options.train_images}: at most {BANK_SIZE:,} are read")
     if not all(0 < fraction <= 1 for fraction in options.label_fractions):
         raise UserError(f"--label_fractions {options.label_fractions}: expected shares above 0, at most 1")
     if not all(k >= 1 for k in options.k):
         raise UserError(f"--k {options.k}: expected whole numbers of at least 1")
     return options
+
+
+def _check_fractions(options: Any, data: DataModule, console: Console) -> None:
+    """Shares of the labels that are too small stop the command where they were asked for, else they are left out."""
+    n = len(data.loader("bank", options.train_images).sampler.rows)
+    least = max(10, 2 * data.num_classes)
+    small = [fraction for fraction in options.label_fractions if round(fraction * n) < least]
+    if small and not {"labels", "finetune"}.isdisjoint(options.evaluations):
+        told = (
+            f"--label_fractions {small[0]:g}: {round(small[0] * n)} of {n} images for {data.num_classes} classes; at "
+            "least two a class are needed, one to learn from and one to choose by"
+        )
+        if options.label_fractions != list(FRACTIONS):
+            raise UserError(told)
+        console.print(f"left out  {told}", highlight=False, soft_wrap=True)
+    options.label_fractions = [fraction for fraction in options.label_fractions if fraction not in small]
 
 
 def _as_list(layers: str | Sequence[str]) -> list[str]:
@@ -445,8 +473,11 @@ def probe(args: Sequence[str]) -> Path:
     data.setup("test")
     if data.multi_label:
         options.evaluations = [name for name in options.evaluations if name in SEVERAL_CLASSES]
+    if not options.evaluations:
+        raise UserError(f"--evaluations: none is left; pictures of several classes allow {', '.join(SEVERAL_CLASSES)}")
+    _check_fractions(options, data, console := Console())
     shutil.rmtree(out / "records", ignore_errors=True)
-    store, console = RecordStore(out / "records"), Console()
+    store = RecordStore(out / "records")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     texts: dict[str, Protocol] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -473,6 +504,7 @@ def probe(args: Sequence[str]) -> Path:
                     rows += probe_rows(metric, depths, numbers, len(subject.test_labels), **common)
                 store.write(f"{evaluation}/{name}", rows, [chosen[evaluation]])
             texts = texts or chosen
+            del subject, method  # before the next one is on the device
             for task in progress.task_ids:
                 progress.remove_task(task)
             console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
@@ -480,7 +512,7 @@ def probe(args: Sequence[str]) -> Path:
     judged = "mean average precision" if data.multi_label else "accuracy"
     text = tables(frame, groups, texts, out, judged)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if "layers" in options.evaluations:
+    if "layers" in options.evaluations and frame["layer"].str.fullmatch(f"{BLOCK}|head.*").any():
         console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)

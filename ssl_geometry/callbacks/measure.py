@@ -162,7 +162,7 @@ def measure(trainer: L.Trainer, method: L.LightningModule, due: Sequence[Monitor
     if not hasattr(method, "measuring_view"):
         raise UserError(
             f"--model {type(method).__name__}: monitors need a subclass of ssl_geometry.methods.Method; "
-            "make it one, or switch them off (--cka.every_n_epochs 0)"
+            "make it one, or switch them off (--cka.every_n_epochs 0 --probes.every_n_epochs 0)"
         )
     requests = {monitor: tuple(monitor.requests(method)) for monitor in due}
     for monitor in due:

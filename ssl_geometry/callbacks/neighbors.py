@@ -22,7 +22,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import MANIFOLD_METRICS, LayerNeighbors
-from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.figures import layer_curves, manifold_violins
 
@@ -37,7 +37,8 @@ class NeighborhoodMonitor(Monitor):
 
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        layers: which layers; see ``--cka.layers``.
+        layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
+            has them.
         k: nearest images of which NNK chooses.
         settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
         copies: augmented copies of each image.
@@ -46,7 +47,7 @@ class NeighborhoodMonitor(Monitor):
     def __init__(
         self,
         every_n_epochs: int = 0,
-        layers: str | list[str] = list(LAYERS),  # noqa: B006  jsonargparse shows and copies it
+        layers: str | list[str] | None = None,
         k: int = 50,
         settings: Sequence[str] = tuple(SETTINGS),
         copies: int = 10,
@@ -64,7 +65,7 @@ class NeighborhoodMonitor(Monitor):
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean images, and of all copies."""
-        names = tuple(layer_names(method, self.layers))
+        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
         self._depths = layer_depths(method, names)
         self._clean = Request(names, pooled)
         self._copies = {
@@ -148,6 +149,8 @@ class NeighborhoodMonitor(Monitor):
     def _figures(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for metric in ("neighbors", "diameter", "affinity"):
+            if not any(row["metric"] == f"{metric}_quantile" for row in rows):
+                continue  # a collapsed network has no manifolds
             figures[f"neighbors/{metric}"] = partial(manifold_violins, rows, metric)
             for view in ("semantic", *self.settings[:1]):
                 curve = [row for row in self.curves if row["metric"] == metric and row["view"] == view]

@@ -29,13 +29,14 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, WEIGHT_DECAYS
-from ssl_geometry.models.taps import Taps, layer_depths, layer_names
+from ssl_geometry.models.taps import Taps, layer_depths, layer_names, present
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.figures import layer_curves
 
 logger = logging.getLogger(__name__)
 
 LAYERS = ("post_residual", "pooled", "head")
+SELECTION = "accuracy on a fixed tenth of the training images, chosen by index"
 
 
 def layer_widths(method: Any, layers: Sequence[str], image_shape: Sequence[int]) -> dict[str, int]:
@@ -58,7 +59,8 @@ class ProbeMonitor(Monitor):
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off, online
             classifiers as well.
-        layers: which layers; see ``--cka.layers``.
+        layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, as far as the
+            network has them.
         online: train classifiers on the activations of the training steps (where a picture shows one class).
         logistic: fit logistic regression at each measuring moment, beside the ridge regression.
         train_images: clean training images that converged classifiers learn from, at most.
@@ -69,7 +71,7 @@ class ProbeMonitor(Monitor):
     def __init__(
         self,
         every_n_epochs: int = 5,
-        layers: str | list[str] = list(LAYERS),  # noqa: B006  jsonargparse shows and copies it
+        layers: str | list[str] | None = None,
         online: bool = True,
         logistic: bool = False,
         train_images: int = 10_000,
@@ -82,6 +84,7 @@ class ProbeMonitor(Monitor):
         self.curves: list[dict[str, Any]] = []  # the accuracy of each layer over training
         self.bank: ProbeBank | None = None
         self._bank_state: dict[str, Tensor] | None = None
+        self._bank_of: dict[str, Any] = {}
         self._taps: Taps | None = None
 
     # -- online ------------------------------------------------------------------------------------------------------
@@ -91,12 +94,15 @@ class ProbeMonitor(Monitor):
         if self.every_n_epochs <= 0 or not hasattr(pl_module, "measuring_view"):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        names = layer_names(pl_module, self.layers)
+        names = layer_names(pl_module, present(pl_module, self.layers, LAYERS))
         self._widths = layer_widths(pl_module, names, data.image_shape)
         if self.online and not data.multi_label:
             bank = ProbeBank(self._widths, data.num_classes, self.learning_rates, self.weight_decays)
-            if self._bank_state is not None:
+            if self._bank_state is not None and self._bank_of != self._bank_options(data.num_classes):
+                logger.info("online probes start anew: their layers or options are others than in the checkpoint")
+            elif self._bank_state is not None:
                 bank.load_state_dict(self._bank_state)
+            self._bank_of = self._bank_options(data.num_classes)
             self.bank = bank.to(pl_module.device)
             megabytes = 3 * bank.weight.numel() * bank.weight.element_size() / 2**20
             logger.info(
@@ -121,8 +127,17 @@ class ProbeMonitor(Monitor):
         if self._taps is not None and self.bank is not None:
             features, self._taps.captured = self._taps.captured, None
             assert features is not None
+            if silent := [layer for layer in self._widths if layer not in features]:
+                raise UserError(
+                    f"--probes.layers {silent[0]}: it does not run in a training step of "
+                    f"{type(pl_module).__name__}; leave it out, or set --probes.online false"
+                )
             with torch.autocast(pl_module.device.type, enabled=False):
                 self.bank.step(features, batch["label"], batch["index"])
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Training failed or was stopped."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the network as it was, however training ended."""
@@ -134,7 +149,7 @@ class ProbeMonitor(Monitor):
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean training and measurement images."""
-        names = tuple(layer_names(method, self.layers))
+        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
         self._depths = layer_depths(method, names)
         self._test = Request(names, pooled)
         self._train = Request(names, pooled, split="bank", images=self.train_images)
@@ -142,9 +157,12 @@ class ProbeMonitor(Monitor):
 
     def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
         """Fresh sums."""
-        classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
         kinds = {"ridge_probe": RidgeProbe, **({"logistic_probe": LogisticProbe} if self.logistic else {})}
-        self._probes = {name: kind(self._widths, classes).to(method.device) for name, kind in kinds.items()}
+        self._probes = {
+            name: kind(self._widths, data.num_classes, multi_label=data.multi_label).to(method.device)
+            for name, kind in kinds.items()
+        }
         self._right = torch.zeros(len(self._widths) + 1, dtype=torch.float64, device=method.device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
@@ -164,7 +182,7 @@ class ProbeMonitor(Monitor):
     @property
     def _online_is_judged(self) -> bool:
         """Whether the online classifiers have learnt anything yet."""
-        return self.bank is not None and bool(self.bank.held > 0)
+        return self.bank is not None and bool(self.bank.held.max() > 0)
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
         """A row for each layer and kind of classifier, and what it chose."""
@@ -192,7 +210,9 @@ class ProbeMonitor(Monitor):
             protocols.append(protocol)
         if self._online_is_judged:
             assert self.bank is not None
-            protocol = probe_protocol("online_probe", data, method, **self._online_options)
+            views = {"training views": method.view.spec, "views an image": method.num_views}  # type: ignore[union-attr]
+            options = {**self._online_options, **views, "batch": data.batch_size, "momentum": self.bank.momentum}
+            protocol = probe_protocol("online_probe", data, method, **options)
             best = self.bank.best()
             found = {
                 "top1": (right[:-1] / right[-1]).tolist(),
@@ -229,11 +249,16 @@ class ProbeMonitor(Monitor):
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, and the online classifiers."""
-        return {"curves": self.curves, "bank": None if self.bank is None else self.bank.state_dict()}
+        bank = None if self.bank is None else self.bank.state_dict()
+        return {"curves": self.curves, "bank": bank, "bank_of": self._bank_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint left."""
         self.curves, self._bank_state = state_dict["curves"], state_dict["bank"]
+        self._bank_of = state_dict["bank_of"]
+
+    def _bank_options(self, num_classes: int) -> dict[str, Any]:
+        return {"widths": dict(self._widths), "num_classes": num_classes, **self._online_options}
 
 
 def probe_rows(
@@ -271,7 +296,6 @@ def probe_protocol(name: str, data: DataModule, network: L.LightningModule, **op
         {
             "metric": name,
             "pooling": "average over space",
-            "selection": "accuracy on a fixed tenth of the training images, chosen by index",
             "network": f"evaluation mode, {network.dtype}",
             "views": {"clean": network.clean_view.spec},  # type: ignore[union-attr]
             "test images": data.measure_ids,
@@ -281,7 +305,9 @@ def probe_protocol(name: str, data: DataModule, network: L.LightningModule, **op
                 "seed": data.seed,
                 "val_fraction": data.val_fraction,
                 "limit_train": data.limit_train,
+                "dataset_args": data.dataset_args or {},
             },
+            "selection": SELECTION,
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }

@@ -19,7 +19,7 @@ from ssl_geometry.callbacks.neighbors import LAYERS
 from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import Spectrum
-from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.figures import layer_curves
 
@@ -31,14 +31,15 @@ class SpectrumMonitor(Monitor):
 
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        layers: which layers; see ``--cka.layers``.
+        layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
+            has them.
         copies: augmented copies of each image that LiDAR compares; 0 leaves LiDAR and alignment out.
     """
 
     def __init__(
         self,
         every_n_epochs: int = 0,
-        layers: str | list[str] = list(LAYERS),  # noqa: B006  jsonargparse shows and copies it
+        layers: str | list[str] | None = None,
         copies: int = 10,
     ) -> None:
         super().__init__(every_n_epochs)
@@ -51,11 +52,12 @@ class SpectrumMonitor(Monitor):
         """Learn the widths of the layers."""
         if self.every_n_epochs > 0 and hasattr(pl_module, "measuring_view"):
             shape = trainer.datamodule.image_shape  # type: ignore[attr-defined]
-            self._widths = layer_widths(pl_module, layer_names(pl_module, self.layers), shape)
+            names = layer_names(pl_module, present(pl_module, self.layers, LAYERS))
+            self._widths = layer_widths(pl_module, names, shape)
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean images and of copies."""
-        names = tuple(layer_names(method, self.layers))
+        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
         self._depths = layer_depths(method, names)
         self._clean = Request(names, pooled)
         self._copies = [Request(names, pooled, VIEW, draw) for draw in range(self.copies)]
@@ -68,8 +70,10 @@ class SpectrumMonitor(Monitor):
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch."""
-        copies = {layer: torch.stack([reduced[draw][layer] for draw in self._copies], 1) for layer in self._depths}
-        self._spectrum.update(reduced[self._clean], copies if self.copies else None, batch["index"])
+        copies = None
+        if self.copies:
+            copies = {layer: torch.stack([reduced[draw][layer] for draw in self._copies], 1) for layer in self._depths}
+        self._spectrum.update(reduced[self._clean], copies, batch["index"])
         self._images += len(batch["index"])
 
     def finish(self, trainer: L.Trainer, method: Any, moment: Moment) -> Findings:
@@ -91,15 +95,15 @@ class SpectrumMonitor(Monitor):
         common = {
             "run": run,
             "model": run,
-            "view": "clean",
             "split": "measure",
             "epoch": moment.epoch,
             "step": moment.step,
             "n": int(trainer.strategy.reduce(self._images, reduce_op="sum")),
             "protocol": protocol.hash,
         }
+        views = dict.fromkeys(("lidar", "alignment"), VIEW)
         rows = [
-            record(**common, metric=metric, layer=layer, depth=depth, value=value)
+            record(**common, metric=metric, view=views.get(metric, "clean"), layer=layer, depth=depth, value=value)
             for metric, values in self._spectrum.compute().items()
             for (layer, depth), value in zip(self._depths.items(), values.reshape(-1).tolist(), strict=True)
         ]

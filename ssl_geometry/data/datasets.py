@@ -395,7 +395,9 @@ def _files(path: Path, option: str, size: int | None, classes: list[str] | None 
 
 def _listed_splits(path: Path, option: str, size: int | None) -> tuple[Images, Images, list[str]]:
     train, classes = _listed(path / "train", option, size)
-    test_path = next((path / name for name in ("test", "val") if (path / name / LIST).is_file()), None)
+    test_path = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if test_path is not None and not (test_path / LIST).is_file():
+        raise UserError(f"{option} {path}: train/ has a {LIST}, {test_path.name}/ has none")
     if test_path is None:
         return *_fifth(train), classes
     test, others = _listed(test_path, option, size)
@@ -406,7 +408,10 @@ def _listed_splits(path: Path, option: str, size: int | None) -> tuple[Images, I
 
 def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str]]:
     """The pictures of a folder that ``labels.csv`` names, each with as many classes as it shows."""
-    table = pd.read_csv(path / LIST, dtype={"file": str})
+    try:
+        table = pd.read_csv(path / LIST, dtype={"file": str}, keep_default_na=False)
+    except ValueError as error:  # empty, ragged, not UTF-8
+        raise UserError(f"{option} {path / LIST}: cannot be read as a table ({_line(error)})") from error
     classes = [str(name) for name in table.columns if name != "file"]
     if "file" not in table or not classes or not table[classes].isin([0, 1]).all(axis=None):
         raise UserError(f"{option} {path / LIST}: expected a column `file` and a column of 0 and 1 for each class")

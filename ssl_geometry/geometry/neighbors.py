@@ -27,7 +27,6 @@ SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate
 LINKS = 32  # of a point in an HNSW graph
 NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
 GPU_MAX_K = 2048  # FAISS keeps no longer lists on a GPU
-NOBODY = torch.iinfo(torch.int64).min  # the key of a neighbour that does not exist
 
 
 class Neighbors(NamedTuple):
@@ -92,26 +91,20 @@ def nearest(
     center = None if metric == "inner" else _mean(features, lengths)
     queries = _points(features, lengths, center)
     # Points of the same key are the same point: of equal bits, or of the same number where copies count.
-    own = torch.arange(len(features), device=features.device)
-    keys = (own if itself else -1 - own) if duplicates else _keys(features)
-    found: Neighbors | None = None
-    found_keys, first = keys, 0
+    number = torch.arange(len(features), device=features.device)
+    keys = (number if itself else -1 - number) if duplicates else _keys(features)
+    found, first, seen = None, 0, keys[:0]
     for block in blocks:
-        points = queries
+        points, block_keys = queries, keys
         if not itself:
             points = _points(block, _lengths(block, metric, "bank", features.shape[1]), center)
-        rows = torch.arange(len(block), device=block.device)
-        block_keys = keys if itself else first + rows if duplicates else _keys(block)
-        if not duplicates:
-            rows = _distinct(block_keys)
-            points = points[rows] if len(rows) < len(points) else points
-        some, some_keys = _others(queries, keys, points, block_keys[rows], k, metric, index)
-        some = some._replace(ids=(rows[some.ids] + first).where(some.ids >= 0, -1))
-        if found is not None:
-            again = _in(some_keys, found_keys)  # copies of what an earlier block holds
-            some = some._replace(ids=some.ids.masked_fill(again, -1))
-            some, some_keys = _best([found, some], [found_keys, some_keys], k, metric == "inner")
-        found, found_keys = some, some_keys
+            block_keys = torch.arange(first, first + len(block), device=block.device) if duplicates else _keys(block)
+        rows = _new(block_keys, seen)
+        if len(rows):
+            some = _others(queries, keys, points, block_keys, rows, k, metric, index)
+            some = some._replace(ids=torch.where(some.ids < 0, -1, some.ids + first))
+            found = some if found is None else merge([found, some], k, metric == "inner")
+        seen = torch.cat([seen, block_keys[rows]])
         first += len(block)
     if found is None or k > first - itself:
         raise ValueError(_too_few(k, first - itself))
@@ -135,7 +128,14 @@ def merge(parts: Sequence[Neighbors], k: int, largest: bool = True) -> Neighbors
         >>> merge([a, b], k=2).ids
         tensor([[0, 7]])
     """
-    return _best(parts, [part.ids for part in parts], k, largest)[0]
+    ids, values = torch.cat([part.ids for part in parts], 1), torch.cat([part.values for part in parts], 1)
+    rank = values.masked_fill(ids < 0, -torch.inf if largest else torch.inf)
+    order = ids.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds them equal
+    order = order.gather(1, rank.gather(1, order).argsort(dim=1, descending=largest, stable=True))[:, :k]
+    short = (0, k - order.shape[1])
+    ids = F.pad(ids.gather(1, order), short, value=-1)
+    values = F.pad(values.gather(1, order), short).masked_fill(ids < 0, torch.nan)
+    return Neighbors(ids, values, min(part.recall for part in parts))
 
 
 def _too_few(k: int, others: int | None) -> str:
@@ -163,8 +163,8 @@ def _mean(features: Tensor, lengths: Tensor) -> Float[Tensor, " D"]:
 
 
 def _parts(features: Tensor) -> Iterator[slice]:
-    """Rows that stay in the cache."""
-    step = max(1, 2**17 // features.shape[1])
+    """Few rows at once: on a CPU they stay in the cache, and below what torch spreads over threads."""
+    step = max(1, (2**24 if features.is_cuda else 2**14) // features.shape[1])
     return (slice(start, start + step) for start in range(0, len(features), step))
 
 
@@ -189,37 +189,39 @@ def _keys(features: Tensor) -> Int64[Tensor, " N"]:
     return torch.cat(keys)
 
 
-def _distinct(keys: Int64[Tensor, " N"]) -> Int64[Tensor, " n"]:
-    """The first row of each set of equal ones."""
+def _new(keys: Int64[Tensor, " M"], seen: Int64[Tensor, " S"]) -> Int64[Tensor, " m"]:
+    """The first row of each key that was not seen before."""
     values, inverse = keys.unique(return_inverse=True)
     firsts = torch.full((len(values),), len(keys), device=keys.device)
     firsts.scatter_reduce_(0, inverse, torch.arange(len(keys), device=keys.device), "amin")
-    return firsts.sort().values
+    return firsts[~torch.isin(values, seen)].sort().values
 
 
 def _others(
-    queries: Tensor, keys: Tensor, points: Tensor, point_keys: Tensor, k: int, metric: Metric, index: Index
-) -> tuple[Neighbors, Int64[Tensor, "N k"]]:
-    """The k nearest points that are not the query itself, with their keys; -1 and NaN where the points run out."""
+    queries: Tensor, keys: Tensor, bank: Tensor, bank_keys: Tensor, rows: Tensor, k: int, metric: Metric, index: Index
+) -> Neighbors:
+    """The k nearest of some rows of a bank, not the query itself; -1 and NaN where they run out."""
+    points = bank[rows] if len(rows) < len(bank) else bank
     if index == "auto":
         index = "exact" if points.is_cuda or len(points) <= EXACT_ROWS else "ivf"
     n = min(k + 1, len(points))
-    search = _exact if index == "exact" else _approximate
-    values, ids = search(queries, points, n, metric, index)
-    values, ids = F.pad(values, (0, k + 1 - n)), F.pad(ids, (0, k + 1 - n), value=-1)
-    found_keys = point_keys[ids].where(ids >= 0, NOBODY)
-    itself = found_keys == keys[:, None]  # once at most, as keys differ
-    place = torch.where(itself.any(1), itself.int().argmax(1), k)
-    column = torch.arange(k, device=ids.device)
-    column = column + (column >= place[:, None])
-    values, ids, found_keys = (part.gather(1, column) for part in (values, ids, found_keys))
-    found = Neighbors(ids, values.masked_fill(ids < 0, torch.nan))
-    if index != "exact":
-        sample = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(ids.device)
-        true = _others(queries[sample], keys[sample], points, point_keys, k, metric, "exact")[0].ids
-        recall = _in(true, ids[sample])[true >= 0].double().mean()  # NaN where nobody has a neighbour
-        found = found._replace(recall=float(recall))
-    return found, found_keys
+    values, ids = (_exact if index == "exact" else _approximate)(queries, points, n, metric, index)
+    if n <= k:
+        values, ids = F.pad(values, (0, k + 1 - n)), F.pad(ids, (0, k + 1 - n), value=-1)
+    known, order = bank_keys[rows].sort()
+    place = torch.searchsorted(known, keys).clamp_max(len(known) - 1)
+    itself = torch.where(known[place] == keys, order[place], len(points))
+    # A list holds its query once at most: from there on, columns move up.
+    column = torch.arange(k, device=ids.device) + (ids[:, :k] == itself[:, None]).cumsum(1)
+    values, ids = values.gather(1, column), ids.gather(1, column)
+    missing = ids < 0
+    found = Neighbors(rows[ids].masked_fill_(missing, -1), values.masked_fill_(missing, torch.nan))
+    if index == "exact":
+        return found
+    sample = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(ids.device)
+    true = _others(queries[sample], keys[sample], bank, bank_keys, rows, k, metric, "exact").ids
+    hits = (true[:, :, None] == found.ids[sample, None]).any(2)
+    return found._replace(recall=float(hits[true >= 0].double().mean()))  # NaN where nobody has a neighbour
 
 
 def _exact(queries: Tensor, points: Tensor, k: int, metric: Metric, _: Index) -> tuple[Tensor, Tensor]:
@@ -268,29 +270,6 @@ def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index:
         searcher.add(points)
         values, ids = searcher.search(queries.cpu(), k)
     return values.to(device), ids.to(device)
-
-
-def _in(ids: Int64[Tensor, "N k"], others: Int64[Tensor, "N m"]) -> Tensor:
-    """Which entries of a row are in the same row of others."""
-    others = others.sort(1).values
-    place = torch.searchsorted(others, ids).clamp_max(others.shape[1] - 1)
-    return others.gather(1, place) == ids
-
-
-def _best(
-    parts: Sequence[Neighbors], keys: Sequence[Tensor], k: int, largest: bool
-) -> tuple[Neighbors, Int64[Tensor, "N k"]]:
-    """The best k of lists laid side by side, and their keys."""
-    ids, values, marks = (
-        torch.cat(columns, 1) for columns in ([part.ids for part in parts], [part.values for part in parts], [*keys])
-    )
-    rank = values.masked_fill(ids < 0, -torch.inf if largest else torch.inf)
-    order = ids.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds them equal
-    order = order.gather(1, rank.gather(1, order).argsort(dim=1, descending=largest, stable=True))[:, :k]
-    short = (0, k - order.shape[1])
-    ids, marks = F.pad(ids.gather(1, order), short, value=-1), F.pad(marks.gather(1, order), short)
-    values = F.pad(values.gather(1, order), short).masked_fill(ids < 0, torch.nan)
-    return Neighbors(ids, values, min(part.recall for part in parts)), marks
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_precision_recall_curve, multilabel_average_precision
 
 L2 = tuple(10.0**power for power in range(-6, 3))
 """Strengths of the penalty that are tried where none are given."""
@@ -71,14 +70,13 @@ def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int
 
 
 def accuracies(
-    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], points: int | None = None
+    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
 ) -> dict[str, Float[Tensor, ""]]:
     """How right scores are.
 
     Args:
         scores: of each image and class.
         labels: class of each image, or zeros and ones where images show several.
-        points: recall levels of interpolated average precision, such as 11 for VOC 2007; None takes the area.
 
     Returns:
         ``top1`` and ``mean_per_class`` (the mean over classes that are present of the share that is right); for several
@@ -93,17 +91,19 @@ def accuracies(
         number = torch.bincount(labels, minlength=scores.shape[1])
         by_class = torch.zeros(len(number), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
         return {"top1": right.mean(), "mean_per_class": (by_class / number)[number > 0].mean()}
-    present = labels.sum(0) > 0
-    if points is None:
-        areas = multilabel_average_precision(scores, labels, num_labels=labels.shape[1], average="none")
-        return {"mAP": areas[present].double().mean()}
-    levels = torch.linspace(0, 1, points, dtype=torch.float64, device=scores.device)
-    found = []
-    for column in present.nonzero().flatten().tolist():
-        precision, recall, _ = binary_precision_recall_curve(scores[:, column], labels[:, column])
-        best = torch.where(recall >= levels[:, None] - 1e-9, precision, 0).amax(1)
-        found.append(best.double().mean())
-    return {"mAP": torch.stack(found).mean()}
+    pairs = zip(scores.unbind(1), labels.unbind(1), strict=True)
+    areas = torch.stack([_average_precision(column, truth) for column, truth in pairs])
+    return {"mAP": areas.nanmean()}
+
+
+def _average_precision(scores: Float[Tensor, " N"], labels: Int64[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Sum over thresholds of precision times the gain in recall; images of equal scores pass a threshold together."""
+    ordered, order = scores.sort(descending=True)
+    found = labels[order].double().cumsum(0)
+    last = torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(1, dtype=torch.bool)])
+    rank = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
+    precision, recall = (found / rank)[last], (found / found[-1])[last]
+    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum()
 
 
 # -- ridge -------------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def logistic_regression(
         weights = _minimise(x, targets, squares, strengths, labels.ndim == 1, tolerance, max_iterations)
         for name, axis, inputs, weight in zip(group, axes, x, weights, strict=True):
             objective, gradient = _evaluate(inputs, targets, weight, strengths, labels.ndim == 1)
-            unsolved = gradient > 10 * tolerance * objective  # what float32 leaves open is within this
+            unsolved = ~(gradient <= 10 * tolerance * objective)  # what float32 leaves open is within this
             if bool(unsolved.any()):
                 which = ", ".join(f"{value:g}" for value in strengths[unsolved].tolist())
                 warnings.warn(
@@ -412,7 +412,7 @@ def _minimise(
     for iteration in range(max_iterations):
         if iteration % 5 == 0:
             objective = _loss(logits, y, multinomial) + (penalty * weight.square()).sum((2, 3)) / 2
-            unsolved = gradient.abs().amax((2, 3)) > tolerance * objective
+            unsolved = ~(gradient.abs().amax((2, 3)) <= tolerance * objective)
             keep = unsolved.any(0)
             if not bool(keep.all()):
                 done[:, columns] = weight

@@ -152,7 +152,8 @@ def lidar(
     centered = means.double() - means.double().mean(0)
     within = scatter.double() / (n * views) + delta * torch.eye(width, dtype=torch.float64, device=scatter.device)
     # S_w^-1/2 S_b S_w^-1/2 has the squared singular values of L^-1 (centered / sqrt(n)), where S_w = L L'.
-    root = torch.linalg.cholesky(within) if within.isfinite().all() else torch.full_like(within, torch.nan)
+    root, failed = torch.linalg.cholesky_ex(within)  # delta is lost beside features of very large scale
+    root = root.masked_fill((failed > 0) | ~within.isfinite().all(), torch.nan)
     whitened = torch.linalg.solve_triangular(root, centered.T / n**0.5, upper=False)
     return _entropy_rank(singular_values(whitened).square(), eps)
 

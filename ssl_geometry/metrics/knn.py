@@ -43,6 +43,7 @@ class KNNAccuracy(Metric):
 
     def update_bank(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> None:
         """Add images of known class, each once over all ranks; every rank must add some."""
+        self._computed = None  # what was computed before knew less
         self.bank.append(features.detach().float())
         self.bank_labels.append(labels)
 

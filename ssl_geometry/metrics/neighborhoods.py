@@ -20,6 +20,7 @@ from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metric
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 
+MIN_IMAGES = 4  # fewer have no dimension
 MANIFOLD_METRICS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 """What is measured of the manifold around each image; see :mod:`ssl_geometry.geometry.manifold`."""
 
@@ -115,13 +116,23 @@ class Neighborhoods(Metric):
                     stacklevel=2,
                 )
             try:
-                found[layer] = _spread(self._measure(features[directed], labels[directed]), directed, len(index))
+                found[layer] = self._measure(features, labels, directed)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from error
         return found
 
-    def _measure(self, features: Tensor, labels: Tensor) -> LayerNeighbors:
-        k = min(self.k, len(features) - 1)
+    def _measure(self, features: Tensor, labels: Tensor, rows: Int64[Tensor, " M"]) -> LayerNeighbors:
+        """Neighbourhoods among some of the images, in the numbers of all of them; NaN where too few are left."""
+        n = len(features)
+        nobody = torch.full((n, self.k), -1, device=features.device)
+        unknown = torch.full((n,), torch.nan, dtype=torch.float64, device=features.device)
+        if len(rows) <= MIN_IMAGES:
+            statistics = dict.fromkeys(graph_statistics(nobody, labels), torch.nan)
+            statistics |= {f"nnk_{name}": torch.nan for name in statistics}
+            statistics |= dict.fromkeys(("two_nn", "levina_bickel", "nnk_residual"), torch.nan)
+            return LayerNeighbors(nobody, nobody, dict.fromkeys(MANIFOLD_METRICS, unknown), statistics)
+        features, labels = features[rows], labels[rows]
+        k = min(self.k, len(rows) - 1)
         cosine, euclidean = nearest(features, k=k), nearest(features, k=min(k, 20), metric="l2")
         solved = nnk(features, cosine.ids)
         nnk_ids = cosine.ids.where(solved.active, -1)
@@ -132,21 +143,16 @@ class Neighborhoods(Metric):
             **{f"nnk_{name}": value for name, value in graph_statistics(nnk_ids, labels).items()},
             "two_nn": float(two_nn(euclidean.values)),
             "levina_bickel": float(levina_bickel(euclidean.values)),
+            "nnk_residual": float(solved.residual.max()),
         }
-        return LayerNeighbors(cosine.ids, nnk_ids, semantic, statistics)
 
+        def of_all(ids: Int64[Tensor, "M k"]) -> Int64[Tensor, "N K"]:
+            spread = nobody.clone()
+            spread[rows, :k] = rows[ids].where(ids >= 0, -1)
+            return spread
 
-def _spread(found: LayerNeighbors, rows: Int64[Tensor, " M"], n: int) -> LayerNeighbors:
-    """What was found among some of n images, in the numbers of all of them."""
-    ids, nnk_ids = (
-        torch.full((n, part.shape[1]), -1, device=part.device).index_copy_(0, rows, rows[part].where(part >= 0, -1))
-        for part in (found.ids, found.nnk_ids)
-    )
-    semantic = {
-        name: torch.full((n,), torch.nan, dtype=value.dtype, device=value.device).index_copy_(0, rows, value)
-        for name, value in found.semantic.items()
-    }
-    return found._replace(ids=ids, nnk_ids=nnk_ids, semantic=semantic)
+        values = {name: unknown.index_copy(0, rows, value.double()) for name, value in semantic.items()}
+        return LayerNeighbors(of_all(cosine.ids), of_all(nnk_ids), values, statistics)
 
 
 class AugmentationManifolds(Metric):
@@ -182,12 +188,24 @@ class AugmentationManifolds(Metric):
             copies: setting and layer to the features of m copies of each image.
         """
         for number, (setting, layer) in enumerate(self.kinds):
-            values = augmentation_metrics(copies[setting][layer])
-            rows = torch.stack([values[name].double() for name in MANIFOLD_METRICS], 1)
+            features = copies[setting][layer]
+            usable = (features.isfinite().all(2) & (features != 0).any(2)).all(1).nonzero().squeeze(1)
+            values = augmentation_metrics(features[usable])
+            rows = torch.full((len(features), len(MANIFOLD_METRICS)), torch.nan, dtype=torch.float64)
+            rows = rows.to(features.device)
+            rows[usable] = torch.stack([values[name].double() for name in MANIFOLD_METRICS], 1)
             getattr(self, f"values{number}").append(rows.flatten())
 
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather over ranks; one without images joins in with empty tensors of the right type."""
+        for number in range(len(self.kinds)):
+            if not getattr(self, f"values{number}"):
+                empty = torch.empty(0, dtype=torch.float64, device=self.device)
+                getattr(self, f"values{number}").append(empty)
+        super().sync(*args, **kwargs)
+
     def compute(self) -> dict[tuple[str, str], dict[str, Float[Tensor, " N"]]]:
-        """Setting and layer to each metric of each image, in no order."""
+        """Setting and layer to each metric of each image, in no order; NaN for an image with a copy of no direction."""
         found = {}
         for number, kind in enumerate(self.kinds):
             rows = dim_zero_cat(getattr(self, f"values{number}")).view(-1, len(MANIFOLD_METRICS))

@@ -88,9 +88,9 @@ class ProbeBank(nn.Module):
             "mean": (layers, 1, width),
             "variance": (layers, 1, width),
             "steps": (),
-            "seen": (),  # images behind mean and variance, the older ones counting less
+            "seen": (layers,),  # images behind mean and variance, the older ones counting less
             "correct": (layers, heads),  # held-out images classified rightly, since the last `forget`
-            "held": (),  # held-out images since then
+            "held": (layers,),  # held-out images since then
         }.items():
             self.register_buffer(name, torch.zeros(shape))
 
@@ -110,25 +110,26 @@ class ProbeBank(nn.Module):
             index: number of each image in the data set, by which a fixed tenth is held out; None learns from all.
             rate: multiplies every learning rate: where a schedule is.
         """
-        centered = self._stack(features) - self.mean
+        stacked = self._stack(features)
+        usable = stacked.isfinite().all(2)  # an image that overflowed teaches this layer nothing
+        centered = torch.where(usable[..., None], stacked - self.mean, 0)
         views = centered.shape[1] // len(labels)
         labels = labels.repeat(views)
         held = torch.zeros_like(labels, dtype=torch.bool) if index is None else held_out(index).repeat(views)
-        training, judged = ((labels >= 0) & part for part in (~held, held))
+        training, judged = ((labels >= 0) & part & usable for part in (~held, held))  # (L, VB)
         inputs = centered * self._inverse_deviation()
         scores = self._scores(inputs)  # (L, VB, H, C)
         right = (scores.argmax(3) == labels[:, None]).float()
         errors = scores.softmax(3)
         errors[:, torch.arange(len(labels), device=labels.device), :, labels] -= 1
-        errors *= training[:, None, None]
-        told = torch.stack([training, judged]).float()
+        errors *= training[..., None, None]
         sums = [
             inputs.mT @ errors.flatten(2),  # gradient of the weights
             errors.sum(1),
             centered.sum(1),
             centered.square().sum(1),
-            torch.einsum("lrh,r->lh", right, told[1]),
-            torch.cat([told.sum(1), told.new_full((1,), len(labels))]),
+            torch.einsum("lrh,lr->lh", right, judged.float()),
+            torch.stack([training.float().sum(1), judged.float().sum(1), usable.float().sum(1)]),
         ]
         flat = torch.cat([part.flatten() for part in sums])
         if is_available() and is_initialized():
@@ -144,8 +145,9 @@ class ProbeBank(nn.Module):
 
     def _descend(self, gradient: Tensor, bias_gradient: Tensor, count: Tensor, scale: float) -> None:
         decay, rate = self.weight_decay[:, None], self.learning_rate[:, None]
-        self.weight_velocity.mul_(self.momentum).add_(gradient / count).addcmul_(self.weight, decay)
-        self.bias_velocity.mul_(self.momentum).add_(bias_gradient / count)
+        self.weight_velocity.mul_(self.momentum).add_(gradient / count[:, None, None, None])
+        self.weight_velocity.addcmul_(self.weight, decay)
+        self.bias_velocity.mul_(self.momentum).add_(bias_gradient / count[:, None, None])
         self.weight.addcmul_(self.weight_velocity, rate, value=-scale)
         self.bias.addcmul_(self.bias_velocity, rate, value=-scale)
 
@@ -154,8 +156,9 @@ class ProbeBank(nn.Module):
         # says where the mean lies, from the second on there is a variance.
         older = torch.where(self.steps > 1, MEMORY * self.seen, 0)
         self.seen.copy_(older + count)
-        shift = first / self.seen
-        variance = (older * self.variance + second) / self.seen - shift.square()
+        total, weight = self.seen.clamp_min(1)[:, None, None], older[:, None, None]
+        shift = first / total
+        variance = (weight * self.variance + second) / total - shift.square()
         self.variance.copy_(torch.where(self.steps > 0, variance, 0))
         self.mean += shift
         self.steps += 1

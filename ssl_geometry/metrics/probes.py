@@ -34,8 +34,11 @@ class _LayerProbe(Metric):
     higher_is_better = True
     labels: list[Tensor]
 
-    def __init__(self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2) -> None:
+    def __init__(
+        self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
+    ) -> None:
         super().__init__()
+        self.multi_label = multi_label
         self.widths, self.num_classes, self.l2 = dict(widths), num_classes, tuple(l2)
         self._integers = ["labels"]
         self.add_state("labels", [], dist_reduce_fx="cat")
@@ -85,7 +88,8 @@ class _LayerProbe(Metric):
         """Gather over ranks; one without images joins in with an empty tensor of the right type."""
         for name in self._integers:
             if not getattr(self, name):
-                getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
+                shape = (0, self.num_classes) if self.multi_label and name != "bank_index" else (0,)
+                getattr(self, name).append(torch.empty(shape, dtype=torch.long, device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Float[Tensor, " L"]]:
@@ -115,6 +119,7 @@ class RidgeProbe(_LayerProbe):
         widths: layer to number of its features.
         num_classes: number of classes.
         l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.probes.ridge`.
+        multi_label: whether labels are zeros and ones (B, C), because images show several classes.
 
     Example:
         >>> probe, labels = RidgeProbe({"layer": 4}, num_classes=4), torch.arange(80) % 4
@@ -126,8 +131,10 @@ class RidgeProbe(_LayerProbe):
 
     held_labels: list[Tensor]
 
-    def __init__(self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2) -> None:
-        super().__init__(widths, num_classes, l2)
+    def __init__(
+        self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
+    ) -> None:
+        super().__init__(widths, num_classes, l2, multi_label)
         for number, width in enumerate(widths.values()):
             zeros = torch.zeros(2, width + 1, width + 1 + num_classes, dtype=torch.float64)
             self.add_state(f"sums{number}", zeros, dist_reduce_fx="sum")
@@ -139,6 +146,7 @@ class RidgeProbe(_LayerProbe):
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
     ) -> None:
         """Add images of known class; see the base class."""
+        self._computed = None  # what was computed before knew less
         held = held_out(index)
         targets = one_hot(labels, self.num_classes)
         for number, layer in enumerate(self.widths):
@@ -164,6 +172,7 @@ class LogisticProbe(_LayerProbe):
         widths: layer to number of its features.
         num_classes: number of classes.
         l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.probes.logistic_regression`.
+        multi_label: whether labels are zeros and ones (B, C), because images show several classes.
 
     Example:
         >>> probe, labels = LogisticProbe({"layer": 4}, num_classes=4), torch.arange(80) % 4
@@ -176,8 +185,10 @@ class LogisticProbe(_LayerProbe):
     bank_labels: list[Tensor]
     bank_index: list[Tensor]
 
-    def __init__(self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2) -> None:
-        super().__init__(widths, num_classes, l2)
+    def __init__(
+        self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
+    ) -> None:
+        super().__init__(widths, num_classes, l2, multi_label)
         for name in ("bank_labels", "bank_index"):
             self._integers.append(name)
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -187,6 +198,7 @@ class LogisticProbe(_LayerProbe):
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
     ) -> None:
         """Add images of known class; see the base class."""
+        self._computed = None  # what was computed before knew less
         self.bank_labels.append(labels)
         self.bank_index.append(index)
         self._keep("bank", features)

@@ -64,6 +64,24 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[s
     return [name for name in named if name in chosen]
 
 
+def present(model: nn.Module, layers: str | Sequence[str] | None, default: Sequence[str]) -> str | Sequence[str]:
+    """The layers that were asked for, or those of a default that the network has (all, where it has none of them).
+
+    Args:
+        model: a network or a method.
+        layers: as of :func:`layer_names`; None was not asked for anything.
+        default: presets and names.
+
+    Example:
+        >>> present(nn.Sequential(nn.Linear(2, 2)), None, ["post_residual", "pooled"])
+        ['post_residual']
+    """
+    if layers is not None:
+        return layers
+    named, presets = _layers(model)
+    return [name for name in default if name in named or presets.get(name)] or "all"
+
+
 def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
     """Relative depths of layers, on which networks of different depth share an axis.
 

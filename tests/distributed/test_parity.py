@@ -134,7 +134,7 @@ def probe_bank(rank: int, world_size: int) -> dict[str, Tensor]:
 
 def test_online_probes(ranks: Ranks) -> None:
     expected = probe_bank(0, 1)
-    assert expected["correct"].max() > 0.5 * expected["held"]
+    assert expected["correct"].max() > 0.5 * expected["held"].max()
     for got in ranks(probe_bank):
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)

@@ -126,3 +126,15 @@ def test_it_comes_near_the_converged_classifier() -> None:
     got = float((bank.scores({"a": features[3000:]})[0].argmax(1) == labels[3000:]).float().mean())
     assert got > expected - 0.01
     assert expected > 0.8
+
+
+def test_an_image_that_overflowed_teaches_nothing() -> None:
+    features, labels = problem(400, 6, 3, 6)
+    bank, without = ProbeBank({"a": 6}, 3), ProbeBank({"a": 6}, 3)
+    for part in torch.arange(400).split(50):
+        broken = features[part].clone()
+        broken[3] = torch.inf
+        bank.step({"a": broken}, labels[part], part)
+        rest = torch.cat([part[:3], part[4:]])
+        without.step({"a": features[rest]}, labels[rest], rest)
+    torch.testing.assert_close(bank.weight, without.weight, rtol=1e-4, atol=1e-5)

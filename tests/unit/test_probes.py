@@ -188,11 +188,11 @@ def test_accuracies_are_scikit_learns(n: int, classes: int, seed: int) -> None:
     assert float(accuracies(scores, several)["mAP"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_interpolated_precision_at_eleven_recalls() -> None:
-    scores, labels = torch.tensor([[0.9], [0.8], [0.7], [0.6]]), torch.tensor([[1], [0], [1], [0]])
-    # precision 1 up to recall 1/2 (six levels), 2/3 from there on (five)
-    expected = (6 * 1 + 5 * 2 / 3) / 11
-    assert float(accuracies(scores, labels, points=11)["mAP"]) == pytest.approx(expected, rel=1e-6)
+def test_confident_scores_keep_their_order() -> None:
+    scores, labels = torch.tensor([[20.0], [25.0], [30.0], [-1.0]]), torch.tensor([[0], [0], [1], [0]])
+    assert float(accuracies(scores, labels)["mAP"]) == pytest.approx(1.0)
+    tied = torch.zeros(4, 1)
+    assert float(accuracies(tied, labels)["mAP"]) == pytest.approx(0.25)
 
 
 def test_a_tenth_is_held_out_whatever_the_order() -> None:
