@@ -13,7 +13,7 @@ demo: .venv/installed
 	@echo "CKA curves over the epochs:   runs/demo/simclr/figures/cka_epochs_init.png"
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def monitor(args: argparse.Namespace) -> None:
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
-    trainer.fit(SimCLR("resnet18", width=args.width, optimizer="sgd", channels_last=False), data)
+    trainer.fit(SimCLR(backbone="resnet18", width=args.width, optimizer="sgd", channels_last=False), data)
     moment = measured.seconds / 2
     epoch = clock.training * 50_000 / args.epoch
     print(f"ResNet-18 x {args.width}, {args.images} images, 6 layers and a head, 5 settings x 10 copies:")

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import Interrupted, UserError, nearest
 from ssl_geometry.runs import is_first_process
 
 
@@ -115,6 +115,10 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
@@ -135,6 +139,8 @@ def _quiet() -> None:
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "The number of training batches .* is smaller than the logging interval",
         ".*does not have many workers",
+        "The `srun` command is available",  # ssl_geometry.slurm says it where it matters
+        "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -11,6 +11,19 @@ class UserError(ValueError):
     """
 
 
+class Interrupted(Exception):
+    """A signal stopped the work after it was saved; what to do next is the message.
+
+    Args:
+        message: one line.
+        code: of the process's exit.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """The known names most like ``name``, as text for an error message.
 

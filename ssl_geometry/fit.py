@@ -32,14 +32,19 @@ from ssl_geometry.callbacks import (
     LoggerName,
     NeighborhoodMonitor,
     ProbeMonitor,
+    SeedSteps,
     SpectrumMonitor,
     StopOnNaN,
+    StopOnSignal,
     make_loggers,
 )
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.endings import end_with_parent, explain
 from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
+from ssl_geometry.slurm import this_task, trainer_options
 
 PROGRAM = "python -m ssl_geometry.fit"
 USAGE = f"{PROGRAM} --config FILE [--config FILE ...] [--option VALUE ...]"
@@ -144,16 +149,23 @@ class FitCLI(LightningCLI):
                 raise UserError(f"--trainer.{option} {config['trainer'][option]}: use {instead}")
         self.settings = config
         self.run = open_run(config, config["runs"], config["experiment"], config["run_id"], self.config.resume)
-        if is_first_process():
+        last = self.run.last_checkpoint
+        self.checkpoint_at_start = last.stat().st_mtime_ns if last.exists() else None
+        if not is_first_process():
+            end_with_parent()
+        else:
             (self.run.directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
+        self.stop_on_signal = StopOnSignal(self.run.last_checkpoint)
         callbacks: list[Callback] = [
             FitProgress(),  # first: its clock starts before the first measurement
             *(self._get(self.config_init, "trainer.callbacks") or []),
             *self._callbacks(),
+            SeedSteps(self.settings["seed_everything"]),
             StopOnNaN(),
+            self.stop_on_signal,
             FlushRecords(),
             ModelCheckpoint(
                 self.run.directory / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False
@@ -175,9 +187,13 @@ class FitCLI(LightningCLI):
             "logger": make_loggers(self.settings["loggers"], self.run, self.settings, self.settings["wandb_project"]),
             "default_root_dir": self.run.directory,
         }
-        if not torch.cuda.is_available() or trainer["accelerator"] == "cpu":
-            trainer["sync_batchnorm"] = False  # torch synchronises batch norm on GPUs alone
         trainer["plugins"] = [*(trainer.get("plugins") or []), WholeCheckpointIO()]
+        if trainer["sync_batchnorm"] and (not torch.cuda.is_available() or trainer["accelerator"] == "cpu"):
+            trainer["sync_batchnorm"] = False  # that is torch's, for GPUs alone
+            trainer["plugins"].append(SyncBatchNormOnCPU())
+        if task := this_task():
+            more = trainer_options(task, trainer)
+            trainer |= more | {"plugins": [*trainer["plugins"], *more["plugins"]]}
         return L.Trainer(**trainer)
 
     def _callbacks(self) -> list[Callback]:
@@ -259,16 +275,13 @@ def fit(args: Sequence[str]) -> Run:
     except BaseException as error:
         with suppress(OSError):
             cli.run.note(status="stopped")
-        if isinstance(error, SystemExit):  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from None
-        if isinstance(error, OSError):
-            raise UserError(f"{cli.run.directory}: {error}; continue with --resume {cli.run.directory}") from error
-        if "Error(s) in loading state_dict" in str(error):
-            reason = str(error).splitlines()[1].strip()
-            raise UserError(
-                f"--resume {cli.run.resumed_from}: a checkpoint of another architecture ({reason})"
-            ) from error
-        raise
+        explained = explain(error, cli.run, cli.trainer, cli.checkpoint_at_start)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        cli.stop_on_signal.restore()
+        cli.run.release()
     cli.run.note(status="finished", results=results)
     print_summary(cli.run, cli.trainer, results)
     return cli.run

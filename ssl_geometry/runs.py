@@ -5,6 +5,8 @@
 environment, or from the SLURM job that they share.
 """
 
+import errno
+import fcntl
 import getpass
 import hashlib
 import importlib
@@ -19,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import lightning as L
 import torch
@@ -29,11 +31,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from ssl_geometry import __version__
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.methods import Method
+from ssl_geometry.slurm import this_task
 
 logger = logging.getLogger(__name__)
 
-DIRECTORY_VARIABLE = "SSL_GEOMETRY_RUN_DIR"
-"""Set by the first process for those that it starts."""
+DIRECTORY_VARIABLE, PARENT_VARIABLE = "SSL_GEOMETRY_RUN_DIR", "SSL_GEOMETRY_PARENT"
+"""Set by the first process for those that it starts: the run directory, and its own number."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,29 @@ class Run:
         temporary = path.with_suffix(".partial")
         temporary.write_text(json.dumps({**_facts(self.directory), **facts}, indent=1) + "\n")
         os.replace(temporary, path)
+
+    def lock(self) -> bool:
+        """Hold the directory until this process ends or :meth:`release`; False where another process holds it."""
+        if self.directory in _locks:
+            return True
+        file = (self.directory / ".lock").open("w")  # stays open
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, gone with the process
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                return False
+            logger.info(f"{self.directory}: this file system has no locks ({error.strerror})")
+        _locks[self.directory] = file
+        return True
+
+    def release(self) -> None:
+        """Let other processes continue this run."""
+        if file := _locks.pop(self.directory, None):
+            file.close()
+
+
+_locks: dict[Path, IO[str]] = {}
 
 
 def is_first_process() -> bool:
@@ -100,7 +126,8 @@ def open_run(
         run = _continued(run.directory) if resume else run
     else:
         folder = Path(runs) / experiment
-        name = run_id or _slurm_id()
+        task = this_task()
+        name = run_id or (task.run_id if task else None)
         if name is None and resume == "auto":
             name = _newest_unfinished(folder, fingerprint)
         if name is None and os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" in os.environ:
@@ -108,15 +135,22 @@ def open_run(
         run = Run(folder / (name or _new_id(folder, config)))
         if resume == "auto":
             run = _continued(run.directory)
+            if run.resumed_from and task and not run_id and not task.restarts:
+                raise UserError(
+                    f"{run.directory} holds a run already, and this job was not put back into the queue since: name "
+                    f"this run with --run_id, or continue that one with --resume {run.directory}"
+                )
         elif is_first_process() and any((run.directory / part).exists() for part in ("checkpoints", "records")):
             raise UserError(
                 f"{run.directory} holds a run already: continue it with --resume {run.directory}, "
                 "or choose another --run_id"
             )
     if is_first_process():
-        os.environ[DIRECTORY_VARIABLE] = str(run.directory)
+        os.environ |= {DIRECTORY_VARIABLE: str(run.directory), PARENT_VARIABLE: str(os.getpid())}
         try:
             run.directory.mkdir(parents=True, exist_ok=True)
+            if not run.lock():
+                raise UserError(f"another process trains in {run.directory}: wait for it, or choose another --run_id")
             run.note(
                 fingerprint=fingerprint,
                 status="running",
@@ -165,20 +199,15 @@ def _fingerprint(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _slurm_id() -> str | None:
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return None
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"slurm-{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else f"slurm-{job}"
-
-
 def _newest_unfinished(folder: Path, fingerprint: str) -> str | None:
     runs = []
     for path in folder.glob("*/run.json"):
         facts = _facts(path.parent)
         if facts.get("fingerprint") == fingerprint and facts.get("status") != "finished":
-            runs.append((facts.get("started", ""), path.parent.name))
+            run = Run(path.parent)
+            if run.lock():  # else another process is at it
+                run.release()
+                runs.append((facts.get("started", ""), path.parent.name))
     return max(runs)[1] if runs else None
 
 

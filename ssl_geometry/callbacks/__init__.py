@@ -2,24 +2,30 @@
 
 from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
+from ssl_geometry.callbacks.interruption import RESUMABLE, LostProcess, StopOnSignal
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
 from ssl_geometry.callbacks.loggers import LoggerName, make_loggers
 from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
 from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.callbacks.progress import FitProgress
 from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
+from ssl_geometry.callbacks.seeding import SeedSteps
 from ssl_geometry.callbacks.spectrum import SpectrumMonitor
 
 __all__ = [
+    "RESUMABLE",
     "CKAMonitor",
     "FitProgress",
     "FlushRecords",
     "InvarianceMonitor",
     "LoggerName",
+    "LostProcess",
     "NeighborhoodMonitor",
     "ProbeMonitor",
     "RecordsLogger",
+    "SeedSteps",
     "SpectrumMonitor",
     "StopOnNaN",
+    "StopOnSignal",
     "make_loggers",
 ]

@@ -1,14 +1,19 @@
 """Where curves are watched: W&B, TensorBoard, CSV. Records in Parquet are always written."""
 
+import json
 import logging
 import os
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.records import wandb_files
 from ssl_geometry.runs import Run, is_first_process
 
 LoggerName = Literal["wandb", "tensorboard", "csv"]
@@ -39,32 +44,91 @@ def make_loggers(names: list[LoggerName], run: Run, config: dict[str, Any], proj
     return loggers
 
 
-def _wandb(run: Run, config: dict[str, Any], project: str) -> WandbLogger:
+class ResumableWandbLogger(WandbLogger):
+    """W&B's logger, with each point once, however often the run was killed.
+
+    Killed, W&B loses what it has not written yet; resumed, the steps since the checkpoint are run and logged a second
+    time. So numbers are noted in a journal before W&B gets them. What the journal has is not sent again, and what W&B's
+    offline files lack of it is sent when the run goes on.
+
+    Args:
+        run_dir: directory of the run.
+        kwargs: of Lightning's logger.
+    """
+
+    def __init__(self, run_dir: Path, **kwargs: Any) -> None:
+        super().__init__(save_dir=run_dir, **kwargs)
+        self._journal = run_dir / "wandb" / f"{kwargs['id']}.jsonl"
+        self._known: set[tuple[str, int]] = set()
+        self._lost: list[tuple[int, dict[str, float]]] = []
+        if not is_first_process() or not self._journal.exists():
+            return
+        noted = [json.loads(line) for line in self._journal.read_text().splitlines() if line.endswith("}")]
+        self._known = {(name, row["step"]) for row in noted for name in row if name not in ("step", "epoch")}
+        written = {(name, step) for name, step, _ in wandb_files.points(run_dir)}
+        self._known |= {(name.rpartition("/")[0], step) for name, step in written if name.endswith("/_type")}
+        if kwargs["offline"]:
+            for row in noted:
+                lost = {
+                    name: value for name, value in row.items() if name != "step" and (name, row["step"]) not in written
+                }
+                if lost.keys() - {"epoch"}:
+                    self._lost.append((row["step"], lost))
+
+    def complete(self) -> None:
+        """Send what W&B lost when the run was killed."""
+        for step, row in self._lost:
+            super().log_metrics(row, step)
+        self._lost = []
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send what has not been sent of this step."""
+        if step is None:
+            return super().log_metrics(metrics, step)
+        new = {name: value for name, value in metrics.items() if name != "epoch" and (name, step) not in self._known}
+        if not new:
+            return None
+        self._known |= {(name, step) for name in new}
+        epoch = {"epoch": metrics["epoch"]} if "epoch" in metrics else {}
+        numbers = {name: float(value) for name, value in new.items() if isinstance(value, int | float)}
+        if numbers:
+            self._journal.parent.mkdir(parents=True, exist_ok=True)
+            with self._journal.open("a") as file:
+                file.write(json.dumps({"step": step, **epoch, **numbers}) + "\n")
+        return super().log_metrics(new | epoch, step)
+
+
+def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogger:
     """A W&B run that is the run directory's own, found again on resume; it never asks and never stops training."""
-    identity = run.facts.get("wandb_id") or f"{run.directory.name}-{uuid.uuid4().hex[:8]}"
-    run.note(wandb_id=identity)
+    identity = run.facts.get("wandb_id")
+    wound_back = run.resumed_from not in (None, run.last_checkpoint)
+    if identity is None or wound_back:  # W&B keeps what it has of the run beyond an older checkpoint
+        identity = f"{run.directory.name}-{uuid.uuid4().hex[:8]}"
+        run.note(wandb_id=identity)
     common: dict[str, Any] = {
+        "run_dir": run.directory,
         "project": project,
         "name": run.directory.name,
         "id": identity,
         "group": run.directory.parent.name,
-        "save_dir": run.directory,
         "config": config,
         "resume": "allow",
     }
     os.environ.setdefault("WANDB_SILENT", "true")  # what it would print is said here, or stands in run.json
     settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS)
     if not is_first_process():
-        return WandbLogger(**common, settings=settings)
+        return ResumableWandbLogger(**common, offline=True, settings=settings)
     try:
-        logger = WandbLogger(**common, offline=not wandb.login(prompt=False), settings=settings)
+        logger = ResumableWandbLogger(**common, offline=not wandb.login(prompt=False), settings=settings)
         experiment = logger.experiment
     except Exception as error:  # neither a missing key nor a server that is away may stop training
         logging.getLogger(__name__).info(f"W&B: logging offline ({str(error).splitlines()[0]})")
         wandb.teardown()
-        logger = WandbLogger(**common, offline=True, settings=settings)
+        logger = ResumableWandbLogger(**common, offline=True, settings=settings)
         experiment = logger.experiment
     experiment.define_metric("epoch", hidden=True)
     for section in ("cka", "invariance", "class_cka", "probes", "neighbors", "spectrum", "val", "test"):
         experiment.define_metric(f"{section}/*", step_metric="epoch")
+    logger.complete()
     return logger

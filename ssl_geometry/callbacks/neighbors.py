@@ -243,6 +243,7 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
             "views": {"clean": network.clean_view.spec, **views},
             "images": data.measure_ids,
             "n": data.measure_size,
+            "batch": data.eval_batch_size,  # the random baselines of affinity and angle come from one batch
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }

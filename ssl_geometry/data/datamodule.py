@@ -114,7 +114,7 @@ class BatchPlan:
 class Loader:
     """The batches of one process, in order; Lightning and plain loops iterate it.
 
-    It can be resumed within an epoch: Lightning stores ``state_dict`` in the checkpoint.
+    It can be resumed within an epoch: the data module stores its ``state_dict`` in the checkpoint.
 
     Args:
         images: decoded ones give batches on their device by one index_select, others are read by worker processes.
@@ -290,6 +290,8 @@ class DataModule(L.LightningDataModule):
         self._rows: dict[str, Tensor] = {}
         self._on_device = False
         self._measure_ids: str | None = None
+        self._train_loader: Loader | None = None
+        self._resume = {"epoch": 0, "batch": 0}
         self._check_options()
 
     def _check_options(self) -> None:
@@ -395,7 +397,22 @@ class DataModule(L.LightningDataModule):
                 f"--data.batch_size {self.batch_size}: the training split has only {self.num_train} images, and an "
                 f"incomplete batch is dropped; set that number or less"
             )
-        return self._loader("train", shares(self.num_train, self.batch_size, self._rank, self._world_size), self.seed)
+        slices = shares(self.num_train, self.batch_size, self._rank, self._world_size)
+        self._train_loader = self._loader("train", slices, self.seed)
+        self._train_loader.load_state_dict(self._resume)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is in its images; for the checkpoint."""
+        return self._train_loader.state_dict() if self._train_loader else self._resume
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next training loader begins there.
+
+        Lightning hands the state of loaders back too late: the schedule asks for the number of batches, and so for the
+        loader, before Lightning knows that it resumes.
+        """
+        self._resume = state
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """The validation split, if any, in fixed order, the same number of batches in each process."""

@@ -13,7 +13,8 @@ acts with its identity parameters: shapes never depend on random numbers, and no
 import hashlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -668,6 +669,17 @@ def _parse(augment: Augment, size: int) -> list[Op]:
     return ops
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Views are the same in training of any precision; in double precision Lightning makes float64 the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class View:
     """Images -> views: an augmentation, the size, the normalisation. Plain data makes it, and it pickles.
 
@@ -752,6 +764,7 @@ class View:
         spec["augment"] = [part for part in spec["augment"] if not set(names).isdisjoint(part)]
         return View(**spec)
 
+    @_float32_by_default()
     def params(self, index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int) -> dict[str, Params]:
         """The random parameters of views, without the views.
 
@@ -773,6 +786,7 @@ class View:
             for stream, op in self.ops.items()
         }
 
+    @_float32_by_default()
     def replay(self, images: UInt8[Tensor, "B 3 H W"], params: dict[str, Params]) -> Float[Tensor, "B 3 S S"]:
         """Views with given parameters.
 

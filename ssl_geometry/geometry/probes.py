@@ -20,7 +20,12 @@ L2 = tuple(10.0**power for power in range(-6, 3))
 HELD_OUT = 10  # one image of so many teaches nothing and chooses
 MEMORY = 12  # steps that L-BFGS remembers
 TRIALS = 12  # of a step's length, at most
-GROUP_BYTES = 3 * 2**30  # layers of one width are solved together up to this much working memory
+GROUP_BYTES = {"cpu": 0, "cuda": 3 * 2**30}
+"""Working memory up to which layers of one width are solved together, by device.
+
+On a CPU each layer is solved alone: its strengths keep the cores busy, and three layers of 10,000 x 512 features
+together take twice as long as one after the other, for they leave the caches and wait for the slowest.
+"""
 
 
 class LinearProbe(NamedTuple):
@@ -246,7 +251,7 @@ def logistic_regression(
     tolerance: float = 3e-6,
     max_iterations: int = 2000,
 ) -> dict[str, LinearProbe]:
-    """Minimise mean cross-entropy + l2/2 |W|^2 on standardised features, for all layers and strengths at once.
+    """Minimise mean cross-entropy + l2/2 |W|^2 on standardised features, for all layers and strengths.
 
     L-BFGS in the principal axes of each layer. There the Hessian is near to a diagonal, the mean of p (1 - p) of a
     class times the eigenvalue of an axis, which is its first guess. The length of a step is found on logits alone,
@@ -363,7 +368,8 @@ def _groups(features: Mapping[str, Tensor], columns: int) -> list[list[str]]:
     for width, names in by_width.items():
         n = len(features[names[0]])
         each = 4 * (2 * n * width + 5 * n * columns + (2 * MEMORY + 6) * width * columns)
-        some = max(1, GROUP_BYTES // each)
+        budget = GROUP_BYTES.get(features[names[0]].device.type, GROUP_BYTES["cuda"])
+        some = max(1, budget // each)
         groups += [names[start : start + some] for start in range(0, len(names), some)]
     return groups
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int64, UInt8
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import cosine_warmup_schedule
@@ -173,8 +174,21 @@ class Method(L.LightningModule):
                 for number in range(self.num_views)
             ]
         loss = self.loss(self(torch.cat(views)).chunk(self.num_views), batch)
-        self.log("train/loss", loss)
+        self.log_mean("train/loss", loss)
         return loss
+
+    def log_mean(self, name: str, value: Float[Tensor, ""]) -> None:
+        """Log a figure of a training step, averaged over the processes, without waiting for the device.
+
+        Args:
+            name: such as ``train/loss``.
+            value: of this process's images; each process has equally many.
+        """
+        value = value.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(value)  # Lightning's sync_dist puts a barrier before it in every step
+            value /= dist.get_world_size()
+        self.log(name, value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint, as plain data, which class with which arguments gives this network."""

@@ -48,11 +48,11 @@ class Supervised(Method):
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         """Cross-entropy; logs the accuracy on the augmented images."""
         (logits,) = outputs
-        self.log("train/acc", (logits.argmax(1) == batch["label"]).float().mean())
+        self.log_mean("train/acc", (logits.argmax(1) == batch["label"]).float().mean())
         return F.cross_entropy(logits, batch["label"])
 
     def evaluate(self, features: Tensor, batch: Batch, split: str) -> None:
         """The classifier's accuracy beside that of the nearest neighbours."""
         super().evaluate(features, batch, split)
-        self.accuracy.update(self.head(features), batch["label"])
+        self.accuracy.update(self.head(features.to(self.dtype)), batch["label"])
         self.log(f"{split}/acc", self.accuracy)

@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score
 from torch import Tensor
 
 from ssl_geometry.geometry.probes import (
+    GROUP_BYTES,
     L2,
     accuracies,
     converged_probes,
@@ -92,6 +93,17 @@ def test_separable_classes_and_a_weak_penalty_converge() -> None:
         expected, _ = optimum(standardised(x), labels, l2)
         assert float(probe.objective[number]) <= expected * (1 + 1e-6)
     assert (probe.gradient_norm <= 1e-4 * probe.objective).all()
+
+
+def test_layers_solved_together_have_the_optimum_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU solves layers of one width in one batch; an easy layer then waits for a hard one."""
+    layers = {f"layer{number}": problem(200, 10, 3, number, spread=4.0 * number)[0] for number in range(3)}
+    labels = problem(200, 10, 3, 0)[1]
+    alone = logistic_regression(layers, labels, 3, [1e-5, 1e-1])
+    monkeypatch.setitem(GROUP_BYTES, "cpu", 2**30)
+    together = logistic_regression(layers, labels, 3, [1e-5, 1e-1])
+    for name, probe in alone.items():
+        torch.testing.assert_close(together[name].objective, probe.objective, rtol=1e-6, atol=0)
 
 
 def test_what_is_reported_is_what_the_weights_give() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,14 @@ CONFIG = {"model": {"class_path": "x.SimCLR", "init_args": {"backbone": "resnet1
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_JOB_NAME", "WORLD_SIZE", "LOCAL_RANK"):
+    for variable in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_JOB_NAME",
+        "SLURM_RESTART_COUNT",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(DIRECTORY_VARIABLE, "")
 
@@ -38,6 +47,9 @@ def test_a_slurm_job_has_its_own_directory_and_finds_it_again(tmp_path: Path, mo
     assert mine.directory.name == "slurm-17"
     assert mine.resumed_from is None
     checkpoint(mine.directory)
+    with pytest.raises(UserError, match="--run_id"):  # the number of an older job, which SLURM gave away again
+        open_run(CONFIG, tmp_path, "e", resume="auto")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from == mine.last_checkpoint
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     other = open_run(CONFIG, tmp_path, "e", resume="auto")
@@ -55,6 +67,21 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_configuration(tmp_path
     assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from == unfinished.last_checkpoint
     unfinished.note(status="finished")
     assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from is None
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
+    mine = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(mine.directory)
+    code = f"""
+from ssl_geometry.runs import open_run
+config = {CONFIG!r}
+assert open_run(config, {str(tmp_path)!r}, "e", resume="auto").resumed_from is None
+open_run(config, {str(tmp_path)!r}, "e", run_id="a", resume="auto")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert f"another process trains in {mine.directory}" in done.stderr.splitlines()[-1]
+    mine.release()
+    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == mine.last_checkpoint
 
 
 def test_resume_by_path_of_a_run_or_a_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""An hour or more of short trainings that are killed at random moments: does each end as one that was left alone?
+
+    python benchmarks/soak.py --hours 1
+
+Each training is started as a user starts it, struck at a random moment by SIGKILL, SIGUSR1 or SIGTERM (now and then one
+process of two), started again with --resume auto, and so on until it ends. Its weights must then be bit-identical to
+those of an undisturbed run, and its records the same rows. Prints a table, and stops at the first difference.
+"""
+
+import argparse
+import collections
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ssl_geometry.records import read_records
+from ssl_geometry.runs import read_checkpoint
+
+SMALL = [
+    "--model.backbone=resnet10",
+    "--model.width=0.25",
+    "--model.image_size=16",
+    "--data.dataset=digits",
+    "--data.limit_train=256",
+    "--data.limit_test=128",
+    "--data.measure_size=128",
+    "--data.batch_size=64",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.max_epochs=6",
+    "--cka.every_n_epochs=2",
+    "--probes.every_n_epochs=3",
+    "--trainer.accelerator=cpu",
+    "--loggers=[]",
+]
+CASES = {
+    "SimCLR, 1 process": ["--model=ssl_geometry.methods.SimCLR"],
+    "supervised, 1 process, workers": [
+        "--model=ssl_geometry.methods.Supervised",
+        "--data.storage=workers",
+        "--data.num_workers=1",
+    ],
+    "SimCLR, 2 processes": ["--model=ssl_geometry.methods.SimCLR", "--trainer.devices=2"],
+}
+STRIKES = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM]
+FINE = {0, 2, 75, 143, *(-number for number in STRIKES)}
+"""Exit codes that a strike explains: negative where it came before the command had begun to listen, 2 of a survivor of
+two processes that has no checkpoint to go on from."""
+
+
+def start(runs: Path, run_id: str, case: str) -> subprocess.Popen:
+    options = [*CASES[case], *SMALL, f"--runs={runs}", "--experiment=soak", f"--run_id={run_id}", "--resume=auto"]
+    output = open(runs / f"{run_id}.log", "a")  # noqa: SIM115
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ssl_geometry.fit", *options]
+    return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+
+
+def end(process: subprocess.Popen, strike: int, alone: bool) -> int:
+    """Strike the whole group, or one process of it, and wait for all of it to end."""
+    if strike == signal.SIGKILL and not alone:
+        os.killpg(process.pid, strike)
+    else:
+        process.send_signal(strike)
+    code = process.wait(timeout=120)
+    for _ in range(240):  # children end by themselves within a minute
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return code
+        time.sleep(0.25)
+    raise SystemExit(f"processes of group {process.pid} are left a minute after the first of them ended")
+
+
+def state(run: Path) -> tuple[dict, pd.DataFrame]:
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt", "")
+    frame = read_records(run)[["metric", "epoch", "step", "split", "layer", "layer_other", "view", "value"]]
+    kept = {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+    return kept, frame.sort_values(list(frame.columns), ignore_index=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    shutil.rmtree(args.runs, ignore_errors=True)
+    args.runs.mkdir(parents=True)
+    chance, began = random.Random(args.seed), time.monotonic()
+    references, durations = {}, {}
+    for number, case in enumerate(CASES):
+        started = time.monotonic()
+        assert start(args.runs, f"reference-{number}", case).wait(timeout=300) == 0, case
+        durations[case] = time.monotonic() - started
+        references[case] = state(args.runs / "soak" / f"reference-{number}")
+    struck: collections.Counter[str] = collections.Counter()
+    finished: collections.Counter[str] = collections.Counter()
+    number = 0
+    while time.monotonic() - began < 3600 * args.hours:
+        case, run_id = chance.choice(list(CASES)), f"run-{number}"
+        number += 1
+        for attempt in range(1000):  # noqa: B007
+            process = start(args.runs, run_id, case)
+            try:
+                code = process.wait(timeout=chance.uniform(0, 1.3 * durations[case]))
+            except subprocess.TimeoutExpired:
+                strike = chance.choice(STRIKES)
+                code = end(process, strike, alone=chance.random() < 0.5)
+                struck[f"{case}: {signal.Signals(strike).name}"] += 1
+            if code not in FINE:
+                raise SystemExit(f"{case}: exit code {code}, see {args.runs / run_id}.log")
+            if code == 0 and "test accuracy" in (args.runs / f"{run_id}.log").read_text():
+                break
+        weights, records = state(args.runs / "soak" / run_id)
+        torch.testing.assert_close(weights, references[case][0], rtol=0, atol=0)
+        pd.testing.assert_frame_equal(records, references[case][1], check_exact=True)
+        finished[case] += 1
+        print(f"{(time.monotonic() - began) / 60:5.1f} min  {case}: same after {attempt} strikes", flush=True)
+        shutil.rmtree(args.runs / "soak" / run_id)
+    print(f"\n{(time.monotonic() - began) / 3600:.2f} hours, torch {torch.__version__}\n\n| what | times |\n|---|---|")
+    for name, count in sorted(struck.items()):
+        print(f"| struck: {name} | {count} |")
+    for name, count in sorted(finished.items()):
+        print(f"| ended bit-identical to the undisturbed run: {name} | {count} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""SIGUSR1 and SIGTERM: finish the step, on all processes the same one, save, and stop."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssl_geometry.errors import Interrupted
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+RESUMABLE = 75
+"""Exit code after SIGUSR1 where no one put the job back into the queue: EX_TEMPFAIL, run it again."""
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, as a shell has it."""
+
+
+class LostProcess(Exception):
+    """Another process of the run has ended or cannot be reached."""
+
+
+class StopOnSignal(L.Callback):
+    """Watches for SIGUSR1 (SLURM's warning before the time limit) and SIGTERM (a preemption, a cancelled job).
+
+    The handler only remembers the signal. After each step the processes tell each other in a reduction of one number
+    over a CPU group of their own, which is read one step later: nobody waits for it, nor for the device, and all stop
+    after the same step. That reduction also fails within seconds where a process has died, so that the others do not
+    hang. Lightning's own exchange, a broadcast that the host waits for in every step, is switched off.
+
+    Args:
+        checkpoint: where to save.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.signal = 0
+        self._process = os.getpid()
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._group: Any = None
+        self._pending: tuple[Any, Tensor] | None = None
+        self._stopping = 0
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            for number in SIGNALS:
+                signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._process:  # data workers inherit the handler: SLURM signals them too, and they go on
+            self.signal = number
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep Lightning from handling the signals: its handler waits for the other processes within a step."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if trainer.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if a process was told to stop before this step."""
+        self._stopping = self._agreed()
+        if self._stopping:
+            trainer.save_checkpoint(self.checkpoint)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop once the step's figures are logged, and where the step was an epoch's last, the epoch is measured."""
+        self._stop_if_told()
+
+    def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Stop; training is over, and its last checkpoint is there."""
+        self._stopping = self._stopping or self._agreed()
+        self._stop_if_told()
+
+    def _agreed(self) -> int:
+        """The signal that some process had got before the last step; 0 for none."""
+        if self._group is None:
+            return self.signal
+        earlier, mine = self._pending, torch.tensor([self.signal])
+        try:
+            self._pending = dist.all_reduce(mine, dist.ReduceOp.MAX, self._group, async_op=True), mine
+            if earlier is None:
+                return 0
+            earlier[0].wait()
+        except RuntimeError as error:
+            raise LostProcess from error
+        return int(earlier[1])
+
+    def _stop_if_told(self) -> None:
+        if self._stopping:
+            name = signal.Signals(self._stopping).name
+            raise Interrupted(f"stopped by {name}", RESUMABLE if self._stopping == signal.SIGUSR1 else TERMINATED)

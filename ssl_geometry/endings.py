@@ -1,0 +1,102 @@
+"""What ends a run before its time: told in one line, and whether the run is started again."""
+
+import os
+import re
+import sys
+import threading
+import time
+
+import lightning as L
+
+from ssl_geometry.callbacks import RESUMABLE, LostProcess
+from ssl_geometry.errors import Interrupted, UserError
+from ssl_geometry.runs import PARENT_VARIABLE, Run, is_first_process
+from ssl_geometry.slurm import requeue, this_task
+
+LOST = r"Connection (closed|reset)|Broken pipe|NCCL (error|watchdog)|TCPStore"
+"""In what torch says where another process is gone."""
+GRACE_SECONDS = 20
+
+
+def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> BaseException:
+    """What to tell the user, and SLURM.
+
+    Args:
+        error: what stopped training.
+        run: the run.
+        trainer: its trainer.
+        checkpoint_at_start: time of the last checkpoint when this process began, in nanoseconds; None for none.
+
+    Returns:
+        A :class:`UserError` or :class:`Interrupted` with one line; the error itself where nothing is known about it.
+    """
+    words = str(error)
+    if isinstance(error, Interrupted):
+        return _interrupted(error, run)
+    if isinstance(error, SystemExit):  # what Lightning makes of Ctrl-C
+        return KeyboardInterrupt()
+    if isinstance(error, LostProcess):
+        return _lost(run, checkpoint_at_start)
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, ConnectionError) or "DataLoader worker" in words:
+        return UserError(
+            f"a process that reads pictures ended ({words.splitlines()[0]}): where memory ran out, lower "
+            f"--data.num_workers {trainer.datamodule.num_workers}; "  # type: ignore[attr-defined]
+            f"continue with --resume {run.directory}"
+        )
+    if isinstance(error, OSError):
+        return UserError(_how_to_continue(f"{run.directory}: {error}", run))
+    if "Error(s) in loading state_dict" in words:
+        reason = words.splitlines()[1].strip()
+        return UserError(f"--resume {run.resumed_from}: a checkpoint of another architecture ({reason})")
+    if trainer.world_size > 1 and re.search(LOST, words):
+        return _lost(run, checkpoint_at_start)
+    return error
+
+
+def _lost(run: Run, checkpoint_at_start: int | None) -> Exception:
+    """Run the job again where a process ended, a dead node perhaps; not where it does so before any checkpoint."""
+    said = "another process of this run has ended or cannot be reached (see what it said)"
+    checkpoint = run.last_checkpoint
+    if not checkpoint.exists() or checkpoint.stat().st_mtime_ns == checkpoint_at_start:
+        return UserError(_how_to_continue(f"{said}; no checkpoint was written since the start", run))
+    return _again(said, run)
+
+
+def _interrupted(stop: Interrupted, run: Run) -> Interrupted:
+    """What a signal leads to; the first process speaks and acts for all."""
+    if not is_first_process():
+        return Interrupted("", 0)
+    said = f"{stop}; the last checkpoint is {run.last_checkpoint}" if run.last_checkpoint.exists() else str(stop)
+    return _again(said, run) if stop.code == RESUMABLE else Interrupted(_how_to_continue(said, run), stop.code)
+
+
+def _again(said: str, run: Run) -> Interrupted:
+    """Put the job back into SLURM's queue, or say how to continue."""
+    if not this_task():
+        return Interrupted(_how_to_continue(said, run), RESUMABLE)
+    problem = requeue()
+    if problem:
+        return Interrupted(_how_to_continue(f"{said}; not put back into the queue ({problem})", run), RESUMABLE)
+    return Interrupted(f"{said}; SLURM will run this job again", 0)
+
+
+def _how_to_continue(said: str, run: Run) -> str:
+    return f"{said}; continue with --resume {run.directory}"
+
+
+def end_with_parent() -> None:
+    """End this process soon after the one that started it, even while it waits for processes that never came."""
+    parent = int(os.environ.get(PARENT_VARIABLE, "0"))
+    if not parent:  # started by srun or torchrun, which see to it
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(GRACE_SECONDS)  # where training is under way, it ends by itself and says more
+        print("error: the process that started this one has ended", file=sys.stderr)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,73 @@
+"""``fit`` on 1, 2 and 3 processes, in float64, where rounding hides no mistake: one loss curve, one set of records."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ssl_geometry.records import read_records
+from ssl_geometry.runs import read_checkpoint
+from tests.integration.test_fit import ROOT, SMALL, clean_environment, losses
+
+KEYS = ["metric", "split", "epoch", "step", "layer", "layer_other", "view"]
+EXACT = {"cka", "invariance", "class_cka", "rankme", "lidar", "alignment", "diameter", "purity", "train/loss"}
+"""Metrics that change little where activations change in their last bits; others count images, and may move by one."""
+
+
+def train(runs: Path, processes: int, method: str) -> Path:
+    options = [
+        f"--model=ssl_geometry.methods.{method}",
+        *SMALL,
+        "--data.limit_train=285",  # 257 to train on: no multiple of the batch, nor of the processes
+        "--data.limit_test=127",
+        "--data.measure_size=127",
+        "--data.batch_size=60",
+        "--data.eval_batch_size=25",
+        "--trainer.precision=64-true",
+        "--trainer.accelerator=cpu",
+        f"--trainer.devices={processes}",
+        "--trainer.max_epochs=2",
+        "--spectrum.every_n_epochs=1",
+        "--invariance.every_n_epochs=2",
+        "--neighbors.every_n_epochs=2",
+        "--neighbors.settings=[]",
+        f"--runs={runs}",
+        "--experiment=e",
+        f"--run_id={processes}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_geometry.fit", *options],
+        cwd=ROOT,
+        env=clean_environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs / "e" / str(processes)
+
+
+@pytest.mark.parametrize("method", ["SimCLR", "Supervised"])
+def test_one_two_and_three_processes_train_the_same_network(tmp_path: Path, method: str) -> None:
+    one, *others = (train(tmp_path, processes, method) for processes in (1, 2, 3))
+    expected = read_checkpoint(one / "checkpoints" / "last.ckpt", "")["state_dict"]
+    for run in others:
+        assert losses(run).index.tolist() == losses(one).index.tolist() == list(range(8))
+        np.testing.assert_allclose(losses(run), losses(one), rtol=1e-10)
+        for name, value in read_checkpoint(run / "checkpoints" / "last.ckpt", "")["state_dict"].items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
+        frames = []
+        for path in (one, run):
+            frame = read_records(path)
+            frame = frame.replace({"model_other": {path.name: "itself"}})
+            frames.append(frame.set_index([*KEYS, "model_other"])[["value", "n"]].sort_index())
+        pd.testing.assert_index_equal(frames[0].index, frames[1].index)
+        both = frames[0].join(frames[1], rsuffix="_other")
+        pd.testing.assert_series_equal(both["n"], both["n_other"], check_names=False)
+        close = both[both.index.get_level_values("metric").isin(EXACT)]
+        assert set(close.index.get_level_values("metric")) == EXACT
+        np.testing.assert_allclose(close["value"], close["value_other"], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,227 @@
+"""Killed, stopped by a signal, out of disk: the run goes on from whole files, and ends as one that was never disturbed.
+
+Runs live in processes forked from a server that has imported everything, so that twenty starts take a minute.
+"""
+
+import json
+import multiprocessing as mp
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+import wandb
+from torch import nn
+
+from ssl_geometry.fit import main
+from ssl_geometry.methods import SimCLR
+from ssl_geometry.records import read_records, wandb_files
+from ssl_geometry.runs import read_checkpoint
+from tests.integration.test_fit import SMALL
+
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "tests.integration.test_interruption"])
+MONITORS = [
+    "--cka.every_n_epochs=1",
+    "--probes.every_n_epochs=1",
+    "--neighbors.every_n_epochs=1",
+    "--neighbors.settings=[]",
+    "--neighbors.layers=head",
+    "--invariance.every_n_epochs=2",
+    "--trainer.check_val_every_n_epoch=1",
+]
+
+
+class WithDropout(SimCLR):
+    """Draws from the global generator, as a user's own method may."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.head = nn.Sequential(nn.Dropout(0.2), self.head)
+
+
+def options(runs: Path, run_id: str, *more: str, epochs: int = 4) -> list[str]:
+    return [
+        "--model=tests.integration.test_interruption.WithDropout",
+        *SMALL,
+        f"--runs={runs}",
+        "--experiment=e",
+        f"--run_id={run_id}",
+        f"--trainer.max_epochs={epochs}",
+        "--resume=auto",
+        *more,
+    ]
+
+
+def _run(args: list[str], output: str, prepare: Callable[[], None] | None) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    try:
+        main(args)
+    finally:
+        wandb.finish()  # a forked process does not run what is left for the end
+
+
+def start(args: list[str], output: Path, prepare: Callable[[], None] | None = None) -> Any:
+    process = PROCESSES.Process(target=_run, args=(args, str(output), prepare))
+    process.start()
+    return process
+
+
+def finish(process: Any, timeout: float = 120) -> int:
+    """Exit code; negative for the signal that ended it."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("the process hangs")
+    return process.exitcode
+
+
+def weights(run: Path) -> dict[str, Any]:
+    """Weights, optimiser and schedule, and the online probes."""
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt", "")
+    return {
+        "weights": checkpoint["state_dict"],
+        "optimizer": checkpoint["optimizer_states"],
+        "schedule": checkpoint["lr_schedulers"],
+        "probes": checkpoint["callbacks"]["ProbeMonitor"]["bank"],
+    }
+
+
+def assert_same(first: Any, second: Any) -> None:
+    torch.testing.assert_close(second, first, rtol=0, atol=0, equal_nan=True)
+
+
+def records(run: Path) -> pd.DataFrame:
+    frame = read_records(run).drop(columns=["run", "model"])
+    frame["model_other"] = frame["model_other"].replace(run.name, "itself")
+    keys = ["metric", "epoch", "step", "split", "model_other", "layer", "layer_other", "view", "low", "value"]
+    return frame.sort_values(keys, ignore_index=True)
+
+
+def numbers(run: Path) -> list[tuple[str, int, str]]:
+    """What W&B wrote, without pictures."""
+    points = wandb_files.points(run)
+    pictures = {key.removesuffix("/_type") for key, _, _ in points if key.endswith("/_type")}
+    return [point for point in points if point[0].rpartition("/")[0] not in pictures]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(options(folder, "whole", *MONITORS, "--loggers=[wandb]"), folder / "out")
+    assert finish(process) == 0, (folder / "out").read_text()
+    return folder / "e" / "whole"
+
+
+def _signal_at(target: str, count: int, number: int, halfway: bool = False) -> None:
+    """Send this process a signal at a call of a function; ``halfway`` writes half a file first."""
+    path, _, name = target.rpartition(".")
+    owner: Any = sys.modules.get(path) or getattr(sys.modules[path.rpartition(".")[0]], path.rpartition(".")[2])
+    original, calls = getattr(owner, name), [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            if halfway:
+                args[1].write(b"half a checkpoint")
+                args[1].flush()
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+MOMENTS = {
+    "in a step": ("ssl_geometry.methods.simclr.SimCLR.loss", 9),
+    "in the optimiser": ("torch.optim.Optimizer.zero_grad", 9),
+    "in a measuring moment": ("ssl_geometry.callbacks.measure.forward_pass", 6),
+    "before records are written": ("pyarrow.parquet.write_table", 12),
+    "before a file gets its name": ("os.replace", 40),
+    "before a checkpoint is flushed": ("os.fsync", 3),
+    "within a checkpoint": ("torch.save", 3),
+}
+
+
+def test_killed_twenty_times(tmp_path: Path, undisturbed: Path) -> None:
+    """Wherever it was killed, the end is bit-identical, and no number is missing or there twice."""
+    chance = random.Random(0)
+    survived: list[str] = []
+    args = options(tmp_path, "killed", *MONITORS, "--loggers=[wandb]")
+    last = tmp_path / "e" / "killed" / "checkpoints" / "last.ckpt"
+    while len(survived) < 20:
+        moment = list(MOMENTS)[len(survived) % len(MOMENTS)]
+        target, calls = MOMENTS[moment]
+        # Most of them early, so that the run does not end before its twentieth death.
+        count = chance.randint(1, calls) if len(survived) in (3, 8, 13) else 1
+        prepare = partial(_signal_at, target, count, signal.SIGKILL, moment == "within a checkpoint")
+        code = finish(start(args, tmp_path / "out", prepare))
+        if code == 0:
+            pytest.fail(f"finished after {len(survived)} deaths")
+        assert code == -signal.SIGKILL, (tmp_path / "out").read_text()
+        if last.exists():
+            read_checkpoint(last, "")  # whole
+        survived.append(moment)
+    assert set(survived) == set(MOMENTS)
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    run = last.parents[1]
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+    # W&B loses pictures that it had not written when it was killed; numbers never.
+    points = numbers(run)
+    assert len(points) == len({point[:2] for point in points}) > 100
+    assert sorted(points) == sorted(numbers(undisturbed))
+    assert not list(run.glob("checkpoints/*.partial"))
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal in the middle of a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("step", [0, 5, 7], ids=["first step", "mid epoch", "last step of an epoch"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(tmp_path: Path, undisturbed: Path, step: int, number: int) -> None:
+    callback = json.dumps({"class_path": f"{__name__}.SignalAt", "init_args": {"step": step, "number": int(number)}})
+    args = options(tmp_path, "told", *MONITORS)
+    code = finish(start([*args, f"--trainer.callbacks=[{callback}]"], tmp_path / "out"))
+    said = (tmp_path / "out").read_text()
+    assert code == {signal.SIGUSR1: 75, signal.SIGTERM: 143}[number], said  # type: ignore[index]
+    assert f"stopped by {signal.Signals(number).name}" in said
+    assert f"continue with --resume {tmp_path / 'e' / 'told'}" in said
+    assert "Traceback" not in said
+    saved = read_checkpoint(tmp_path / "e" / "told" / "checkpoints" / "last.ckpt", "")
+    assert saved["global_step"] == step + 1
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(tmp_path / "e" / "told"))
+    pd.testing.assert_frame_equal(records(undisturbed), records(tmp_path / "e" / "told"), check_exact=True)
+
+
+def test_a_signal_in_the_evaluation_leaves_it_to_the_next_time(tmp_path: Path, undisturbed: Path) -> None:
+    args = options(tmp_path, "told", *MONITORS)
+    prepare = partial(_signal_at, "ssl_geometry.methods.base.Method.on_test_epoch_start", 1, signal.SIGUSR1)
+    assert finish(start(args, tmp_path / "out", prepare)) == 75, (tmp_path / "out").read_text()
+    assert json.loads((tmp_path / "e" / "told" / "run.json").read_text())["status"] != "finished"
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    facts = [json.loads((run / "run.json").read_text()) for run in (undisturbed, tmp_path / "e" / "told")]
+    assert facts[0]["results"] == facts[1]["results"]
+    pd.testing.assert_frame_equal(records(undisturbed), records(tmp_path / "e" / "told"), check_exact=True)

@@ -1,0 +1,55 @@
+"""``python -m ssl_geometry.doctor``: each line says fine, or what to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_geometry import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_machine_that_is_ready(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ssl_geometry.doctor", f"--runs={tmp_path / 'runs'}", f"--data={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    subjects = [line.split(":")[0].removeprefix("fine").strip() for line in lines if line.startswith("fine")]
+    assert {"python", "torch", "lightning", "cores", "FAISS", "SLURM", "W&B", "runs", "data"} <= set(subjects)
+    assert "2 processes" in subjects
+    assert "loss, gradient and CKA as of one" in done.stdout
+    assert not (tmp_path / "runs").exists(), "it only looks"
+
+
+def lines(capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        doctor.main(["--parity=false", *more])
+    assert stop.value.code == 1
+    return capsys.readouterr().out
+
+
+def test_what_is_to_do_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "version", lambda package: {"lightning": "2.6.3"}.get(package, "1.0"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "fit")
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    said = lines(capsys, f"--runs={tmp_path}")
+    for words in ("lightning>=2.6.6", "srun python -m ssl_geometry.fit", "update the driver"):
+        assert words in said
+    assert "0" * 40 not in said, "a key is never shown"
+
+
+def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    true = doctor._numbers
+    monkeypatch.setattr(
+        doctor, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
+    )
+    (finding,) = doctor.parity()
+    assert "do not train with several processes" in finding.to_do

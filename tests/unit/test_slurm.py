@@ -1,0 +1,85 @@
+"""What SLURM's variables mean for a run, and what is said where they do not fit."""
+
+import pytest
+import torch
+
+from ssl_geometry.errors import UserError
+from ssl_geometry.slurm import this_task, trainer_options
+
+JOB = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "fit.sbatch"}
+STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "run_id"),
+    [
+        (STEP, "slurm-1234"),
+        (STEP | {"SLURM_STEP_ID": "3"}, "slurm-1234"),
+        (JOB, "slurm-1234"),
+        (STEP | {"SLURM_ARRAY_JOB_ID": "1230", "SLURM_ARRAY_TASK_ID": "4"}, "slurm-1230_4"),
+    ],
+)
+def test_a_job_names_its_run(environment: dict[str, str], run_id: str) -> None:
+    task = this_task(environment)
+    assert task is not None
+    assert task.run_id == run_id
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        STEP | {"SLURM_JOB_NAME": "bash"},
+        STEP | {"SLURM_JOB_NAME": "interactive"},
+        STEP | {"TORCHELASTIC_RUN_ID": "x"},
+    ],
+)
+def test_no_task_of_a_job(environment: dict[str, str]) -> None:
+    assert this_task(environment) is None
+
+
+def test_the_trainer_follows_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("MASTER_PORT", "MASTER_ADDR", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(variable, raising=False)
+    for name, value in (STEP | {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_PROCID": "3"}).items():
+        monkeypatch.setenv(name, value)
+    task = this_task()
+    assert task is not None
+    options = trainer_options(task, {"num_nodes": 1, "devices": "auto", "accelerator": "cpu"})
+    assert (options["num_nodes"], options["devices"]) == (2, 2)
+    (environment,) = options["plugins"]
+    assert (environment.main_address, environment.main_port) == ("gpu07", task.port)
+    assert (environment.world_size(), environment.global_rank()) == (4, 3)
+    environment.validate_settings(num_devices=2, num_nodes=2)
+
+
+def test_jobs_and_steps_that_run_at_the_same_time_meet_at_other_ports() -> None:
+    tasks = [
+        this_task(STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        for job in range(100, 300)
+        for step in range(8)
+    ]
+    ports = {task.port for task in tasks if task}
+    assert len(ports) == len(tasks)
+    assert min(ports) >= 10_000
+    assert max(ports) < 32_768
+
+
+@pytest.mark.parametrize(
+    ("environment", "trainer", "words"),
+    [
+        (JOB | {"SLURM_NTASKS": "4"}, {}, "srun python -m ssl_geometry.fit"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, {}, "--ntasks-per-node"),
+        (STEP, {"num_nodes": 3}, "--trainer.num_nodes 3"),
+        (STEP, {"devices": 8}, "--trainer.devices 8"),
+    ],
+)
+def test_what_does_not_fit_is_told(environment: dict[str, str], trainer: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        trainer_options(this_task(environment), trainer)  # type: ignore[arg-type]
+
+
+def test_tasks_that_see_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="--gpus-per-node=2"):
+        trainer_options(this_task(STEP), {"accelerator": "auto"})  # type: ignore[arg-type]
