@@ -44,7 +44,7 @@ class StopOnSignal(L.Callback):
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
-        self._stopping = 0
+        self._told = self._stopping = 0
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             for number in SIGNALS:
                 signal.signal(number, self._remember)
@@ -69,9 +69,11 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if a process was told to stop before this step."""
-        self._stopping = self._agreed()
-        if self._stopping:
+        """Save, if a process was told to stop before this step; gradients that are summed up are no step yet."""
+        self._told = self._told or self._agreed()
+        stepped = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._told and stepped:
+            self._stopping = self._told
             trainer.save_checkpoint(self.checkpoint)
 
     def on_train_batch_start(

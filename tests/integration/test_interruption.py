@@ -216,6 +216,20 @@ def test_a_signal_ends_the_step_and_saves(tmp_path: Path, undisturbed: Path, ste
     pd.testing.assert_frame_equal(records(undisturbed), records(tmp_path / "e" / "told"), check_exact=True)
 
 
+def test_a_signal_between_summed_gradients_waits_for_the_step(tmp_path: Path) -> None:
+    more = ["--trainer.accumulate_grad_batches=2", "--cka.every_n_epochs=0"]
+    callback = json.dumps(
+        {"class_path": f"{__name__}.SignalAt", "init_args": {"step": 1, "number": int(signal.SIGUSR1)}}
+    )
+    args = options(tmp_path, "told", *more, epochs=2)
+    assert finish(start([*args, f"--trainer.callbacks=[{callback}]"], tmp_path / "out")) == 75
+    last = tmp_path / "e" / "told" / "checkpoints" / "last.ckpt"
+    assert read_checkpoint(last, "")["global_step"] == 2
+    for run_id in ("told", "whole"):
+        assert finish(start(options(tmp_path, run_id, *more, epochs=2), tmp_path / "out")) == 0
+    assert_same(weights(tmp_path / "e" / "whole"), weights(tmp_path / "e" / "told"))
+
+
 def test_a_signal_in_the_evaluation_leaves_it_to_the_next_time(tmp_path: Path, undisturbed: Path) -> None:
     args = options(tmp_path, "told", *MONITORS)
     prepare = partial(_signal_at, "ssl_geometry.methods.base.Method.on_test_epoch_start", 1, signal.SIGUSR1)
