@@ -9,6 +9,11 @@ name
 another one to start from: ``base: other.yaml``. Everything a run makes lies in runs/<experiment>/<run-id>/.
 """
 
+import signal
+
+if __name__ == "__main__":  # the imports take seconds; a signal waits until StopOnSignal listens, and is not lost
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path

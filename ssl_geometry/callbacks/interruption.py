@@ -48,6 +48,7 @@ class StopOnSignal(L.Callback):
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             for number in SIGNALS:
                 signal.signal(number, self._remember)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came while the command started comes now
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._process:  # data workers inherit the handler: SLURM signals them too, and they go on

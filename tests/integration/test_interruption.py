@@ -8,7 +8,9 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from ssl_geometry.fit import main
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.records import read_records, wandb_files
 from ssl_geometry.runs import read_checkpoint
-from tests.integration.test_fit import SMALL
+from tests.integration.test_fit import ROOT, SMALL, clean_environment
 
 PROCESSES = mp.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "tests.integration.test_interruption"])
@@ -228,6 +230,17 @@ def test_a_signal_between_summed_gradients_waits_for_the_step(tmp_path: Path) ->
     for run_id in ("told", "whole"):
         assert finish(start(options(tmp_path, run_id, *more, epochs=2), tmp_path / "out")) == 0
     assert_same(weights(tmp_path / "e" / "whole"), weights(tmp_path / "e" / "told"))
+
+
+def test_a_signal_before_the_command_listens_is_not_lost(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "early", "--cka.every_n_epochs=0")]
+    environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)  # it imports for some seconds
+    process.send_signal(signal.SIGUSR1)
+    assert "stopped by SIGUSR1" in process.communicate(timeout=120)[1]
+    assert process.returncode == 75
+    assert read_checkpoint(tmp_path / "e" / "early" / "checkpoints" / "last.ckpt", "")["global_step"] == 1
 
 
 def test_a_signal_in_the_evaluation_leaves_it_to_the_next_time(tmp_path: Path, undisturbed: Path) -> None:

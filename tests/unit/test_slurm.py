@@ -40,7 +40,8 @@ def test_no_task_of_a_job(environment: dict[str, str]) -> None:
 
 def test_the_trainer_follows_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("MASTER_PORT", "MASTER_ADDR", "SLURM_NTASKS_PER_NODE"):
-        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv(variable, "")  # so that it is put back: the function sets them
+        monkeypatch.delenv(variable)
     for name, value in (STEP | {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_PROCID": "3"}).items():
         monkeypatch.setenv(name, value)
     task = this_task()
