@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +49,7 @@ def python() -> Iterator[Finding]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Finding("python", found, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer")
     for package in ("torch", "torchvision", "lightning", "torchmetrics", "lightly", "wandb"):
-        try:
-            yield Finding(package, version(package))
-        except PackageNotFoundError:
-            yield Finding(package, "missing", "pip install -e . in the project's folder")
+        yield Finding(package, version(package))
     numbers = tuple(int(part) for part in version("lightning").split(".")[:3] if part.isdigit())
     if numbers < SAFE_LIGHTNING:
         yield Finding("lightning", f"{version('lightning')} has known holes", "pip install 'lightning>=2.6.6'")

@@ -5,17 +5,20 @@ import re
 import sys
 import threading
 import time
+import traceback
 
 import lightning as L
+import wandb
 
 from ssl_geometry.callbacks import RESUMABLE, LostProcess
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.runs import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.slurm import requeue, this_task
 
-LOST = r"Connection (closed|reset)|Broken pipe|NCCL (error|watchdog)|TCPStore"
+LOST = r"Connection (closed|reset)|Broken pipe|NCCL.*(remote process|closed)|Timed out waiting"
 """In what torch says where another process is gone."""
 GRACE_SECONDS = 20
+NEWLINE = "\n"
 
 
 def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> BaseException:
@@ -36,28 +39,28 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
     if isinstance(error, SystemExit):  # what Lightning makes of Ctrl-C
         return KeyboardInterrupt()
     if isinstance(error, LostProcess):
-        return _lost(run, checkpoint_at_start)
+        return _lost(error.__cause__ or error, run, checkpoint_at_start)
     if isinstance(error, UserError):
         return error
-    if isinstance(error, ConnectionError) or "DataLoader worker" in words:
-        return UserError(
-            f"a process that reads pictures ended ({words.splitlines()[0]}): where memory ran out, lower "
-            f"--data.num_workers {trainer.datamodule.num_workers}; "  # type: ignore[attr-defined]
-            f"continue with --resume {run.directory}"
-        )
+    frames = traceback.extract_tb(error.__traceback__)
+    reading = isinstance(error, ConnectionError) and any("torch/utils/data" in frame.filename for frame in frames)
+    if reading or re.search("DataLoader worker|Pin memory thread", words):
+        said = f"a process that reads pictures ended ({words.partition(NEWLINE)[0]}): where memory ran out"
+        return UserError(_how_to_continue(f"{said}, lower --data.num_workers", run))
     if isinstance(error, OSError):
         return UserError(_how_to_continue(f"{run.directory}: {error}", run))
     if "Error(s) in loading state_dict" in words:
         reason = words.splitlines()[1].strip()
         return UserError(f"--resume {run.resumed_from}: a checkpoint of another architecture ({reason})")
     if trainer.world_size > 1 and re.search(LOST, words):
-        return _lost(run, checkpoint_at_start)
+        return _lost(error, run, checkpoint_at_start)
     return error
 
 
-def _lost(run: Run, checkpoint_at_start: int | None) -> Exception:
+def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Exception:
     """Run the job again where a process ended, a dead node perhaps; not where it does so before any checkpoint."""
-    said = "another process of this run has ended or cannot be reached (see what it said)"
+    reason = str(error).partition(NEWLINE)[0].rpartition("] ")[2]  # without torch's place in its source
+    said = f"another process of this run has ended or cannot be reached (see what it said; {reason})"
     checkpoint = run.last_checkpoint
     if not checkpoint.exists() or checkpoint.stat().st_mtime_ns == checkpoint_at_start:
         return UserError(_how_to_continue(f"{said}; no checkpoint was written since the start", run))
@@ -73,10 +76,16 @@ def _interrupted(stop: Interrupted, run: Run) -> Interrupted:
 
 
 def _again(said: str, run: Run) -> Interrupted:
-    """Put the job back into SLURM's queue, or say how to continue."""
-    if not this_task():
+    """Put the job back into SLURM's queue, once for all of its processes, or say how to continue."""
+    task = this_task()
+    if not task:
         return Interrupted(_how_to_continue(said, run), RESUMABLE)
-    problem = requeue()
+    wandb.finish()  # SLURM ends this process soon after
+    try:
+        (run.directory / f".requeued-{task.job}-{task.restarts}").touch(exist_ok=False)
+    except FileExistsError:
+        return Interrupted(f"{said}; SLURM will run this job again", 0)
+    problem = requeue(task)
     if problem:
         return Interrupted(_how_to_continue(f"{said}; not put back into the queue ({problem})", run), RESUMABLE)
     return Interrupted(f"{said}; SLURM will run this job again", 0)

@@ -159,7 +159,7 @@ class FitCLI(LightningCLI):
         if not is_first_process():
             end_with_parent()
         else:
-            (self.run.directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+            self.run.write("config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""

@@ -64,10 +64,14 @@ class Run:
     @rank_zero_only
     def note(self, **facts: Any) -> None:
         """Write facts about the run into ``run.json``, keeping those that are there."""
-        path = self.directory / "run.json"
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps({**_facts(self.directory), **facts}, indent=1) + "\n")
-        os.replace(temporary, path)
+        self.write("run.json", json.dumps({**_facts(self.directory), **facts}, indent=1) + "\n")
+
+    @rank_zero_only
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run, whole or not at all."""
+        temporary = self.directory / f".{name}.partial"
+        temporary.write_text(text)
+        os.replace(temporary, self.directory / name)
 
     def lock(self) -> bool:
         """Hold the directory until this process ends or :meth:`release`; False where another process holds it."""
@@ -85,9 +89,11 @@ class Run:
         return True
 
     def release(self) -> None:
-        """Let other processes continue this run."""
+        """Let other processes continue this run; those that this one starts later are no part of it."""
         if file := _locks.pop(self.directory, None):
             file.close()
+            for variable in (DIRECTORY_VARIABLE, PARENT_VARIABLE):
+                os.environ.pop(variable, None)
 
 
 _locks: dict[Path, IO[str]] = {}
@@ -118,15 +124,16 @@ def open_run(
     Raises:
         UserError: the directory holds a run already, or there is nothing to resume at the path.
     """
-    fingerprint = _fingerprint(config)
+    fingerprint, task = _fingerprint(config), this_task()
     if resume is not None and resume != "auto":
         run = _resume_path(Path(resume))
+        if task and task.restarts:  # the checkpoint that the user named was for the first start
+            run = _continued(run.directory)
     elif not is_first_process() and DIRECTORY_VARIABLE in os.environ:
         run = Run(Path(os.environ[DIRECTORY_VARIABLE]))
         run = _continued(run.directory) if resume else run
     else:
         folder = Path(runs) / experiment
-        task = this_task()
         name = run_id or (task.run_id if task else None)
         if name is None and resume == "auto":
             name = _newest_unfinished(folder, fingerprint)
@@ -205,9 +212,10 @@ def _newest_unfinished(folder: Path, fingerprint: str) -> str | None:
         facts = _facts(path.parent)
         if facts.get("fingerprint") == fingerprint and facts.get("status") != "finished":
             run = Run(path.parent)
-            if run.lock():  # else another process is at it
-                run.release()
-                runs.append((facts.get("started", ""), path.parent.name))
+            with suppress(OSError):  # someone else's
+                if run.lock():  # else another process is at it
+                    run.release()
+                    runs.append((facts.get("started", ""), path.parent.name))
     return max(runs)[1] if runs else None
 
 

@@ -66,10 +66,10 @@ def this_task(environment: Mapping[str, str] = os.environ) -> Task | None:
     """
     if "SLURM_JOB_ID" not in environment or "TORCHELASTIC_RUN_ID" in environment:
         return None
-    if environment.get("SLURM_JOB_NAME") in INTERACTIVE:
-        return None
     tasks = int(environment.get("SLURM_NTASKS", "1"))
     step = environment.get("SLURM_STEP_ID")
+    if environment.get("SLURM_JOB_NAME") in INTERACTIVE and (step is None or tasks == 1):
+        return None
     if step is None:
         if tasks > 1:
             raise UserError(
@@ -128,6 +128,11 @@ def trainer_options(task: Task, trainer: Mapping[str, Any]) -> dict[str, Any]:
             f"each task sees {gpus} GPU(s), but the node has {task.tasks_per_node} tasks: ask for "
             f"--gpus-per-node={task.tasks_per_node}, without --gpus-per-task or --gpu-bind, so that all tasks see all"
         )
+    if gpus > task.tasks_per_node and trainer.get("accelerator") != "cpu":
+        raise UserError(
+            f"the node has {gpus} GPUs, but only {task.tasks_per_node} task(s), one for each GPU used: ask for "
+            f"--ntasks-per-node={gpus}, or for fewer GPUs"
+        )
     os.environ.setdefault("MASTER_PORT", str(task.port))
     os.environ["SLURM_NTASKS_PER_NODE"] = str(task.tasks_per_node)  # Lightning wants it said; --ntasks does not say it
     if nodes := os.environ.get("SLURM_STEP_NODELIST"):
@@ -136,13 +141,16 @@ def trainer_options(task: Task, trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_nodes": task.nodes, "devices": task.tasks_per_node, "plugins": [environment]}
 
 
-def requeue() -> str:
-    """Put this job back into the queue; SLURM ends its processes.
+def requeue(task: Task) -> str:
+    """Put a job back into the queue; SLURM ends its processes.
+
+    Args:
+        task: any of the job's; of an array, only its own job is meant.
 
     Returns:
         "" when that was done, else why not.
     """
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    command = ["scontrol", "requeue", task.job]  # the bare number of an array's first job would mean all of them
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_geometry.errors import Interrupted
+from ssl_geometry.errors import Interrupted, UserError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 RESUMABLE = 75
@@ -65,7 +65,13 @@ class StopOnSignal(L.Callback):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            try:
+                self._group = dist.new_group(backend="gloo")
+            except RuntimeError as error:
+                raise UserError(
+                    f"the processes cannot reach each other over gloo ({str(error).splitlines()[0]}): name the network "
+                    "interface of the nodes in the variable GLOO_SOCKET_IFNAME"
+                ) from error
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +81,8 @@ class StopOnSignal(L.Callback):
         stepped = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if self._told and stepped:
             self._stopping = self._told
-            trainer.save_checkpoint(self.checkpoint)
+            if not trainer.is_last_batch:  # else the epoch is measured first; its own checkpoint follows
+                trainer.save_checkpoint(self.checkpoint)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

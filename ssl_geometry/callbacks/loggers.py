@@ -5,6 +5,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,12 @@ class ResumableWandbLogger(WandbLogger):
         self._lost: list[tuple[int, dict[str, float]]] = []
         if not is_first_process() or not self._journal.exists():
             return
-        noted = [json.loads(line) for line in self._journal.read_text().splitlines() if line.endswith("}")]
+        noted = []
+        for line in self._journal.read_text().splitlines():
+            with suppress(ValueError):  # empty, or cut short when the disk was full
+                noted.append(json.loads(line))
         self._known = {(name, row["step"]) for row in noted for name in row if name not in ("step", "epoch")}
-        written = {(name, step) for name, step, _ in wandb_files.points(run_dir)}
+        written = {(name, step) for name, step, _ in wandb_files.points(run_dir, kwargs["id"])}
         self._known |= {(name.rpartition("/")[0], step) for name, step in written if name.endswith("/_type")}
         if kwargs["offline"]:
             for row in noted:
@@ -95,7 +99,7 @@ class ResumableWandbLogger(WandbLogger):
         if numbers:
             self._journal.parent.mkdir(parents=True, exist_ok=True)
             with self._journal.open("a") as file:
-                file.write(json.dumps({"step": step, **epoch, **numbers}) + "\n")
+                file.write("\n" + json.dumps({"step": step, **epoch, **numbers}))
         return super().log_metrics(new | epoch, step)
 
 

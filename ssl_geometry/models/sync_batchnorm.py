@@ -76,7 +76,7 @@ class SyncBatchNormOnCPU(LayerSync):
     def apply(self, model: nn.Module) -> nn.Module:
         """Change the layers' class; their parameters, buffers and hooks stay."""
         for module in model.modules():
-            if isinstance(module, _BatchNorm):
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):  # others may do more than normalise
                 self._classes[module] = type(module)
                 module.__class__ = SyncBatchNorm
         return model

@@ -32,18 +32,19 @@ def read(file: str | Path) -> Iterator[Record]:
             yield record
 
 
-def points(run: str | Path) -> list[tuple[str, int, str]]:
+def points(run: str | Path, identity: str = "*") -> list[tuple[str, int, str]]:
     """Every point in the files of a run directory.
 
     Args:
         run: directory that holds ``wandb/``.
+        identity: W&B's id of the run, if it has several.
 
     Returns:
         (metric, training step, value as JSON), as often as it was written; a picture is several, ``name/sha256`` and
         the like.
     """
     found = []
-    for file in sorted(Path(run).glob("wandb/*run-*/*.wandb")):
+    for file in sorted(Path(run).glob(f"wandb/*run-*/run-{identity}.wandb")):
         for record in read(file):
             if record.HasField("history"):
                 row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}

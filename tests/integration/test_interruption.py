@@ -6,7 +6,6 @@ Runs live in processes forked from a server that has imported everything, so tha
 import json
 import multiprocessing as mp
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -50,7 +49,7 @@ class WithDropout(SimCLR):
         self.head = nn.Sequential(nn.Dropout(0.2), self.head)
 
 
-def options(runs: Path, run_id: str, *more: str, epochs: int = 4) -> list[str]:
+def options(runs: Path, run_id: str, *more: str, epochs: int = 6) -> list[str]:
     return [
         "--model=tests.integration.test_interruption.WithDropout",
         *SMALL,
@@ -83,7 +82,7 @@ def start(args: list[str], output: Path, prepare: Callable[[], None] | None = No
     return process
 
 
-def finish(process: Any, timeout: float = 120) -> int:
+def finish(process: Any, timeout: float = 400) -> int:
     """Exit code; negative for the signal that ended it."""
     process.join(timeout)
     if process.exitcode is None:
@@ -129,15 +128,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "e" / "whole"
 
 
-def _signal_at(target: str, count: int, number: int, halfway: bool = False) -> None:
-    """Send this process a signal at a call of a function; ``halfway`` writes half a file first."""
+def _signal_at(target: str, call: int, number: int, only: str = "", halfway: bool = False) -> None:
+    """Send this process a signal at a call of a function.
+
+    ``only`` counts calls whose last argument ends so; ``halfway`` writes half a file first.
+    """
     path, _, name = target.rpartition(".")
     owner: Any = sys.modules.get(path) or getattr(sys.modules[path.rpartition(".")[0]], path.rpartition(".")[2])
     original, calls = getattr(owner, name), [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == count:
+        calls[0] += str(args[-1]).endswith(only)
+        if calls[0] == call:
             if halfway:
                 args[1].write(b"half a checkpoint")
                 args[1].flush()
@@ -147,37 +149,31 @@ def _signal_at(target: str, count: int, number: int, halfway: bool = False) -> N
     setattr(owner, name, counted)
 
 
-MOMENTS = {
-    "in a step": ("ssl_geometry.methods.simclr.SimCLR.loss", 9),
-    "in the optimiser": ("torch.optim.Optimizer.zero_grad", 9),
-    "in a measuring moment": ("ssl_geometry.callbacks.measure.forward_pass", 6),
-    "before records are written": ("pyarrow.parquet.write_table", 12),
-    "before a file gets its name": ("os.replace", 40),
-    "before a checkpoint is flushed": ("os.fsync", 3),
-    "within a checkpoint": ("torch.save", 3),
+MOMENTS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
+    "in a step": ("ssl_geometry.methods.simclr.SimCLR.loss", (3, 7, 2), {}),
+    "in the optimiser": ("torch.optim.Optimizer.zero_grad", (1, 6, 3), {}),
+    "in a measuring moment": ("ssl_geometry.callbacks.measure.forward_pass", (2, 1, 2), {}),
+    "before records are written": ("pyarrow.parquet.write_table", (3, 2, 1), {}),
+    "before records get their name": ("os.replace", (2, 3, 1), {"only": ".parquet"}),
+    "before a checkpoint gets its name": ("os.replace", (1, 2, 1), {"only": ".ckpt"}),
+    "within a checkpoint": ("torch.save", (1, 2, 1), {"halfway": True}),
 }
+"""Function, at which of its calls in the first, second and third death there, and more."""
 
 
 def test_killed_twenty_times(tmp_path: Path, undisturbed: Path) -> None:
     """Wherever it was killed, the end is bit-identical, and no number is missing or there twice."""
-    chance = random.Random(0)
-    survived: list[str] = []
     args = options(tmp_path, "killed", *MONITORS, "--loggers=[wandb]")
     last = tmp_path / "e" / "killed" / "checkpoints" / "last.ckpt"
-    while len(survived) < 20:
-        moment = list(MOMENTS)[len(survived) % len(MOMENTS)]
-        target, calls = MOMENTS[moment]
-        # Most of them early, so that the run does not end before its twentieth death.
-        count = chance.randint(1, calls) if len(survived) in (3, 8, 13) else 1
-        prepare = partial(_signal_at, target, count, signal.SIGKILL, moment == "within a checkpoint")
+    reached = []
+    for death in range(20):
+        target, calls, more = list(MOMENTS.values())[death % len(MOMENTS)]
+        prepare = partial(_signal_at, target, calls[death // len(MOMENTS)], signal.SIGKILL, **more)
         code = finish(start(args, tmp_path / "out", prepare))
-        if code == 0:
-            pytest.fail(f"finished after {len(survived)} deaths")
-        assert code == -signal.SIGKILL, (tmp_path / "out").read_text()
-        if last.exists():
-            read_checkpoint(last, "")  # whole
-        survived.append(moment)
-    assert set(survived) == set(MOMENTS)
+        assert code == -signal.SIGKILL, f"death {death}: {code}\n" + (tmp_path / "out").read_text()
+        reached.append(read_checkpoint(last, "")["global_step"] if last.exists() else 0)  # whole
+    assert reached[0] == 0
+    assert len(set(reached)) >= 4, reached
     assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
     run = last.parents[1]
     assert_same(weights(undisturbed), weights(run))
@@ -215,6 +211,18 @@ def test_a_signal_ends_the_step_and_saves(tmp_path: Path, undisturbed: Path, ste
     assert saved["global_step"] == step + 1
     assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
     assert_same(weights(undisturbed), weights(tmp_path / "e" / "told"))
+    pd.testing.assert_frame_equal(records(undisturbed), records(tmp_path / "e" / "told"), check_exact=True)
+
+
+def test_killed_while_it_measures_after_a_signal_in_the_epochs_last_step(tmp_path: Path, undisturbed: Path) -> None:
+    callback = json.dumps([{"class_path": f"{__name__}.SignalAt", "init_args": {"step": 7, "number": 10}}])
+    args = options(tmp_path, "told", *MONITORS)
+    target = "ssl_geometry.callbacks.measure.forward_pass"
+    passes = 4  # of the initialisation and of the first epoch
+    prepare = partial(_signal_at, target, passes + 1, signal.SIGKILL)
+    assert finish(start([*args, f"--trainer.callbacks={callback}"], tmp_path / "out", prepare)) == -signal.SIGKILL
+    assert read_checkpoint(tmp_path / "e" / "told" / "checkpoints" / "last.ckpt", "")["global_step"] == 4
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
     pd.testing.assert_frame_equal(records(undisturbed), records(tmp_path / "e" / "told"), check_exact=True)
 
 

@@ -16,6 +16,7 @@ STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "S
         (STEP, "slurm-1234"),
         (STEP | {"SLURM_STEP_ID": "3"}, "slurm-1234"),
         (JOB, "slurm-1234"),
+        (STEP | {"SLURM_JOB_NAME": "interactive"}, "slurm-1234"),  # salloc, then srun of several tasks
         (STEP | {"SLURM_ARRAY_JOB_ID": "1230", "SLURM_ARRAY_TASK_ID": "4"}, "slurm-1230_4"),
     ],
 )
@@ -29,8 +30,8 @@ def test_a_job_names_its_run(environment: dict[str, str], run_id: str) -> None:
     "environment",
     [
         {},
-        STEP | {"SLURM_JOB_NAME": "bash"},
-        STEP | {"SLURM_JOB_NAME": "interactive"},
+        STEP | {"SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1"},
+        JOB | {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "8"},
         STEP | {"TORCHELASTIC_RUN_ID": "x"},
     ],
 )
@@ -80,7 +81,8 @@ def test_what_does_not_fit_is_told(environment: dict[str, str], trainer: dict[st
         trainer_options(this_task(environment), trainer)  # type: ignore[arg-type]
 
 
-def test_tasks_that_see_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--gpus-per-node=2"):
+@pytest.mark.parametrize(("gpus", "words"), [(1, "--gpus-per-node=2"), (8, "--ntasks-per-node=8")])
+def test_tasks_and_gpus_that_do_not_match(monkeypatch: pytest.MonkeyPatch, gpus: int, words: str) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match=words):
         trainer_options(this_task(STEP), {"accelerator": "auto"})  # type: ignore[arg-type]
