@@ -12,6 +12,7 @@ another one to start from: ``base: other.yaml``. Everything a run makes lies in 
 import signal
 
 if __name__ == "__main__":  # the imports take seconds; a signal waits until StopOnSignal listens, and is not lost
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # nor does it fail a job that has finished and is about to exit
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
 
 from collections.abc import Mapping, Sequence
@@ -163,10 +164,11 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
+        given = self._get(self.config_init, "trainer.callbacks") or []
         self.stop_on_signal = StopOnSignal(self.run.last_checkpoint)
         callbacks: list[Callback] = [
             FitProgress(),  # first: its clock starts before the first measurement
-            *(self._get(self.config_init, "trainer.callbacks") or []),
+            *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
             SeedSteps(self.settings["seed_everything"]),
             StopOnNaN(),

@@ -3,6 +3,7 @@
 Runs live in processes forked from a server that has imported everything, so that twenty starts take a minute.
 """
 
+import atexit
 import json
 import multiprocessing as mp
 import os
@@ -249,6 +250,22 @@ def test_a_signal_before_the_command_listens_is_not_lost(tmp_path: Path) -> None
     assert "stopped by SIGUSR1" in process.communicate(timeout=120)[1]
     assert process.returncode == 75
     assert read_checkpoint(tmp_path / "e" / "early" / "checkpoints" / "last.ckpt", "")["global_step"] == 1
+
+
+class SignalAtExit(L.Callback):
+    """Sends this process a signal when all is done."""
+
+    def __init__(self) -> None:
+        atexit.register(os.kill, os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_after_the_end_fails_nothing(tmp_path: Path) -> None:
+    more = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", f"--trainer.callbacks={__name__}.SignalAtExit"]
+    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "late", *more, epochs=1)]
+    environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "e" / "late" / "run.json").read_text())["status"] == "finished"
 
 
 def test_a_signal_in_the_evaluation_leaves_it_to_the_next_time(tmp_path: Path, undisturbed: Path) -> None:
