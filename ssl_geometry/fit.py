@@ -5,8 +5,7 @@
     python -m ssl_geometry.fit --model my_package.MyMethod --data.dataset path/to/pictures
 
 Several --config files merge, later ones win, and options on the command line win over all of them. A config file may
-name
-another one to start from: ``base: other.yaml``. Everything a run makes lies in runs/<experiment>/<run-id>/.
+name another one to start from: ``base: other.yaml``. Everything a run makes lies in runs/<experiment>/<run-id>/.
 """
 
 import signal
