@@ -151,8 +151,15 @@ def requeue(task: Task) -> str:
         "" when that was done, else why not.
     """
     command = ["scontrol", "requeue", task.job]  # the bare number of an array's first job would mean all of them
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{' '.join(command)}: {error}"
-    return "" if done.returncode == 0 else f"{' '.join(command)}: {done.stderr.strip()}"
+    reason = ""
+    for _ in range(3):  # srun that ends the other processes of a dead one signals this child as well: asked again
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{' '.join(command)}: {error}"
+        if done.returncode == 0:
+            return ""
+        reason = done.stderr.strip() or f"exit status {done.returncode}"
+        if done.returncode > 0:
+            break
+    return f"{' '.join(command)}: {reason}"

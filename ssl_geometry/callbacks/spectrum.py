@@ -1,4 +1,4 @@
-"""Spectra of each layer's features while a network trains: rank, decay, LiDAR, alignment and uniformity.
+"""Spectra of each layer's features while a network trains: rank, decay, LiDAR, alignment, uniformity, mean cosine.
 
 Protocol: averages over space of each layer's activations, clean measurement images; LiDAR and alignment compare
 augmented copies (the views of SimCLR, which the monitor of neighbourhoods asks for as well).
@@ -27,7 +27,7 @@ VIEW = "simclr"
 
 
 class SpectrumMonitor(Monitor):
-    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment and uniformity of each layer.
+    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity and mean cosine of each layer.
 
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
@@ -113,7 +113,7 @@ class SpectrumMonitor(Monitor):
 
     def _figures(self) -> dict[str, Any]:
         figures = {}
-        for metric in ("rankme", "lidar", "alpha_req"):
+        for metric in ("rankme", "lidar", "alpha_req", "mean_cosine"):
             curve = [row for row in self.curves if row["metric"] == metric]
             if curve:
                 figures[f"spectrum/{metric}_depth"] = partial(layer_curves, curve, "depth")

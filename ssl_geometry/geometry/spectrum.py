@@ -202,5 +202,26 @@ def uniformity(x: Float[Tensor, "N D"], t: float = 2.0, chunk: int = 1024) -> Fl
     return (total / (n * (n - 1))).log() if n > 1 else total.new_tensor(torch.nan)
 
 
+def mean_cosine(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
+    """Mean cosine of all pairs of different images, features not centred: near 1 where features are collapsed.
+
+    The sum over pairs is the squared length of the sum of unit vectors without its diagonal, so no pair is formed.
+
+    Args:
+        x: embeddings.
+
+    Returns:
+        From -1 / (N - 1) to 1, float64; NaN for fewer than two images or a zero vector.
+
+    Example:
+        >>> mean_cosine(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        tensor(-1., dtype=torch.float64)
+    """
+    n, unit = len(x), _unit(x)
+    if n < 2:
+        return unit.new_tensor(torch.nan)
+    return (unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))
+
+
 def _unit(x: Tensor) -> Tensor:
     return x.double() / x.double().norm(dim=1, keepdim=True)  # a zero vector has no direction: NaN

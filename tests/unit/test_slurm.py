@@ -1,10 +1,12 @@
 """What SLURM's variables mean for a run, and what is said where they do not fit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.slurm import this_task, trainer_options
+from ssl_geometry.slurm import requeue, this_task, trainer_options
 
 JOB = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "fit.sbatch"}
 STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
@@ -86,3 +88,22 @@ def test_tasks_and_gpus_that_do_not_match(monkeypatch: pytest.MonkeyPatch, gpus:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=words):
         trainer_options(this_task(STEP), {"accelerator": "auto"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("script", "calls", "problem"),
+    [
+        ("exit 0", 1, ""),
+        ('[ "$(wc -l < calls)" -gt 1 ] || kill -TERM $$', 2, ""),  # srun ends the processes of the step meanwhile
+        ("kill -TERM $$", 3, "scontrol requeue 1234: exit status -15"),
+        ("echo no such job >&2; exit 1", 1, "scontrol requeue 1234: no such job"),
+    ],
+)
+def test_a_requeue_that_is_struck_down_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, calls: int, problem: str
+) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\ncd {tmp_path}\necho "$*" >> calls\n{script}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert requeue(this_task(STEP)) == problem  # type: ignore[arg-type]
+    assert (tmp_path / "calls").read_text().splitlines() == calls * ["requeue 1234"]

@@ -13,6 +13,7 @@ from ssl_geometry.geometry.spectrum import (
     alpha_req,
     covariance_eigenvalues,
     lidar,
+    mean_cosine,
     participation_ratio,
     rankme,
     singular_values,
@@ -87,6 +88,7 @@ def test_alignment_and_uniformity_are_their_definitions(n: int, width: int, chun
     np.testing.assert_allclose(alignment(x, y), (u - v).square().sum(1))
     expected = np.log(np.exp(-2 * pdist(u.numpy(), "sqeuclidean")).mean())
     assert float(uniformity(x, chunk=chunk)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert float(mean_cosine(x)) == pytest.approx(1 - pdist(u.numpy(), "cosine").mean(), rel=1e-9, abs=1e-12)
 
 
 def test_a_uniform_circle_has_the_uniformity_of_a_bessel_function() -> None:
@@ -103,7 +105,10 @@ def test_what_does_not_vary_has_no_spectrum() -> None:
     means, scatter = view_statistics(same[:, None].expand(20, 3, 5))
     assert lidar(means, scatter, views=3).isnan()
     assert float(uniformity(same)) == pytest.approx(0, abs=1e-12)
+    assert float(mean_cosine(same)) == pytest.approx(1, abs=1e-12)
     assert uniformity(nothing).isnan()
+    assert mean_cosine(nothing).isnan()
+    assert mean_cosine(same[:1]).isnan()
     assert alignment(nothing, same).isnan().all()
 
 
