@@ -27,7 +27,7 @@ VIEW = "simclr"
 
 
 class SpectrumMonitor(Monitor):
-    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity and mean cosine of each layer.
+    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity, mean cosine of each layer.
 
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.

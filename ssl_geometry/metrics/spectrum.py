@@ -22,7 +22,7 @@ from ssl_geometry.geometry.spectrum import (
 
 
 class Spectrum(Metric):
-    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity and mean cosine of each layer.
+    """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity, mean cosine of each layer.
 
     Args:
         widths: layer to number of its features.
@@ -34,7 +34,7 @@ class Spectrum(Metric):
         >>> copies = images[:, None] + 0.1 * torch.randn(50, 4, 6)
         >>> spectrum.update({"layer": images}, {"layer": copies}, index=torch.arange(50))
         >>> sorted(spectrum.compute())
-        ['alignment', 'alpha_req', 'alpha_req_fit', 'effective_rank', 'lidar', 'mean_cosine', 'participation_ratio', 'rankme', ...]
+        ['alignment', 'alpha_req', 'alpha_req_fit', 'effective_rank', 'lidar', 'mean_cosine', ...]
     """
 
     full_state_update = False
