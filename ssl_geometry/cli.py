@@ -40,7 +40,9 @@ class Parser(LightningArgumentParser):
         return f"{text} (see --help, or --model.help CLASS for a method's options)" if "--model:" in text else text
 
 
-def networks_parser(command: str, description: str, args: Sequence[str], layers: str | list[str]) -> Parser:
+def networks_parser(
+    command: str, description: str, args: Sequence[str], layers: str | list[str] | None, resumable: bool = False
+) -> Parser:
     """The parser of a command that measures networks, with the options that such commands share.
 
     Args:
@@ -48,6 +50,7 @@ def networks_parser(command: str, description: str, args: Sequence[str], layers:
         description: of what it does.
         args: command line; the images of the first run that it names are the default of ``--data``.
         layers: default of ``--layers``.
+        resumable: started again, the command goes on with what is in ``--out``; others refuse to replace it.
     """
     program = f"python -m ssl_geometry.{command}"
     usage = f"{program} --models NAME=PATH [NAME=PATH ...] [--option VALUE ...]"
@@ -57,12 +60,16 @@ def networks_parser(command: str, description: str, args: Sequence[str], layers:
     )
     parser.add_argument("--out", type=str | None, help=f"folder of the results (default: runs/{command}/NAME-NAME)")
     parser.add_argument(
-        "--layers", type=str | list[str], default=layers, help="which layers: a preset, a name, a glob, or a list"
+        "--layers",
+        type=str | list[str] | None,
+        default=layers,
+        help="a preset, a name, a glob, or a list",
     )
     parser.add_argument(
         "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure"
     )
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
+    if not resumable:
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_lightning_class_args(DataModule, "data")
     words = [arg.removeprefix("--models=") for arg in args]
@@ -93,7 +100,7 @@ def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
     options.data = DataModule(**options.data_options)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
-    if (options.out / "records").exists() and not options.overwrite:
+    if (options.out / "records").exists() and not options.get("overwrite", True):
         raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
     return options
 

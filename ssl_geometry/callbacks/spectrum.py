@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ssl_geometry import __version__
@@ -17,6 +18,7 @@ from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, pooled
 from ssl_geometry.callbacks.neighbors import LAYERS
 from ssl_geometry.callbacks.probes import layer_widths
+from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
@@ -78,19 +80,7 @@ class SpectrumMonitor(Monitor):
 
     def finish(self, trainer: L.Trainer, method: Any, moment: Moment) -> Findings:
         """A row for each layer and number."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        protocol = Protocol(
-            {
-                "metric": "spectra of features",
-                "pooling": "average over space",
-                "network": f"evaluation mode, {method.dtype}",
-                "views": {"clean": method.clean_view.spec, "copies": method.measuring_view(VIEW).spec},
-                "copies": self.copies,
-                "images": data.measure_ids,
-                "n": data.measure_size,
-                "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
-            }
-        )
+        protocol = spectrum_protocol(trainer.datamodule, method, self.copies)  # type: ignore[attr-defined]
         run = run_name(trainer)
         common = {
             "run": run,
@@ -101,12 +91,7 @@ class SpectrumMonitor(Monitor):
             "n": int(trainer.strategy.reduce(self._images, reduce_op="sum")),
             "protocol": protocol.hash,
         }
-        views = dict.fromkeys(("lidar", "alignment"), VIEW)
-        rows = [
-            record(**common, metric=metric, view=views.get(metric, "clean"), layer=layer, depth=depth, value=value)
-            for metric, values in self._spectrum.compute().items()
-            for (layer, depth), value in zip(self._depths.items(), values.reshape(-1).tolist(), strict=True)
-        ]
+        rows = spectrum_records(self._spectrum.compute(), self._depths, **common)
         self.curves += rows
         scalars = {f"spectrum/{row['metric']}/{row['layer']}": row["value"] for row in rows}
         return Findings(rows, scalars, self._figures(), [protocol])
@@ -127,3 +112,43 @@ class SpectrumMonitor(Monitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint left."""
         self.curves = state_dict["curves"]
+
+
+def spectrum_records(
+    found: Mapping[str, Float[Tensor, " L"]], depths: Mapping[str, float], **common: Any
+) -> list[dict[str, Any]]:
+    """Rows for each number of each layer.
+
+    Args:
+        found: metric to its value for each layer.
+        depths: layer to depth, in the order of the values.
+        common: what all rows share.
+    """
+    views = dict.fromkeys(("lidar", "alignment"), VIEW)
+    return [
+        record(**common, metric=metric, view=views.get(metric, "clean"), layer=layer, depth=depth, value=value)
+        for metric, values in found.items()
+        for (layer, depth), value in zip(depths.items(), values.reshape(-1).tolist(), strict=True)
+    ]
+
+
+def spectrum_protocol(data: DataModule, network: Any, copies: int) -> Protocol:
+    """All that changes a number of a spectrum, the same live and afterwards.
+
+    Args:
+        data: whose measurement images were seen.
+        network: what was measured; its precision and its views count.
+        copies: augmented copies of each image.
+    """
+    return Protocol(
+        {
+            "metric": "spectra of features",
+            "pooling": "average over space",
+            "network": f"evaluation mode, {network.dtype}",
+            "views": {"clean": network.clean_view.spec, "copies": network.measuring_view(VIEW).spec},
+            "copies": copies,
+            "images": data.measure_ids,
+            "n": data.measure_size,
+            "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
+        }
+    )

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -373,7 +374,7 @@ class DataModule(L.LightningDataModule):
         damaged = images.unreadable(rows, self._cores, show=self._rank == 0)
         if self._world_size > 1:
             parts: list[list[tuple[int, str]]] = [[] for _ in range(self._world_size)]
-            torch.distributed.all_gather_object(parts, damaged)
+            dist.all_gather_object(parts, damaged)
             damaged = sorted(itertools.chain.from_iterable(parts))
         if not damaged:
             return images
@@ -455,6 +456,11 @@ class DataModule(L.LightningDataModule):
         return Loader(images, plan, workers, pin_memory=self._device.type == "cuda", keep_workers=seed is not None)
 
     @property
+    def measure_labels(self) -> Int64[Tensor, " N"]:
+        """Classes of the measurement images; (N,C) where pictures show several."""
+        return self._images("measure").labels[self._rows["measure"]].cpu()
+
+    @property
     def measure_ids(self) -> str:
         """Hash of the measurement set: the name of the data set, the place of each image on disk, and all pixels."""
         if self._measure_ids is None:
@@ -501,8 +507,12 @@ class DataModule(L.LightningDataModule):
 
     @property
     def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
+        if self.trainer:
+            return self.trainer.global_rank
+        return dist.get_rank() if dist.is_initialized() else 0
 
     @property
     def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
+        if self.trainer:
+            return self.trainer.world_size
+        return dist.get_world_size() if dist.is_initialized() else 1

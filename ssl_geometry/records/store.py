@@ -5,7 +5,8 @@ part and no row stands twice.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ class RecordStore:
         for protocol in protocols:
             path = self.directory / "protocols" / f"{protocol.hash}.json"
             if not path.exists():
-                _write_whole(path, lambda temporary, text=protocol.text: temporary.write_text(text + "\n"))
+                write_whole(path, partial(_write_text, protocol.text + "\n"))
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
-        _write_whole(self.directory / f"{part}.parquet", lambda temporary: pq.write_table(table, temporary))
+        write_whole(self.directory / f"{part}.parquet", lambda temporary: pq.write_table(table, temporary))
 
     def read_part(self, part: str) -> list[dict[str, Any]]:
         """The rows of one part; none where it was not written yet."""
@@ -64,8 +65,17 @@ class RecordStore:
         return frame.sort_values(["epoch", "step"], kind="stable", ignore_index=True)
 
 
-def _write_whole(path: Path, write: Any) -> None:
-    """Write beside the target and rename: a reader sees the old file or the new one, never half of one."""
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the target and rename: a reader sees the old file or the new one, never half of one.
+
+    Args:
+        path: the target; its folder is made.
+        write: writes to the path that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

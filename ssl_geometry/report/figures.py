@@ -38,6 +38,7 @@ LABELS = {
     "rankme": "RankMe",
     "lidar": "LiDAR",
     "alpha_req": "Decay of the spectrum (alpha-ReQ)",
+    "mean_cosine": "Mean cosine of two images",
 }
 
 

@@ -1,5 +1,6 @@
 """Tables made from records, as Markdown and LaTeX. A table never computes but means and deviations over seeds."""
 
+import re
 from collections.abc import Mapping
 
 import pandas as pd
@@ -52,5 +53,6 @@ def markdown(table: pd.DataFrame) -> str:
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """A table of strings in LaTeX, for the package booktabs."""
+    caption = re.sub(r"([%&#_$])", r"\\\1", caption)  # pandas escapes cells alone
     text = table.to_latex(escape=True, caption=caption, column_format="l" + "r" * table.shape[1])
     return text.replace("±", r"$\pm$")

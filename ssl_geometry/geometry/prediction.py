@@ -1,0 +1,186 @@
+"""Statistics over a handful of models: groups of similar ones, and what predicts how well they transfer.
+
+Rows are models, columns are numbers measured of each (manifold graph metrics). There are few models, so every figure
+is made to be honest about that: tests are permutation tests, corrected for the number of columns that were tried, and
+predictions are of models that the fit has not seen.
+"""
+
+from itertools import permutations
+from math import factorial
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray as Array
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.stats import rankdata
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+STRENGTHS = tuple(np.logspace(-2, 5, 29).tolist())
+"""Penalties of ridge regression, on standardised columns; each is chosen without the model that is predicted."""
+ALL_PERMUTATIONS = 8
+"""Up to so many models, all orders are tried (40,320 at most) instead of random ones."""
+
+
+class Groups(NamedTuple):
+    """Models by similarity."""
+
+    merges: Float[Array, "n-1 4"]
+    """What is merged with what, at which distance, into how many: SciPy's linkage matrix."""
+    labels: Array
+    """Group of each model, numbered from 1 as they come."""
+    place: Float[Array, "n 2"]
+    """On the first two principal components."""
+    explained: Float[Array, " 2"]
+    """Share of the variance along each."""
+
+
+def standardized(x: Float[Array, "n p"]) -> Float[Array, "n q"]:
+    """Columns of mean 0 and standard deviation 1; columns that do not vary, or have a gap, are left out.
+
+    Example:
+        >>> standardized(np.array([[1.0, 5.0, np.nan], [3.0, 5.0, 1.0]]))
+        array([[-1.],
+               [ 1.]])
+    """
+    x = x[:, np.isfinite(x).all(0)]
+    spread = x.std(0)
+    varies = spread > 1e-12 * np.abs(x).max(0, initial=0)
+    return (x[:, varies] - x[:, varies].mean(0)) / spread[varies]
+
+
+def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
+    """Cluster models by Ward's method on standardised columns, and lay them out by principal components.
+
+    Args:
+        x: models x numbers, float64.
+        groups: how many groups the tree is cut into, at most.
+
+    Raises:
+        ValueError: fewer than three models, or no column that varies.
+
+    References:
+        Ward, *Hierarchical grouping to optimize an objective function*, 1963.
+
+    Example:
+        >>> found = group(np.array([[0.0, 0.1], [0.1, 0.0], [5.0, 4.9], [5.1, 5.0]]), groups=2)
+        >>> found.labels
+        array([1, 1, 2, 2])
+    """
+    z = standardized(x)
+    if len(z) < 3 or not z.shape[1]:
+        raise ValueError(f"at least 3 models and a number that varies are needed, got {len(z)} and {z.shape[1]}")
+    merges = linkage(z, "ward")
+    u, s, _ = np.linalg.svd(z, full_matrices=False)
+    place = np.zeros((len(z), 2))
+    place[:, : min(2, len(s))] = (u * s)[:, :2]
+    explained = np.resize(np.append(s**2, 0.0), max(2, len(s)))[:2] / (s**2).sum()
+    _, first, cluster = np.unique(fcluster(merges, groups, "maxclust"), return_index=True, return_inverse=True)
+    return Groups(merges, first.argsort().argsort()[cluster] + 1, place, explained)
+
+
+class Correlation(NamedTuple):
+    """Rank correlation of each column with the target."""
+
+    rho: Float[Array, " p"]
+    """Spearman's; NaN for a column that does not vary or has a gap."""
+    p: Float[Array, " p"]
+    """Two-sided, by permutation."""
+    adjusted: Float[Array, " p"]
+    """The same, corrected for the number of columns (Holm)."""
+
+
+def rank_correlation(x: Float[Array, "n p"], y: Float[Array, " n"], draws: int = 10_000, seed: int = 0) -> Correlation:
+    """Spearman's correlation of every column with a target, tested by permuting the target.
+
+    Args:
+        x: models x numbers, float64.
+        y: what is to be predicted of each model.
+        draws: random orders; up to 8 models all orders are taken instead.
+        seed: of the random orders.
+
+    References:
+        Holm, *A simple sequentially rejective multiple test procedure*, 1979; the p-value of drawn permutations counts
+        the observed one: Phipson & Smyth, *Permutation p-values should never be zero*, 2010.
+
+    Example:
+        >>> found = rank_correlation(np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([2.0, 3.0, 5.0, 9.0]))
+        >>> float(found.rho[0].round(12)), float(found.p[0])  # 2 of 24 orders are as extreme
+        (1.0, 0.0833...)
+    """
+    n = len(y)
+    ranks, target = _unit_ranks(x), _unit_ranks(y[:, None])[:, 0]
+    rho = target @ ranks
+    if n <= ALL_PERMUTATIONS:
+        orders = np.array(list(permutations(range(n))))
+        count, total = 0, factorial(n)
+    else:
+        generator = np.random.default_rng(seed)
+        orders = generator.permuted(np.tile(np.arange(n), (draws, 1)), axis=1)
+        count, total = 1, draws + 1
+    extreme = (np.abs(target[orders] @ ranks) >= np.abs(rho) - 1e-12).sum(0)
+    p = np.where(np.isnan(rho), np.nan, (extreme + count) / total)
+    return Correlation(rho, p, holm(p))
+
+
+def _unit_ranks(x: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    ranks = rankdata(x, axis=0, nan_policy="propagate")
+    ranks = ranks - ranks.mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ranks / np.linalg.norm(ranks, axis=0)
+
+
+def holm(p: Float[Array, " m"]) -> Float[Array, " m"]:
+    """p-values corrected for how many there are; NaN are not tests and stay.
+
+    Example:
+        >>> holm(np.array([0.01, 0.04, np.nan, 0.03]))
+        array([0.03, 0.06,  nan, 0.06])
+    """
+    adjusted = np.full_like(p, np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known])]
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return adjusted
+
+
+def leave_one_out(
+    x: Float[Array, "n p"], y: Float[Array, " n"], strengths: tuple[float, ...] = STRENGTHS
+) -> Float[Array, " n"]:
+    """Ridge regression's prediction of each model from all others.
+
+    Columns are standardised, and the penalty is chosen (by leaving out one more), without the predicted model.
+
+    Args:
+        x: models x numbers, float64; columns with a gap are left out.
+        y: what is to be predicted of each model.
+        strengths: penalties to choose from.
+
+    Raises:
+        ValueError: fewer than four models, or no column without a gap.
+
+    Example:
+        >>> x = np.arange(8.0)[:, None]
+        >>> bool(np.allclose(leave_one_out(x, 3 * x[:, 0] + 1, strengths=(1e-9,)), 3 * x[:, 0] + 1))
+        True
+    """
+    x = x[:, np.isfinite(x).all(0)]
+    if len(x) < 4 or not x.shape[1]:
+        raise ValueError(f"at least 4 models and a number that all have are needed, got {len(x)} and {x.shape[1]}")
+    return cross_val_predict(make_pipeline(StandardScaler(), RidgeCV(list(strengths))), x, y, cv=LeaveOneOut())
+
+
+def predictive_r2(predicted: Float[Array, " n"], y: Float[Array, " n"]) -> float:
+    """Share of the variance that leave-one-out predictions explain: 1 is perfect, 0 no better than the others' mean.
+
+    The yardstick is the mean of the other models, which is what a prediction without any column is: Q², not R².
+
+    Example:
+        >>> predictive_r2(np.array([1.5, 1.0, 0.5]), np.array([0.0, 1.0, 2.0]))  # the means of the others
+        0.0
+    """
+    others = (y.sum() - y) / (len(y) - 1)
+    return float(1 - np.square(y - predicted).sum() / np.square(y - others).sum())

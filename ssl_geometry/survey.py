@@ -1,0 +1,577 @@
+"""Many models side by side: manifold graph metrics, which models are alike, and what predicts how they transfer.
+
+    python -m ssl_geometry.survey --models simclr=runs/c10/simclr swav dino-vits16 random:resnet50 --data.dataset PATH
+    python -m ssl_geometry.survey --models ... --manifolds [semantic, policy] --targets published
+
+Protocol: every model sees the same measurement images, and the same augmented copies of them (at its own size and
+normalisation); evaluation mode, float32, features averaged over space; NNK neighbourhoods, solved exactly. One pass
+over the images a model, whose numbers are written at its end: the same command, started again, goes on with the models
+that are missing. Settings, normalisation and aggregation are ours, after Cosentino et al. 2022.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
+from ssl_geometry.callbacks.neighbors import SETTINGS, graph_records, manifold_records, neighbor_protocol
+from ssl_geometry.callbacks.probes import layer_widths
+from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
+from ssl_geometry.cli import networks_parser, parse_networks, run_command
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.geometry.prediction import group, leave_one_out, predictive_r2, rank_correlation
+from ssl_geometry.methods import Method
+from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
+from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.records import RecordStore, read_records
+from ssl_geometry.records.store import write_whole
+from ssl_geometry.report.models import (
+    collapse_curves,
+    collapse_over_training,
+    correlation_map,
+    depth_profiles,
+    model_map,
+    model_tree,
+    prediction_scatter,
+)
+from ssl_geometry.report.tables import latex, markdown
+from ssl_geometry.runs import load_networks
+from ssl_geometry.slurm import this_task, trainer_options
+
+MANIFOLDS = ("semantic", *SETTINGS)
+METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
+STATISTICS = ("mean", "std", "median")
+LAYERS = ("stages", "pooled")
+UNTRAINED = "untrained"
+LEAST_OF_A_CLASS = 3
+"""Images of a class with fewer have no two neighbours, and no manifold."""
+LEAST_MODELS = 4
+"""Fewer cannot be predicted from each other."""
+PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
+
+
+def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabric, advance: Any) -> dict[str, Any]:
+    """One pass over this process's share of the images; the sums of all processes.
+
+    Args:
+        method: the network, on its device.
+        data: set up.
+        options: of the command.
+        fabric: knows the processes.
+        advance: called after every batch.
+
+    Returns:
+        ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``.
+    """
+    names = tuple(layer_names(method, present(method, options.layers, LAYERS)))
+    settings = [name for name in options.manifolds if name != "semantic"]
+    copies = {name: [Request(names, pooled, SETTINGS[name], i) for i in range(options.copies)] for name in settings}
+    clean, seen = Request(names, pooled), copies.get("policy", [])
+    widths = layer_widths(method, names, data.image_shape)
+    neighborhoods = Neighborhoods(names, options.k).to(method.device)
+    manifolds = AugmentationManifolds(names, settings).to(method.device)
+    spectrum = Spectrum(widths, len(seen)).to(method.device)
+
+    def stacked(draws: Sequence[Request], reduced: Mapping[Request, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {layer: torch.stack([reduced[draw][layer] for draw in draws], 1) for layer in names}
+
+    with measuring(method):
+        wanted = [clean, *(request for draws in copies.values() for request in draws)]
+        for batch, reduced in forward_pass(method, data.loader("measure"), wanted):
+            neighborhoods.update(reduced[clean], batch["label"], batch["index"])
+            manifolds.update({name: stacked(draws, reduced) for name, draws in copies.items()})
+            spectrum.update(reduced[clean], stacked(seen, reduced) if seen else None, batch["index"])
+            advance()
+    layers = neighborhoods.compute()
+    kinds = {("semantic", layer): found.semantic for layer, found in layers.items() if "semantic" in options.manifolds}
+    return {"manifolds": kinds | manifolds.compute(), "layers": layers, "spectrum": spectrum.compute()}
+
+
+def survey_model(
+    name: str, method: Method, epoch: int, data: DataModule, options: Any, fabric: L.Fabric, progress: Progress
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The records of one model, and their protocols.
+
+    Raises:
+        UserError: features that are not finite, or too few images.
+    """
+    task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
+    try:
+        found = measure_model(method, data, options, fabric, lambda: progress.advance(task))
+    except ValueError as error:
+        raise UserError(f"--models {name}: {error}") from error
+    settings = tuple(kind for kind in options.manifolds if kind != "semantic")
+    copies = options.copies if "policy" in settings else 0
+    on_manifolds = neighbor_protocol(data, method, k=options.k, copies=options.copies, settings=settings)
+    on_spectra = spectrum_protocol(data, method, copies)
+    depths = layer_depths(method.backbone, list(found["layers"]))  # heads differ, and published models have none
+    common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
+    rows = manifold_records(found["manifolds"], depths, **common, protocol=on_manifolds.hash)
+    rows += graph_records(found["layers"], depths, **common, protocol=on_manifolds.hash)
+    rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)
+    progress.remove_task(task)
+    return rows, [on_manifolds, on_spectra]
+
+
+def fingerprint(method: nn.Module) -> str:
+    """Hash of all weights and buffers: a model that has changed is measured again."""
+    digest = hashlib.sha256()
+    for name, value in method.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# -- from records to tables --------------------------------------------------------------------------------------------
+
+
+def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], models: Sequence[str]) -> pd.DataFrame:
+    """The manifold graph metrics of every model: one row a model, columns (manifold, metric, statistic).
+
+    Args:
+        frame: records of a survey.
+        layer: model to the layer that is looked at: the encoder's last.
+        models: in the order of the rows.
+
+    Example:
+        >>> common = {"model": "a", "layer": "pooled", "view": "crop"}
+        >>> rows = [{**common, "metric": "diameter", "value": 0.5, "low": 0.4},
+        ...         {**common, "metric": "diameter_std", "value": 0.1, "low": None},
+        ...         {**common, "metric": "diameter_quantile", "value": 0.6, "low": 0.5}]
+        >>> metric_table(pd.DataFrame(rows), {"a": "pooled"}, ["a"]).iloc[0].to_list()
+        [0.5, 0.1, 0.6]
+    """
+    at = frame[(frame["layer"] == frame["model"].map(layer)) & frame["view"].isin(MANIFOLDS)]
+    parts = {}
+    for metric in METRICS:
+        medians = at[(at["metric"] == f"{metric}_quantile") & (at["low"] == 0.5)]
+        for statistic, rows in zip(
+            STATISTICS, (at[at["metric"] == metric], at[at["metric"] == f"{metric}_std"], medians), strict=True
+        ):
+            for view, values in rows.groupby("view", sort=False):
+                parts[view, metric, statistic] = values.set_index("model")["value"]
+    order = [key for view in MANIFOLDS for metric in METRICS for s in STATISTICS if (key := (view, metric, s)) in parts]
+    table = pd.DataFrame({key: parts[key] for key in order}).reindex(list(models))
+    table.columns = pd.MultiIndex.from_tuples(order, names=["manifold", "metric", "statistic"])
+    return table
+
+
+def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The same as text, a table a metric, a column a manifold: mean ± spread over images (median)."""
+    tables = {}
+    for metric, title in METRICS.items():
+        part, form = table.xs(metric, axis=1, level="metric"), ("{:.1f}" if metric == "neighbors" else "{:.3f}").format
+        tables[title.capitalize()] = text = pd.DataFrame(index=table.index)
+        for view in part.columns.unique("manifold"):
+            numbers = part[view].map(form)
+            text[view] = numbers["mean"] + " ± " + numbers["std"] + " (" + numbers["median"] + ")"
+            text.loc[part[view]["mean"].isna(), view] = "–"
+    return tables
+
+
+def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
+    """What models reached on tasks.
+
+    Args:
+        sources: ``published``, CSV files with the columns task, dataset, model, value, or folders that
+            ``python -m ssl_geometry.probe`` wrote.
+        models: those of the survey; others are left out.
+
+    Returns:
+        Columns task, dataset, model, value.
+
+    Raises:
+        UserError: no such file, columns that are missing, or results of none of the models.
+    """
+    parts = []
+    for source in sources:
+        path = PUBLISHED if source == "published" else Path(source)
+        if path.is_dir():
+            try:
+                frame = read_records(path)
+            except FileNotFoundError as error:
+                raise UserError(f"--targets {error}") from error
+            kept = (frame["layer"] == "pooled") & (frame["split"] == "test") & frame["low"].notna()  # accuracies
+            frame = frame[kept].assign(task=frame["metric"], dataset=path.name)
+        else:
+            try:
+                frame = pd.read_csv(path)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+                raise UserError(f"--targets {source}: cannot be read as a table ({reason})") from error
+        if missing := [name for name in ("task", "dataset", "model", "value") if name not in frame]:
+            raise UserError(f"--targets {source}: no column {missing[0]!r}; {nearest(missing[0], list(frame.columns))}")
+        if "metric" in frame and not path.is_dir():
+            several = frame.groupby(["task", "dataset"])["metric"].transform("nunique") > 1
+            frame["dataset"] = frame["dataset"].where(~several, frame["dataset"] + ", " + frame["metric"])
+        parts.append(frame[["task", "dataset", "model", "value"]])
+    targets = pd.concat(parts, ignore_index=True)
+    known = targets[targets["model"].isin(models)]
+    if known.empty:
+        there = sorted(targets["model"].astype(str).unique())
+        raise UserError(f"--targets {' '.join(sources)}: results of none of these models; they have {', '.join(there)}")
+    return known
+
+
+def predict(
+    table: pd.DataFrame, targets: pd.DataFrame, baseline: Mapping[str, float]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Which metrics predict each task, and how well a ridge regression does, beside ImageNet accuracy.
+
+    Args:
+        table: of :func:`metric_table`.
+        targets: of :func:`read_targets`.
+        baseline: ImageNet linear top-1 of the models for which it is known, percent.
+
+    Returns:
+        One row a task and data set, and a mean over data sets where there are several; and the prediction of each
+        model from the others. Tasks with fewer than four models are left out.
+    """
+    found, predicted = [], []
+    targets = targets.assign(title=targets["task"] + ": " + targets["dataset"])
+    several = targets.groupby("task").filter(lambda rows: rows["dataset"].nunique() > 1)
+    complete = several.groupby(["task", "model"])["value"].agg(["mean", "size"]).reset_index()
+    complete = complete[complete["size"] == complete.groupby("task")["size"].transform("max")]
+    means = complete.assign(
+        title=complete["task"] + ": mean of " + complete["size"].astype(str), value=complete["mean"]
+    )
+    for title, rows in pd.concat([targets, means]).groupby("title", sort=False):
+        values = rows.groupby("model", sort=False)["value"].mean()
+        x, y = table.loc[values.index].to_numpy(), values.to_numpy()
+        if len(y) < LEAST_MODELS or np.ptp(y) == 0:
+            continue
+        tested = rank_correlation(x, y)
+        row: dict[str, Any] = {"task": title, "n": len(y), "metrics": int(np.isfinite(tested.rho).sum())}
+        if row["metrics"]:
+            best = int(np.nanargmax(np.abs(tested.rho)))
+            row |= {
+                "best metric": " ".join(table.columns[best]),
+                "rho": tested.rho[best],
+                "p": tested.p[best],
+                "p (Holm)": tested.adjusted[best],
+            }
+        complete_columns = np.isfinite(x).all(0)
+        if complete_columns.any():
+            guess = leave_one_out(x, y)
+            row["ridge Q2"] = predictive_r2(guess, y)
+            predicted += [
+                {"task": title, "model": model, "value": value, "predicted": g}
+                for model, value, g in zip(values.index, y, guess, strict=True)
+            ]
+        accuracy = np.array([baseline.get(model, np.nan) for model in values.index])
+        has = np.isfinite(accuracy)
+        row["n (ImageNet)"] = int(has.sum())
+        if has.sum() >= LEAST_MODELS:
+            base = rank_correlation(accuracy[has, None], y[has])
+            row |= {"ImageNet rho": base.rho[0], "ImageNet p": base.p[0]}
+            row["ImageNet Q2"] = predictive_r2(leave_one_out(accuracy[has, None], y[has]), y[has])
+        found.append(row)
+    return pd.DataFrame(found), pd.DataFrame(predicted, columns=["task", "model", "value", "predicted"])
+
+
+def _write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Path, note: str) -> Path:
+    """Numbers as Parquet, and their texts, by title, as Markdown and LaTeX; the Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = table.set_axis([" ".join(key) if isinstance(key, tuple) else str(key) for key in table.columns], axis=1)
+    write_whole(path.with_suffix(".parquet"), flat.to_parquet)
+    pages = "\n".join(f"# {title}\n\n{note}\n\n{markdown(text)}\n" for title, text in texts.items())
+    path.with_suffix(".md").write_text(pages)
+    path.with_suffix(".tex").write_text("\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()))
+    return path.with_suffix(".md")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "png"):
+        figure.savefig(path.with_suffix(f".{suffix}"))
+    return path.with_suffix(".png")
+
+
+def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> list[Path]:
+    """All tables and pictures, from the records alone.
+
+    Args:
+        out: folder of the survey.
+        facts: model to its family, last layer, ...; in the order of the tables.
+        options: of the command.
+
+    Returns:
+        The files for a reader: pictures and Markdown.
+    """
+    frame = RecordStore(out / "records").read()
+    frame = frame[frame["model"].isin(facts)]
+    families = {name: fact["family"] for name, fact in facts.items()}
+    n = int(frame["n"].max())
+    table = metric_table(frame, {name: fact["layer"] for name, fact in facts.items()}, list(facts))
+    note = (
+        f"Features of the encoder's last layer, {n:,} images of {Path(options.data.dataset).name}; mean ± standard "
+        f"deviation over images (median). k = {options.k}, {options.copies} copies."
+    )
+    made, pictures = [_write_table(table, readable(table), out / "tables" / "mgm", note)], {}
+    kinds = [kind for kind in options.manifolds if kind in table.columns.get_level_values("manifold")]
+    if kinds:
+        pictures["profiles"] = depth_profiles(
+            frame, kinds, list(METRICS), families, f"Manifold graph metrics over depth, {n:,} images"
+        )
+    pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
+    if len(facts) >= LEAST_MODELS:
+        try:
+            tables, figures = _alike(table, families, n, options.clusters, out / "tables")
+            made, pictures = made + tables, pictures | figures
+        except ValueError as error:  # all models are the same, or collapsed
+            Console(stderr=True).print(f"no map of models: {error}", highlight=False)
+    if options.targets:
+        targets = read_targets(options.targets, list(facts))
+        baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
+        tasks, models = predict(table, targets, baseline)
+        if tasks.empty:
+            raise UserError(
+                f"--targets {' '.join(options.targets)}: no task has results of {LEAST_MODELS} of these models; a "
+                "prediction of each from the others needs them"
+            )
+        note = (
+            "Best single metric by Spearman's rho, with its permutation p and Holm's correction for the number of "
+            "metrics tried. Ridge regression on all metrics predicts each model from the others: Q2 = 1 - its squared "
+            "errors / those of the others' mean, so 0 and below is no better than that mean. n is the number of "
+            "models: with so few, every figure is a hint."
+        )
+        text = {"Prediction of transfer": _task_text(tasks)}
+        made.append(_write_table(tasks.set_index("task"), text, out / "tables" / "prediction", note))
+        write_whole(out / "tables" / "predicted.parquet", models.to_parquet)
+        shown = tasks[tasks["task"].str.contains("mean of")] if len(tasks) > 9 else tasks
+        shown = shown if len(shown) else tasks.head(9)
+        titles = {
+            row["task"]: f"{row['task']}\nQ² {row['ridge Q2']:.2f}, n = {row['n']}"
+            for row in shown.to_dict("records")
+            if row["task"] in set(models["task"])
+        }
+        if titles:
+            pictures["prediction"] = prediction_scatter(models, families, titles)
+    pictures |= _training(dict(zip(facts, options.models, strict=True)))
+    return made + [_save(figure, out / "figures" / name) for name, figure in pictures.items()]
+
+
+def _alike(
+    table: pd.DataFrame, families: Mapping[str, str], n: int, clusters: int, folder: Path
+) -> tuple[list[Path], dict[str, Figure]]:
+    """Which models are alike, and which metrics say the same: tables and pictures."""
+    found = group(table.to_numpy(), clusters)
+    place = pd.DataFrame(found.place, index=table.index, columns=["PC1", "PC2"])
+    place.insert(0, "cluster", found.labels)
+    place.insert(0, "family", list(families.values()))
+    used = int(np.isfinite(table.to_numpy()).all(0).sum())
+    text = place.assign(**{axis: place[axis].map("{:.2f}".format) for axis in ("PC1", "PC2")}).astype(str)
+    note = (
+        f"Ward's clusters of {len(table)} models on {used} standardised metrics, and their first two principal "
+        f"components ({found.explained[0]:.0%} and {found.explained[1]:.0%} of the variance)."
+    )
+    made = [_write_table(place, {"Which models are alike": text}, folder / "map", note)]
+    means = table.xs("mean", axis=1, level="statistic")
+    correlation = pd.DataFrame(means.to_numpy(), columns=means.columns.map(" ".join)).corr("spearman")
+    text = correlation.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
+    note = f"Spearman correlations of means over {len(table)} models."
+    made.append(_write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note))
+    title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
+    return made, {
+        "tree": model_tree(found.merges, list(table.index), families, title),
+        "map": model_map(found.place, found.explained, found.labels.tolist(), families, title),
+        "correlation": correlation_map(correlation, len(table), "Manifold graph metrics (means)"),
+    }
+
+
+def _training(models: Mapping[str, str]) -> dict[str, Figure]:
+    """Of runs that measured spectra and neighbourhoods while they learned: the collapse over training."""
+    parts = []
+    for name, model in models.items():
+        run = Path(model.rpartition("=")[2])
+        if (run / "records").is_dir():
+            frame = read_records(run)
+            frame = frame[frame["metric"].isin(["mean_cosine", "rankme", "diameter"])]
+            parts.append(frame.assign(model=name))
+    frame = pd.concat(parts) if parts else pd.DataFrame(columns=["metric", "epoch"])
+    if frame.loc[frame["metric"] == "mean_cosine", "epoch"].nunique() < 2:
+        return {}
+    return {"collapse_training": collapse_over_training(frame, "pooled", "Collapse over training, pooled features")}
+
+
+def _task_text(tasks: pd.DataFrame) -> pd.DataFrame:
+    text = pd.DataFrame(index=tasks["task"])
+    for column in tasks.columns.drop("task"):
+        digits = 4 if column.startswith("p") or column.endswith(" p") else 2
+        text[column] = [
+            "–" if pd.isna(value) else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+            for value in tasks[column]
+        ]
+    return text
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def _parse(args: Sequence[str]) -> Any:
+    parser = networks_parser(
+        "survey",
+        "Measure the manifolds of many models, and say which models are alike and what predicts how they transfer. "
+        "Started again, the same command goes on with the models that are missing.",
+        args,
+        layers=None,
+        resumable=True,
+    )
+    parser.add_argument(
+        "--manifolds",
+        type=list[str],
+        default=list(MANIFOLDS),
+        help="semantic (images of a class), and copies of an image under policy (the views of SimCLR), crop, color, "
+        "rotate, translate",
+    )
+    parser.add_argument("--k", type=int, default=50, help="nearest images of which NNK chooses")
+    parser.add_argument("--copies", type=int, default=10, help="augmented copies of each image")
+    parser.add_argument("--clusters", type=int, default=3, help="groups that the models are cut into")
+    parser.add_argument(
+        "--targets",
+        type=list[str],
+        default=[],
+        help="results to predict: published (of the benchmark's checkpoints), CSV files with the columns task, "
+        "dataset, model, value, or folders that ssl_geometry.probe wrote",
+    )
+    parser.add_argument("--devices", type=int, default=1, help="processes of this node that share the images")
+    parser.add_argument("--num_nodes", type=int, default=1, help="nodes; under SLURM both follow from the job")
+    options = parse_networks(parser, "survey", args)
+    for name in options.manifolds:
+        if name not in MANIFOLDS:
+            raise UserError(f"--manifolds {name}: {nearest(name, MANIFOLDS)}")
+    for name, low in {"k": 3, "copies": 3, "clusters": 2, "devices": 1, "num_nodes": 1}.items():
+        if getattr(options, name) < low:
+            raise UserError(f"--{name} {getattr(options, name)}: expected at least {low}")
+    if options.k >= options.data.measure_size:
+        raise UserError(f"--k {options.k}: expected fewer than --data.measure_size {options.data.measure_size} images")
+    return options
+
+
+def _fabric(options: Any) -> L.Fabric:
+    """The processes that share the images: those of the SLURM job, or started here."""
+    given: dict[str, Any] = {"devices": options.devices, "num_nodes": options.num_nodes}
+    accelerator = "cuda" if options.device.startswith("cuda") else "cpu"
+    if task := this_task():
+        given |= trainer_options(task, {"accelerator": accelerator})
+    if given["devices"] == 1 and ":" in options.device:
+        given["devices"] = [int(options.device.partition(":")[2])]
+    fabric = L.Fabric(accelerator=accelerator, **given)
+    fabric.launch()
+    return fabric
+
+
+def _check_classes(data: DataModule, console: Console) -> None:
+    few = (data.measure_labels.bincount(minlength=data.num_classes) < LEAST_OF_A_CLASS).nonzero().squeeze(1).tolist()
+    if len(few) == data.num_classes:
+        raise UserError(
+            f"--data.measure_size {data.measure_size}: no class has {LEAST_OF_A_CLASS} images, so none has a manifold; "
+            "set more images, or --manifolds without semantic"
+        )
+    if few:
+        console.print(
+            f"{len(few)} of {data.num_classes} classes have fewer than {LEAST_OF_A_CLASS} measurement images and no "
+            f"manifold, the first is {data.class_names[few[0]]}: --data.measure_size {data.measure_size}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def survey(args: Sequence[str]) -> Path:
+    """Measure the models that are missing, then make all tables and pictures.
+
+    Args:
+        args: command line.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        UserError: a mistake in the options, a model or the data.
+    """
+    options = _parse(args)
+    fabric = _fabric(options)
+    out, data, console = options.out, options.data, Console(quiet=not fabric.is_global_zero)
+    with fabric.rank_zero_first(local=True):  # downloads
+        networks = load_networks(options.models)
+        data.prepare_data()
+    if options.targets and fabric.is_global_zero:
+        read_targets(options.targets, list(networks))  # a mistake is told before hours of measuring
+    for method, _ in networks.values():
+        layer_names(method, present(method, options.layers, LAYERS))
+    data.setup("test")
+    if data.multi_label:
+        raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
+    if "semantic" in options.manifolds:
+        _check_classes(data, console)
+    console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
+    store, notes = RecordStore(out / "records"), out / "models.json"
+    known = json.loads(notes.read_text()) if notes.exists() else {}
+    facts: dict[str, dict[str, Any]] = {}
+    columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, quiet=not fabric.is_global_zero)) as progress:
+        overall = progress.add_task("all models", total=len(networks))
+        for name in list(networks):
+            method, epoch = networks.pop(name)  # one network at a time on the device
+            fact = _facts(method, epoch, data, options)
+            facts[name] = fact
+            if fabric.broadcast(known.get(name) == fact and bool(store.read_part(f"models/{name}"))):
+                console.print(f"        kept  {name}", highlight=False, soft_wrap=True)
+            else:
+                rows, protocols = survey_model(
+                    name, method.to(fabric.device), epoch or 0, data, options, fabric, progress
+                )
+                if fabric.is_global_zero:
+                    store.write(f"models/{name}", rows, protocols)
+                    known[name] = fact
+                    write_whole(notes, lambda path: path.write_text(json.dumps(known, indent=1) + "\n"))
+                console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
+            del method
+            progress.advance(overall)
+    if fabric.is_global_zero:
+        for path in report(out, facts, options):
+            kind = "table" if path.suffix == ".md" else "picture"
+            console.print(f"{kind:>12}  {path}", highlight=False, soft_wrap=True)
+        console.print(f"     records  {out / 'records'}", highlight=False, soft_wrap=True)
+    fabric.barrier()
+    return out
+
+
+def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
+    """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
+    names = layer_names(method, present(method, options.layers, LAYERS))
+    facts = {
+        "family": UNTRAINED if epoch is None else getattr(method, "family", type(method).__name__),
+        "epochs": epoch,
+        "imagenet_top1": getattr(method, "imagenet_top1", None),
+        "layer": [name for name in names if not name.startswith("head")][-1],
+        "layers": names,
+        "weights": fingerprint(method),
+        "images": data.measure_ids,
+        "views": method.clean_view.spec,
+        "manifolds": options.manifolds,
+        "k": options.k,
+        "copies": options.copies,
+    }
+    return json.loads(json.dumps(facts))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m ssl_geometry.survey``."""
+    run_command(survey, args, interrupted="interrupted: the same command goes on with the models that are missing")
+
+
+if __name__ == "__main__":
+    main()
