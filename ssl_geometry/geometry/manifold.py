@@ -107,7 +107,8 @@ def augmentation_metrics(
         chunk: copies (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
 
     Returns:
-        For each image, float64, under the same names. NaN where no copy has an answer, as when all are equal.
+        For each image, float64, under the same names. Where all copies are equal, the diameter is 0: the network is
+        invariant; what else no copy has an answer for is NaN.
 
     Raises:
         ValueError: no images, fewer than three copies, features that are not finite, or zero vectors.
@@ -155,7 +156,9 @@ def augmentation_metrics(
 
     count = result.active.sum(1)
     each = _named(count, shapes, compare(shapes.nearest), compare(_others(images, m, seed, device).flatten()))
-    return {name: values.view(images, m).nanmean(1) for name, values in each.items()}
+    found = {name: values.view(images, m).nanmean(1) for name, values in each.items()}
+    found["diameter"] = found["diameter"].where(candidates.view(images, -1).any(1), 0)
+    return found
 
 
 def same_class_ids(

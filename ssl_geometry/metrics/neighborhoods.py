@@ -190,10 +190,11 @@ class AugmentationManifolds(Metric):
         for number, (setting, layer) in enumerate(self.kinds):
             features = copies[setting][layer]
             usable = (features.isfinite().all(2) & (features != 0).any(2)).all(1).nonzero().squeeze(1)
-            values = augmentation_metrics(features[usable])
             rows = torch.full((len(features), len(MANIFOLD_METRICS)), torch.nan, dtype=torch.float64)
             rows = rows.to(features.device)
-            rows[usable] = torch.stack([values[name].double() for name in MANIFOLD_METRICS], 1)
+            if len(usable):
+                values = augmentation_metrics(features[usable])
+                rows[usable] = torch.stack([values[name].double() for name in MANIFOLD_METRICS], 1)
             getattr(self, f"values{number}").append(rows.flatten())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:

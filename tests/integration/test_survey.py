@@ -1,0 +1,351 @@
+"""``python -m ssl_geometry.survey``: live numbers again, resumption, processes, known invariances, mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ssl_geometry import survey as command
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.fit import fit
+from ssl_geometry.methods import Method
+from ssl_geometry.probe import probe
+from ssl_geometry.records import read_records
+from ssl_geometry.survey import MANIFOLDS, main, metric_table, predict, read_targets, survey
+from tests.integration.test_fit import ROOT, clean_environment, options
+from tests.unit.test_datasets import pixels, save
+
+MONITORS = ["--neighbors.every_n_epochs=1", "--neighbors.copies=4", "--neighbors.k=20", "--spectrum.every_n_epochs=1"]
+QUIET = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", "--spectrum.copies=4"]
+SMALL = ["--k=20", "--copies=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    fit(options(folder, "simclr", *MONITORS, *QUIET))
+    fit(options(folder, "supervised", *MONITORS, *QUIET, method="Supervised"))
+    return folder / "e"
+
+
+def models(runs: Path) -> list[str]:
+    trained = [f"{name}={runs / name}" for name in ("simclr", "supervised")]
+    return ["--models", *trained, "untrained=random", "other=random:1"]
+
+
+@pytest.fixture(scope="module")
+def surveyed(runs: Path) -> Path:
+    return survey([*models(runs), f"--out={runs.parent / 'survey'}", *SMALL])
+
+
+def times(out: Path) -> dict[str, int]:
+    return {path.stem: path.stat().st_mtime_ns for path in (out / "records" / "models").iterdir()}
+
+
+class TestASurvey:
+    def test_gives_the_live_numbers_again(self, runs: Path, surveyed: Path) -> None:
+        again = read_records(surveyed)
+        for model in ("simclr", "supervised"):
+            keys = ["metric", "view", "layer", "low"]
+            live = read_records(runs / model).query("epoch == 2 and layer_other.isna()", engine="python")
+            left = live[live["metric"].str.match("neighbors|diameter|affinity|rankme|lidar|mean_cosine|purity")]
+            left = left[~left["layer"].str.startswith("head")].assign(low=left["low"].fillna(-1)).set_index(keys)
+            right = again[(again["model"] == model) & again["layer_other"].isna()]
+            right = right.assign(low=right["low"].fillna(-1)).set_index(keys)
+            assert len(left) > 300
+            np.testing.assert_array_equal(right.loc[left.index, "value"], left["value"])
+            both = right.loc[left.index, "protocol"] == left["protocol"]
+            assert both.all(), "the same protocol, by its hash"
+
+    def test_leaves_tables_and_pictures(self, surveyed: Path) -> None:
+        figures = {path.name for path in (surveyed / "figures").iterdir()}
+        names = ("profiles", "collapse", "collapse_training", "tree", "map", "correlation")
+        assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+        table = pd.read_parquet(surveyed / "tables" / "mgm.parquet")
+        assert table.shape == (4, 6 * 3 * 3)
+        assert table.notna().all(axis=None)
+        text = (surveyed / "tables" / "mgm.md").read_text()
+        assert "# Diameter" in text
+        assert (
+            f"{table.loc['simclr', 'crop diameter mean']:.3f} ± {table.loc['simclr', 'crop diameter std']:.3f}" in text
+        )
+        assert r"\begin{tabular}" in (surveyed / "tables" / "mgm.tex").read_text()
+        place = pd.read_parquet(surveyed / "tables" / "map.parquet")
+        assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained", "untrained"]
+
+    def test_started_again_it_measures_what_is_missing_or_has_changed(self, runs: Path, surveyed: Path) -> None:
+        arguments = [*models(runs), f"--out={surveyed}", *SMALL]
+        before = times(surveyed)
+        survey(arguments)
+        assert times(surveyed) == before
+        (surveyed / "records" / "models" / "supervised.parquet").unlink()
+        survey(arguments)
+        assert {name for name, time in times(surveyed).items() if time != before[name]} == {"supervised"}
+        facts = json.loads((surveyed / "models.json").read_text())
+        facts["untrained"]["weights"] = "of another initialisation"
+        (surveyed / "models.json").write_text(json.dumps(facts))
+        between = times(surveyed)
+        survey(arguments)
+        assert {name for name, time in times(surveyed).items() if time != between[name]} == {"untrained"}
+        more = [*models(runs), "third=random:2", f"--out={surveyed}", *SMALL]
+        between = times(surveyed)
+        survey(more)
+        assert {name for name, time in times(surveyed).items() if time != between.get(name)} == {"third"}
+
+    def test_two_processes_give_the_numbers_of_one(self, runs: Path, surveyed: Path, tmp_path: Path) -> None:
+        arguments = [*models(runs), *SMALL, "--device=cpu", "--data.eval_batch_size=50", "--layers=pooled"]
+        done = subprocess.run(
+            [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=2"],
+            cwd=ROOT,
+            env=clean_environment(OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        survey([*arguments, f"--out={tmp_path / 'one'}"])
+        keys = ["model", "metric", "view", "layer", "low"]
+        left, right = (
+            read_records(path).assign(low=lambda rows: rows["low"].where(rows["metric"].str.endswith("quantile"), -1))
+            for path in (tmp_path / "one", tmp_path / "survey")
+        )
+        left, right = (frame.fillna({"layer_other": ""}).sort_values([*keys, "layer_other"]) for frame in (left, right))
+        assert len(left) == len(right) > 500
+        np.testing.assert_allclose(right["value"], left["value"], rtol=1e-9, atol=1e-12)
+
+
+# -- encoders whose invariances are known ------------------------------------------------------------------------------
+
+
+class Known(Method):
+    """A method whose features are a given function of the view."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"backbone": "resnet10", "width": 0.25, "image_size": 16, "channels_last": False, **kwargs})
+        self.backbone = nn.Sequential()
+        self.backbone.add_module("pooled", self.Features())
+
+
+class Silhouette(Known):
+    """Sees where pictures of two colours are bright, whatever the colours: 1 + the mask."""
+
+    class Features(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            gray = x.mean(1)
+            ends = gray.flatten(1).aminmax(dim=1)
+            middle = (ends.min + ends.max) / 2
+            return 1 + (gray > middle[:, None, None]).float().flatten(1)
+
+
+class Rings(Known):
+    """Sees how bright a picture is at each distance from its middle, whatever the angle."""
+
+    class Features(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            axis = torch.arange(16) - 7.5
+            ring = (axis[:, None] ** 2 + axis**2).sqrt().long()
+            inside = torch.nn.functional.one_hot(ring.flatten()).float()[:, :8]  # the corners leave the picture
+            return 0.05 + x.mean(1).flatten(1) @ inside / inside.sum(0)
+
+
+class Pixels(Known):
+    """Sees everything."""
+
+    class Features(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.05 + x.flatten(1)
+
+
+class Constant(Known):
+    """Sees nothing."""
+
+    class Features(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ones(len(x), 6)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """Pictures of two greys, off-centre blobs of four classes, seen by each encoder."""
+    folder, generator = tmp_path_factory.mktemp("known"), np.random.default_rng(0)
+    for split, each in (("train", 4), ("test", 16)):
+        for name in range(4):
+            (folder / "data" / split / str(name)).mkdir(parents=True)
+            for number in range(each):
+                picture = np.full((16, 16), 60, np.uint8)
+                top, left = generator.integers(2, 7, 2)
+                picture[top : top + 4 + name, left : left + 8 - name] = 190
+                Image.fromarray(picture).convert("RGB").save(folder / "data" / split / str(name) / f"{number}.png")
+    networks = {cls.__name__: (cls(), 0) for cls in (Silhouette, Rings, Pixels, Constant)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load_networks", lambda specs: dict(networks))
+        data = [f"--data.dataset={folder / 'data'}", "--data.measure_size=64", "--k=10", "--copies=8"]
+        names = [f"{name}=x" for name in networks]
+        out = survey(["--models", *names, f"--out={folder / 'out'}", "--layers=pooled", *data])
+    return read_records(out)
+
+
+def diameter(frame: pd.DataFrame, model: str, view: str) -> float:
+    rows = frame[(frame["model"] == model) & (frame["view"] == view) & (frame["metric"] == "diameter")]
+    return float(rows["value"].iloc[0])
+
+
+class TestKnownInvariances:
+    def test_an_encoder_that_ignores_colour_has_points_for_colour_manifolds(self, known: pd.DataFrame) -> None:
+        assert diameter(known, "Silhouette", "color") == 0
+        assert diameter(known, "Pixels", "color") > 0.05
+        assert min(diameter(known, "Silhouette", view) for view in ("crop", "rotate", "translate")) > 0.1
+
+    def test_an_encoder_that_ignores_rotation_has_narrow_rotation_manifolds(self, known: pd.DataFrame) -> None:
+        narrow = diameter(known, "Rings", "rotate") / diameter(known, "Rings", "translate")
+        wide = diameter(known, "Pixels", "rotate") / diameter(known, "Pixels", "translate")
+        assert narrow < 0.35 * wide
+
+    def test_a_constant_encoder_is_a_point_everywhere(self, known: pd.DataFrame) -> None:
+        for view in MANIFOLDS[1:]:
+            assert diameter(known, "Constant", view) == 0
+        assert np.isnan(diameter(known, "Constant", "semantic")), "copies of an image are no neighbours of it"
+        of = known[known["model"] == "Constant"].set_index("metric")["value"]
+        assert of["mean_cosine"] == pytest.approx(1)
+        assert of["rankme"] == pytest.approx(1, abs=1e-4)
+
+
+# -- prediction --------------------------------------------------------------------------------------------------------
+
+
+def table_of(values: np.ndarray, names: list[str]) -> pd.DataFrame:
+    columns = pd.MultiIndex.from_tuples([("crop", f"m{i}", "mean") for i in range(values.shape[1])])
+    return pd.DataFrame(values, index=names, columns=columns)
+
+
+def test_what_predicts_is_found_and_what_does_not_is_not() -> None:
+    generator = np.random.default_rng(0)
+    names = [f"model{i}" for i in range(14)]
+    values = generator.normal(size=(14, 6))
+    truth = 60 + 5 * values[:, 2]
+    rows = [
+        {"task": "linear", "dataset": dataset, "model": name, "value": value + shift}
+        for dataset, shift in (("cars", 0), ("pets", 3))
+        for name, value in zip(names, truth, strict=True)
+    ]
+    rows += [{"task": "noise", "dataset": "d", "model": name, "value": generator.normal()} for name in names]
+    rows += [{"task": "few", "dataset": "d", "model": name, "value": 1.0 * i} for i, name in enumerate(names[:3])]
+    baseline = {name: 70 - value / 10 for name, value in zip(names, truth, strict=True)}
+    tasks, predicted = predict(table_of(values, names), pd.DataFrame(rows), baseline)
+    tasks = tasks.set_index("task")
+    assert list(tasks.index) == ["linear: cars", "linear: pets", "noise: d", "linear: mean of 2"]
+    for task in ("linear: cars", "linear: mean of 2"):
+        assert tasks.loc[task, "best metric"] == "crop m2 mean"
+        assert tasks.loc[task, "p (Holm)"] < 0.01
+        assert tasks.loc[task, "ridge Q2"] > 0.8
+        assert tasks.loc[task, "ImageNet rho"] == pytest.approx(-1)
+        assert tasks.loc[task, "ImageNet Q2"] > 0.95
+        assert tasks.loc[task, "n"] == 14
+    assert tasks.loc["noise: d", "p (Holm)"] > 0.05
+    assert tasks.loc["noise: d", "ridge Q2"] < 0.3
+    assert len(predicted) == 4 * 14
+
+
+def test_published_targets_name_models_and_say_where_they_come_from() -> None:
+    found = read_targets(["published"], ["byol", "swav", "moco-v2", "supervised"])
+    assert {"byol", "swav", "moco-v2"} <= set(found["model"])
+    assert {"ADE20K, mIoU", "ADE20K, pixel accuracy", "cars"} <= set(found["dataset"])
+    assert pd.read_csv(command.PUBLISHED)["provenance"].notna().all()
+
+
+def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path) -> None:
+    spec = [f"{name}={runs / name}" for name in ("simclr", "supervised")]
+    arguments = ["--models", *spec, "untrained=random", "other=random:1"]
+    out = probe([*arguments, f"--out={tmp_path / 'digits'}", "--evaluations=[knn]", "--k=[5]"])
+    survey([*models(runs), f"--out={surveyed}", *SMALL, f"--targets=[{out}]"])
+    text = (surveyed / "tables" / "prediction.md").read_text()
+    assert "knn5: digits | 4 |" in text
+    assert (surveyed / "figures" / "prediction.png").exists()
+
+
+def test_the_median_and_the_order_of_models() -> None:
+    rows = [
+        {"model": name, "layer": "pooled", "view": "crop", "metric": metric, "value": value, "low": low}
+        for name in "ab"
+        for metric, value, low in (("affinity", 1, 0), ("affinity_std", 2, None), ("affinity_quantile", 3, 0.5))
+    ]
+    table = metric_table(pd.DataFrame(rows), {"a": "pooled", "b": "pooled"}, ["b", "a"])
+    assert table.index.tolist() == ["b", "a"]
+    assert table.loc["a"].tolist() == [1, 2, 3]
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_classes_without_enough_pictures_are_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split, classes in (("train", "abc"), ("test", "ab")):
+        for name in classes:
+            for number in range(8):
+                save(tmp_path / split / name / f"{number}.png", pixels(1, 16, 16, seed=number)[0])
+    data = [f"--data.dataset={tmp_path}", "--data.measure_size=16", "--data.image_size=16"]
+    model = ["--models", f"simclr={runs / 'simclr'}", "--layers=pooled", "--k=5", "--copies=4"]
+    survey([*model, *data, f"--out={tmp_path / 'out'}"])
+    assert "1 of 3 classes have fewer than 3 measurement images and no manifold, the first is c" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ("train", "test"):
+        for number in range(8):
+            save(tmp_path / split / "a" / f"{number}.png", pixels(1, 16, 16, seed=number)[0])
+    data = [f"--data.dataset={tmp_path}", "--data.measure_size=8", "--data.image_size=16"]
+    (tmp_path / "test" / "a" / "3.png").write_bytes(b"<html>no picture</html>")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--models", f"simclr={runs / 'simclr'}", *data, "--k=3", f"--out={tmp_path / 'out'}"])
+    assert "3.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--manifolds=[semantic, colour]"], "--manifolds colour: did you mean 'color'"),
+        (["--k=128"], "--k 128: expected fewer than --data.measure_size 128"),
+        (["--copies=2"], "--copies 2: expected at least 3"),
+        (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
+        (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
+        (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
+        (["--layers=layer9"], "layers='layer9' matches no layer"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "t.csv").write_text("task,data,model,value\nlinear,cars,simclr,1\n")
+    (tmp_path / "others.csv").write_text("task,dataset,model,value\nlinear,cars,byol,1\n")
+    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path / 'out'}", *SMALL, *filled])
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_that_are_not_finite_name_the_model(runs: Path, tmp_path: Path) -> None:
+    method = command.load_networks([f"simclr={runs / 'simclr'}"])["simclr"]
+    method[0].backbone.conv1.weight.data.fill_(torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load_networks", lambda specs: {"broken": method})
+        with pytest.raises(command.UserError, match=r"--models broken: layer .* finite"):
+            survey(["--models", f"broken={runs / 'simclr'}", f"--out={tmp_path}", *SMALL])
+
+
+def test_labels_of_the_measurement_images() -> None:
+    data = DataModule("digits", measure_size=100)
+    data.setup()
+    seen = torch.cat([batch["label"] for batch in data.loader("measure")])
+    torch.testing.assert_close(data.measure_labels, seen)
