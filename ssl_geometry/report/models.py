@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
 from ssl_geometry.report.figures import LABELS, STYLE
@@ -16,6 +16,12 @@ from ssl_geometry.report.figures import LABELS, STYLE
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """After Okabe & Ito: told apart by colour-blind readers; families beyond them share colours, not markers."""
 MARKERS = "osD^vPX*"
+COLLAPSE = {
+    ("mean_cosine", "clean"): "Mean cosine of two images",
+    ("diameter", "semantic"): "Diameter of semantic manifolds",
+    ("rankme", "clean"): "RankMe",
+}
+"""What shows a collapse, by metric and view."""
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -175,16 +181,17 @@ def collapse_curves(frame: pd.DataFrame, families: Mapping[str, str], title: str
         title: written above.
     """
     styles = family_styles(families)
-    wanted = (("mean_cosine", "clean"), ("diameter", "semantic"), ("rankme", "clean"))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.2, 3.6))
-        for axes, (metric, view) in zip(figure.subplots(1, 3, sharex=True), wanted, strict=True):
+        for axes, (metric, view) in zip(figure.subplots(1, 3, sharex=True), COLLAPSE, strict=True):
             shown = frame[(frame["metric"] == metric) & (frame["view"] == view)]
             _model_lines(axes, shown, families, styles)
-            axes.set_title(LABELS.get(metric, metric), fontsize=9)
+            axes.set_title(COLLAPSE[metric, view], fontsize=9)
             axes.set_xlabel("depth in the backbone")
             if metric == "rankme":
                 axes.set_yscale("log")
+                for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                    formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         _model_legend(figure, families, styles)
         figure.suptitle(title)
     return figure
@@ -228,18 +235,17 @@ def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figur
         layer: which.
         title: written above.
     """
-    wanted = (("mean_cosine", "clean"), ("diameter", "semantic"), ("rankme", "clean"))
     frame = frame[frame["layer"] == layer]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2))
         panels = figure.subplots(1, 3, sharex=True)
-        for axes, (metric, view) in zip(panels, wanted, strict=True):
+        for axes, (metric, view) in zip(panels, COLLAPSE, strict=True):
             shown = frame[(frame["metric"] == metric) & (frame["view"] == view)]
             for number, (model, line) in enumerate(shown.groupby("model", sort=False)):
                 line = line.sort_values("epoch")
                 style = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number // len(COLORS) % 4]}
                 axes.plot(line["epoch"], line["value"], marker=".", label=model, **style)
-            axes.set_title(LABELS.get(metric, metric), fontsize=9)
+            axes.set_title(COLLAPSE[metric, view], fontsize=9)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
