@@ -20,6 +20,7 @@ import pytest
 
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import read_checkpoint
+from ssl_geometry.survey import survey
 from tests.integration.test_fit import SMALL, losses
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,18 @@ def test_a_node_dies_and_the_job_goes_on(cluster: Cluster, undisturbed: Path) ->
     assert cluster.ended(job, 180)["JobState"] == "COMPLETED", cluster.output(job)
     assert [path.name for path in (runs / "e").iterdir()] == [f"slurm-{job}"]
     assert_as_undisturbed(runs / "e" / f"slurm-{job}", undisturbed)
+
+
+def test_two_nodes_share_the_images_of_a_survey(cluster: Cluster, undisturbed: Path) -> None:
+    args = ["--models", f"a={undisturbed}", "b=random", "--device=cpu", "--k=10", "--copies=3", "--manifolds=[policy]"]
+    args += ["--data.eval_batch_size=50", "--layers=pooled"]
+    two, one = (cluster.directory / name for name in ("survey_two", "survey_one"))
+    job = cluster.submit("survey.sbatch", *TWO_NODES, args=[*args, f"--out={two}"])
+    assert cluster.ended(job, 120)["JobState"] == "COMPLETED", cluster.output(job)
+    survey([*args, f"--out={one}"])
+    frames = [read_records(path).query("metric != 'nnk_jaccard'") for path in (two, one)]
+    assert len(frames[0]) == len(frames[1]) > 80
+    np.testing.assert_allclose(frames[0]["value"], frames[1]["value"], rtol=1e-9, atol=1e-12)
 
 
 def test_a_job_that_is_started_without_srun_is_told(cluster: Cluster) -> None:
