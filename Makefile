@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs gallery clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -21,6 +21,13 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/installed
+	$(BIN)/python -m mkdocs build --strict
+	@echo "The site is in site/; $(BIN)/python -m mkdocs serve shows it while you write."
+
+gallery: demo
+	$(BIN)/python docs/gallery.py
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -28,4 +35,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,54 @@
+"""The site builds strictly and loads nothing from elsewhere; every picture of the pages is there and used."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.gallery import IMAGES, PICTURES
+from tests.integration.test_fit import ROOT
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    built = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"']?(https?:)?//", page.read_text())
+        loaded += re.findall(r"<link(?![^>]*rel=[\"']?canonical)[^>]*\shref=[\"']?(?:https?:)?//", page.read_text())
+        assert not loaded, page
+    assert not re.findall(r"url\(\s*[\"']?https?:|@import", "".join(css.read_text() for css in site.rglob("*.css")))
+
+
+def test_the_reference_comes_from_docstrings(site: Path) -> None:
+    page = (site / "api" / "metrics" / "index.html").read_text()
+    assert "Unbiased minibatch CKA of every row layer with every column layer" in page
+    assert "gram_size" in page
+    assert "Jackknife" in (site / "api" / "geometry" / "index.html").read_text().title()
+
+
+def test_every_picture_is_there_and_shown() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")]
+    names = {page: re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()) for page in pages}
+    shown = {(page.parent / name).resolve() for page, found in names.items() for name in found}
+    assert {path for path in shown if path.parent == IMAGES} == set(IMAGES.iterdir())
+    assert all(path.is_file() for path in shown)
+
+
+def test_every_picture_on_digits_is_made_by_make_gallery() -> None:
+    assert {path.stem for path in IMAGES.iterdir() if not path.stem.startswith("cifar10-jpeg")} == set(PICTURES)
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    assert all(f"images/{path.name}" in page for path in IMAGES.iterdir())
