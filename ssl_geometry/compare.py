@@ -49,7 +49,7 @@ from ssl_geometry.report.figures import (
     training_curves,
     view_heatmap,
 )
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs import load_networks, network_names
 
 UNTRAINED = "untrained"
 CANDIDATES = 50
@@ -104,7 +104,7 @@ def measure_network(
                 metric.to(method.device).update(looks[view, 0], looks[view, 1], batch=number)
             classes.to(method.device).update(reduced[clean], batch["label"], batch=number)
             progress.advance(task)
-    group = UNTRAINED if epoch is None else type(method).__name__
+    group = UNTRAINED if epoch is None else method.group
     by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
     alike = torch.tensor([all_alike(value) for value in by_layer.values()])
@@ -208,15 +208,14 @@ def draw_training(models: Sequence[str], out: Path) -> list[Path]:
     """Manifold graph metrics over the training of the runs that measured them (``--neighbors.every_n_epochs``).
 
     Args:
-        models: ``NAME=PATH``, as given to ``--models``.
+        models: as given to ``--models``.
         out: folder of the picture.
 
     Returns:
         The PNG file, or nothing where fewer than one run measured them more than once.
     """
     frames = []
-    for model in models:
-        name, _, path = model.partition("=")
+    for name, path in network_names(models).items():
         if (Path(path) / "records" / "neighbors").is_dir():
             frame = RecordStore(Path(path) / "records").read()
             shown = frame["metric"].isin(MANIFOLDS) & (frame["layer"] == "pooled") & frame["view"].isin(KINDS)
@@ -446,7 +445,7 @@ def compare(args: Sequence[str]) -> Path:
     store, console = RecordStore(out / "records"), Console()
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
     trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
-    others = {views_of(name): augment for name, augment in trained.items()}
+    others = {views_of(name): augment for name, augment in trained.items() if augment}  # of a published one not known
     options.views = [*options.views, *others]  # every network sees every network's training views
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: list[Network] = []

@@ -35,6 +35,7 @@ from ssl_geometry.geometry.prediction import group, leave_one_out, predictive_r2
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.models import (
@@ -47,7 +48,7 @@ from ssl_geometry.report.models import (
     prediction_scatter,
 )
 from ssl_geometry.report.tables import latex, markdown
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs import load_networks, network_names
 from ssl_geometry.slurm import this_task, trainer_options
 
 MANIFOLDS = ("semantic", *SETTINGS)
@@ -359,7 +360,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
         }
         if titles:
             pictures["prediction"] = prediction_scatter(models, families, titles)
-    pictures |= _training(dict(zip(facts, options.models, strict=True)))
+    pictures |= _training(network_names(options.models))
     return made + [_save(figure, out / "figures" / name) for name, figure in pictures.items()]
 
 
@@ -392,12 +393,11 @@ def _alike(
 
 
 def _training(models: Mapping[str, str]) -> dict[str, Figure]:
-    """Of runs that measured spectra and neighbourhoods while they learned: the collapse over training."""
+    """Of the runs among the specifications that measured spectra while they learned: the collapse over training."""
     parts = []
-    for name, model in models.items():
-        run = Path(model.rpartition("=")[2])
-        if (run / "records").is_dir():
-            frame = read_records(run)
+    for name, spec in models.items():
+        if (Path(spec) / "records").is_dir():
+            frame = read_records(spec)
             frame = frame[frame["metric"].isin(["mean_cosine", "rankme", "diameter"])]
             parts.append(frame.assign(model=name))
     frame = pd.concat(parts) if parts else pd.DataFrame(columns=["metric", "epoch"])
@@ -552,10 +552,11 @@ def survey(args: Sequence[str]) -> Path:
 def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
     names = layer_names(method, present(method, options.layers, LAYERS))
+    kind, source = type(method.backbone).__name__, getattr(method, "source", "")
     facts = {
-        "family": UNTRAINED if epoch is None else getattr(method, "family", type(method).__name__),
+        "family": f"{UNTRAINED} {kind}" if epoch is None else getattr(method, "family", type(method).__name__),
         "epochs": epoch,
-        "imagenet_top1": getattr(method, "imagenet_top1", None),
+        "imagenet_top1": TABLE[source].top1 if source in TABLE else None,
         "layer": [name for name in names if not name.startswith("head")][-1],
         "layers": names,
         "weights": fingerprint(method),

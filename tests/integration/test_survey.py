@@ -79,7 +79,7 @@ class TestASurvey:
         )
         assert r"\begin{tabular}" in (surveyed / "tables" / "mgm.tex").read_text()
         place = pd.read_parquet(surveyed / "tables" / "map.parquet")
-        assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained", "untrained"]
+        assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained ResNet", "untrained ResNet"]
 
     def test_started_again_it_measures_what_is_missing_or_has_changed(self, runs: Path, surveyed: Path) -> None:
         arguments = [*models(runs), f"--out={surveyed}", *SMALL]
