@@ -194,7 +194,7 @@ def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
         Columns task, dataset, model, value.
 
     Raises:
-        UserError: no such file, columns that are missing, or results of none of the models.
+        UserError: no such file, columns that are missing, or results of too few of the models.
     """
     parts = []
     for source in sources:
@@ -223,6 +223,11 @@ def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
     if known.empty:
         there = sorted(targets["model"].astype(str).unique())
         raise UserError(f"--targets {' '.join(sources)}: results of none of these models; they have {', '.join(there)}")
+    if known.groupby(["task", "dataset"])["model"].nunique().max() < LEAST_MODELS:
+        raise UserError(
+            f"--targets {' '.join(sources)}: no task has results of {LEAST_MODELS} of these models, which a prediction "
+            "of each from the others needs"
+        )
     return known
 
 
@@ -337,11 +342,6 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
         targets = read_targets(options.targets, list(facts))
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
         tasks, models = predict(table, targets, baseline)
-        if tasks.empty:
-            raise UserError(
-                f"--targets {' '.join(options.targets)}: no task has results of {LEAST_MODELS} of these models; a "
-                "prediction of each from the others needs them"
-            )
         note = (
             "Best single metric by Spearman's rho, with its permutation p and Holm's correction for the number of "
             "metrics tried. Ridge regression on all metrics predicts each model from the others: Q2 = 1 - its squared "

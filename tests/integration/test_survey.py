@@ -318,6 +318,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
+        (["--targets=[{tmp}/few.csv]"], "no task has results of 4 of these models"),
         (["--layers=layer9"], "layers='layer9' matches no layer"),
     ],
 )
@@ -326,6 +327,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     (tmp_path / "t.csv").write_text("task,data,model,value\nlinear,cars,simclr,1\n")
     (tmp_path / "others.csv").write_text("task,dataset,model,value\nlinear,cars,byol,1\n")
+    (tmp_path / "few.csv").write_text("task,dataset,model,value\nlinear,cars,simclr,1\n")
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit, match="2"):
         main(["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path / 'out'}", *SMALL, *filled])
