@@ -76,7 +76,7 @@ def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabr
     Returns:
         ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``.
     """
-    names = tuple(layer_names(method, present(method, options.layers, LAYERS)))
+    names = tuple(backbone_layers(method, options.layers))
     settings = [name for name in options.manifolds if name != "semantic"]
     copies = {name: [Request(names, pooled, SETTINGS[name], i) for i in range(options.copies)] for name in settings}
     clean, seen = Request(names, pooled), copies.get("policy", [])
@@ -117,13 +117,18 @@ def survey_model(
     copies = options.copies if "policy" in settings else 0
     on_manifolds = neighbor_protocol(data, method, k=options.k, copies=options.copies, settings=settings)
     on_spectra = spectrum_protocol(data, method, copies)
-    depths = layer_depths(method.backbone, list(found["layers"]))  # heads differ, and published models have none
+    depths = layer_depths(method.backbone, list(found["layers"]))
     common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
     rows = manifold_records(found["manifolds"], depths, **common, protocol=on_manifolds.hash)
     rows += graph_records(found["layers"], depths, **common, protocol=on_manifolds.hash)
     rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)
     progress.remove_task(task)
     return rows, [on_manifolds, on_spectra]
+
+
+def backbone_layers(method: Method, layers: str | Sequence[str] | None) -> list[str]:
+    """Names of the chosen layers of the encoder: heads differ, and published models have none."""
+    return layer_names(method.backbone, present(method.backbone, layers, LAYERS))
 
 
 def fingerprint(method: nn.Module) -> str:
@@ -510,7 +515,7 @@ def survey(args: Sequence[str]) -> Path:
     if options.targets and fabric.is_global_zero:
         read_targets(options.targets, list(networks))  # a mistake is told before hours of measuring
     for method, _ in networks.values():
-        layer_names(method, present(method, options.layers, LAYERS))
+        backbone_layers(method, options.layers)
     data.setup("test")
     if data.multi_label:
         raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
@@ -551,13 +556,13 @@ def survey(args: Sequence[str]) -> Path:
 
 def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
-    names = layer_names(method, present(method, options.layers, LAYERS))
+    names = backbone_layers(method, options.layers)
     kind, source = type(method.backbone).__name__, getattr(method, "source", "")
     facts = {
         "family": f"{UNTRAINED} {kind}" if epoch is None else getattr(method, "family", type(method).__name__),
         "epochs": epoch,
         "imagenet_top1": TABLE[source].top1 if source in TABLE else None,
-        "layer": [name for name in names if not name.startswith("head")][-1],
+        "layer": names[-1],
         "layers": names,
         "weights": fingerprint(method),
         "images": data.measure_ids,

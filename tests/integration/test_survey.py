@@ -291,11 +291,21 @@ def test_classes_without_enough_pictures_are_named(runs: Path, tmp_path: Path, c
             for number in range(8):
                 save(tmp_path / split / name / f"{number}.png", pixels(1, 16, 16, seed=number)[0])
     data = [f"--data.dataset={tmp_path}", "--data.measure_size=16", "--data.image_size=16"]
-    model = ["--models", f"simclr={runs / 'simclr'}", "--layers=pooled", "--k=5", "--copies=4"]
-    survey([*model, *data, f"--out={tmp_path / 'out'}"])
+    model = [
+        "--models",
+        f"simclr={runs / 'simclr'}",
+        "--layers=all",
+        "--k=5",
+        "--copies=4",
+        "--manifolds=[crop, semantic]",
+    ]
+    out = survey([*model, *data, f"--out={tmp_path / 'out'}"])
     assert "1 of 3 classes have fewer than 3 measurement images and no manifold, the first is c" in " ".join(
         capsys.readouterr().out.split()
     )
+    layers = read_records(out)["layer"].unique()
+    assert {"stem", "layer4.0.residual", "pooled"} <= set(layers)
+    assert not any(layer.startswith("head") for layer in layers), "the encoder's alone"
 
 
 def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
