@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol
 
 
@@ -56,12 +57,24 @@ class RecordStore:
         return pq.read_table(path).to_pylist() if path.exists() else []
 
     def read(self) -> pd.DataFrame:
-        """All rows, in the order of epochs and steps."""
+        """All rows, in the order of epochs and steps.
+
+        Raises:
+            UserError: a part that is no Parquet file of this schema.
+        """
         parts = sorted(self.directory.glob("**/*.parquet"))
         if not parts:
             return pd.DataFrame(columns=COLUMNS)
-        frame = pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts]).to_pandas()
+        frame = pa.concat_tables([_read_whole(part) for part in parts]).to_pandas()
         return frame.sort_values(["epoch", "step"], kind="stable", ignore_index=True)
+
+
+def _read_whole(part: Path) -> pa.Table:
+    try:
+        return pq.read_table(part, schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{part}: no whole part of records ({reason}); remove it, or copy it anew") from error
 
 
 def _write_whole(path: Path, write: Any) -> None:
