@@ -62,11 +62,18 @@ class RecordStore:
         Raises:
             UserError: a part that is no Parquet file of this schema.
         """
-        parts = sorted(self.directory.glob("**/*.parquet"))
-        if not parts:
+        table = self._table()
+        if not len(table):
             return pd.DataFrame(columns=COLUMNS)
-        frame = pa.concat_tables([_read_whole(part) for part in parts]).to_pandas()
-        return frame.sort_values(["epoch", "step"], kind="stable", ignore_index=True)
+        return table.to_pandas().sort_values(["epoch", "step"], kind="stable", ignore_index=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows as they were written, in the order of epochs and steps."""
+        return sorted(self._table().to_pylist(), key=lambda row: (row["epoch"] or 0, row["step"] or 0))
+
+    def _table(self) -> pa.Table:
+        parts = sorted(self.directory.glob("**/*.parquet"))
+        return pa.concat_tables([SCHEMA.empty_table(), *(_read_whole(part) for part in parts)])
 
 
 def _read_whole(part: Path) -> pa.Table:

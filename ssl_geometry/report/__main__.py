@@ -8,6 +8,7 @@ A page never measures: run a command that does (fit, compare, probe) first.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.progress import track
 from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.report.page import RunRecords, fingerprint, read_run, render, smallest_loss, write_page
 from ssl_geometry.report.serve import Server
+from ssl_geometry.report.upload import upload
 
 PROGRAM = "python -m ssl_geometry.report"
 USAGE = f"{PROGRAM} RUN [RUN ...] [-o report.html] [--option VALUE ...]"
@@ -45,11 +47,15 @@ def report(args: Sequence[str]) -> Any:
     parser.add_argument("--serve", action="store_true", help="serve the page, and refresh it as records are written")
     parser.add_argument("--port", type=int, default=8000, help="where to serve it (0: any free one)")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
+    parser.add_argument("--to-wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
+    parser.add_argument("--project", type=str | None, help="W&B project (default: the run's own)")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))
     paths = list(dict.fromkeys(Path(path) for path in options.runs))
     console = Console(stderr=True)
     limit = 1e6 * options.max_mb
+    if options.to_wandb:
+        return to_wandb(paths, options.project, console)
     if options.serve:
         return serve(paths, options.host, options.port, limit, console)
     started = time.perf_counter()
@@ -79,6 +85,14 @@ def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Co
             server.serve_forever()
         except KeyboardInterrupt:
             print("stopped")
+
+
+def to_wandb(paths: Sequence[Path], project: str | None, console: Console) -> None:
+    """Send runs to W&B, one after the other."""
+    for path in paths:
+        read_run(path)
+        sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))
+        print(f"{path}: {sent:,} numbers and pictures sent" if sent else f"{path}: W&B has everything already")
 
 
 def main(args: Sequence[str] | None = None) -> None:
