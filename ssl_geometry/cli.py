@@ -4,7 +4,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import Interrupted, UserError, nearest
-from ssl_geometry.runs import is_first_process
+from ssl_geometry.runs import is_first_process, network_names
+
+MODELS = (
+    "networks, each NAME=SPEC or SPEC. SPEC: a run directory or a checkpoint; a published checkpoint by name, such as "
+    "byol (python -m ssl_geometry.zoo list), or byol:FILE where its file was downloaded by hand; torchvision:NAME or "
+    "timm:NAME with their weights; random[:SEED], an untrained twin of the first; random:ARCH[@PIXELS][:SEED], an "
+    "untrained network of that architecture"
+)
+"""What ``--models`` takes."""
 
 
 class Parser(LightningArgumentParser):
@@ -53,11 +62,9 @@ def networks_parser(
         resumable: started again, the command goes on with what is in ``--out``; others refuse to replace it.
     """
     program = f"python -m ssl_geometry.{command}"
-    usage = f"{program} --models NAME=PATH [NAME=PATH ...] [--option VALUE ...]"
+    usage = f"{program} --models [NAME=]SPEC [[NAME=]SPEC ...] [--option VALUE ...]"
     parser = Parser(prog=program, usage=usage, description=description)
-    parser.add_argument(
-        "--models", type=str, nargs="+", required=True, help="NAME=RUN, NAME=CHECKPOINT or NAME=random[:SEED]"
-    )
+    parser.add_argument("--models", type=str, nargs="+", required=True, help=MODELS)
     parser.add_argument("--out", type=str | None, help=f"folder of the results (default: runs/{command}/NAME-NAME)")
     parser.add_argument(
         "--layers",
@@ -72,9 +79,7 @@ def networks_parser(
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_lightning_class_args(DataModule, "data")
-    words = [arg.removeprefix("--models=") for arg in args]
-    models = [word.partition("=")[2] for word in words if "=" in word and not word.startswith("--")]
-    named = [path for paths in models for path in paths.split(",")]
+    named = [path for spec in _specs(args) for path in spec.split(",")]
     folders = [path.parent.parent if path.is_file() else path for path in map(Path, named)]
     run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     if run is not None:  # the images of the first run, unless told otherwise
@@ -82,6 +87,18 @@ def networks_parser(
         trained_on = {"seed": config.get("seed_everything"), **config["data"]}  # the seed is linked, not written twice
         parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
     return parser
+
+
+def _specs(args: Sequence[str]) -> Iterator[str]:
+    """What the words after ``--models`` say of where networks come from, before the command line is parsed."""
+    taken = False
+    for word in args:
+        if word.startswith("--"):
+            taken = word == "--models" or word.startswith("--models=")
+            word = word.removeprefix("--models").removeprefix("=")
+        if taken and word:
+            with suppress(UserError):  # it is told where the networks are loaded
+                yield from network_names([word]).values()
 
 
 def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
@@ -94,7 +111,7 @@ def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
         UserError: no such device, or results that would be overwritten.
     """
     options = parser.parse_args(list(args))
-    names = "-".join(model.partition("=")[0] for model in options.models)
+    names = "-".join(network_names(options.models))
     options.out = Path(options.out or f"runs/{command}/{names}")
     options.data_options = options.data.as_dict()
     options.data = DataModule(**options.data_options)

@@ -49,7 +49,7 @@ from ssl_geometry.report.figures import (
     training_curves,
     view_heatmap,
 )
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs import load_networks, network_names
 
 UNTRAINED = "untrained"
 CANDIDATES = 50
@@ -86,8 +86,9 @@ def measure_network(
     names = tuple(layer_names(method, options.layers))
     depths = layer_depths(method, names)
     clean, features = Request(names, GramVector(options.gram_size)), Request(names, pooled)
-    requests = [clean, features, *invariance_requests(method, names, options.gram_size, options.views)]
-    distinct = distinct_views(method, options.views)
+    views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
+    requests = [clean, features, *invariance_requests(method, names, options.gram_size, views)]
+    distinct = distinct_views(method, views)
     invariance = {view: InvarianceCKA(names, options.gram_size) for view in set(distinct.values())}
     classes = ClassCKA(names, data.num_classes, options.gram_size)
     vectors, kept = [], defaultdict(list)
@@ -104,14 +105,14 @@ def measure_network(
                 metric.to(method.device).update(looks[view, 0], looks[view, 1], batch=number)
             classes.to(method.device).update(reduced[clean], batch["label"], batch=number)
             progress.advance(task)
-    group = UNTRAINED if epoch is None else type(method).__name__
+    group = UNTRAINED if epoch is None else method.group
     by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
     alike = torch.tensor([all_alike(value) for value in by_layer.values()])
     shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
     kept_features = by_layer[shown[0]] if options.show_neighbors else None
     network = Network(name, group, epoch, depths, vectors, neighbors, alike, kept_features)
-    seen = {view: invariance[distinct[view]] for view in options.views}
+    seen = {view: invariance[distinct[view]] for view in views}
     rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
     store.write(f"layers/{name}", rows, protocols)
     return network
@@ -184,9 +185,11 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path
     classes = even[even["metric"] == "class_cka"]
     invariance = even[even["metric"] == "invariance"]
     self_supervised = [name for name, group in groups.items() if group not in ("Supervised", UNTRAINED)]
-    shown = {view: f"Invariance under the {view}" for view in map(views_of, self_supervised[:1])}
+    seen = [view for view in map(views_of, self_supervised) if view in set(invariance["view"])]
+    shown = {view: f"Invariance under the {view}" for view in seen[:1]}
     shown["own"] = "Invariance under its own training views"
     panels = {title: invariance[invariance["view"] == view] for view, title in shown.items()}
+    panels = {title: rows for title, rows in panels.items() if len(rows)}
     n = int(frame["n"].iloc[0])
     pictures["invariance_and_classes"] = compare_curves(
         {**panels, "CKA with the classes": classes}, groups, f"Post-residual and head layers, {n} images"
@@ -208,15 +211,14 @@ def draw_training(models: Sequence[str], out: Path) -> list[Path]:
     """Manifold graph metrics over the training of the runs that measured them (``--neighbors.every_n_epochs``).
 
     Args:
-        models: ``NAME=PATH``, as given to ``--models``.
+        models: as given to ``--models``.
         out: folder of the picture.
 
     Returns:
         The PNG file, or nothing where fewer than one run measured them more than once.
     """
     frames = []
-    for model in models:
-        name, _, path = model.partition("=")
+    for name, path in network_names(models).items():
         if (Path(path) / "records" / "neighbors").is_dir():
             frame = RecordStore(Path(path) / "records").read()
             shown = frame["metric"].isin(MANIFOLDS) & (frame["layer"] == "pooled") & frame["view"].isin(KINDS)
@@ -335,7 +337,8 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
         }
         return float(chosen.groupby("model")["value"].agg(picks[where]).mean()) if len(chosen) else math.nan
 
-    seen = views_of(ssl[0]) if ssl else ""  # what the supervised network may or may not become invariant to
+    known = [view for view in map(views_of, ssl) if view in set(layers["view"])]
+    seen = known[0] if known else ""  # what the supervised network may or may not become invariant to
     if ssl and supervised:
         ours, theirs = value(ssl, "invariance", seen, "head"), value(supervised, "invariance", seen, "head")
         say(
@@ -446,7 +449,7 @@ def compare(args: Sequence[str]) -> Path:
     store, console = RecordStore(out / "records"), Console()
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
     trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
-    others = {views_of(name): augment for name, augment in trained.items()}
+    others = {views_of(name): augment for name, augment in trained.items() if augment}
     options.views = [*options.views, *others]  # every network sees every network's training views
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: list[Network] = []

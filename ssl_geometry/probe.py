@@ -46,7 +46,7 @@ from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.figures import BLOCK, compare_curves
 from ssl_geometry.report.tables import latex, markdown, seed_table
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs import load_networks, network_names
 
 EVALUATIONS = ("layers", "knn", "linear", "linear_augmented", "labels", "finetune")
 SEVERAL_CLASSES = ("layers", "labels")
@@ -432,16 +432,16 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
         Name to network and its completed epochs, and name to group: the name that was given, without a seed's number.
     """
     named, groups = [], {}
-    for model in options.models:
-        name, _, paths = model.partition("=")
+    for name, paths in network_names(options.models).items():
         several = paths.split(",")
         for number, path in enumerate(several):
             seed = f"{name}-{number + 1}" if len(several) > 1 else name
             named.append(f"{seed}={path}")
             groups[seed] = name
     networks = load_networks(named)
-    first = next(method for method, epoch in networks.values() if epoch is not None)
-    if all(epoch is not None for _, epoch in networks.values()):
+    trained = [method for method, epoch in networks.values() if epoch is not None]
+    first = trained[0] if trained else next(iter(networks.values()))[0]
+    if len(trained) == len(networks):
         networks |= load_networks([named[0], f"{UNTRAINED}=random"])
         groups[UNTRAINED] = UNTRAINED
     base = {key: value for key, value in first.init_args.items() if key in Method(backbone="resnet10").init_args}

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from ssl_geometry import __version__
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.methods import Method
+from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo, untrained
+from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.slurm import this_task
 
 logger = logging.getLogger(__name__)
@@ -350,38 +353,101 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
     return Loaded(name, network, checkpoint.get("epoch", -1) + 1)
 
 
+def network_names(models: Sequence[str]) -> dict[str, str]:
+    """The name of each network that ``--models`` asks for, and where it comes from.
+
+    Args:
+        models: ``NAME=SPEC``, or a bare ``SPEC``, of which the name is made: a published checkpoint's or an
+            architecture's, a run's, or a file's.
+
+    Returns:
+        Name to specification.
+
+    Raises:
+        UserError: nothing where a name or a specification is expected, or a name twice.
+
+    Example:
+        >>> network_names(["mine=runs/cifar10/simclr", "byol", "runs/cifar10/supervised", "random:resnet18@32:1"])
+        {'mine': 'runs/cifar10/simclr', 'byol': 'byol', 'supervised': 'runs/cifar10/supervised',
+         'random-resnet18-32-1': 'random:resnet18@32:1'}
+    """
+    named: dict[str, str] = {}
+    for model in models:
+        name, equals, spec = model.partition("=")
+        if not equals or "/" in name:  # a path may hold the sign
+            spec, name = model, _name_of(model)
+        if not name or not spec or name in named:
+            raise UserError(
+                f"--models {' '.join(models)}: expected NAME=PATH, each name once, such as simclr=runs/x/simclr"
+            )
+        named[name] = spec
+    return named
+
+
+def _name_of(spec: str) -> str:
+    kind, _, rest = spec.partition(":")
+    if kind in ("torchvision", "timm"):
+        return rest
+    if kind == "random":
+        return re.sub(r"[:@]", "-", spec)
+    if kind in TABLE:
+        return kind
+    path = Path(spec.partition(",")[0])
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem if path.is_file() else path.name
+
+
 def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]:
     """The networks that ``--models`` names.
 
     Args:
-        models: ``NAME=PATH`` of a run or a checkpoint, or ``NAME=random`` (``random:SEED``) for an untrained twin of
-            the first.
+        models: ``NAME=SPEC`` or ``SPEC``. SPEC is a run or a checkpoint; the name of a published checkpoint (``byol``),
+            or ``byol:FILE`` where its file was downloaded by hand; ``torchvision:NAME`` or ``timm:NAME``; ``random``
+            or ``random:SEED``, an untrained twin of the first network; or ``random:ARCH``, an untrained network, with
+            ``@PIXELS`` and ``:SEED`` or without.
 
     Returns:
-        Name to network, and its completed epochs where they are known; None marks an untrained twin.
+        Name to network, and its completed epochs, 0 where they are not known; None marks an untrained network.
 
     Raises:
-        UserError: no name or path, a name twice, a path that holds no network.
+        UserError: a specification that means nothing, a name twice, a path that holds no network, a download or a
+            published file that is not what it should be.
     """
-    named = dict(model.partition("=")[::2] for model in models)
-    if len(named) < len(models) or not all(named.values()):
-        raise UserError(
-            f"--models {' '.join(models)}: expected NAME=PATH, each name once, such as simclr=runs/x/simclr"
-        )
-    loaded = {name: load_method(path, "--models") for name, path in named.items() if not path.startswith("random")}
+    named = network_names(models)
+    loaded = {name: _load(spec) for name, spec in named.items() if not _is_twin(spec)}
     if not loaded:
         raise UserError(
-            "--models: at least one run or checkpoint; an untrained network takes its architecture from the first"
+            "--models: at least one run or checkpoint; an untrained network takes its architecture from the first (or "
+            "name one: random:resnet50)"
         )
-    first = next(iter(loaded.values())).method
+    first = next(iter(loaded.values()))[0]
     networks: dict[str, tuple[Method, int | None]] = {}
-    for name, path in named.items():
+    for name, spec in named.items():
         if name in loaded:
-            networks[name] = loaded[name].method, loaded[name].epochs
+            networks[name] = loaded[name]
         else:
-            seed = path.partition(":")[2] or "0"
-            if not seed.isdigit():
-                raise UserError(f"--models {name}={path}: expected random or random:SEED with a whole number")
-            torch.manual_seed(int(seed))
+            torch.manual_seed(int(spec.partition(":")[2] or "0"))
             networks[name] = type(first)(**first.init_args), None
     return networks
+
+
+def _is_twin(spec: str) -> bool:
+    return re.fullmatch(r"random(:\d+)?", spec) is not None
+
+
+def _load(spec: str) -> tuple[Method, int | None]:
+    kind, colon, rest = spec.partition(":")
+    if kind == "random":
+        return untrained(rest), None
+    if kind == "torchvision":
+        return from_torchvision(rest), 0
+    if kind == "timm":
+        return from_timm(rest), 0
+    if kind in TABLE:
+        return from_zoo(kind, Path(rest) if colon else None), TABLE[kind].epochs or 0
+    if "/" in spec or Path(spec).exists():
+        network = load_method(spec, "--models")
+        return network.method, network.epochs
+    raise UserError(
+        f"--models {spec}: no such run or checkpoint, and no published one; {nearest(kind, TABLE)} (--help tells what "
+        "stands for SPEC in NAME=SPEC, where a run is NAME=PATH)"
+    )

@@ -35,6 +35,7 @@ from ssl_geometry.geometry.prediction import group, leave_one_out, predictive_r2
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.models import (
@@ -47,7 +48,7 @@ from ssl_geometry.report.models import (
     prediction_scatter,
 )
 from ssl_geometry.report.tables import latex, markdown
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs import load_networks, network_names
 from ssl_geometry.slurm import this_task, trainer_options
 
 MANIFOLDS = ("semantic", *SETTINGS)
@@ -75,7 +76,7 @@ def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabr
     Returns:
         ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``.
     """
-    names = tuple(layer_names(method, present(method, options.layers, LAYERS)))
+    names = tuple(backbone_layers(method, options.layers))
     settings = [name for name in options.manifolds if name != "semantic"]
     copies = {name: [Request(names, pooled, SETTINGS[name], i) for i in range(options.copies)] for name in settings}
     clean, seen = Request(names, pooled), copies.get("policy", [])
@@ -116,13 +117,18 @@ def survey_model(
     copies = options.copies if "policy" in settings else 0
     on_manifolds = neighbor_protocol(data, method, k=options.k, copies=options.copies, settings=settings)
     on_spectra = spectrum_protocol(data, method, copies)
-    depths = layer_depths(method.backbone, list(found["layers"]))  # heads differ, and published models have none
+    depths = layer_depths(method.backbone, list(found["layers"]))
     common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
     rows = manifold_records(found["manifolds"], depths, **common, protocol=on_manifolds.hash)
     rows += graph_records(found["layers"], depths, **common, protocol=on_manifolds.hash)
     rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)
     progress.remove_task(task)
     return rows, [on_manifolds, on_spectra]
+
+
+def backbone_layers(method: Method, layers: str | Sequence[str] | None) -> list[str]:
+    """Names of the chosen layers of the encoder: heads differ, and published models have none."""
+    return layer_names(method.backbone, present(method.backbone, layers, LAYERS))
 
 
 def fingerprint(method: nn.Module) -> str:
@@ -193,7 +199,7 @@ def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
         Columns task, dataset, model, value.
 
     Raises:
-        UserError: no such file, columns that are missing, or results of none of the models.
+        UserError: no such file, columns that are missing, or results of too few of the models.
     """
     parts = []
     for source in sources:
@@ -222,6 +228,11 @@ def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
     if known.empty:
         there = sorted(targets["model"].astype(str).unique())
         raise UserError(f"--targets {' '.join(sources)}: results of none of these models; they have {', '.join(there)}")
+    if known.groupby(["task", "dataset"])["model"].nunique().max() < LEAST_MODELS:
+        raise UserError(
+            f"--targets {' '.join(sources)}: no task has results of {LEAST_MODELS} of these models, which a prediction "
+            "of each from the others needs"
+        )
     return known
 
 
@@ -336,11 +347,6 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
         targets = read_targets(options.targets, list(facts))
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
         tasks, models = predict(table, targets, baseline)
-        if tasks.empty:
-            raise UserError(
-                f"--targets {' '.join(options.targets)}: no task has results of {LEAST_MODELS} of these models; a "
-                "prediction of each from the others needs them"
-            )
         note = (
             "Best single metric by Spearman's rho, with its permutation p and Holm's correction for the number of "
             "metrics tried. Ridge regression on all metrics predicts each model from the others: Q2 = 1 - its squared "
@@ -359,7 +365,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
         }
         if titles:
             pictures["prediction"] = prediction_scatter(models, families, titles)
-    pictures |= _training(dict(zip(facts, options.models, strict=True)))
+    pictures |= _training(network_names(options.models))
     return made + [_save(figure, out / "figures" / name) for name, figure in pictures.items()]
 
 
@@ -392,12 +398,11 @@ def _alike(
 
 
 def _training(models: Mapping[str, str]) -> dict[str, Figure]:
-    """Of runs that measured spectra and neighbourhoods while they learned: the collapse over training."""
+    """Of the runs among the specifications that measured spectra while they learned: the collapse over training."""
     parts = []
-    for name, model in models.items():
-        run = Path(model.rpartition("=")[2])
-        if (run / "records").is_dir():
-            frame = read_records(run)
+    for name, spec in models.items():
+        if (Path(spec) / "records").is_dir():
+            frame = read_records(spec)
             frame = frame[frame["metric"].isin(["mean_cosine", "rankme", "diameter"])]
             parts.append(frame.assign(model=name))
     frame = pd.concat(parts) if parts else pd.DataFrame(columns=["metric", "epoch"])
@@ -510,7 +515,7 @@ def survey(args: Sequence[str]) -> Path:
     if options.targets and fabric.is_global_zero:
         read_targets(options.targets, list(networks))  # a mistake is told before hours of measuring
     for method, _ in networks.values():
-        layer_names(method, present(method, options.layers, LAYERS))
+        backbone_layers(method, options.layers)
     data.setup("test")
     if data.multi_label:
         raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
@@ -551,12 +556,13 @@ def survey(args: Sequence[str]) -> Path:
 
 def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
-    names = layer_names(method, present(method, options.layers, LAYERS))
+    names = backbone_layers(method, options.layers)
+    kind, source = type(method.backbone).__name__, getattr(method, "source", "")
     facts = {
-        "family": UNTRAINED if epoch is None else getattr(method, "family", type(method).__name__),
+        "family": f"{UNTRAINED} {kind}" if epoch is None else getattr(method, "family", type(method).__name__),
         "epochs": epoch,
-        "imagenet_top1": getattr(method, "imagenet_top1", None),
-        "layer": [name for name in names if not name.startswith("head")][-1],
+        "imagenet_top1": TABLE[source].top1 if source in TABLE else None,
+        "layer": names[-1],
         "layers": names,
         "weights": fingerprint(method),
         "images": data.measure_ids,

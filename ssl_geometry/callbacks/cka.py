@@ -24,7 +24,7 @@ from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.figures import cka_curves, cka_heatmap
+from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 from ssl_geometry.runs import load_method
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class CKAMonitor(Monitor):
             raise UserError(f"--cka.gram_size {gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
         self.layers, self.gram_size, self.reference = layers, gram_size, reference
         self.fixed: dict[str, FixedNetwork] = {}
-        self.curves: list[dict[str, Any]] = []  # one row a layer and moment: what the curves over epochs show
+        self.curves: list[Row] = []  # one row a layer and moment: what the curves over epochs show
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the reference once."""
@@ -158,13 +158,13 @@ class CKAMonitor(Monitor):
         }
         others = {run: self._depths, **{name: fixed.depths for name, fixed in self.fixed.items()}}
         rows: list[dict[str, Any]] = []
-        scalars, column = {}, 0
+        column = 0
         for other, depths in others.items():
             block, errors = (m[:, column : column + len(depths)].tolist() for m in (matrix, 1.96 * error))
             column += len(depths)
             for layer, values, spreads in zip(self._depths, block, errors, strict=True):
-                mine = {
-                    layer_other: record(
+                rows += [
+                    record(
                         **common,
                         model_other=other,
                         layer=layer,
@@ -176,25 +176,9 @@ class CKAMonitor(Monitor):
                         high=value + spread,
                     )
                     for layer_other, value, spread in zip(depths, values, spreads, strict=True)
-                }
-                rows += mine.values()
-                if other != run:
-                    twin = mine.get(layer) or min(mine.values(), key=lambda row: abs(row["depth_other"] - row["depth"]))
-                    scalars[f"cka/to_{other}/{layer}"] = twin["value"]
-                    self.curves.append(twin)
-        return Findings(rows, scalars, self._figures(rows, run, others), [protocol])
-
-    def _figures(self, rows: list[dict[str, Any]], run: str, others: Mapping[str, Any]) -> dict[str, Any]:
-        figures = {}
-        for other in others:
-            block = [row for row in rows if row["model_other"] == other]
-            label = "itself" if other == run else other
-            figures[f"cka/map_{'self' if other == run else other}"] = lambda block=block: cka_heatmap(block)
-            if label != "itself":
-                curve = [row for row in self.curves if row["model_other"] == other]
-                figures[f"cka/depth_{other}"] = lambda curve=curve: cka_curves(curve, against="depth")
-                figures[f"cka/epochs_{other}"] = lambda curve=curve: cka_curves(curve, against="epoch")
-        return figures
+                ]
+        self.curves += curve_rows(rows)
+        return Findings(rows, scalars(rows), pictures(rows, self.curves), [protocol])
 
     def state_dict(self) -> dict[str, Any]:
         """The initialisation's Gram vectors and the curves so far: what a resumed run cannot measure again."""

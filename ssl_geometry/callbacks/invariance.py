@@ -7,7 +7,6 @@ copies.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -20,7 +19,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.figures import layer_curves, view_heatmap
+from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 VIEWS = ("own", "simclr", "supervised", "crop", "flip", "color", "gray", "blur", "rotate", "translate")
 
@@ -56,7 +55,7 @@ class InvarianceMonitor(Monitor):
     ) -> None:
         super().__init__(every_n_epochs)
         self.layers, self.gram_size, self.views = layers, gram_size, tuple(views)
-        self.curves: list[dict[str, Any]] = []  # the rows of `own` and of class CKA over training
+        self.curves: list[Row] = []  # the rows of `own` and of class CKA over training
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Clean images for class CKA, which other monitors ask for too, and two copies a view."""
@@ -98,28 +97,9 @@ class InvarianceMonitor(Monitor):
         invariance = {view: self._invariance[self._distinct[view]] for view in self.views}
         data = trainer.datamodule  # type: ignore[attr-defined]
         rows, protocols = layer_records(method, data, self._depths, self.gram_size, invariance, self._classes, **common)
-        class_rows = [row for row in rows if row["metric"] == "class_cka"]
-        rows = [row for row in rows if row["metric"] == "invariance"]
-        self.curves += [row for row in rows if row["view"] == "own"] + class_rows
-        return Findings(rows + class_rows, self._scalars(rows, class_rows), self._figures(rows), protocols)
-
-    def _scalars(self, rows: list[dict[str, Any]], class_rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Curves to watch: every layer under own views, one layer under every view, every layer's classes."""
-        watched = "pooled" if "pooled" in self._depths else list(self._depths)[-1]
-        return {
-            **{f"invariance/own/{row['layer']}": row["value"] for row in rows if row["view"] == "own"},
-            **{f"invariance/{watched}/{row['view']}": row["value"] for row in rows if row["layer"] == watched},
-            **{f"class_cka/{row['layer']}": row["value"] for row in class_rows},
-        }
-
-    def _figures(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        figures: dict[str, Any] = {"invariance/views": partial(view_heatmap, rows)}
-        for name, metric in (("invariance/own", "invariance"), ("invariance/classes", "class_cka")):
-            curve = [row for row in self.curves if row["metric"] == metric]
-            if curve:
-                figures[f"{name}_depth"] = partial(layer_curves, curve, "depth")
-                figures[f"{name}_epochs"] = partial(layer_curves, curve, "epoch")
-        return figures
+        rows.sort(key=lambda row: row["metric"] == "class_cka")
+        self.curves += curve_rows(rows)
+        return Findings(rows, scalars(rows), pictures(rows, self.curves), protocols)
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,12 +12,12 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.callbacks.records import RecordsLogger, completed_epochs
 from ssl_geometry.records import wandb_files
+from ssl_geometry.report.upload import TIMEOUT_SECONDS, define_axes, new_id, wandb_options
 from ssl_geometry.runs import Run, is_first_process
 
 LoggerName = Literal["wandb", "tensorboard", "csv"]
-WANDB_TIMEOUT_SECONDS = 30
 
 
 def make_loggers(names: list[LoggerName], run: Run, config: dict[str, Any], project: str) -> list[Logger]:
@@ -62,6 +61,7 @@ class ResumableWandbLogger(WandbLogger):
         self._journal = run_dir / "wandb" / f"{kwargs['id']}.jsonl"
         self._known: set[tuple[str, int]] = set()
         self._lost: list[tuple[int, dict[str, float]]] = []
+        self._defined: set[str] = set()
         if not is_first_process() or not self._journal.exists():
             return
         noted = []
@@ -82,17 +82,26 @@ class ResumableWandbLogger(WandbLogger):
     def complete(self) -> None:
         """Send what W&B lost when the run was killed."""
         for step, row in self._lost:
-            super().log_metrics(row, step)
+            self._send(row, step)
         self._lost = []
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Send what has not been sent of this step."""
+        """Numbers of Lightning: their epoch becomes that of the records."""
+        epochs = [completed_epochs(name, metrics) for name in metrics if name != "epoch"]
+        if "epoch" in metrics and epochs:
+            metrics = {**metrics, "epoch": float(min(epochs))}
+        self.log_moment(metrics, step)
+
+    @rank_zero_only
+    def log_moment(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        """Numbers and pictures with their epoch, completed ones counted: what has not been sent of this step."""
         if step is None:
-            return super().log_metrics(metrics, step)
+            super().log_metrics(metrics, step)
+            return
         new = {name: value for name, value in metrics.items() if name != "epoch" and (name, step) not in self._known}
         if not new:
-            return None
+            return
         self._known |= {(name, step) for name in new}
         epoch = {"epoch": metrics["epoch"]} if "epoch" in metrics else {}
         numbers = {name: float(value) for name, value in new.items() if isinstance(value, int | float)}
@@ -100,7 +109,14 @@ class ResumableWandbLogger(WandbLogger):
             self._journal.parent.mkdir(parents=True, exist_ok=True)
             with self._journal.open("a") as file:
                 file.write("\n" + json.dumps({"step": step, **epoch, **numbers}))
-        return super().log_metrics(new | epoch, step)
+        self._send(new | epoch, step)
+
+    def _send(self, row: Mapping[str, Any], step: int) -> None:
+        first = [name for name in row if name not in self._defined and name != "epoch"]
+        if first:
+            define_axes(self.experiment, first)
+            self._defined.update(first)
+        super().log_metrics(row, step)
 
 
 def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogger:
@@ -108,31 +124,20 @@ def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogg
     identity = run.facts.get("wandb_id")
     wound_back = run.resumed_from not in (None, run.last_checkpoint)
     if identity is None or wound_back:  # W&B keeps what it has of the run beyond an older checkpoint
-        identity = f"{run.directory.name}-{uuid.uuid4().hex[:8]}"
+        identity = new_id(run.directory)
         run.note(wandb_id=identity)
-    common: dict[str, Any] = {
-        "run_dir": run.directory,
-        "project": project,
-        "name": run.directory.name,
-        "id": identity,
-        "group": run.directory.parent.name,
-        "config": config,
-        "resume": "allow",
-    }
+    facts = {**run.facts, "wandb_id": identity}
+    common = {"run_dir": run.directory, **wandb_options(run.directory, config, facts, project)}
     os.environ.setdefault("WANDB_SILENT", "true")  # what it would print is said here, or stands in run.json
-    settings = wandb.Settings(init_timeout=WANDB_TIMEOUT_SECONDS)
+    settings = wandb.Settings(init_timeout=TIMEOUT_SECONDS)
     if not is_first_process():
         return ResumableWandbLogger(**common, offline=True, settings=settings)
     try:
         logger = ResumableWandbLogger(**common, offline=not wandb.login(prompt=False), settings=settings)
-        experiment = logger.experiment
+        logger.experiment  # noqa: B018 starts the run
     except Exception as error:  # neither a missing key nor a server that is away may stop training
         logging.getLogger(__name__).info(f"W&B: logging offline ({str(error).splitlines()[0]})")
         wandb.teardown()
         logger = ResumableWandbLogger(**common, offline=True, settings=settings)
-        experiment = logger.experiment
-    experiment.define_metric("epoch", hidden=True)
-    for section in ("cka", "invariance", "class_cka", "probes", "neighbors", "spectrum", "val", "test"):
-        experiment.define_metric(f"{section}/*", step_metric="epoch")
     logger.complete()
     return logger

@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import wandb
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
@@ -252,10 +254,11 @@ def log(trainer: L.Trainer, found: Findings, moment: Moment) -> None:
             if is_last(trainer, moment.epoch):
                 logger.save_figures(figures())
         else:
-            logger.log_metrics({**found.scalars, "epoch": float(moment.epoch)}, step=moment.step)
-        if isinstance(logger, WandbLogger):
-            for name, figure in figures().items():
-                logger.log_image(name, [figure], step=moment.step)
-        elif isinstance(logger, TensorBoardLogger):
+            drawn: dict[str, Any] = figures() if isinstance(logger, WandbLogger) else {}
+            shown: dict[str, Any] = {name: wandb.Image(figure) for name, figure in drawn.items()}
+            row = {**found.scalars, **shown, "epoch": float(moment.epoch)}  # pictures in one row with their epoch
+            send = logger.log_moment if isinstance(logger, ResumableWandbLogger) else logger.log_metrics
+            send(row, moment.step)
+        if isinstance(logger, TensorBoardLogger):
             for name, figure in figures().items():
                 logger.experiment.add_figure(name, figure, global_step=moment.step)

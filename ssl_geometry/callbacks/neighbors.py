@@ -7,7 +7,6 @@ aggregation are ours, after Cosentino et al. 2022.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -21,10 +20,10 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
-from ssl_geometry.metrics.neighborhoods import MANIFOLD_METRICS, LayerNeighbors
+from ssl_geometry.metrics.neighborhoods import LayerNeighbors
 from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.figures import layer_curves, manifold_violins
+from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 LAYERS = ("stages", "pooled", "head")
 SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rotate", "translate": "translate"}
@@ -60,7 +59,7 @@ class NeighborhoodMonitor(Monitor):
         if k < 3:
             raise UserError(f"--neighbors.k {k}: expected at least 3")
         self.layers, self.k, self.settings, self.copies = layers, k, tuple(settings), copies
-        self.curves: list[dict[str, Any]] = []  # the means of each manifold over training
+        self.curves: list[Row] = []  # the means of each manifold over training
         self.last: dict[str, Tensor] = {}  # the graph of the last moment, to see how much of it is left
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
@@ -119,19 +118,9 @@ class NeighborhoodMonitor(Monitor):
         rows = manifold_records(manifolds, self._depths, **common)
         graph = graph_records(layers, self._depths, **common)
         graph += self._left_of_the_last(layers, common)
-        means = [row for row in rows if row["metric"] in MANIFOLD_METRICS]
-        self.curves += means
-        scalars = {
-            f"neighbors/{row['view']}/{row['metric']}/{row['layer']}": row["value"]
-            for row in means
-            if row["view"] in ("semantic", "policy") and row["metric"] != "affinity_random"
-        }
-        scalars |= {
-            f"neighbors/{row['metric']}/{row['layer']}": row["value"]
-            for row in graph
-            if row["metric"] in ("purity", "hubness", "two_nn", "kept_since_last") and row["layer_other"] is None
-        }
-        return Findings(rows + graph, scalars, self._figures(rows), [protocol])
+        rows += graph
+        self.curves += curve_rows(rows)
+        return Findings(rows, scalars(rows), pictures(rows, self.curves), [protocol])
 
     def _left_of_the_last(
         self, layers: Mapping[str, LayerNeighbors], common: Mapping[str, Any]
@@ -145,17 +134,6 @@ class NeighborhoodMonitor(Monitor):
                 rows.append(record(**common, **place, metric="kept_since_last", value=kept))
             self.last[layer] = ids
         return rows
-
-    def _figures(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        for metric in ("neighbors", "diameter", "affinity"):
-            if not any(row["metric"] == f"{metric}_quantile" for row in rows):
-                continue  # a collapsed network has no manifolds
-            figures[f"neighbors/{metric}"] = partial(manifold_violins, rows, metric)
-            for view in ("semantic", *self.settings[:1]):
-                curve = [row for row in self.curves if row["metric"] == metric and row["view"] == view]
-                figures[f"neighbors/{metric}_{view}_epochs"] = partial(layer_curves, curve, "epoch")
-        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, and the graph of the last moment."""

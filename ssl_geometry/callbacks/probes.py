@@ -15,7 +15,6 @@ images.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -31,7 +30,7 @@ from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, WEIGHT_DECAYS
 from ssl_geometry.models.taps import Taps, layer_depths, layer_names, present
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.figures import layer_curves
+from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class ProbeMonitor(Monitor):
         super().__init__(every_n_epochs)
         self.layers, self.online, self.logistic, self.train_images = layers, online, logistic, train_images
         self.learning_rates, self.weight_decays = tuple(learning_rates), tuple(weight_decays)
-        self.curves: list[dict[str, Any]] = []  # the accuracy of each layer over training
+        self.curves: list[Row] = []  # the accuracy of each layer over training
         self.bank: ProbeBank | None = None
         self._bank_state: dict[str, Tensor] | None = None
         self._bank_of: dict[str, Any] = {}
@@ -222,28 +221,12 @@ class ProbeMonitor(Monitor):
             rows += probe_rows("online_probe", self._depths, found, images, protocol=protocol.hash, **common)
             protocols.append(protocol)
             self.bank.forget()
-        accuracy = [row for row in rows if row["metric"] in ("ridge_probe", "logistic_probe", "online_probe")]
-        self.curves += accuracy
-        scalars = {f"probes/{row['metric'].removesuffix('_probe')}/{row['layer']}": row["value"] for row in accuracy}
-        scalars |= {
-            f"probes/{row['metric'].removeprefix('online_probe_')}/{row['layer']}": row["value"]
-            for row in rows
-            if row["metric"].startswith("online_probe_")
-        }
-        return Findings(rows, scalars, self._figures(), protocols)
+        self.curves += curve_rows(rows)
+        return Findings(rows, scalars(rows), pictures(rows, self.curves), protocols)
 
     @property
     def _online_options(self) -> dict[str, Any]:
         return {"learning_rates": list(self.learning_rates), "weight_decays": list(self.weight_decays)}
-
-    def _figures(self) -> dict[str, Any]:
-        figures = {}
-        for metric in dict.fromkeys(row["metric"] for row in self.curves):
-            curve = [row for row in self.curves if row["metric"] == metric]
-            for against in ("depth", "epoch"):
-                name = f"probes/{metric.removesuffix('_probe')}_{'epochs' if against == 'epoch' else against}"
-                figures[name] = partial(layer_curves, curve, against)
-        return figures
 
     # -- a resumed run -----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,18 @@ from matplotlib.figure import Figure
 from ssl_geometry.records import Protocol, RecordStore, record
 
 
+def completed_epochs(name: str, metrics: Mapping[str, float]) -> int:
+    """The epoch that a number logged by Lightning belongs to.
+
+    Lightning counts the epochs before: training and validation belong to the one that is under way.
+
+    Example:
+        >>> completed_epochs("train/loss", {"train/loss": 0.1, "epoch": 4}), completed_epochs("test/knn", {"epoch": 5})
+        (5, 5)
+    """
+    return int(metrics.get("epoch", 0)) + (name.partition("/")[0] != "test")
+
+
 class RecordsLogger(Logger):
     """Writes what Lightning logs as rows, one Parquet part an epoch, and what monitors find, one part a moment.
 
@@ -44,15 +56,13 @@ class RecordsLogger(Logger):
         """Keep scalars until :meth:`flush`. Their epoch is counted from 1; 0 is the initialisation."""
         for name, value in metrics.items():
             if name != "epoch":
-                split = name.partition("/")[0]
-                # Lightning counts completed epochs: training and validation belong to the epoch that is under way.
-                epoch = int(metrics.get("epoch", 0)) + (split != "test")
+                epoch = completed_epochs(name, metrics)
                 self._rows[epoch].append(
                     record(
                         run=self.version,
                         model=self.version,
                         metric=name,
-                        split=split,
+                        split=name.partition("/")[0],
                         epoch=epoch,
                         step=step,
                         value=float(value),

@@ -5,7 +5,6 @@ augmented copies (the views of SimCLR, which the monitor of neighbourhoods asks 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,7 +22,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.figures import layer_curves
+from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 VIEW = "simclr"
 
@@ -48,7 +47,7 @@ class SpectrumMonitor(Monitor):
         if copies < 0 or copies == 1:
             raise UserError(f"--spectrum.copies {copies}: expected 0, or at least 2")
         self.layers, self.copies = layers, copies
-        self.curves: list[dict[str, Any]] = []
+        self.curves: list[Row] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn the widths of the layers."""
@@ -92,18 +91,8 @@ class SpectrumMonitor(Monitor):
             "protocol": protocol.hash,
         }
         rows = spectrum_records(self._spectrum.compute(), self._depths, **common)
-        self.curves += rows
-        scalars = {f"spectrum/{row['metric']}/{row['layer']}": row["value"] for row in rows}
-        return Findings(rows, scalars, self._figures(), [protocol])
-
-    def _figures(self) -> dict[str, Any]:
-        figures = {}
-        for metric in ("rankme", "lidar", "alpha_req", "mean_cosine"):
-            curve = [row for row in self.curves if row["metric"] == metric]
-            if curve:
-                figures[f"spectrum/{metric}_depth"] = partial(layer_curves, curve, "depth")
-                figures[f"spectrum/{metric}_epochs"] = partial(layer_curves, curve, "epoch")
-        return figures
+        self.curves += curve_rows(rows)
+        return Findings(rows, scalars(rows), pictures(rows, self.curves), [protocol])
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""

@@ -1,7 +1,8 @@
 """Methods: one LightningModule a file. Subclass :class:`Method` and give ``loss``."""
 
 from ssl_geometry.methods.base import Method
+from ssl_geometry.methods.published import Published
 from ssl_geometry.methods.simclr import SimCLR
 from ssl_geometry.methods.supervised import Supervised
 
-__all__ = ["Method", "SimCLR", "Supervised"]
+__all__ = ["Method", "Published", "SimCLR", "Supervised"]

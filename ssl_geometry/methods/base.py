@@ -196,6 +196,11 @@ class Method(L.LightningModule):
         checkpoint["method"] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": self.init_args}
 
     @property
+    def group(self) -> str:
+        """Under what figures and tables put this network together with others: its method."""
+        return type(self).__name__
+
+    @property
     def init_args(self) -> dict[str, Any]:
         """The arguments that make this method anew, as plain data."""
         return {

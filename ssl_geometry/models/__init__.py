@@ -10,6 +10,8 @@ from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.models.resnet import RESNETS, ResNet, Stem
 from ssl_geometry.models.vit import build_vit, vit_names
 
+__all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names"]
+
 SMALL_IMAGE = 64
 """Up to this side, in pixels, a ResNet gets the small stem unless told otherwise."""
 

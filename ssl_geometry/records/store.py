@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol
 
 
@@ -57,12 +58,31 @@ class RecordStore:
         return pq.read_table(path).to_pylist() if path.exists() else []
 
     def read(self) -> pd.DataFrame:
-        """All rows, in the order of epochs and steps."""
-        parts = sorted(self.directory.glob("**/*.parquet"))
-        if not parts:
+        """All rows, in the order of epochs and steps.
+
+        Raises:
+            UserError: a part that is no Parquet file of this schema.
+        """
+        table = self._table()
+        if not len(table):
             return pd.DataFrame(columns=COLUMNS)
-        frame = pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts]).to_pandas()
-        return frame.sort_values(["epoch", "step"], kind="stable", ignore_index=True)
+        return table.to_pandas().sort_values(["epoch", "step"], kind="stable", ignore_index=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows as they were written, in the order of epochs and steps."""
+        return sorted(self._table().to_pylist(), key=lambda row: (row["epoch"] or 0, row["step"] or 0))
+
+    def _table(self) -> pa.Table:
+        parts = sorted(self.directory.glob("**/*.parquet"))
+        return pa.concat_tables([SCHEMA.empty_table(), *(_read_whole(part) for part in parts)])
+
+
+def _read_whole(part: Path) -> pa.Table:
+    try:
+        return pq.read_table(part, schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{part}: no whole part of records ({reason}); remove it, or copy it anew") from error
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -32,12 +32,13 @@ def read(file: str | Path) -> Iterator[Record]:
             yield record
 
 
-def points(run: str | Path, identity: str = "*") -> list[tuple[str, int, str]]:
+def points(run: str | Path, identity: str = "*", on_server: bool = False) -> list[tuple[str, int, str]]:
     """Every point in the files of a run directory.
 
     Args:
         run: directory that holds ``wandb/``.
         identity: W&B's id of the run, if it has several.
+        on_server: only the files of runs that were online, or were synchronised since.
 
     Returns:
         (metric, training step, value as JSON), as often as it was written; a picture is several, ``name/sha256`` and
@@ -45,6 +46,8 @@ def points(run: str | Path, identity: str = "*") -> list[tuple[str, int, str]]:
     """
     found = []
     for file in sorted(Path(run).glob(f"wandb/*run-*/run-{identity}.wandb")):
+        if on_server and file.parent.name.startswith("offline-") and not Path(f"{file}.synced").exists():
+            continue
         for record in read(file):
             if record.HasField("history"):
                 row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}

@@ -79,7 +79,7 @@ class TestASurvey:
         )
         assert r"\begin{tabular}" in (surveyed / "tables" / "mgm.tex").read_text()
         place = pd.read_parquet(surveyed / "tables" / "map.parquet")
-        assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained", "untrained"]
+        assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained ResNet", "untrained ResNet"]
 
     def test_started_again_it_measures_what_is_missing_or_has_changed(self, runs: Path, surveyed: Path) -> None:
         arguments = [*models(runs), f"--out={surveyed}", *SMALL]
@@ -291,11 +291,21 @@ def test_classes_without_enough_pictures_are_named(runs: Path, tmp_path: Path, c
             for number in range(8):
                 save(tmp_path / split / name / f"{number}.png", pixels(1, 16, 16, seed=number)[0])
     data = [f"--data.dataset={tmp_path}", "--data.measure_size=16", "--data.image_size=16"]
-    model = ["--models", f"simclr={runs / 'simclr'}", "--layers=pooled", "--k=5", "--copies=4"]
-    survey([*model, *data, f"--out={tmp_path / 'out'}"])
+    model = [
+        "--models",
+        f"simclr={runs / 'simclr'}",
+        "--layers=all",
+        "--k=5",
+        "--copies=4",
+        "--manifolds=[crop, semantic]",
+    ]
+    out = survey([*model, *data, f"--out={tmp_path / 'out'}"])
     assert "1 of 3 classes have fewer than 3 measurement images and no manifold, the first is c" in " ".join(
         capsys.readouterr().out.split()
     )
+    layers = read_records(out)["layer"].unique()
+    assert {"stem", "layer4.0.residual", "pooled"} <= set(layers)
+    assert not any(layer.startswith("head") for layer in layers), "the encoder's alone"
 
 
 def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -318,6 +328,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
+        (["--targets=[{tmp}/few.csv]"], "no task has results of 4 of these models"),
         (["--layers=layer9"], "layers='layer9' matches no layer"),
     ],
 )
@@ -326,6 +337,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     (tmp_path / "t.csv").write_text("task,data,model,value\nlinear,cars,simclr,1\n")
     (tmp_path / "others.csv").write_text("task,dataset,model,value\nlinear,cars,byol,1\n")
+    (tmp_path / "few.csv").write_text("task,dataset,model,value\nlinear,cars,simclr,1\n")
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit, match="2"):
         main(["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path / 'out'}", *SMALL, *filled])

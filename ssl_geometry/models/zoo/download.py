@@ -1,0 +1,181 @@
+"""Downloads that can be continued, are checked, and appear whole or not at all."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ssl_geometry.errors import UserError
+from ssl_geometry.models.zoo.table import Checkpoint
+
+CACHE_VARIABLE = "SSL_GEOMETRY_CACHE"
+CHUNK = 1 << 20
+TIMEOUT = 30
+"""Seconds without a byte before a download stops."""
+
+
+def cache_folder() -> Path:
+    """Where downloaded checkpoints are: ``$SSL_GEOMETRY_CACHE``, else ``ssl_geometry`` in torch.hub's folder."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(torch.hub.get_dir()) / "ssl_geometry")
+
+
+def cached(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a checkpoint where the cache holds all of them, else none."""
+    files = [cache_folder() / checkpoint.name / name for name in checkpoint.file_names]
+    return files if all(file.is_file() for file in files) else []
+
+
+def fetch(checkpoint: Checkpoint) -> Path:
+    """The file of a checkpoint that is to be read; what the cache lacks is downloaded, what it has is checked.
+
+    Args:
+        checkpoint: a row of the table.
+
+    Returns:
+        Its first file.
+
+    Raises:
+        UserError: a download that failed, a web page in place of a file, or a file with another hash.
+    """
+    folder = cache_folder() / checkpoint.name
+    files = [folder / name for name in checkpoint.file_names]
+    for number, (url, file) in enumerate(zip(checkpoint.urls, files, strict=True)):
+        expected = checkpoint.sha256 if number == 0 else None
+        if file.is_file():
+            verify(file, expected)
+        else:
+            _download(checkpoint.name, url, file, expected)
+    return files[0]
+
+
+def verify(file: Path, expected: str | None = None) -> str:
+    """Check a file against a published hash, or against the one that its first download left beside it.
+
+    Args:
+        file: the file.
+        expected: a SHA-256 in hexadecimal, or its leading digits; None takes that of ``FILE.sha256``, which is written
+            where it is not there.
+
+    Returns:
+        Its SHA-256.
+
+    Raises:
+        UserError: another hash.
+    """
+    found, beside = _sha256(file), file.with_name(f"{file.name}.sha256")
+    if expected is None and beside.is_file():
+        expected = beside.read_text().strip()
+    elif expected is None:
+        _note(beside, found)
+    if expected is not None and not found.startswith(expected):
+        raise UserError(
+            f"{file}: its SHA-256 is {found}, expected {expected}: delete it and fetch it again; where its publisher "
+            f"changed it, delete {beside.name} too"
+        )
+    return found
+
+
+def _download(name: str, url: str, file: Path, expected: str | None) -> None:
+    """Into ``FILE.partial``, continued where one is there, and renamed when it is whole and has the right hash."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UserError(f"{name}: {url}: only http and https addresses are downloaded")
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("ab") as stream:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(f"{name}: another process downloads {partial}: wait for it") from error
+            start = stream.tell()
+            with _open(url, start) as response:
+                if response.status != 206 and start:  # a server that sends the whole file again
+                    stream.truncate(0)
+                    start = 0
+                _receive(name, response, stream, start)
+        found = _sha256(partial)
+        if expected is not None and not found.startswith(expected):
+            partial.unlink()
+            raise UserError(
+                f"{name}: the SHA-256 of {url} is {found}, expected {expected}: it was damaged on the way or changed; "
+                f"run again, or download it in a browser and give {name}:FILE"
+            )
+        _note(file.with_name(f"{file.name}.sha256"), found)
+        os.replace(partial, file)
+    except _WebPage as error:
+        partial.unlink()
+        raise UserError(
+            f"{name}: {url} is a web page, not a checkpoint (a login or share page?): download it in a browser and "
+            f"give --models {name}:FILE"
+        ) from error
+    except (OSError, HTTPException) as error:
+        kept = partial.stat().st_size if partial.exists() else 0
+        again = f"; {kept:,} bytes are kept, run again to continue" if kept else ""
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        status = f"{error.code} " if isinstance(error, urllib.error.HTTPError) else ""
+        raise UserError(f"{name}: could not download {url} to {file.parent}: {status}{reason}{again}") from error
+
+
+class _WebPage(Exception):
+    pass
+
+
+def _open(url: str, start: int) -> HTTPResponse:
+    opener = urllib.request.OpenerDirector()  # without urllib's file:, ftp: and data: addresses, also after a redirect
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    headers = {"User-Agent": "ssl_geometry", **({"Range": f"bytes={start}-"} if start else {})}
+    try:
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if start and error.code == 416:  # what is there is no beginning of this file
+            return _open(url, 0)
+        raise
+
+
+def _receive(name: str, response: HTTPResponse, stream: IO[bytes], start: int) -> None:
+    length = response.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(name, total=total, completed=start)
+        done = start
+        while chunk := response.read(CHUNK):
+            page = response.headers.get_content_type() == "text/html" or chunk.lstrip().startswith(b"<")
+            if page and done == start == 0:
+                raise _WebPage
+            stream.write(chunk)
+            done += len(chunk)
+            progress.update(task, completed=done)
+    if total is not None and done < total:
+        raise OSError(f"the connection ended after {done:,} of {total:,} bytes")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _note(beside: Path, digest: str) -> None:
+    temporary = beside.with_name(f"{beside.name}.partial")
+    temporary.write_text(f"{digest}\n")
+    os.replace(temporary, beside)

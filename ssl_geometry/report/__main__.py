@@ -1,0 +1,104 @@
+"""Show what runs have measured, from their records alone: as one HTML page, live in a browser, or in W&B.
+
+python -m ssl_geometry.report runs/demo/simclr runs/demo/supervised -o report.html
+python -m ssl_geometry.report runs/demo/simclr --serve
+
+A page never measures: run a command that does (fit, compare, probe) first.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from ssl_geometry.cli import Parser, run_command
+from ssl_geometry.report.page import RunRecords, fingerprint, read_run, render, smallest_loss, write_page
+from ssl_geometry.report.serve import Server
+from ssl_geometry.report.upload import upload
+
+PROGRAM = "python -m ssl_geometry.report"
+USAGE = f"{PROGRAM} RUN [RUN ...] [-o report.html] [--option VALUE ...]"
+DESCRIPTION = (
+    "Show what runs have measured, from their records alone: one HTML page that needs no network (the default), the "
+    "same page served and kept up to date while runs go on, or the curves and pictures in W&B."
+)
+
+
+def report(args: Sequence[str]) -> Any:
+    """Write the page, or serve it.
+
+    Args:
+        args: command line.
+
+    Returns:
+        Where the page was written.
+
+    Raises:
+        UserError: a run without records, or a place that cannot be written to.
+    """
+    parser = Parser(prog=PROGRAM, usage=USAGE, description=DESCRIPTION)
+    parser.add_argument("runs", metavar="RUN", type=str, nargs="+", help="run directory, or results of a comparison")
+    parser.add_argument("-o", "--out", type=str, default="report.html", help="where to write the page")
+    parser.add_argument("--max_mb", type=float, default=10.0, help="size of the page at most, in MB")
+    parser.add_argument("--serve", action="store_true", help="serve the page, and refresh it as records are written")
+    parser.add_argument("--port", type=int, default=8000, help="where to serve it (0: any free one)")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
+    parser.add_argument("--to-wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
+    parser.add_argument("--project", type=str | None, help="W&B project (default: the run's own)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    options = parser.parse_args(list(args))
+    paths = list(dict.fromkeys(Path(path) for path in options.runs))
+    console = Console(stderr=True)
+    limit = 1e6 * options.max_mb
+    if options.to_wandb:
+        return to_wandb(paths, options.project, console)
+    if options.serve:
+        return serve(paths, options.host, options.port, limit, console)
+    started = time.perf_counter()
+    page = render(smallest_loss(read(paths, console), limit, console.print))
+    out = write_page(options.out, page)
+    seconds = time.perf_counter() - started
+    plural = "s" * (len(paths) > 1)
+    print(f"{out}  ({len(paths)} run{plural}, {len(page) / 1e6:.1f} MB, {seconds:.1f} s)")
+    return out
+
+
+def read(paths: Sequence[Path], console: Console, empty: bool = False) -> list[RunRecords]:
+    """The records of runs, with a bar where there are many."""
+    return [read_run(path, empty) for path in track(paths, "reading", console=console, disable=len(paths) < 5)]
+
+
+def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Console) -> None:
+    """Serve the page until Ctrl-C."""
+    read(paths, console, empty=True)  # a mistake is told now, not in the browser
+
+    def build() -> bytes:
+        return smallest_loss([read_run(path, empty=True) for path in paths], limit, console.print)
+
+    with Server(host, port, lambda: [fingerprint(path) for path in paths], build, render) as server:
+        print(f"{server.url}  (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
+def to_wandb(paths: Sequence[Path], project: str | None, console: Console) -> None:
+    """Send runs to W&B, one after the other."""
+    for path in paths:
+        read_run(path)
+        sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))
+        print(f"{path}: {sent:,} numbers and pictures sent" if sent else f"{path}: W&B has everything already")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m ssl_geometry.report``."""
+    run_command(report, args, interrupted="interrupted: nothing was written")
+
+
+if __name__ == "__main__":
+    main()

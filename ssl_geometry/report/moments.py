@@ -1,0 +1,166 @@
+"""What of a moment's records is watched: the numbers logged as curves, and the pictures.
+
+Loggers get the same while a network trains and when its records are uploaded later: both come from here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ssl_geometry.report.figures import cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
+
+Row = Mapping[str, Any]
+Pictures = dict[str, Callable[[], Figure]]
+
+PROBES = {
+    "ridge_probe": "ridge",
+    "logistic_probe": "logistic",
+    "online_probe": "online",
+    "online_probe_learning_rate": "learning_rate",
+    "online_probe_weight_decay": "weight_decay",
+}
+MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
+GRAPHS = ("purity", "hubness", "two_nn", "kept_since_last")
+SPECTRUM = (
+    "rankme",
+    "effective_rank",
+    "participation_ratio",
+    "alpha_req",
+    "alpha_req_fit",
+    "lidar",
+    "alignment",
+    "uniformity",
+    "mean_cosine",
+)
+
+
+def twins(rows: Iterable[Row]) -> list[Row]:
+    """Of CKA with other networks, each layer with its twin: the layer of the same name, else of the nearest depth.
+
+    Example:
+        >>> pair = {"metric": "cka", "model": "a", "model_other": "b", "layer": "x", "depth": 0.0}
+        >>> [row["layer_other"] for row in twins([{**pair, "layer_other": name, "depth_other": 0.0} for name in "yx"])]
+        ['x']
+    """
+    best: dict[tuple[Any, ...], tuple[float, Row]] = {}
+    for row in rows:
+        if row["metric"] == "cka" and row["model_other"] != row["model"]:
+            same = row["layer"] == row["layer_other"]
+            away = -1.0 if same else abs(row["depth_other"] - row["depth"])
+            key = (row["model_other"], row["layer"])
+            if key not in best or away < best[key][0]:
+                best[key] = away, row
+    return [row for _, row in best.values()]
+
+
+def scalars(rows: Sequence[Row]) -> dict[str, float]:
+    """The numbers of one moment that loggers show as curves.
+
+    Args:
+        rows: records of one network at one moment.
+
+    Returns:
+        Logged name to value; what the names mean stands in ``docs/wandb.md``.
+
+    Example:
+        >>> scalars([{"metric": "ridge_probe", "layer": "pooled", "view": "clean", "value": 0.5, "layer_other": None}])
+        {'probes/ridge/pooled': 0.5}
+    """
+    found = {f"cka/to_{row['model_other']}/{row['layer']}": row["value"] for row in twins(rows)}
+    layers = [row["layer"] for row in rows if row["metric"] == "invariance"]
+    watched = "pooled" if "pooled" in layers else next(reversed(layers), None)
+    for row in rows:
+        metric, layer, view, value = row["metric"], row["layer"], row["view"], row["value"]
+        if metric == "invariance":
+            if view == "own":
+                found[f"invariance/own/{layer}"] = value
+            if layer == watched:
+                found[f"invariance/{watched}/{view}"] = value
+        elif metric == "class_cka":
+            found[f"invariance/classes/{layer}"] = value
+        elif metric in PROBES:
+            found[f"probes/{PROBES[metric]}/{layer}"] = value
+        elif metric in MANIFOLDS:
+            if view in ("semantic", "policy") and metric != "affinity_random":
+                found[f"neighbors/{view}/{metric}/{layer}"] = value
+        elif metric in GRAPHS:
+            found[f"neighbors/{metric}/{layer}"] = value
+        elif metric in SPECTRUM:
+            found[f"spectrum/{metric}/{layer}"] = value
+    return found
+
+
+def curve_rows(rows: Sequence[Row]) -> list[Row]:
+    """The records of one moment that stay in the pictures of later moments, as lines over depth or epochs."""
+    lasting = {"class_cka", "ridge_probe", "logistic_probe", "online_probe", *MANIFOLDS, *SPECTRUM}
+    others = [
+        row for row in rows if row["metric"] in lasting or (row["metric"] == "invariance" and row["view"] == "own")
+    ]
+    return [*twins(rows), *others]
+
+
+def pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
+    """How to draw the pictures of one moment.
+
+    Args:
+        rows: records of one network at this moment.
+        curves: :func:`curve_rows` of this moment and of all before it.
+
+    Returns:
+        Logged name to what draws the picture. Only what was measured at this moment has pictures.
+    """
+    measured = dict.fromkeys(row["metric"] for row in rows)
+    found: Pictures = {}
+    if "cka" in measured:
+        found |= _cka(rows, curves)
+    if "invariance" in measured:
+        found["invariance/views"] = partial(view_heatmap, [row for row in rows if row["metric"] == "invariance"])
+        found |= _lines("invariance/own", curves, "invariance")
+        found |= _lines("invariance/classes", curves, "class_cka")
+    for metric in ("ridge_probe", "logistic_probe", "online_probe"):
+        if "ridge_probe" in measured:  # the others come with it, or came before
+            found |= _lines(f"probes/{PROBES[metric]}", curves, metric)
+    for metric in ("neighbors", "diameter", "affinity"):
+        if f"{metric}_quantile" in measured:  # a collapsed network has no manifolds
+            found[f"neighbors/{metric}"] = partial(manifold_violins, rows, metric)
+            for view in _shown_kinds(rows, metric):
+                curve = [row for row in curves if row["metric"] == metric and row["view"] == view]
+                found[f"neighbors/{metric}_{view}_epochs"] = partial(layer_curves, curve, "epoch")
+    for metric in ("rankme", "lidar", "alpha_req", "mean_cosine"):
+        if metric in measured:
+            found |= _lines(f"spectrum/{metric}", curves, metric)
+    return found
+
+
+def _shown_kinds(rows: Sequence[Row], metric: str) -> list[str]:
+    """Semantic manifolds, and the first kind of augmentation manifolds."""
+    kinds = dict.fromkeys(row["view"] for row in rows if row["metric"] == metric)
+    return ["semantic", *[kind for kind in kinds if kind != "semantic"][:1]]
+
+
+def _lines(name: str, curves: Sequence[Row], metric: str) -> Pictures:
+    curve = [row for row in curves if row["metric"] == metric]
+    if not curve:
+        return {}
+    return {
+        f"{name}_depth": partial(layer_curves, curve, "depth"),
+        f"{name}_epochs": partial(layer_curves, curve, "epoch"),
+    }
+
+
+def _cka(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
+    found: Pictures = {}
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["metric"] == "cka":
+            blocks.setdefault(row["model_other"], []).append(row)
+    for other, block in blocks.items():
+        itself = other == block[0]["model"]
+        found[f"cka/map_{'self' if itself else other}"] = partial(cka_heatmap, block)
+        if not itself:
+            curve = [row for row in curves if row["metric"] == "cka" and row["model_other"] == other]
+            found[f"cka/depth_{other}"] = partial(cka_curves, curve, against="depth")
+            found[f"cka/epochs_{other}"] = partial(cka_curves, curve, against="epoch")
+    return found

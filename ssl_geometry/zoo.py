@@ -1,0 +1,115 @@
+"""Published checkpoints: which there are, which are here, and whether they are whole.
+
+    python -m ssl_geometry.zoo list
+    python -m ssl_geometry.zoo fetch byol swav
+    python -m ssl_geometry.zoo check --download true
+
+``check`` verifies the hash of each file in the cache, loads it strictly and looks whether its features of random
+pictures are finite.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ssl_geometry.cli import Parser, run_command
+from ssl_geometry.errors import Interrupted, UserError, nearest
+from ssl_geometry.models import build_backbone
+from ssl_geometry.models.zoo import TABLE, Checkpoint, cache_folder, cached, fetch, load_checkpoint
+
+PROGRAM = "python -m ssl_geometry.zoo"
+
+
+def listing(rows: Sequence[Checkpoint]) -> Table:
+    """A table of checkpoints, and which of them the cache holds."""
+    table = Table("name", "family", "architecture", "epochs", "top-1", "pictures", "in the cache", box=None)
+    for row in rows:
+        size = sum(file.stat().st_size for file in cached(row))
+        pictures = f"{row.image_size}, {'[0, 1]' if row.normalize == 'none' else row.normalize}"
+        here = f"{size / 1e6:.0f} MB" if size else "no"
+        table.add_row(row.name, row.family, row.architecture, str(row.epochs or ""), f"{row.top1:.1f}", pictures, here)
+    return table
+
+
+def check(row: Checkpoint) -> str:
+    """Verify one checkpoint.
+
+    Args:
+        row: of the table.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    file = fetch(row)
+    backbone = build_backbone(row.architecture, image_size=row.image_size).eval()
+    loaded = load_checkpoint(backbone, row, file)
+    images = torch.rand(2, 3, row.image_size, row.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = backbone(images)
+    if not features.isfinite().all():
+        raise UserError(f"{row.name}: its features of random pictures are not finite")
+    return f"{loaded.used} tensors loaded, {loaded.dropped} left out, {features.shape[1]} finite features"
+
+
+def run(args: Sequence[str]) -> None:
+    """List, fetch or check checkpoints.
+
+    Args:
+        args: command line.
+
+    Raises:
+        UserError: an unknown name, or a download that failed.
+        Interrupted: with code 1, where a checkpoint is not as it should be.
+    """
+    parser = Parser(prog=PROGRAM, description="Published checkpoints: which there are, and whether they are whole.")
+    parser.add_argument("action", type=Literal["list", "fetch", "check"], help="what to do")
+    parser.add_argument("names", type=str, nargs="*", help="of checkpoints; none are all (to check: all in the cache)")
+    parser.add_argument("--download", type=bool, default=False, help="check: fetch what the cache lacks")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    options = parser.parse_args(list(args))
+    for name in options.names:
+        if name not in TABLE:
+            raise UserError(f"{options.action} {name}: {nearest(name, TABLE)}")
+    rows = [TABLE[name] for name in options.names or TABLE]
+    console, wrong = Console(highlight=False, soft_wrap=True), 0
+    if options.action == "list":
+        console.print(listing(rows))
+        console.print(f"cache: {cache_folder()}")
+        return
+    if options.action == "fetch":
+        if not options.names:
+            raise UserError(f"fetch: name the checkpoints, such as fetch byol; {nearest('', TABLE)}")
+        for row in rows:
+            console.print(f"{row.name}  {fetch(row)}")
+        return
+    here = [row for row in rows if options.download or cached(row)]
+    for row in here:
+        try:
+            console.print(f"[green]fine[/]  {row.name}: {check(row)}")
+        except UserError as error:
+            wrong += 1
+            console.print(f"[red]fail[/]  {row.name}: ", end="")
+            console.print(str(error), markup=False)
+    for row in rows if options.names else ():
+        if row not in here:
+            wrong += 1
+            console.print(f"[red]fail[/]  {row.name}: not in the cache; fetch it, or --download true")
+    if not here:
+        console.print(f"the cache {cache_folder()} holds none of these")
+    if wrong:
+        raise Interrupted(f"{wrong} of {len(rows)} not as they should be", code=1)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m ssl_geometry.zoo``."""
+    run_command(run, args, interrupted="interrupted: run the same command again, a download continues where it stopped")
+
+
+if __name__ == "__main__":
+    main()
