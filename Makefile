@@ -9,6 +9,7 @@ demo: .venv/installed
 	$(BIN)/python -m ssl_geometry.fit --config configs/quickstart/supervised.yaml --experiment demo --run_id supervised
 	$(BIN)/python -m ssl_geometry.fit --config configs/quickstart/simclr.yaml --experiment demo --run_id simclr \
 		--cka.reference runs/demo/supervised
+	$(BIN)/python -m ssl_geometry.report runs/demo/simclr runs/demo/supervised -o runs/demo/report.html
 	@echo "CKA map SimCLR x supervised:  runs/demo/simclr/figures/cka_map_supervised.png"
 	@echo "CKA curves over the epochs:   runs/demo/simclr/figures/cka_epochs_init.png"
 

@@ -16,7 +16,7 @@ import pytest
 import ssl_geometry
 from tests.integration.test_fit import ROOT, clean_environment
 
-COMMANDS = ["fit", "compare", "probe", "survey", "doctor"]
+COMMANDS = ["fit", "compare", "probe", "survey", "zoo", "doctor", "report.__main__"]
 START_ALL = """
 import importlib, sys
 import ssl_geometry
@@ -72,5 +72,5 @@ def test_its_commands_start_outside_of_the_repository(wheel: Path, tmp_path: Pat
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     shown = run(python, "-c", START_ALL, *COMMANDS, cwd=tmp_path)
     assert Path(shown.partition("\n")[0]) == packages / "ssl_geometry" / "__init__.py"
-    assert all(f"usage: python -m ssl_geometry.{command}" in shown for command in COMMANDS)
+    assert all(f"usage: python -m ssl_geometry.{command.removesuffix('.__main__')}" in shown for command in COMMANDS)
     assert "usage: python -m ssl_geometry.fit" in run(python, "-m", "ssl_geometry.fit", "--help", cwd=tmp_path)
