@@ -12,6 +12,7 @@ class Page {
       }
     }, { rootMargin: "400px" });
     this.cards = new Map();
+    this.heights = new Map();  // of figures as they were drawn, so that a page built anew keeps its place
     this.take(report);
   }
 
@@ -22,6 +23,7 @@ class Page {
   }
 
   watch(card) {
+    if (this.heights.has(card.title)) card.element.style.minHeight = `${this.heights.get(card.title)}px`;
     this.cards.set(card.element, card);
     this.watcher.observe(card.element);
   }
@@ -33,6 +35,7 @@ class Page {
   build() {
     const { report } = this, main = document.getElementById("content");
     const focused = document.activeElement?.id, scrolled = scrollY;
+    for (const card of this.cards.values()) this.heights.set(card.title, card.element.offsetHeight);
     this.watcher.disconnect();
     this.cards.clear();
     document.getElementById("about").textContent = `${report.runs.length} run${report.runs.length > 1 ? "s" : ""}, ${report.rows.toLocaleString("en")} numbers, `

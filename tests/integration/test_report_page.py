@@ -1,0 +1,236 @@
+"""The report as a reader meets it: in a browser, by keyboard, from a file and from its own server."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ssl_geometry.records import RecordStore, record
+from ssl_geometry.report.__main__ import main
+from tests.unit.test_page import make_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+EVIL = '<img src=x onerror="document.title=1">'
+SECTIONS = ["runs", "training", "cka", "invariance", "probes", "neighbors", "spectra", "other", "configs"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """A window that notes what must not happen."""
+
+    def __init__(self, browser: Any, address: str, scheme: str = "light") -> None:
+        self.page = browser.new_context(color_scheme=scheme, viewport={"width": 1300, "height": 900}).new_page()
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.problems.append(message.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        started = time.perf_counter()
+        self.page.goto(address)
+        self.page.wait_for_selector("html[data-ready]")
+        self.seconds = time.perf_counter() - started
+
+    def section(self, name: str) -> Any:
+        """The section, scrolled to, its figures drawn."""
+        found = self.page.locator(f"section#{name}")
+        found.scroll_into_view_if_needed()
+        for figure in found.locator("figure").all():
+            figure.scroll_into_view_if_needed()
+            figure.locator("svg, table").first.wait_for()
+        return found
+
+
+def all_metrics(run: Path) -> Path:
+    """Add what other monitors and commands write, and what no one knows yet."""
+    numbers = np.random.default_rng(1)
+    common = {"run": run.name, "model": run.name, "split": "measure", "n": 99}
+    for epoch in range(3):
+        rows = []
+        for i, layer in enumerate(("stem", "layer1.0", EVIL)):
+            place: dict[str, Any] = {**common, "epoch": epoch, "step": 7 * epoch, "layer": layer, "depth": i / 2}
+            for metric, view in (
+                ("invariance", "own"), ("invariance", "crop"), ("neighbors", "semantic"), ("neighbors", "policy"),
+                ("rankme", "clean"), ("tomorrow", "clean"),
+            ):  # fmt: skip
+                value = float(numbers.random())
+                bar = {"low": value - 0.1, "high": value + 0.1}
+                rows.append(record(**place, metric=metric, view=view, value=value, **bar))
+            for level in (0.0, 0.25, 0.5, 0.75, 1.0):
+                rows.append(record(**place, metric="neighbors_quantile", view="semantic", low=level, value=3 + level))
+        RecordStore(run / "records").write(f"more/epoch={epoch:05d}", rows)
+    single = record(**common, metric="transfer/dtd", value=0.5, epoch=2)
+    RecordStore(run / "records").write("transfer", [single])
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs with every kind of records; names, layers and options that are HTML."""
+    folder = tmp_path_factory.mktemp("page")
+    runs = [all_metrics(make_run(folder / "one", lr=0.1)), make_run(folder / EVIL.replace("/", ""), epochs=2, lr=EVIL)]
+    main([*map(str, runs), "-o", str(folder / "report.html")])
+    return folder / "report.html"
+
+
+@in_a_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_section_is_drawn_without_network_and_without_errors(
+    browser: Any, page: Path, scheme: str, tmp_path: Path
+) -> None:
+    reader = Reader(browser, page.as_uri(), scheme)
+    assert reader.seconds < 2
+    assert reader.page.locator("main > section").evaluate_all("parts => parts.map(part => part.id)") == SECTIONS
+    for name in SECTIONS:
+        section = reader.section(name)
+        section.screenshot(path=tmp_path / f"{name}-{scheme}.png")
+        assert (tmp_path / f"{name}-{scheme}.png").stat().st_size > 5000
+        assert section.locator("figure, table").count() > 0
+    assert reader.problems == []
+    assert reader.requests == [page.as_uri()]
+    background = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@in_a_browser
+def test_names_that_are_html_are_text(browser: Any, page: Path) -> None:
+    reader = Reader(browser, page.as_uri())
+    for name in SECTIONS:
+        reader.section(name)
+    assert reader.page.locator("img").count() == 0
+    assert reader.page.title() == "Geometry of layers: report"
+    assert EVIL in reader.page.locator("#runs").inner_text()
+    reader.section("cka").locator("summary").first.click()
+    assert "</script><script>alert(1)" in reader.page.locator("#cka pre").inner_text()
+    assert reader.problems == []
+
+
+@in_a_browser
+def test_the_epoch_slider_changes_the_map_by_keyboard(browser: Any, page: Path) -> None:
+    reader = Reader(browser, page.as_uri())
+    figure = reader.section("cka").locator("figure").first
+    at_first = figure.locator("path[data-level]").evaluate_all("paths => paths.map(path => path.outerHTML).join()")
+    assert "epoch 2" in figure.inner_text()
+    slider = reader.page.locator("#cka-epoch")
+    slider.focus()
+    slider.press("ArrowLeft")
+    assert slider.get_attribute("aria-valuetext") == "epoch 1"
+    figure.scroll_into_view_if_needed()
+    figure.get_by_text("epoch 1, n = 256 to 260").wait_for()
+    assert at_first != figure.locator("path[data-level]").evaluate_all("all => all.map(path => path.outerHTML).join()")
+    assert reader.problems == []
+
+
+@in_a_browser
+def test_a_figure_is_read_by_keyboard(browser: Any, page: Path) -> None:
+    reader = Reader(browser, page.as_uri())
+    reader.page.keyboard.press("Tab")
+    assert reader.page.evaluate("document.activeElement.textContent") == "Skip to the figures"
+    figure = reader.section("cka").locator("figure").nth(1).locator("svg")
+    figure.focus()
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
+        figure.press(key)
+    said = reader.page.locator("#said").inner_text()
+    (value,) = (
+        row["value"]
+        for row in RecordStore(page.parent / "one" / "records").read().to_dict("records")
+        if (row["metric"], row["epoch"], row["model_other"], row["layer"], row["layer_other"])
+        == ("cka", 2, "init", "layer1", "layer1")
+    )
+    assert "layer1 × layer1" in said
+    assert f"{value:.4g}" in said
+    assert "n = 257" in said
+
+
+@in_a_browser
+def test_options_that_differ_and_downloads(browser: Any, page: Path, tmp_path: Path) -> None:
+    reader = Reader(browser, page.as_uri())
+    names = reader.page.locator("#configs tbody th")
+    assert set(names.all_inner_texts()) == {"lr"}
+    reader.page.locator("#all-options").press("Space")
+    config = yaml.safe_load((page.parent / "one" / "config.yaml").read_text())
+    assert {"seed_everything", "model.class_path", "lr"} <= set(names.all_inner_texts())
+    assert config["lr"] == 0.1
+    with reader.page.expect_download() as waiting:
+        reader.page.locator("#all-csv").click()
+    waiting.value.save_as(tmp_path / "records.csv")
+    lines = (tmp_path / "records.csv").read_text().splitlines()
+    records = [RecordStore(run / "records").read() for run in page.parent.iterdir() if run.is_dir()]
+    assert len(lines) - 1 == sum(map(len, records))
+    values = sorted(round(float(value), 12) for frame in records for value in frame["value"].dropna())
+    column = lines[0].split(",").index("value")
+    plain = [line.split(",")[column] for line in lines[1:] if '"' not in line]
+    assert set(map(float, filter(None, plain))) <= {value for frame in records for value in frame["value"]}
+    assert len(plain) > len(values) / 2
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
+    run = make_run(tmp_path / "run", epochs=2)
+    command = [sys.executable, "-m", "ssl_geometry.report", str(run), "--serve", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
+    assert address, process.stderr and process.stderr.read()
+    yield address[0], process, run
+    process.kill()
+    process.wait()
+
+
+@in_a_browser
+def test_a_served_page_takes_new_records_and_keeps_its_place(
+    browser: Any, server: tuple[str, subprocess.Popen[str], Path]
+) -> None:
+    address, process, run = server
+    reader = Reader(browser, address)
+    reader.section("cka")
+    slider = reader.page.locator("#cka-epoch")
+    slider.press("ArrowLeft")
+    place = reader.page.evaluate("scrollY")
+    make_run(run, epochs=3)
+    reader.page.locator('#cka-epoch[max="2"]').wait_for(timeout=20_000)
+    assert slider.get_attribute("aria-valuetext") == "epoch 0", "where the reader put it"
+    assert abs(reader.page.evaluate("scrollY") - place) < 50
+    slider.press("End")
+    reader.section("cka").locator("figure").first.get_by_text("epoch 2, n = 256 to 260").wait_for()
+    assert reader.problems == []
+    assert all(request.startswith(address) for request in reader.requests)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert output.strip() == "stopped"
+    assert "Traceback" not in errors
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run", epochs=1)
+    for args, said in [
+        ([str(tmp_path / "rum")], "no such run; did you mean"),
+        ([str(tmp_path / "run"), "-o", str(tmp_path / "no" / "page.html")], "cannot be written"),
+        ([str(tmp_path / "run"), "--max_mb=0.01"], "do not fit"),
+        ([str(tmp_path / "run"), "--portt=1"], "unknown option 'portt'; did you mean 'port'"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert said in errors[-1], errors
+    assert os.listdir(tmp_path) == ["run"]

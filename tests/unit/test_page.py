@@ -1,0 +1,152 @@
+"""The numbers in a page are those of the records; what cannot be shown is said in one line."""
+
+import base64
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from ssl_geometry.errors import UserError
+from ssl_geometry.records import COLUMNS, Protocol, RecordStore, read_records, record
+from ssl_geometry.report.page import EXACT, ROUNDED, pack, read_run, render, smallest_loss, write_page
+
+PROTOCOL = Protocol({"metric": "CKA", "note": "</script><script>alert(1)</script>"})
+LAYERS = 5
+
+
+def make_run(directory: Path, epochs: int = 3, seed: int = 0, layers: int = LAYERS, **config: Any) -> Path:
+    """Records of CKA, a probe and the loss, of random numbers."""
+    numbers = np.random.default_rng(seed)
+    store, name = RecordStore(directory / "records"), directory.name
+    for epoch in range(epochs):
+        common: dict[str, Any] = {"run": name, "model": name, "epoch": epoch, "step": 7 * epoch, "split": "measure"}
+        pairs, probes = [], []
+        for i in range(layers):
+            place = {"layer": f"layer{i}", "depth": i / (layers - 1), "view": "clean", "protocol": PROTOCOL.hash}
+            accuracy = float(numbers.random())
+            probes.append(record(**common, **place, metric="ridge_probe", value=accuracy, low=accuracy - 0.1, n=64))
+            for j in range(layers):
+                for other in (name, "init"):
+                    value = float("nan") if i == j == 0 else float(numbers.normal())
+                    pair = {"layer_other": f"layer{j}", "depth_other": j / (layers - 1), "model_other": other}
+                    bar = {"low": value - 1e-3, "high": value + 1e-3, "n": 256 + i}
+                    pairs.append(record(**common, **place, **pair, metric="cka", value=value, **bar))
+        store.write(f"cka/epoch={epoch:05d}", pairs, [PROTOCOL])
+        store.write(f"ridge_probe/epoch={epoch:05d}", probes)
+        loss = {"metric": "train/loss", "split": "train", "value": float(numbers.random())}
+        store.write(f"scalars/epoch={epoch:05d}", [record(**common | loss)])
+    settings = {"seed_everything": seed, "model": {"class_path": "my.Net", "init_args": {"lr": 0.1}}, **config}
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    (directory / "run.json").write_text(json.dumps({"status": "finished", "results": {"test/knn": 0.5}}))
+    return directory
+
+
+def unpack(packed: bytes) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What the page's script makes of it, in a second hand."""
+    data = gzip.decompress(packed)
+    length = int.from_bytes(data[:4], "little")
+    header, at, columns = json.loads(data[4 : 4 + length]), 4 + length, {}
+    for name, width in header["columns"].items():
+        planes = np.frombuffer(data, np.uint8, width * header["rows"], at).reshape(width, -1)
+        at += planes.size
+        cell = np.zeros((header["rows"], 4 if width == 3 else width), np.uint8)
+        cell[:, -width:] = planes.T
+        kind = {"n": "<i4", "place": "<u4", "moment": "<u4"}.get(name, "<f8" if width == 8 else "<f4")
+        columns[name] = np.ascontiguousarray(cell).view(kind).reshape(-1)
+    series = np.repeat(np.arange(len(header["series"])), np.diff([0, *header["ends"]]))
+    rows = []
+    for i, number in enumerate(series):
+        run, model, other, metric, view, split, protocol = header["series"][number]
+        layer, depth, layer_other, depth_other = header["places"][columns["place"][i]]
+        epoch, step = header["moments"][columns["moment"][i]]
+        rows.append(
+            {
+                "run": header["runs"][run]["label"], "model": model, "model_other": other, "metric": metric,
+                "layer": layer, "layer_other": layer_other, "depth": depth, "depth_other": depth_other, "view": view,
+                "split": split, "epoch": epoch, "step": step, "value": float(columns["value"][i]),
+                "low": float(columns["low"][i]), "high": float(columns["high"][i]),
+                "n": None if columns["n"][i] < 0 else int(columns["n"][i]), "protocol": protocol,
+            }
+        )  # fmt: skip
+    return header, pd.DataFrame(rows)[COLUMNS]
+
+
+def ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    keys = ["run", "metric", "model_other", "epoch", "step", "layer", "layer_other"]
+    frame = frame.sort_values(keys, ignore_index=True)
+    numbers = ["depth", "depth_other", "epoch", "step", "value", "low", "high", "n"]
+    return frame.astype(dict.fromkeys(numbers, float) | {c: object for c in COLUMNS if c not in numbers})
+
+
+@pytest.mark.parametrize(("width", "tolerance"), [(EXACT, 0), (ROUNDED, 2**-16)])
+def test_numbers_in_the_page_are_those_of_the_records(tmp_path: Path, width: int, tolerance: float) -> None:
+    runs = [make_run(tmp_path / f"run{seed}", seed=seed) for seed in range(2)]
+    _, shown = unpack(pack([read_run(run) for run in runs], width))
+    expected = read_records(*runs)
+    pd.testing.assert_frame_equal(ordered(shown), ordered(expected), rtol=tolerance, atol=0, check_exact=not tolerance)
+
+
+def test_the_page_holds_what_was_packed_and_may_load_nothing(tmp_path: Path) -> None:
+    packed = pack([read_run(make_run(tmp_path / "run"))])
+    page = render(packed)
+    (data,) = re.findall(r'<script type="application/octet-stream"[^>]*>(.*?)</script>', page, re.S)
+    assert base64.b64decode(data) == packed
+    assert not re.search(r"(src|href)=.?(https?:)?//", page)
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert "default-src 'none'" in policy
+    assert "connect-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "alert(1)" not in page, "texts of users are in the packed data alone"
+
+
+def test_fifty_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / f"run{seed}", epochs=4, seed=seed)) for seed in range(50)]
+    said: list[str] = []
+    limit = 1.6e5
+    packed = smallest_loss(runs, limit, said.append)
+    assert len(render(packed)) <= limit
+    header, shown = unpack(packed)
+    assert header["rounded"]
+    assert header["thinned"] == 2
+    assert said == [
+        "to stay below 0.16 MB, numbers are rounded to 4 significant digits, and 2 moments of each metric are shown"
+    ]
+    assert sorted(shown["epoch"].unique()) == [0, 3]
+    with pytest.raises(UserError, match=r"--max_mb .*: 1 run\(s\) do not fit"):
+        smallest_loss(runs[:1], len(render(b"")) + 1000, said.append)
+
+
+def test_a_config_may_hold_what_json_has_not(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", temperature=float("nan"), lr=[float("inf")]))
+    header, _ = unpack(pack([run]))
+    assert header["runs"][0]["config"]["temperature"] == "nan"
+    assert header["runs"][0]["config"]["model.init_args.lr"] == 0.1
+
+
+class TestMistakes:
+    def test_no_such_run(self, tmp_path: Path) -> None:
+        make_run(tmp_path / "simclr", epochs=1)
+        with pytest.raises(UserError, match=r"simlcr: no such run; did you mean '.*simclr'\?"):
+            read_run(tmp_path / "simlcr")
+
+    def test_a_folder_of_runs(self, tmp_path: Path) -> None:
+        make_run(tmp_path / "demo" / "simclr", epochs=1)
+        with pytest.raises(UserError, match=r"demo: no records here; .*simclr"):
+            read_run(tmp_path / "demo")
+
+    def test_a_part_that_was_cut(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run")
+        part = run / "records" / "cka" / "epoch=00001.parquet"
+        part.write_bytes(part.read_bytes()[:100])
+        with pytest.raises(UserError, match=r"cka/epoch=00001.parquet: no whole part of records .*; remove it"):
+            read_run(run)
+
+    def test_a_place_that_cannot_be_written_to(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"--out .*none/report.html: cannot be written \(No such file"):
+            write_page(tmp_path / "none" / "report.html", "page")
