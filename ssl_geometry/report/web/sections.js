@@ -167,7 +167,7 @@ function tableFigure(report, series) {
   const head = ["run", "with", "metric", "layer", "other layer", "view", "split", "epoch", "value", "95 %", "n"];
   const kept = head.map((_, i) => rows.slice(0, LONG).some((row) => cells(row)[i] !== ""));
   const only = (list) => list.filter((_, i) => kept[i]);
-  return { note: rows.length > LONG ? `the first ${LONG} of ${rows.length.toLocaleString("en")} rows; the CSV has all` : `${rows.length} rows`,
+  return { note: rows.length > LONG ? `the first ${LONG} of ${rows.length.toLocaleString("en")} rows; the CSV has all` : `${rows.length} row${rows.length > 1 ? "s" : ""}`,
     body: make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table" }, make("table", {}, make("thead", {}, make("tr", {}, ...only(head).map((name) => make("th", { scope: "col" }, name)))),
       make("tbody", {}, ...rows.slice(0, LONG).map((row) => make("tr", {}, ...only(cells(row)).map((cell) => make("td", typeof cell === "number" ? { class: "number" } : {}, String(cell))))))))};
 }
