@@ -1,5 +1,6 @@
-"""What the site has beside the pages of docs/: the results of benchmarks, as pages of their own."""
+"""What the site has beside the pages of docs/: the results of benchmarks, as pages of their own, and links."""
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -24,3 +25,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between docs/ and benchmarks/, which hold in the repository, into those of the site."""
     return markdown.replace("](../benchmarks/results/", "](benchmarks/").replace("](../../docs/", "](../")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn the roles of docstrings into code, and into links where they say the whole name."""
+    role = r":(?:func|class|mod|meth|attr):<code>"
+    link = r'<autoref identifier="\1" optional><code>\2</code></autoref>'
+    html = re.sub(role + r"(?=~?(ssl_geometry[\w.]*))~?(?:[\w.]+\.)?(\w+)</code>", link, html)
+    return re.sub(role, "<code>", html)
