@@ -45,8 +45,7 @@ def manifold_metrics(
 
         - ``neighbors``: number of NNK neighbours; NaN without candidates,
         - ``diameter``: largest distance between two neighbours, in [0, 2]; NaN for fewer than two,
-        - ``affinity``: of its directions with those of its nearest neighbour, in [0, 1]; NaN where either has fewer
-          than two neighbours,
+        - ``affinity``: of its directions with those of its nearest neighbour, in [0, 1]; NaN where either has one,
         - ``affinity_random``: the same with any other image, the baseline,
         - ``angle``, ``angle_random``: mean principal angle in degrees, of the same pairs.
 

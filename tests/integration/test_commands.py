@@ -22,7 +22,7 @@ from ssl_geometry.records import read_records
 from ssl_geometry.runs import load_method, read_checkpoint
 from tests.integration.test_fit import ROOT, options
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "studies").glob("*.md"))]
 OWN_TESTS = {"add-a-method.md", "architecture.md"}
 PAGES = [page for page in PAGES if page.name not in OWN_TESTS]
 NETWORK = ["--model.backbone=resnet10", "--model.width=0.25", "--model.image_size=16"]
