@@ -288,7 +288,9 @@ def fit(args: Sequence[str]) -> Run:
     finally:
         cli.stop_on_signal.restore()
         cli.run.release()
-    cli.run.note(status="finished", results=results)
+    speed = getattr(cli.trainer.progress_bar_callback, "images_per_second", None)
+    rate = {"images_per_second": round(speed, 1)} if speed else {}
+    cli.run.note(status="finished", results=results, **rate)
     print_summary(cli.run, cli.trainer, results)
     return cli.run
 

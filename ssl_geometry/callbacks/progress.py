@@ -22,6 +22,7 @@ class FitProgress(ProgressBar):
     def __init__(self, refresh_seconds: float = 0.5) -> None:
         super().__init__()
         self.refresh_seconds = refresh_seconds
+        self.images_per_second: float | None = None
         self._enabled = True
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
@@ -86,10 +87,17 @@ class FitProgress(ProgressBar):
             figures=self._figures(trainer),
         )
 
+    def _times(self, trainer: L.Trainer) -> tuple[float, float]:
+        """Seconds since the start, and those of them that measurements took."""
+        return time.perf_counter() - self._started, sum(monitor.seconds for monitor in monitors(trainer))
+
+    def _rate(self, trainer: L.Trainer) -> float:
+        elapsed, measuring = self._times(trainer)
+        return self._done / max(elapsed - measuring, 1e-9)
+
     def _figures(self, trainer: L.Trainer) -> str:
-        elapsed = time.perf_counter() - self._started
-        measuring = sum(monitor.seconds for monitor in monitors(trainer))
-        shown = [f"{self._done / max(elapsed - measuring, 1e-9):,.0f} images/s"]
+        elapsed, measuring = self._times(trainer)
+        shown = [f"{self._rate(trainer):,.0f} images/s"]
         if measuring:
             shown.append(f"measuring {measuring / elapsed:.0%}")
         for name in ("train/loss", "train/acc", "val/knn", "val/acc"):
@@ -98,7 +106,9 @@ class FitProgress(ProgressBar):
         return "  ".join(shown)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the last state on the screen."""
+        """Leave the last state on the screen, and the rate for the summary."""
+        if self._done:
+            self.images_per_second = self._rate(trainer)
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

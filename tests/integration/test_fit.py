@@ -79,6 +79,7 @@ class TestARunLeaves:
     def test_facts_about_itself(self, runs: Path) -> None:
         facts = json.loads((runs / "supervised" / "run.json").read_text())
         assert facts["status"] == "finished"
+        assert facts["images_per_second"] > 0
         assert 0 <= facts["results"]["test/knn"] <= 1
         assert 0 <= facts["results"]["test/acc"] <= 1
         assert facts["versions"]["torch"] == torch.__version__
