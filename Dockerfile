@@ -17,12 +17,12 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
-# What NVIDIA's runtime mounts from the host: the driver's libraries and nvidia-smi.
+# What NVIDIA's runtime mounts from the host: the driver's libraries and nvidia-smi. Caches go where any user may write.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
-    MPLCONFIGDIR=/tmp/matplotlib
+    HOME=/tmp
 
 WORKDIR /opt/ssl_geometry
 
@@ -39,7 +39,7 @@ RUN python -m pip install --no-deps .
 WORKDIR /workspace
 COPY configs configs
 COPY slurm slurm
-RUN useradd --create-home --uid 1000 user \
+RUN useradd --uid 1000 user \
     && mkdir runs data \
     && chmod 1777 . runs data
 USER user

@@ -1,5 +1,6 @@
 """What the commands share: a parser that tells a mistake in one line, and the exit codes."""
 
+import hashlib
 import logging
 import re
 import sys
@@ -17,6 +18,8 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import Interrupted, UserError, nearest
 from ssl_geometry.runs import is_first_process, network_names
 
+LONGEST = 80
+"""Characters of the folder that is named after the networks in it."""
 MODELS = (
     "networks, each NAME=SPEC or SPEC. SPEC: a run directory or a checkpoint; a published checkpoint by name, such as "
     "byol (python -m ssl_geometry.zoo list), or byol:FILE where its file was downloaded by hand; torchvision:NAME or "
@@ -112,9 +115,13 @@ def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
     """
     options = parser.parse_args(list(args))
     names = "-".join(network_names(options.models))
+    if len(names) > LONGEST:
+        names = f"{names[:LONGEST]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
     options.out = Path(options.out or f"runs/{command}/{names}")
     options.data_options = options.data.as_dict()
     options.data = DataModule(**options.data_options)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        raise UserError(f"--device {options.device}: expected cpu, cuda, or cuda:NUMBER")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
     if (options.out / "records").exists() and not options.get("overwrite", True):

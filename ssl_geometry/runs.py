@@ -167,7 +167,7 @@ def open_run(
                 command=" ".join(sys.argv),
                 started=_facts(run.directory).get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
                 host=platform.node(),
-                user=getpass.getuser(),
+                user=_user(),
                 git=_git_commit(),
                 versions={"ssl_geometry": __version__, "torch": torch.__version__, "lightning": L.__version__},
             )
@@ -233,6 +233,13 @@ def _new_id(folder: Path, config: Mapping[str, Any]) -> str:
     name = "-".join(part for part in parts if part)
     taken = sum(1 for _ in folder.glob(f"{name}*"))
     return f"{name}-{taken + 1}" if taken else name
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a number that this machine, or container, has no name for
+        return str(os.getuid())
 
 
 def _git_commit() -> str | None:

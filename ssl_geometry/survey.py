@@ -36,7 +36,7 @@ from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.models.zoo import TABLE
-from ssl_geometry.records import RecordStore, read_records
+from ssl_geometry.records import Protocol, RecordStore, read_records
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.models import (
     collapse_curves,
@@ -113,10 +113,7 @@ def survey_model(
         found = measure_model(method, data, options, fabric, lambda: progress.advance(task))
     except ValueError as error:
         raise UserError(f"--models {name}: {error}") from error
-    settings = tuple(kind for kind in options.manifolds if kind != "semantic")
-    copies = options.copies if "policy" in settings else 0
-    on_manifolds = neighbor_protocol(data, method, k=options.k, copies=options.copies, settings=settings)
-    on_spectra = spectrum_protocol(data, method, copies)
+    on_manifolds, on_spectra = _protocols(method, data, options)
     depths = layer_depths(method.backbone, list(found["layers"]))
     common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
     rows = manifold_records(found["manifolds"], depths, **common, protocol=on_manifolds.hash)
@@ -143,23 +140,23 @@ def fingerprint(method: nn.Module) -> str:
 # -- from records to tables --------------------------------------------------------------------------------------------
 
 
-def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], models: Sequence[str]) -> pd.DataFrame:
+def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Sequence[str]) -> pd.DataFrame:
     """The manifold graph metrics of every model: one row a model, columns (manifold, metric, statistic).
 
     Args:
         frame: records of a survey.
-        layer: model to the layer that is looked at: the encoder's last.
-        models: in the order of the rows.
+        layer: model to the layer that is looked at, the encoder's last; in the order of the rows.
+        manifolds: kinds, in the order of the columns. What was not measured, or has no value, is NaN.
 
     Example:
         >>> common = {"model": "a", "layer": "pooled", "view": "crop"}
         >>> rows = [{**common, "metric": "diameter", "value": 0.5, "low": 0.4},
         ...         {**common, "metric": "diameter_std", "value": 0.1, "low": None},
         ...         {**common, "metric": "diameter_quantile", "value": 0.6, "low": 0.5}]
-        >>> metric_table(pd.DataFrame(rows), {"a": "pooled"}, ["a"]).iloc[0].to_list()
+        >>> metric_table(pd.DataFrame(rows), {"a": "pooled"}, ["crop"]).iloc[0].dropna().to_list()
         [0.5, 0.1, 0.6]
     """
-    at = frame[(frame["layer"] == frame["model"].map(layer)) & frame["view"].isin(MANIFOLDS)]
+    at = frame[frame["layer"] == frame["model"].map(layer)]
     parts = {}
     for metric in METRICS:
         medians = at[(at["metric"] == f"{metric}_quantile") & (at["low"] == 0.5)]
@@ -168,10 +165,10 @@ def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], models: Sequence
         ):
             for view, values in rows.groupby("view", sort=False):
                 parts[view, metric, statistic] = values.set_index("model")["value"]
-    order = [key for view in MANIFOLDS for metric in METRICS for s in STATISTICS if (key := (view, metric, s)) in parts]
-    table = pd.DataFrame({key: parts[key] for key in order}).reindex(list(models))
-    table.columns = pd.MultiIndex.from_tuples(order, names=["manifold", "metric", "statistic"])
-    return table
+    columns = pd.MultiIndex.from_product([manifolds, METRICS, STATISTICS], names=["manifold", "metric", "statistic"])
+    empty = pd.Series(dtype=float)
+    cells = [parts.get(key, empty).reindex(list(layer)).to_numpy() for key in columns]
+    return pd.DataFrame(np.transpose(cells), index=list(layer), columns=columns)
 
 
 def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -187,13 +184,14 @@ def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
+def read_targets(sources: Sequence[str], models: Mapping[str, str]) -> pd.DataFrame:
     """What models reached on tasks.
 
     Args:
         sources: ``published``, CSV files with the columns task, dataset, model, value, or folders that
             ``python -m ssl_geometry.probe`` wrote.
-        models: those of the survey; others are left out.
+        models: those of the survey, each with the published checkpoint that it is, if it is one. Published results are
+            of checkpoints, all others of the names that the survey gives; what is of other models is left out.
 
     Returns:
         Columns task, dataset, model, value.
@@ -219,14 +217,16 @@ def read_targets(sources: Sequence[str], models: Sequence[str]) -> pd.DataFrame:
                 raise UserError(f"--targets {source}: cannot be read as a table ({reason})") from error
         if missing := [name for name in ("task", "dataset", "model", "value") if name not in frame]:
             raise UserError(f"--targets {source}: no column {missing[0]!r}; {nearest(missing[0], list(frame.columns))}")
-        if "metric" in frame and not path.is_dir():
+        if "metric" in frame and not path.is_dir():  # two metrics of a data set are two tasks, never averaged
             several = frame.groupby(["task", "dataset"])["metric"].transform("nunique") > 1
-            frame["dataset"] = frame["dataset"].where(~several, frame["dataset"] + ", " + frame["metric"])
+            frame["task"] = frame["task"].where(~several, frame["task"] + " (" + frame["metric"] + ")")
+        if source == "published":
+            frame["model"] = frame["model"].map({checkpoint: name for name, checkpoint in models.items()})
         parts.append(frame[["task", "dataset", "model", "value"]])
     targets = pd.concat(parts, ignore_index=True)
     known = targets[targets["model"].isin(models)]
     if known.empty:
-        there = sorted(targets["model"].astype(str).unique())
+        there = sorted(targets["model"].dropna().unique()) or ["other checkpoints"]
         raise UserError(f"--targets {' '.join(sources)}: results of none of these models; they have {', '.join(there)}")
     if known.groupby(["task", "dataset"])["model"].nunique().max() < LEAST_MODELS:
         raise UserError(
@@ -281,13 +281,11 @@ def predict(
                 {"task": title, "model": model, "value": value, "predicted": g}
                 for model, value, g in zip(values.index, y, guess, strict=True)
             ]
-        accuracy = np.array([baseline.get(model, np.nan) for model in values.index])
-        has = np.isfinite(accuracy)
-        row["n (ImageNet)"] = int(has.sum())
-        if has.sum() >= LEAST_MODELS:
-            base = rank_correlation(accuracy[has, None], y[has])
-            row |= {"ImageNet rho": base.rho[0], "ImageNet p": base.p[0]}
-            row["ImageNet Q2"] = predictive_r2(leave_one_out(accuracy[has, None], y[has]), y[has])
+        accuracy = np.array([[baseline.get(model, np.nan)] for model in values.index])
+        base = rank_correlation(accuracy, y)  # side by side with the metrics on the same models, or not at all
+        row |= {"ImageNet rho": base.rho[0], "ImageNet p": base.p[0], "ImageNet Q2": np.nan}
+        if np.isfinite(accuracy).all():
+            row["ImageNet Q2"] = predictive_r2(leave_one_out(accuracy, y), y)
         found.append(row)
     return pd.DataFrame(found), pd.DataFrame(predicted, columns=["task", "model", "value", "predicted"])
 
@@ -325,17 +323,14 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
     frame = frame[frame["model"].isin(facts)]
     families = {name: fact["family"] for name, fact in facts.items()}
     n = int(frame["n"].max())
-    table = metric_table(frame, {name: fact["layer"] for name, fact in facts.items()}, list(facts))
+    table = metric_table(frame, {name: fact["layer"] for name, fact in facts.items()}, options.manifolds)
     note = (
         f"Features of the encoder's last layer, {n:,} images of {Path(options.data.dataset).name}; mean ± standard "
         f"deviation over images (median). k = {options.k}, {options.copies} copies."
     )
     made, pictures = [_write_table(table, readable(table), out / "tables" / "mgm", note)], {}
-    kinds = [kind for kind in options.manifolds if kind in table.columns.get_level_values("manifold")]
-    if kinds:
-        pictures["profiles"] = depth_profiles(
-            frame, kinds, list(METRICS), families, f"Manifold graph metrics over depth, {n:,} images"
-        )
+    title = f"Manifold graph metrics over depth, {n:,} images"
+    pictures["profiles"] = depth_profiles(frame, options.manifolds, list(METRICS), families, title)
     pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
     if len(facts) >= LEAST_MODELS:
         try:
@@ -344,14 +339,15 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
         except ValueError as error:  # all models are the same, or collapsed
             Console(stderr=True).print(f"no map of models: {error}", highlight=False)
     if options.targets:
-        targets = read_targets(options.targets, list(facts))
+        targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()})
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
         tasks, models = predict(table, targets, baseline)
         note = (
             "Best single metric by Spearman's rho, with its permutation p and Holm's correction for the number of "
             "metrics tried. Ridge regression on all metrics predicts each model from the others: Q2 = 1 - its squared "
-            "errors / those of the others' mean, so 0 and below is no better than that mean. n is the number of "
-            "models: with so few, every figure is a hint."
+            "errors / those of the others' mean, so 0 and below is no better than that mean. ImageNet: the same with "
+            "linear accuracy on ImageNet alone, where it is known of all n models. With so few models, every figure "
+            "is a hint."
         )
         text = {"Prediction of transfer": _task_text(tasks)}
         made.append(_write_table(tasks.set_index("task"), text, out / "tables" / "prediction", note))
@@ -454,6 +450,8 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument("--devices", type=int, default=1, help="processes of this node that share the images")
     parser.add_argument("--num_nodes", type=int, default=1, help="nodes; under SLURM both follow from the job")
     options = parse_networks(parser, "survey", args)
+    if not options.manifolds:
+        raise UserError(f"--manifolds []: expected some of {', '.join(MANIFOLDS)}")
     for name in options.manifolds:
         if name not in MANIFOLDS:
             raise UserError(f"--manifolds {name}: {nearest(name, MANIFOLDS)}")
@@ -471,7 +469,11 @@ def _fabric(options: Any) -> L.Fabric:
     accelerator = "cuda" if options.device.startswith("cuda") else "cpu"
     if task := this_task():
         given |= trainer_options(task, {"accelerator": accelerator})
-    if given["devices"] == 1 and ":" in options.device:
+    if ":" in options.device:
+        if given["devices"] != 1:
+            raise UserError(
+                f"--device {options.device}: one GPU; leave its number out for --devices {given['devices']}"
+            )
         given["devices"] = [int(options.device.partition(":")[2])]
     fabric = L.Fabric(accelerator=accelerator, **given)
     fabric.launch()
@@ -512,8 +514,10 @@ def survey(args: Sequence[str]) -> Path:
     with fabric.rank_zero_first(local=True):  # downloads
         networks = load_networks(options.models)
         data.prepare_data()
-    if options.targets and fabric.is_global_zero:
-        read_targets(options.targets, list(networks))  # a mistake is told before hours of measuring
+    if options.targets:
+        read_targets(
+            options.targets, {name: _source(method) for name, (method, _) in networks.items()}
+        )  # tell mistakes
     for method, _ in networks.values():
         backbone_layers(method, options.layers)
     data.setup("test")
@@ -556,22 +560,32 @@ def survey(args: Sequence[str]) -> Path:
 
 def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
-    names = backbone_layers(method, options.layers)
-    kind, source = type(method.backbone).__name__, getattr(method, "source", "")
+    names, kind, source = backbone_layers(method, options.layers), type(method.backbone).__name__, _source(method)
     facts = {
         "family": f"{UNTRAINED} {kind}" if epoch is None else getattr(method, "family", type(method).__name__),
         "epochs": epoch,
-        "imagenet_top1": TABLE[source].top1 if source in TABLE else None,
+        "source": source,
+        "imagenet_top1": TABLE[source].top1 if source else None,
         "layer": names[-1],
         "layers": names,
         "weights": fingerprint(method),
-        "images": data.measure_ids,
-        "views": method.clean_view.spec,
         "manifolds": options.manifolds,
-        "k": options.k,
-        "copies": options.copies,
+        "protocols": [protocol.hash for protocol in _protocols(method, data, options)],
     }
     return json.loads(json.dumps(facts))
+
+
+def _source(method: Method) -> str:
+    """The published checkpoint that a model is; empty for any other."""
+    source = getattr(method, "source", "")
+    return source if source in TABLE else ""
+
+
+def _protocols(method: Method, data: DataModule, options: Any) -> tuple[Protocol, Protocol]:
+    """Of manifolds and of spectra: all that changes a number but the weights."""
+    settings = tuple(kind for kind in options.manifolds if kind != "semantic")
+    on_manifolds = neighbor_protocol(data, method, k=options.k, copies=options.copies, settings=settings)
+    return on_manifolds, spectrum_protocol(data, method, options.copies if "policy" in settings else 0)
 
 
 def main(args: Sequence[str] | None = None) -> None:

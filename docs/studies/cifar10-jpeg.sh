@@ -41,9 +41,14 @@ untrained="untrained=random untrained-r10=random:resnet10@32"
 [ -f runs/probe/cifar10-jpeg/tables.md ] ||
     python -m ssl_geometry.probe --models $named $untrained --evaluations [layers] --layers pooled --out runs/probe/cifar10-jpeg
 
-# The survey: manifolds of 1,024 test images, which networks are alike, and what predicts the probe.
-python -m ssl_geometry.survey --models $named $untrained vit=random:vit_tiny_patch16_224@64 \
-    --targets [runs/probe/cifar10-jpeg] --out runs/survey-cifar10-jpeg
+# The survey: manifolds of 1,024 test images, which networks are alike, and what predicts the probe; of some of the
+# networks, then of all: what was measured is kept, and only tables and pictures are made anew.
+survey() { python -m ssl_geometry.survey --targets [runs/probe/cifar10-jpeg] --out runs/survey-cifar10-jpeg --models "$@"; }
+for some in survey/s survey/supervised survey/simclr; do
+    survey $(printf "%s\n" $named | grep "$some")
+    cp runs/survey-cifar10-jpeg/tables/prediction.md "runs/prediction-${some//\//-}.md"
+done
+survey $named $untrained vit=random:vit_tiny_patch16_224@64
 
 # Initialisation: ResNet-50 and ViT-S/16, three seeds each, on pictures enlarged to 96 pixels.
 python -m ssl_geometry.survey --data.dataset "$pictures" --data.measure_size 1024 --manifolds [semantic] --layers all \

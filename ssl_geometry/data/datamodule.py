@@ -318,7 +318,8 @@ class DataModule(L.LightningDataModule):
         Raises:
             UserError: where files are missing or damaged, or a split is smaller than what is asked of it.
         """
-        if self.batch_size % self._world_size or self.batch_size < 2 * self._world_size:
+        trains = self.trainer is not None  # measurements share images by whole batches, whatever their number
+        if trains and (self.batch_size % self._world_size or self.batch_size < 2 * self._world_size):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: expected a multiple of the {self._world_size} processes, "
                 f"at least 2 images for each"

@@ -53,9 +53,13 @@ class RecordStore:
         write_whole(self.directory / f"{part}.parquet", lambda temporary: pq.write_table(table, temporary))
 
     def read_part(self, part: str) -> list[dict[str, Any]]:
-        """The rows of one part; none where it was not written yet."""
+        """The rows of one part; none where it was not written yet.
+
+        Raises:
+            UserError: no Parquet file of this schema.
+        """
         path = self.directory / f"{part}.parquet"
-        return pq.read_table(path).to_pylist() if path.exists() else []
+        return _read_whole(path).to_pylist() if path.exists() else []
 
     def read(self) -> pd.DataFrame:
         """All rows, in the order of epochs and steps.

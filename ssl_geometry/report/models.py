@@ -211,7 +211,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
         rows = -(-len(titles) // columns)
         figure = Figure(figsize=(1.9 + 3.0 * columns, 0.5 + 3.0 * rows))
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (task, title) in zip(panels, titles.items(), strict=False):
+        for (task, title), axes in zip(titles.items(), panels, strict=False):  # takes no panel after the last title
             shown = frame[frame["task"] == task]
             for row in shown.to_dict("records"):
                 axes.plot(row["predicted"], row["value"], markersize=5, **styles[families[row["model"]]])

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 from ssl_geometry.errors import UserError
 
@@ -78,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         own = {"127.0.0.1", "localhost", str(self.server.server_address[0])}
-        asked = self.headers.get("Host", "").rpartition(":")[0].strip("[]")
+        asked = urlsplit(f"//{self.headers.get('Host', '')}").hostname
         if asked not in own and self.server.server_address[0] in ("127.0.0.1", "::1"):
             self.send_error(HTTPStatus.FORBIDDEN)  # another site's name that was made to point here
             return

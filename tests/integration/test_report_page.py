@@ -186,7 +186,9 @@ def test_options_that_differ_and_downloads(browser: Any, page: Path, tmp_path: P
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
     run = make_run(tmp_path / "run", epochs=2)
     command = [sys.executable, "-m", "ssl_geometry.report", str(run), "--serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Ctrl-C is ignored by what a shell starts in the background, and so by the children of these tests there.
+    process = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout is not None
     address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
     assert address, process.stderr and process.stderr.read()

@@ -89,21 +89,22 @@ class TestASurvey:
         (surveyed / "records" / "models" / "supervised.parquet").unlink()
         survey(arguments)
         assert {name for name, time in times(surveyed).items() if time != before[name]} == {"supervised"}
-        facts = json.loads((surveyed / "models.json").read_text())
-        facts["untrained"]["weights"] = "of another initialisation"
-        (surveyed / "models.json").write_text(json.dumps(facts))
-        between = times(surveyed)
-        survey(arguments)
-        assert {name for name, time in times(surveyed).items() if time != between[name]} == {"untrained"}
+        for key, value in (("weights", "of another initialisation"), ("protocols", ["of another version"])):
+            facts = json.loads((surveyed / "models.json").read_text())
+            facts["untrained"][key] = value
+            (surveyed / "models.json").write_text(json.dumps(facts))
+            between = times(surveyed)
+            survey(arguments)
+            assert {name for name, time in times(surveyed).items() if time != between[name]} == {"untrained"}
         more = [*models(runs), "third=random:2", f"--out={surveyed}", *SMALL]
         between = times(surveyed)
         survey(more)
         assert {name for name, time in times(surveyed).items() if time != between.get(name)} == {"third"}
 
-    def test_two_processes_give_the_numbers_of_one(self, runs: Path, surveyed: Path, tmp_path: Path) -> None:
+    def test_three_processes_give_the_numbers_of_one(self, runs: Path, surveyed: Path, tmp_path: Path) -> None:
         arguments = [*models(runs), *SMALL, "--device=cpu", "--data.eval_batch_size=50", "--layers=pooled"]
         done = subprocess.run(
-            [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=2"],
+            [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=3"],
             cwd=ROOT,
             env=clean_environment(OMP_NUM_THREADS="1"),
             capture_output=True,
@@ -255,9 +256,16 @@ def test_what_predicts_is_found_and_what_does_not_is_not() -> None:
 
 
 def test_published_targets_name_models_and_say_where_they_come_from() -> None:
-    found = read_targets(["published"], ["byol", "swav", "moco-v2", "supervised"])
-    assert {"byol", "swav", "moco-v2"} <= set(found["model"])
-    assert {"ADE20K, mIoU", "ADE20K, pixel accuracy", "cars"} <= set(found["dataset"])
+    names = {"mine": "byol", "swav": "swav", "m": "moco-v2", "s": "supervised", "p": "pcl-v1", "pirl": ""}
+    found = read_targets(["published"], names)
+    assert {"mine", "swav", "m", "p"} <= set(found["model"]), "checkpoints, whatever they are called here"
+    assert "pirl" not in set(found["model"]), "a run of that name is not that checkpoint"
+    assert {"segmentation (mIoU)", "segmentation (pixel accuracy)"} <= set(found["task"])
+    columns = table_of(np.random.default_rng(0).normal(size=(len(names), 3)), list(names))
+    tasks, _ = predict(columns, found, {})
+    assert not any("segmentation" in task and "mean of" in task for task in tasks["task"]), "no mean of two metrics"
+    assert "many-shot fine-tune: mean of 11" in set(tasks["task"])
+    assert tasks["ImageNet Q2"].isna().all()
     assert pd.read_csv(command.PUBLISHED)["provenance"].notna().all()
 
 
@@ -277,9 +285,10 @@ def test_the_median_and_the_order_of_models() -> None:
         for name in "ab"
         for metric, value, low in (("affinity", 1, 0), ("affinity_std", 2, None), ("affinity_quantile", 3, 0.5))
     ]
-    table = metric_table(pd.DataFrame(rows), {"a": "pooled", "b": "pooled"}, ["b", "a"])
+    table = metric_table(pd.DataFrame(rows), {"b": "pooled", "a": "pooled"}, ["crop", "color"])
     assert table.index.tolist() == ["b", "a"]
-    assert table.loc["a"].tolist() == [1, 2, 3]
+    assert table.loc["a"].dropna().tolist() == [1, 2, 3]
+    assert table.shape == (2, 18), "what was not measured has its place"
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -324,6 +333,8 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
     [
         (["--manifolds=[semantic, colour]"], "--manifolds colour: did you mean 'color'"),
         (["--k=128"], "--k 128: expected fewer than --data.measure_size 128"),
+        (["--manifolds=[]"], "--manifolds []: expected some of semantic, policy"),
+        (["--device=gpu"], "--device gpu: expected cpu, cuda, or cuda:NUMBER"),
         (["--copies=2"], "--copies 2: expected at least 3"),
         (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
@@ -354,6 +365,28 @@ def test_features_that_are_not_finite_name_the_model(runs: Path, tmp_path: Path)
         patch.setattr(command, "load_networks", lambda specs: {"broken": method})
         with pytest.raises(command.UserError, match=r"--models broken: layer .* finite"):
             survey(["--models", f"broken={runs / 'simclr'}", f"--out={tmp_path}", *SMALL])
+
+
+def test_a_collapsed_network_alone_is_surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load_networks", lambda specs: {"constant": (Constant(), 0)})
+    data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64", "--layers=pooled"]
+    out = survey(["--models", "constant=x", f"--out={tmp_path}", "--k=10", "--copies=3", *data])
+    assert "| constant | – | 0.000 ± 0.000 (0.000) |" in (out / "tables" / "mgm.md").read_text()
+
+
+def test_many_models_have_a_folder_of_a_name_that_a_disk_takes() -> None:
+    names = [f"simclr-resnet50-s{number}-1121-032425=random:resnet10@16:{number}" for number in range(12)]
+    out = command._parse(["--models", *names, "--data.dataset=digits"]).out
+    assert len(out.name) < 100
+    assert out != command._parse(["--models", *names[:-1], "--data.dataset=digits"]).out
+
+
+def test_a_damaged_part_is_told(runs: Path, tmp_path: Path) -> None:
+    arguments = ["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}", *SMALL, "--layers=pooled"]
+    survey([*arguments, "--manifolds=[semantic]"])
+    (tmp_path / "records" / "models" / "simclr.parquet").write_bytes(b"PAR1, then nothing")
+    with pytest.raises(command.UserError, match=r"simclr.parquet: no whole part of records .* remove it"):
+        survey([*arguments, "--manifolds=[semantic]"])
 
 
 def test_labels_of_the_measurement_images() -> None:

@@ -4,6 +4,8 @@ import base64
 import gzip
 import json
 import re
+import threading
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import yaml
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.records import COLUMNS, Protocol, RecordStore, read_records, record
+from ssl_geometry.report.models import prediction_scatter
 from ssl_geometry.report.page import EXACT, ROUNDED, pack, read_run, render, smallest_loss, write_page
+from ssl_geometry.report.serve import Server
 
 PROTOCOL = Protocol({"metric": "CKA", "note": "</script><script>alert(1)</script>"})
 LAYERS = 5
@@ -120,6 +124,30 @@ def test_fifty_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp
     assert sorted(shown["epoch"].unique()) == [0, 3]
     with pytest.raises(UserError, match=r"--max_mb .*: 1 run\(s\) do not fit"):
         smallest_loss(runs[:1], len(render(b"")) + 1000, said.append)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("127.0.0.1", 200), ("localhost:{port}", 200), ("evil.example", 403), ("", 403)],
+)
+def test_a_page_is_served_to_this_machine_by_its_own_names_alone(host: str, status: int) -> None:
+    with Server("127.0.0.1", 0, lambda: 1, lambda: b"", lambda packed, version: "") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.putrequest("GET", "/version", skip_host=True)
+        connection.putheader("Host", host.format(port=port))
+        connection.endheaders()
+        assert connection.getresponse().status == status
+        server.shutdown()
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4, 5])
+def test_no_empty_panel_is_left_beside_predictions(tasks: int) -> None:
+    titles = {f"task {number}": f"task {number}" for number in range(tasks)}
+    rows = [{"task": task, "model": "a", "value": 1.0, "predicted": 0.9} for task in titles]
+    figure = prediction_scatter(pd.DataFrame(rows), {"a": "SimCLR"}, titles)
+    assert sum(axes.axison for axes in figure.axes) == tasks
 
 
 def test_a_config_may_hold_what_json_has_not(tmp_path: Path) -> None:

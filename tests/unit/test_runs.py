@@ -1,6 +1,7 @@
 """Run directories: who gets which, what is resumed, what is refused."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -123,6 +124,15 @@ def test_facts_are_kept_when_more_are_noted(tmp_path: Path) -> None:
     facts = json.loads((run.directory / "run.json").read_text())
     assert facts["results"] == {"test/knn": 0.5}
     assert facts["status"] == "running"
+
+
+def test_a_user_without_a_name_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    assert run.facts["user"] == str(os.getuid())
 
 
 class Evil:

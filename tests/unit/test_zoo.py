@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -237,18 +238,23 @@ def test_no_server_and_no_other_kind_of_address(server: Server) -> None:
         fetch(Checkpoint("some", "contrastive", None, 0.0, ("file:///etc/hostname",)))
 
 
-def test_two_processes_do_not_download_into_one_file(server: Server, tmp_path: Path) -> None:
+def test_of_two_processes_one_downloads_and_the_other_waits(server: Server, tmp_path: Path) -> None:
     checkpoint = row(server)
     path = partial(checkpoint, tmp_path, b"")
-    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    code = (
+        "import fcntl, os, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); "
+        "input(); f.write(b'theirs'); f.flush(); os.replace(sys.argv[1], sys.argv[1].removesuffix('.partial'))"
+    )
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(UserError, match="another process downloads"):
-            fetch(checkpoint)
-        other.communicate("\n")
-    assert fetch(checkpoint).read_bytes() == CONTENT
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(fetch, checkpoint)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            other.communicate("\n")
+            assert waiting.result(timeout=10).read_bytes() == b"theirs"
 
 
 # -- TensorFlow --------------------------------------------------------------------------------------------------------
@@ -272,6 +278,7 @@ def test_a_checkpoint_that_tensorflow_wrote(tmp_path: Path) -> None:
         archive.write(INDEX, "folder/model.ckpt-1.index")
         archive.write(DATA, "folder/model.ckpt-1.data-00000-of-00001")
         archive.writestr("../../outside", "nothing is extracted")
+        archive.writestr("folder/hub/variables/variables.index", "the same once more, as a module of TensorFlow Hub")
     for file in (INDEX, tmp_path / "x.zip"):
         assert is_bundle(file)
         tensors, others = read_bundle(file, lambda name: name != "words")
@@ -324,6 +331,18 @@ def test_arrays_of_every_order_of_bytes_come_back(tmp_path: Path) -> None:
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
         for found, expected in zip(read_pickle(tmp_path / "x.pkl"), arrays, strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+def test_the_state_of_a_type_gives_its_order_of_bytes_alone(tmp_path: Path) -> None:
+    forged = np.dtype("f8")
+    has_object = (3, "<", None, None, None, -1, -1, 63)  # flags: numbers that NumPy would take for pointers
+    kind = b"cnumpy\ndtype\n(Vf8\nI00\nI01\ntR" + pickle.dumps(has_object, protocol=0)[:-1] + b"b"
+    (tmp_path / "x.pkl").write_bytes(
+        b"cnumpy.core.multiarray\nscalar\n(" + kind + b"c_codecs\nencode\n(V" + 8 * b"A" + b"\nVlatin1\ntRtR."
+    )
+    found = read_pickle(tmp_path / "x.pkl")
+    assert found == np.frombuffer(8 * b"A", forged)[0]
+    assert not found.dtype.hasobject
 
 
 class Calls:

@@ -1,6 +1,5 @@
 """Downloads that can be continued, are checked, and appear whole or not at all."""
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -20,6 +19,8 @@ from ssl_geometry.models.zoo.table import Checkpoint
 
 CACHE_VARIABLE = "SSL_GEOMETRY_CACHE"
 CHUNK = 1 << 20
+PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
+"""How web pages begin; weights may begin with any byte."""
 TIMEOUT = 30
 """Seconds without a byte before a download stops."""
 
@@ -93,26 +94,26 @@ def _download(name: str, url: str, file: Path, expected: str | None) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as stream:
-            try:
-                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError(f"{name}: another process downloads {partial}: wait for it") from error
-            start = stream.tell()
+            fcntl.lockf(stream, fcntl.LOCK_EX)  # of several processes one downloads, the others wait for it
+            if file.is_file():
+                verify(file, expected)
+                return
+            start = stream.seek(0, os.SEEK_END)
             with _open(url, start) as response:
                 if response.status != 206 and start:  # a server that sends the whole file again
                     stream.truncate(0)
                     start = 0
                 _receive(name, response, stream, start)
-        found = _sha256(partial)
-        if expected is not None and not found.startswith(expected):
-            partial.unlink()
-            raise UserError(
-                f"{name}: the SHA-256 of {url} is {found}, expected {expected}: it was damaged on the way or changed; "
-                f"run again, or download it in a browser and give {name}:FILE"
-            )
-        _note(file.with_name(f"{file.name}.sha256"), found)
-        os.replace(partial, file)
+            stream.flush()
+            found = _sha256(partial)
+            if expected is not None and not found.startswith(expected):
+                partial.unlink()
+                raise UserError(
+                    f"{name}: the SHA-256 of {url} is {found}, expected {expected}: it was damaged on the way or "
+                    f"changed; run again, or download it in a browser and give {name}:FILE"
+                )
+            _note(file.with_name(f"{file.name}.sha256"), found)
+            os.replace(partial, file)  # before the lock is released
     except _WebPage as error:
         partial.unlink()
         raise UserError(
@@ -160,7 +161,7 @@ def _receive(name: str, response: HTTPResponse, stream: IO[bytes], start: int) -
         task = progress.add_task(name, total=total, completed=start)
         done = start
         while chunk := response.read(CHUNK):
-            page = response.headers.get_content_type() == "text/html" or chunk.lstrip().startswith(b"<")
+            page = response.headers.get_content_type() == "text/html" or chunk.lstrip()[:9].lower().startswith(PAGES)
             if page and done == start == 0:
                 raise _WebPage
             stream.write(chunk)

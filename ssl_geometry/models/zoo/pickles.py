@@ -42,8 +42,32 @@ def _record(name: str, fields: Any = (), *_: Any) -> type[Record]:
     return type(str(name), (Record,), {"__slots__": (), "fields": tuple(map(str, fields or FIELDS.get(name, ())))})
 
 
+class _Type:
+    """A type of numbers; of the state that NumPy would take from the file, the order of bytes alone."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        if not re.fullmatch(r"[biufc]\d{1,2}", str(name)):
+            raise pickle.UnpicklingError(f"arrays of type {name}")
+        self.numpy = np.dtype(str(name))
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"bytes in the order {state[1]}")
+        self.numpy = self.numpy.newbyteorder("=" if state[1] == "|" else state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose type is checked before it takes its values from the file."""
+
+    def __setstate__(self, state: Any) -> None:
+        *version, shape, kind, fortran, values = state
+        if not isinstance(kind, _Type) or not isinstance(values, bytes):
+            raise pickle.UnpicklingError("an array of objects")
+        super().__setstate__((*version, shape, kind.numpy, fortran, values))
+
+
 def _empty(*_: Any) -> np.ndarray:
-    return np.empty(0)  # its state, which follows in the file, gives shape, type and values
+    return np.empty(0).view(_Array)  # its state, which follows in the file, gives shape, type and values
 
 
 def _array(make: Callable[..., np.ndarray], arguments: tuple, state: tuple, *_: Any) -> np.ndarray:
@@ -52,8 +76,8 @@ def _array(make: Callable[..., np.ndarray], arguments: tuple, state: tuple, *_: 
     return array
 
 
-def _scalar(dtype: np.dtype, value: Any) -> Any:
-    return np.frombuffer(value, dtype, 1)[0]
+def _scalar(kind: _Type, value: Any) -> Any:
+    return np.frombuffer(value, kind.numpy, 1)[0]
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -66,17 +90,11 @@ def _bytes() -> bytes:
     return b""
 
 
-def _dtype(name: str, *_: Any) -> np.dtype:
-    if not re.fullmatch(r"[biufc]\d{1,2}", str(name)):
-        raise pickle.UnpicklingError(f"arrays of type {name}")
-    return np.dtype(name, copy=True)  # its state, which follows, is the order of its bytes
-
-
 KNOWN: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     ("numpy", "ndarray"): None,  # an argument of _reconstruct, never made
-    ("numpy", "dtype"): _dtype,
+    ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
     ("dill._dill", "_create_array"): _array,
     ("dill._dill", "_create_namedtuple"): _record,

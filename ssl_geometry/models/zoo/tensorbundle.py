@@ -53,6 +53,8 @@ def read_bundle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, np
             return _read(file.read_bytes(), lambda end: (file.parent / f"{prefix}{end}").read_bytes(), wanted)
         with zipfile.ZipFile(file) as archive:
             indices = [name for name in archive.namelist() if name.endswith(".index")]
+            if len(indices) > 1:  # the same weights once more, as a module of TensorFlow Hub
+                indices = [name for name in indices if not name.endswith("variables/variables.index")]
             if len(indices) != 1:
                 raise UserError(f"{file}: holds {len(indices)} TensorFlow checkpoints, expected one")
             prefix = indices[0].removesuffix(".index")
