@@ -46,6 +46,7 @@ from ssl_geometry.report.figures import (
     diag_and_max,
     neighbor_pictures,
     pair_panels,
+    save_figure,
     training_curves,
     view_heatmap,
 )
@@ -196,15 +197,7 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path
     )
     for model, rows in layers[layers["metric"] == "invariance"].groupby("model", sort=False):
         pictures[f"invariance_{model}"] = view_heatmap(rows)
-    return [save(figure, out / name) for name, figure in pictures.items()]
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Keep a picture as PNG and PDF; the PNG's path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "png"):
-        figure.savefig(f"{path}.{suffix}")
-    return Path(f"{path}.png")
+    return [save_figure(figure, out / name) for name, figure in pictures.items()]
 
 
 def draw_training(models: Sequence[str], out: Path) -> list[Path]:
@@ -227,7 +220,7 @@ def draw_training(models: Sequence[str], out: Path) -> list[Path]:
     if rows["epoch"].nunique() < 2:
         return []
     title = f"Manifolds in the pooled features over training, {int(rows['n'].max()):,} images"
-    return [save(training_curves(rows, MANIFOLDS, KINDS, "pooled", title), out / "manifolds_training")]
+    return [save_figure(training_curves(rows, MANIFOLDS, KINDS, "pooled", title), out / "manifolds_training")]
 
 
 def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -> Figure:
@@ -471,7 +464,9 @@ def compare(args: Sequence[str]) -> Path:
     (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
     pictures = draw(frame, groups, out / "figures")
     pictures += [
-        save(show_neighbors(network, data, options.show_neighbors), out / "figures" / f"neighbors_{network.name}")
+        save_figure(
+            show_neighbors(network, data, options.show_neighbors), out / "figures" / f"neighbors_{network.name}"
+        )
         for network in measured
         if options.show_neighbors
     ]

@@ -44,7 +44,7 @@ from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, RecordStore
-from ssl_geometry.report.figures import BLOCK, compare_curves
+from ssl_geometry.report.figures import BLOCK, compare_curves, save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
 from ssl_geometry.runs import load_networks, network_names
 
@@ -595,10 +595,7 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: s
         label=judged,
         levels={PIXELS: float(pixels.iloc[0])},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "png"):
-        figure.savefig(folder / f"linear_probes.{suffix}")
-    return folder / "linear_probes.png"
+    return save_figure(figure, folder / "linear_probes")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -38,6 +38,7 @@ from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import Protocol, RecordStore, read_records
 from ssl_geometry.records.store import write_whole
+from ssl_geometry.report.figures import save_figure
 from ssl_geometry.report.models import (
     collapse_curves,
     collapse_over_training,
@@ -301,13 +302,6 @@ def _write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: P
     return path.with_suffix(".md")
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "png"):
-        figure.savefig(path.with_suffix(f".{suffix}"))
-    return path.with_suffix(".png")
-
-
 def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> list[Path]:
     """All tables and pictures, from the records alone.
 
@@ -362,7 +356,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
         if titles:
             pictures["prediction"] = prediction_scatter(models, families, titles)
     pictures |= _training(network_names(options.models))
-    return made + [_save(figure, out / "figures" / name) for name, figure in pictures.items()]
+    return made + [save_figure(figure, out / "figures" / name) for name, figure in pictures.items()]
 
 
 def _alike(

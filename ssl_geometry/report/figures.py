@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -40,6 +41,22 @@ LABELS = {
     "alpha_req": "Decay of the spectrum (alpha-ReQ)",
     "mean_cosine": "Mean cosine of two images",
 }
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Keep a picture as PNG and PDF.
+
+    Args:
+        figure: the picture.
+        path: without a suffix; its folder is made.
+
+    Returns:
+        The PNG.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "png"):
+        figure.savefig(f"{path}.{suffix}")
+    return Path(f"{path}.png")
 
 
 def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
