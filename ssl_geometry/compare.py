@@ -253,7 +253,7 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
         ids, kept = found.ids[number], chosen.active[row]
         by_weight = chosen.weights[row].masked_fill(~kept, 0).argsort(descending=True)[: int(kept.sum())]
         there = [j for j in range(min(SHOWN, len(ids))) if ids[j] >= 0]
-        above = [picture(int(ids[j]), f"cos {found.values[number, j]:.3f}", bool(kept[j])) for j in there]
+        above = [picture(int(ids[j]), f"cos {1 - found.values[number, j]:.3f}", bool(kept[j])) for j in there]
         above += [blank] * (SHOWN - len(above))
         below = [picture(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
         below += [blank] * (SHOWN - len(below))

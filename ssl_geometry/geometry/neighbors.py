@@ -1,9 +1,9 @@
 """The k nearest neighbours of every image, by FAISS: exact, or approximate with its measured recall.
 
 Protocol: the image itself and exact copies of it are no neighbours, and of equal points the first stands for all.
-Cosine similarity is searched as the distance of unit vectors, and all points are moved by the mean of the queries:
-that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours nearer than
-float32 products can rank (classes collapsed onto their means) are searched again in float64. Of points at
+Cosine similarity is searched, and told, as the distance of unit vectors, and all points are moved by the mean of the
+queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours nearer
+than float32 products can rank (classes collapsed onto their means) are searched again in float64. Of points at
 distances that come out equal the smaller id is first (cosine and l2, on a CPU). On a CUDA device the exact search runs
 there, tensors in and out.
 """
@@ -19,6 +19,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.nnk import over_chunks
+
 Metric = Literal["cosine", "inner", "l2"]
 Index = Literal["auto", "exact", "ivf", "hnsw"]
 
@@ -27,6 +29,7 @@ SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate
 LINKS = 32  # of a point in an HNSW graph
 NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
 GPU_MAX_K = 2048  # FAISS keeps no longer lists on a GPU
+GPU_WORKSPACE = 2**28  # bytes; FAISS would take 1.5 GB, which training may not have left
 
 
 class Neighbors(NamedTuple):
@@ -35,7 +38,7 @@ class Neighbors(NamedTuple):
     ids: Int64[Tensor, "N k"]
     """Rows of the bank; -1 where there are fewer than k distinct points."""
     values: Float[Tensor, "N k"]
-    """Similarity (cosine, inner product), or squared distance (l2); NaN where there is no neighbour."""
+    """1 - cosine, squared distance (l2) or inner product; NaN where there is no neighbour."""
     recall: float = 1.0
     """Share of the true neighbours that were found: 1 for an exact search, measured on a sample otherwise."""
 
@@ -54,18 +57,19 @@ def nearest(
 
     Args:
         features: the queries.
-        bank: where to search; several blocks of a bank that is larger than memory, one after another; None searches
-            among the queries, each without itself.
+        bank: where to search; several blocks of a bank that is larger than memory, one after another, from any device;
+            None searches among the queries, each without itself.
         k: neighbours.
         metric: "cosine", "inner" (product) or "l2".
         index: "exact", "ivf" (inverted lists), "hnsw" (a graph), or "auto": exact but for banks of more than 200,000
             rows on a CPU, which take ivf. Approximate searches run on the CPU.
-        duplicates: whether points that are equal in float32 are all neighbours, copies of the query among them. By
-            default one stands for all, and a copy of the query is none.
+        duplicates: whether points that are equal are all neighbours, copies of the query among them. By default one
+            stands for all, and a copy of the query is none.
 
     Returns:
-        Ids (rows of the bank, of all blocks in a row), similarities or squared distances in float32, and the recall.
-        Where all points are equal nothing has a neighbour: ids are -1.
+        Ids (rows of the bank, of all blocks in a row), distances or inner products in float32, and the recall. Cosines
+        are told as 1 - cosine, which keeps its digits where all cosines round to 1. Where all points are equal nothing
+        has a neighbour: ids are -1.
 
     Raises:
         ValueError: k that is not between 1 and the number of other points, features that are not finite, zero vectors
@@ -77,19 +81,26 @@ def nearest(
     Example:
         >>> angle = torch.tensor([0.0, 0.1, 0.3, 1.0])
         >>> found = nearest(torch.stack([angle.cos(), angle.sin()], 1), k=2)
-        >>> found.ids.tolist(), round(float(found.values[0, 0]), 4)
+        >>> found.ids.tolist(), round(1 - float(found.values[0, 0]), 4)
         ([[1, 2], [0, 2], [1, 0], [2, 1]], 0.995)
     """
     if metric not in get_args(Metric) or index not in get_args(Index):
         raise ValueError(f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf or hnsw")
     itself = bank is None
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     lengths = _lengths(features, metric, "queries", features.shape[-1])
     blocks = [features] if bank is None else [bank] if isinstance(bank, Tensor) else bank
     others = len(features) - 1 if bank is None else len(bank) if isinstance(bank, Tensor) else None
     if k < 1 or (others is not None and k > others):  # before a long search
         raise ValueError(_too_few(k, others))
-    center = None if metric == "inner" else _mean(features, lengths)
-    queries = _points(features, lengths, center)
+    # A power of two changes no digit, and keeps squares within float32.
+    scale = float(lengths.amax().log2().floor().exp2()) if metric == "l2" and bool(lengths.any()) else 1.0
+
+    def divisors(lengths: Tensor) -> Tensor:
+        return lengths if metric == "cosine" else torch.full_like(lengths, scale)
+
+    center = None if metric == "inner" else _mean(features, divisors(lengths))
+    queries = _points(features, divisors(lengths), center)
     # Points of the same key are the same point: of equal bits, or of the same number where copies count.
     number = torch.arange(len(features), device=features.device)
     keys = (number if itself else -1 - number) if duplicates else _keys(features)
@@ -97,7 +108,8 @@ def nearest(
     for block in blocks:
         points, block_keys = queries, keys
         if not itself:
-            points = _points(block, _lengths(block, metric, "bank", features.shape[1]), center)
+            block = block.to(features)
+            points = _points(block, divisors(_lengths(block, metric, "bank", features.shape[1])), center)
             block_keys = torch.arange(first, first + len(block), device=block.device) if duplicates else _keys(block)
         rows = _new(block_keys, seen)
         if len(rows):
@@ -108,23 +120,23 @@ def nearest(
         first += len(block)
     if found is None or k > first - itself:
         raise ValueError(_too_few(k, first - itself))
-    return found._replace(values=1 - found.values / 2) if metric == "cosine" else found
+    return found._replace(values=found.values * (0.5 if metric == "cosine" else scale**2))
 
 
-def merge(parts: Sequence[Neighbors], k: int, largest: bool = True) -> Neighbors:
+def merge(parts: Sequence[Neighbors], k: int, largest: bool = False) -> Neighbors:
     """The best k of several lists for the same queries, such as those of ranks that each hold a part of the bank.
 
     Args:
         parts: lists whose ids number the whole bank. Copies in different parts stay.
         k: neighbours to keep.
-        largest: whether large values are near (cosine, inner product) or small ones (l2).
+        largest: whether large values are near (inner product) or small ones (cosine, l2).
 
     Returns:
         The merged lists, of equally near points the smaller id first; the recall is the lowest of the parts'.
 
     Example:
-        >>> a = Neighbors(torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.1]]))
-        >>> b = Neighbors(torch.tensor([[7, 8]]), torch.tensor([[0.5, 0.4]]))
+        >>> a = Neighbors(torch.tensor([[0, 1]]), torch.tensor([[0.1, 0.9]]))
+        >>> b = Neighbors(torch.tensor([[7, 8]]), torch.tensor([[0.5, 0.6]]))
         >>> merge([a, b], k=2).ids
         tensor([[0, 7]])
     """
@@ -143,50 +155,53 @@ def _too_few(k: int, others: int | None) -> str:
 
 
 def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[Tensor, "N 1"]:
-    """What vectors are divided by: their lengths for cosine, else 1. Refuses what cannot be searched."""
+    """Lengths in float64. Refuses what cannot be searched."""
     if features.ndim != 2 or features.shape[1] != width or not features.numel():
         raise ValueError(f"{what}: expected (N, {width}) numbers, N at least 1, got shape {tuple(features.shape)}")
-    # Float32 will do: the error of a length moves a unit vector across all differences of near ones.
-    lengths = features.to(torch.promote_types(features.dtype, torch.float32)).norm(dim=1, keepdim=True)
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float64)
     if broken := int((~lengths.isfinite()).sum()):
         raise ValueError(f"{what}: {broken} of {len(features)} vectors are not finite")
-    if metric != "cosine":
-        return torch.ones_like(lengths)
-    if zero := int((lengths == 0).sum()):
+    if metric == "cosine" and (zero := int((lengths == 0).sum())):
         raise ValueError(f"{what}: {zero} of {len(features)} vectors are zero and have no cosine")
     return lengths
 
 
-def _mean(features: Tensor, lengths: Tensor) -> Float[Tensor, " D"]:
+def _mean(features: Tensor, divisors: Tensor) -> Float[Tensor, " D"]:
     """About the mean. Any shift leaves distances as they are; this one leaves most digits to the differences."""
-    return (features.float().T @ (1 / lengths[:, 0]).float()).double() / len(features)
+    return (features.T @ (1 / divisors[:, 0]).to(features.dtype)).double() / len(features)
 
 
-def _parts(features: Tensor) -> Iterator[slice]:
-    """Few rows at once: on a CPU they stay in the cache, and below what torch spreads over threads."""
-    step = max(1, (2**24 if features.is_cuda else 2**14) // features.shape[1])
-    return (slice(start, start + step) for start in range(0, len(features), step))
-
-
-def _points(features: Tensor, lengths: Tensor, center: Tensor | None) -> Float[Tensor, "N D"]:
+def _points(features: Tensor, divisors: Tensor, center: Tensor | None) -> Float[Tensor, "N D"]:
     """The points as FAISS is to see them: float32, differences taken in float64."""
     if center is None:
         return features.float().contiguous()
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-    for part in _parts(features):
-        points[part] = features[part].double() / lengths[part] - center
+
+    def work(part: slice) -> None:
+        points[part] = features[part].double() / divisors[part] - center
+
+    over_chunks(work, len(features), features.device, _rows_at_once(features))
     return points
 
 
 def _keys(features: Tensor) -> Int64[Tensor, " N"]:
-    """Equal for rows that are equal in float32; for others almost never (a 64-bit hash)."""
-    generator = torch.Generator().manual_seed(0)
-    odd = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
-    keys = []
-    for part in _parts(features):
-        bits = (features[part].float() + 0.0).view(torch.int32)  # -0 becomes 0
-        keys.append(((bits ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are all zero
-    return torch.cat(keys)
+    """Equal for equal rows; for others almost never (a 64-bit hash)."""
+    size = 8 // features.itemsize  # numbers in 64 bits
+    words = -(-features.shape[1] // size)
+    odd = torch.randint(2**62, (words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    odd = odd.to(features.device)
+
+    def work(part: slice) -> Int64[Tensor, " P"]:
+        rows = F.pad(features[part] + 0.0, (0, size * words - features.shape[1]))  # -0 becomes 0
+        bits = rows.contiguous().view(torch.int64)
+        return ((bits ^ (bits >> 32) ^ (bits >> 16)) * odd).sum(1)  # the lower bits of small integers are all zero
+
+    return torch.cat(over_chunks(work, len(features), features.device, _rows_at_once(features)))
+
+
+def _rows_at_once(features: Tensor) -> int:
+    """On a CPU what is made of them stays in a core's cache."""
+    return max(1, (2**24 if features.is_cuda else 2**15) // features.shape[1])
 
 
 def _new(keys: Int64[Tensor, " M"], seen: Int64[Tensor, " S"]) -> Int64[Tensor, " m"]:
@@ -215,6 +230,9 @@ def _others(
     column = torch.arange(k, device=ids.device) + (ids[:, :k] == itself[:, None]).cumsum(1)
     values, ids = values.gather(1, column), ids.gather(1, column)
     missing = ids < 0
+    if metric != "inner":  # the nearest may be too near for float32 products where no other is
+        near = (values[:, 0] < NEAR * _squares(queries)).nonzero()[:, 0]
+        values[near, 0] = (queries[near].double() - points[ids[near, 0]]).square().sum(1).to(values.dtype)
     found = Neighbors(rows[ids].masked_fill_(missing, -1), values.masked_fill_(missing, torch.nan))
     if index == "exact":
         return found
@@ -228,7 +246,8 @@ def _exact(queries: Tensor, points: Tensor, k: int, metric: Metric, _: Index) ->
     kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
     if points.is_cuda and k <= GPU_MAX_K:
         with torch.cuda.device(points.device):  # whose stream FAISS joins
-            resources = faiss.StandardGpuResources()  # not kept: 1.5 GB of workspace that training wants back
+            resources = faiss.StandardGpuResources()  # not kept: training wants its memory back
+            resources.setTempMemory(GPU_WORKSPACE)
             values, ids = faiss.knn_gpu(resources, queries, points, k, metric=kind, device=points.device.index)
     else:
         with _threads():
@@ -242,7 +261,7 @@ def _exact(queries: Tensor, points: Tensor, k: int, metric: Metric, _: Index) ->
 def _rank_in_float64(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor) -> None:
     """Search again, in place, for queries whose neighbours are too near for |x|² + |y|² - 2xy in float32."""
     second = values[:, min(1, values.shape[1] - 1)]  # the first may be the query itself
-    rows = (second < NEAR * torch.linalg.vector_norm(queries, dim=1).square()).nonzero()[:, 0]
+    rows = (second < NEAR * _squares(queries)).nonzero()[:, 0]
     if not len(rows):
         return
     wide = points.double()
@@ -251,6 +270,10 @@ def _rank_in_float64(queries: Tensor, points: Tensor, values: Tensor, ids: Tenso
         query = queries[part].double()
         near, ids[part] = (query @ wide.T).sub_(half).topk(values.shape[1], dim=1)
         values[part] = (query.square().sum(1, keepdim=True) - 2 * near).clamp_min(0).to(values.dtype)
+
+
+def _squares(points: Tensor) -> Float[Tensor, " N"]:
+    return torch.linalg.vector_norm(points, dim=1).square()
 
 
 def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index: Index) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ OPTIMAL = 1e-13
 INDEPENDENT = 1e-12
 """... and if more than this share of it (squared, in kernel space) lies outside the span of those that are in."""
 CLOSE = 1e-2
-"""Squared distance of unit vectors to their farthest candidate below which float32 cosines are too coarse."""
+"""Squared distance of unit vectors to their nearest candidate below which float32 cosines are too coarse."""
 SURE = 1e-10
 """KKT residual beyond which rounding has spoilt the tableau, and a query is solved again by the slower path."""
 PRUNED = 1e-10
@@ -55,7 +55,8 @@ class NNK(NamedTuple):
         active: the NNK neighbours: theta_j > 1e-6 max theta.
         error: 1 - 2 theta' K_Si + theta' K_SS theta, the squared distance in kernel space that is left.
         residual: largest violation of the KKT conditions (K_SS theta - K_Si is 0 where theta > 0, >= 0 elsewhere),
-            relative to the largest entry of K_Si.
+            relative to the largest entry of K_Si, of the kernel as it was formed: from float32 features its own
+            rounding, about 1e-7, comes on top.
     """
 
     weights: Float[Tensor, "Q K"]
@@ -111,6 +112,7 @@ def solve(
         lambda r: _solve(_symmetric(gram[r]), target[r].double(), own[r], exists[r], tolerance, reference),
         len(target),
         target.device,
+        _queries_at_once(target),
     )
     return _joined(parts, tolerance, reference)
 
@@ -136,7 +138,8 @@ def nnk(
             candidate; or a function of (..., P, D) and (..., R, D) features that returns (..., P, R).
         similarity: the cosines of all features, where a search has kept them. K_SS is then gathered from them, but
             for queries whose candidates are so close that float32 cosines hardly tell them apart.
-        chunk: queries at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
+        chunk: queries at once in each thread; None for 256 on a CPU and 8,192 elsewhere, fewer for more than 64
+            candidates.
         tolerance: as of :func:`solve`.
         reference: as of :func:`solve`.
 
@@ -182,7 +185,7 @@ def nnk(
 
         # Where float32 cosines hardly differ, the features themselves are asked, further down.
         cosines = similarity.gather(1, rows).double()
-        close = cosines.where(valid, 1).amin(1) > 1 - CLOSE / 2
+        close = cosines.where(valid, -1).amax(1) > 1 - CLOSE / 2
         kept = valid
         valid = valid & ~close.unsqueeze(1)
 
@@ -221,7 +224,7 @@ def nnk(
         gram, target, own = problem(r)
         return _solve(gram, target, own, valid[r], tolerance, reference)
 
-    result = _joined(over_chunks(work, len(ids), device, chunk), tolerance, reference)
+    result = _joined(over_chunks(work, len(ids), device, chunk or _queries_at_once(ids)), tolerance, reference)
     if similarity is not None and bool(close.any()):
         again = torch.nonzero(close).flatten()
         redone = nnk(
@@ -434,13 +437,23 @@ def over_chunks(work: Callable[[slice], T], n: int, device: torch.device, chunk:
             return work(r)
 
     if device.type != "cpu":
-        return [alone(r) for r in slices]
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # no TF32
+        try:
+            return [alone(r) for r in slices]
+        finally:
+            torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(1)  # inside the slices
     try:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(alone, slices))
     finally:
         torch.set_num_threads(threads)
+
+
+def _queries_at_once(candidates: Shaped[Tensor, "Q K"]) -> int:
+    most = 8192 if candidates.device.type != "cpu" else 256
+    return max(1, min(most, most * 64**2 // candidates.shape[1] ** 2))
 
 
 def _lengths(x: Float[Tensor, "N D"], unit: bool = False) -> Float[Tensor, " N"]:
@@ -478,7 +491,7 @@ def _solve(
     reference: Reference,
 ) -> NNK:
     if not bool(valid.all()):  # what does not exist gets a kernel of zero, and never enters
-        gram.mul_(valid.unsqueeze(2)).mul_(valid.unsqueeze(1))
+        gram.masked_fill_(~(valid.unsqueeze(2) & valid.unsqueeze(1)), 0)
         target = target.where(valid, 0)
     if reference is None:
         result = _certified(gram, target, own, _lawson_hanson(gram, target))

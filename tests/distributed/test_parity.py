@@ -214,7 +214,7 @@ def shards(rank: int, world_size: int, metric: str) -> tuple[Tensor, Tensor]:
     if world_size > 1:
         parts = [mine] * world_size
         dist.all_gather_object(parts, mine._replace(ids=mine.ids + start))
-    merged = merge(parts, k=7, largest=metric != "l2")
+    merged = merge(parts, k=7, largest=metric == "inner")
     return merged.ids, merged.values
 
 

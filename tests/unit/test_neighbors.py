@@ -38,11 +38,10 @@ def test_neighbours_are_scikit_learns(n: int, width: int, seed: int, metric: str
     found = nearest(points, k=k, metric=metric)  # type: ignore[arg-type]
     reference = NearestNeighbors(n_neighbors=k, metric=KINDS[metric], algorithm="brute").fit(points.double().numpy())
     distances, _ = reference.kneighbors()  # without the point itself
-    values = 1 - found.values if metric == "cosine" else found.values
-    np.testing.assert_allclose(values, distances, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.values, distances, rtol=1e-4, atol=1e-5)
     pairs = torch.stack([points.double()[row] for row in found.ids])
     if metric == "cosine":
-        again = F.cosine_similarity(pairs, points.double()[:, None], dim=2)
+        again = 1 - F.cosine_similarity(pairs, points.double()[:, None], dim=2)
     else:
         again = (pairs - points.double()[:, None]).square().sum(2)
     np.testing.assert_allclose(found.values, again, rtol=1e-4, atol=1e-5)
@@ -115,7 +114,7 @@ def test_copies_are_no_neighbours_and_stand_once() -> None:
     copies = nearest(doubled, k=2, duplicates=True)
     own = torch.arange(65)
     assert (copies.ids != own[:, None]).all()
-    torch.testing.assert_close(copies.values[:, 0], torch.ones(65), rtol=0, atol=1e-5)
+    torch.testing.assert_close(copies.values[:, 0], torch.zeros(65), rtol=0, atol=1e-5)
     assert (copies.ids[:, 0] % 30 == own % 30).all()
 
 
@@ -151,9 +150,49 @@ def test_a_bank_in_blocks_and_shards_is_the_whole_bank(metric: str) -> None:
     whole = nearest(queries, distinct, k=7, metric=metric)  # type: ignore[arg-type]
     shards = [nearest(queries, part, k=7, metric=metric) for part in distinct.split(40)]  # type: ignore[arg-type]
     shards = [part._replace(ids=part.ids + 40 * number) for number, part in enumerate(shards)]
-    merged = merge(shards[::-1], k=7, largest=metric != "l2")
+    merged = merge(shards[::-1], k=7, largest=metric == "inner")
     assert torch.equal(merged.ids, whole.ids)
     torch.testing.assert_close(merged.values, whole.values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 10])
+@pytest.mark.parametrize("spread", [1e-3, 1e-5])
+def test_shards_of_a_collapsed_network_are_merged(spread: float, classes: int) -> None:
+    """All cosines within a class round to 1: the lists must tell more than that."""
+    points = 1 + cloud(classes, 32, 4)[torch.arange(400) % classes] + spread * cloud(400, 32, 5)
+    whole = nearest(points, k=10)
+    shards = [nearest(points, part, k=11) for part in points.split(100)]
+    shards = [part._replace(ids=part.ids + 100 * number) for number, part in enumerate(shards)]
+    merged = merge(shards, k=10)
+    assert (merged.ids == whole.ids).double().mean() > 0.99
+    blocks = nearest(points, iter(points.split(150)), k=10)
+    assert (blocks.ids == whole.ids).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e17])
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_the_scale_of_features_does_not_matter(scale: float, metric: str) -> None:
+    points = cloud(60, 8, 11)
+    expected = nearest(points, k=5, metric=metric)  # type: ignore[arg-type]
+    for dtype in (torch.float32, torch.float64):
+        found = nearest(points.to(dtype) * scale, k=5, metric=metric)  # type: ignore[arg-type]
+        assert torch.equal(found.ids, expected.ids)
+
+
+def test_float64_far_from_the_origin() -> None:
+    points = cloud(60, 8, 12).double()
+    found, expected = nearest(1e9 + points, k=5, metric="l2"), nearest(points, k=5, metric="l2")
+    assert torch.equal(found.ids, expected.ids), "points that differ in float64 are no copies"
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-4)
+
+
+def test_one_near_neighbour_in_a_bank_has_its_distance() -> None:
+    queries, bank = 5 + cloud(40, 16, 13), 5 + cloud(80, 16, 14)
+    bank[::2] = queries + 1e-4 * cloud(40, 16, 15)
+    found = nearest(queries, bank, k=3, metric="l2")
+    exact = (queries.double() - bank[::2].double()).square().sum(1)
+    assert torch.equal(found.ids[:, 0], torch.arange(0, 80, 2))
+    np.testing.assert_allclose(found.values[:, 0], exact, rtol=1e-2)
 
 
 def test_lists_shorter_than_k_are_filled_up() -> None:
@@ -178,10 +217,25 @@ def test_an_approximate_search_says_how_good_it_is(index: str, duplicates: bool)
     assert exact.recall == 1
 
 
-def test_threads_are_torchs_and_put_back() -> None:
-    faiss.omp_set_num_threads(2)
-    nearest(cloud(20, 3, 6), k=2)
-    assert faiss.omp_get_max_threads() == 2
+def test_threads_are_torchs_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    search, seen = faiss.knn, []
+
+    def knn(*args: object, **kwargs: object) -> object:
+        seen.append(faiss.omp_get_max_threads())
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(faiss, "knn", knn)
+    faiss_before, torch_before = faiss.omp_get_max_threads(), torch.get_num_threads()
+    try:
+        faiss.omp_set_num_threads(2)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            nearest(cloud(20, 3, 6), k=2)
+        assert seen == [1, 3]
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        torch.set_num_threads(torch_before)
+        faiss.omp_set_num_threads(faiss_before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -94,6 +94,10 @@ def test_float32_features_on_a_manifold_find_the_neighbours_of_float64(d: int, k
         matrix, expected = least_squares(x[i].astype(np.float64))
         best = np.square(matrix[:, 1:] @ expected - matrix[:, 0]).sum()
         assert float(result.error[i]) == pytest.approx(best, abs=1e-7)
+        target = matrix[:, 1:].T @ matrix[:, 0]  # the violation of the features' own problem, rounding included
+        weights = result.weights[i].numpy()
+        slope = matrix[:, 1:].T @ (matrix[:, 1:] @ weights) - target
+        assert max(-slope.min(), np.abs(slope[weights > 0]).max()) <= 1e-6 * target.max()
         same += int((result.active[i].numpy() == (expected > 1e-6 * expected.max())).all())
     assert same >= 29
 
@@ -194,6 +198,19 @@ def test_kept_cosines_give_what_the_features_give(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(kept.weights, nnk(features, ids).weights, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tightness", [1e-2, 1e-3])
+def test_kept_cosines_do_not_decide_among_near_candidates_for_a_far_one(tightness: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tight = torch.randn(30, 1, 16, generator=generator) + tightness * torch.randn(30, 25, 16, generator=generator)
+    features = torch.cat([tight, torch.randn(30, 6, 16, generator=generator)], 1).flatten(0, 1)  # six far away
+    unit = torch.nn.functional.normalize(features, dim=1)
+    groups = torch.arange(len(features)).view(30, 31)
+    ids = groups.repeat_interleave(31, 0)
+    kept, fresh = nnk(features, ids, similarity=unit @ unit.T), nnk(features, ids)
+    queries = groups[:, :25].flatten()
+    assert (kept.active == fresh.active)[queries].all(1).double().mean() > 0.99
+
+
 def test_padding_and_the_query_itself_are_no_candidates() -> None:
     features = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
     ids = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i))[:8] for i in range(12)])
@@ -205,6 +222,17 @@ def test_padding_and_the_query_itself_are_no_candidates() -> None:
     own = ids == torch.arange(12).unsqueeze(1)
     assert bool(own.any())
     assert not bool(clean.active[own].any())
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    rng = torch.Generator().manual_seed(2)
+    features = torch.randn(20, 9, 30, generator=rng)
+    gram, target = features @ features.mT, (features @ features[:, :1].mT).squeeze(2)
+    valid = torch.rand(20, 9, generator=rng) > 0.3
+    valid[:, 1] = True
+    expected = solve(gram, target, valid=valid).weights
+    gram.masked_fill_(~(valid.unsqueeze(2) & valid.unsqueeze(1)), torch.nan)
+    torch.testing.assert_close(solve(gram, target.where(valid, torch.nan), valid=valid).weights, expected)
 
 
 def test_a_query_without_candidates_has_no_neighbours() -> None:
@@ -234,6 +262,9 @@ def test_no_more_than_a_chunk_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
         nnk(features, ids, chunk=chunk)
         assert max(sizes) <= most
         assert sum(sizes) == 1000
+    sizes.clear()
+    nnk(features, torch.randint(1000, (1000, 200), generator=torch.Generator().manual_seed(1)))
+    assert max(sizes) * 200**2 <= 256 * 64**2, "fewer queries where each has more candidates"
 
 
 def test_neither_chunks_nor_threads_change_the_answer() -> None:
