@@ -19,8 +19,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_geometry.geometry.nnk import over_chunks
-
 Metric = Literal["cosine", "inner", "l2"]
 Index = Literal["auto", "exact", "ivf", "hnsw"]
 
@@ -155,10 +153,13 @@ def _too_few(k: int, others: int | None) -> str:
 
 
 def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[Tensor, "N 1"]:
-    """Lengths in float64. Refuses what cannot be searched."""
+    """Refuses what cannot be searched."""
     if features.ndim != 2 or features.shape[1] != width or not features.numel():
         raise ValueError(f"{what}: expected (N, {width}) numbers, N at least 1, got shape {tuple(features.shape)}")
-    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float64)
+    # Float32 will do: the error of a length moves a unit vector across all differences of near ones.
+    lengths = features.norm(dim=1, keepdim=True)
+    if not bool(((lengths > 1e-15) & (lengths < 1e15)).all()):  # but squares must not leave its range
+        lengths = features.double().norm(dim=1, keepdim=True)
     if broken := int((~lengths.isfinite()).sum()):
         raise ValueError(f"{what}: {broken} of {len(features)} vectors are not finite")
     if metric == "cosine" and (zero := int((lengths == 0).sum())):
@@ -176,11 +177,8 @@ def _points(features: Tensor, divisors: Tensor, center: Tensor | None) -> Float[
     if center is None:
         return features.float().contiguous()
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-
-    def work(part: slice) -> None:
+    for part in _parts(features):
         points[part] = features[part].double() / divisors[part] - center
-
-    over_chunks(work, len(features), features.device, _rows_at_once(features))
     return points
 
 
@@ -190,18 +188,18 @@ def _keys(features: Tensor) -> Int64[Tensor, " N"]:
     words = -(-features.shape[1] // size)
     odd = torch.randint(2**62, (words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     odd = odd.to(features.device)
-
-    def work(part: slice) -> Int64[Tensor, " P"]:
+    keys = []
+    for part in _parts(features):
         rows = F.pad(features[part] + 0.0, (0, size * words - features.shape[1]))  # -0 becomes 0
         bits = rows.contiguous().view(torch.int64)
-        return ((bits ^ (bits >> 32) ^ (bits >> 16)) * odd).sum(1)  # the lower bits of small integers are all zero
+        keys.append(((bits ^ (bits >> 32) ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are 0
+    return torch.cat(keys)
 
-    return torch.cat(over_chunks(work, len(features), features.device, _rows_at_once(features)))
 
-
-def _rows_at_once(features: Tensor) -> int:
-    """On a CPU what is made of them stays in a core's cache."""
-    return max(1, (2**24 if features.is_cuda else 2**15) // features.shape[1])
+def _parts(features: Tensor) -> Iterator[slice]:
+    """Few rows at once: on a CPU they stay in the cache, and below what torch spreads over threads."""
+    step = max(1, (2**24 if features.is_cuda else 2**14) // features.shape[1])
+    return (slice(start, start + step) for start in range(0, len(features), step))
 
 
 def _new(keys: Int64[Tensor, " M"], seen: Int64[Tensor, " S"]) -> Int64[Tensor, " m"]:
