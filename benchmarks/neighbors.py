@@ -115,7 +115,8 @@ def monitor(args: argparse.Namespace) -> None:
     trainer.fit(SimCLR(backbone="resnet18", width=args.width, optimizer="sgd", channels_last=False), data)
     moment = measured.seconds / 2
     epoch = clock.training * 50_000 / args.epoch
-    print(f"ResNet-18 x {args.width}, {args.images} images, 6 layers and a head, 5 settings x 10 copies:")
+    layers = ", ".join(dict.fromkeys(row["layer"] for row in measured.curves))
+    print(f"ResNet-18 x {args.width}, {args.images} images, 5 settings x 10 copies, layers {layers}:")
     print(f"one moment {moment:.1f} s, one epoch of SimCLR on 50,000 images {epoch:.1f} s: {moment / epoch:.0%}")
 
 
