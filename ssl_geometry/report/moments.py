@@ -82,7 +82,7 @@ def scalars(rows: Sequence[Row]) -> dict[str, float]:
             found[f"invariance/classes/{layer}"] = value
         elif metric in PROBES:
             found[f"probes/{PROBES[metric]}/{layer}"] = value
-        elif metric in MANIFOLDS:
+        elif metric in MANIFOLDS or metric == "mutual_knn":
             if view in ("semantic", "policy") and metric != "affinity_random":
                 found[f"neighbors/{view}/{metric}/{layer}"] = value
         elif metric in GRAPHS:

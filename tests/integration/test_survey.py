@@ -56,7 +56,8 @@ class TestASurvey:
         for model in ("simclr", "supervised"):
             keys = ["metric", "view", "layer", "low"]
             live = read_records(runs / model).query("epoch == 2 and layer_other.isna()", engine="python")
-            left = live[live["metric"].str.match("neighbors|diameter|affinity|rankme|lidar|mean_cosine|purity")]
+            kinds = "neighbors|diameter|affinity|rankme|lidar|mean_cosine|purity|mutual_knn"
+            left = live[live["metric"].str.match(kinds)]
             left = left[~left["layer"].str.startswith("head")].assign(low=left["low"].fillna(-1)).set_index(keys)
             right = again[(again["model"] == model) & again["layer_other"].isna()]
             right = right.assign(low=right["low"].fillna(-1)).set_index(keys)
