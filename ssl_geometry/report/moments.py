@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ssl_geometry.report.figures import cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
+from ssl_geometry.report.figures import MANIFOLDS, cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
 
 Row = Mapping[str, Any]
 Pictures = dict[str, Callable[[], Figure]]
@@ -21,7 +21,6 @@ PROBES = {
     "online_probe_learning_rate": "learning_rate",
     "online_probe_weight_decay": "weight_decay",
 }
-MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 GRAPHS = ("purity", "hubness", "two_nn", "kept_since_last")
 SPECTRUM = (
     "rankme",
