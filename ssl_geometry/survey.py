@@ -143,7 +143,7 @@ def survey_model(
 
 def backbone_layers(method: Method, layers: str | Sequence[str] | None) -> list[str]:
     """Names of the chosen layers of the encoder: heads differ, and published models have none."""
-    return layer_names(method.backbone, present(method.backbone, layers, LAYERS))
+    return layer_names(method.backbone, present(method.backbone, layers, LAYERS), option="--layers")
 
 
 def fingerprint(method: nn.Module) -> str:

@@ -22,7 +22,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import LayerNeighbors
-from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -46,6 +46,8 @@ class NeighborhoodMonitor(Monitor):
         copies: augmented copies of each image.
     """
 
+    options = "neighbors"
+
     def __init__(
         self,
         every_n_epochs: int = 0,
@@ -67,7 +69,7 @@ class NeighborhoodMonitor(Monitor):
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean images, and of all copies."""
-        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
+        names = self.layer_names(method, LAYERS)
         self._depths = layer_depths(method, names)
         self._clean = Request(names, pooled)
         self._copies = {

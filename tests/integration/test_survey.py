@@ -341,7 +341,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
         (["--targets=[{tmp}/few.csv]"], "no task has results of 4 of these models"),
-        (["--layers=layer9"], "layers='layer9' matches no layer"),
+        (["--layers=layer9"], "--layers='layer9' matches no layer"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssl_geometry.callbacks import NeighborhoodMonitor
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
@@ -139,6 +140,19 @@ def test_a_layer_that_does_not_vary_has_no_neighbourhoods_and_is_named(make: Cal
     assert all(np.isnan(value) for value in found["flat"].statistics.values())
     assert found["flat"].statistics.keys() == found["fine"].statistics.keys()
     assert torch.equal(found["fine"].ids, measured(normal(60, 4)).ids)
+
+
+def test_of_no_graph_nothing_can_be_kept() -> None:
+    monitor, common = NeighborhoodMonitor(), {"run": "a", "model": "a"}
+    monitor._depths = {"layer": 1.0}
+    with pytest.warns(UserWarning, match="Neighbourhoods are NaN"):
+        collapsed = measured(equal())
+    assert monitor._left_of_the_last({"layer": collapsed}, common) == []
+    (row,) = monitor._left_of_the_last({"layer": collapsed}, common)
+    assert np.isnan(row["value"])
+    monitor._left_of_the_last({"layer": measured(normal(60, 4))}, common)
+    (row,) = monitor._left_of_the_last({"layer": measured(normal(60, 4))}, common)
+    assert row["value"] == 1
 
 
 def test_nearly_collapsed_layers_are_measured() -> None:
