@@ -41,13 +41,13 @@ class Parser(LightningArgumentParser):
 
     def one_line(self, message: str) -> str:
         """A parser's message without the list of types that it tried."""
-        noise = r"^\s*(Does not validate against any|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value)"
+        noise = r"^\s*(Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value type)"
         lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not re.match(noise, line)]
-        text = re.sub(r": ;? ?", ": ", "; ".join(lines)).replace('Parser key "', "--").replace('":', ":")
-        known = [action.dest for action in self._actions]
-        found = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+        text = re.sub(r": ?;? ", ": ", "; ".join(lines)).replace('Parser key "', "--").replace('":', ":")
+        found = re.search(r"unrecognized arguments: (--[\w.-]+)|Option '([\w.]+)' is not accepted", message)
         if found and "model" not in message.splitlines()[0]:
             key = found[1] or found[2]
+            known = [f"--{action.dest}" if found[1] else action.dest for action in self._actions]
             return f"unknown option {key!r}; {nearest(key, known)} (see --help)"
         return f"{text} (see --help, or --model.help CLASS for a method's options)" if "--model:" in text else text
 

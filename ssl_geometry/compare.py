@@ -84,7 +84,7 @@ def measure_network(
     name: str, method: Method, epoch: int | None, data: DataModule, options: Any, store: RecordStore, progress: Any
 ) -> Network:
     """One pass over the measurement images: Gram vectors, neighbours, invariance and class CKA of one network."""
-    names = tuple(layer_names(method, options.layers))
+    names = tuple(layer_names(method, options.layers, option="--layers"))
     depths = layer_depths(method, names)
     clean, features = Request(names, GramVector(options.gram_size)), Request(names, pooled)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
@@ -252,13 +252,16 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
     for row, number in enumerate(numbers):
         ids, kept = found.ids[number], chosen.active[row]
         by_weight = chosen.weights[row].masked_fill(~kept, 0).argsort(descending=True)[: int(kept.sum())]
+        says = f"NNK keeps {len(by_weight)}\nof {int((ids >= 0).sum())}"
+        if len(by_weight) > SHOWN:
+            says += f", here the {SHOWN}\nof largest weight"
         there = [j for j in range(min(SHOWN, len(ids))) if ids[j] >= 0]
         above = [picture(int(ids[j]), f"cos {1 - found.values[number, j]:.3f}", bool(kept[j])) for j in there]
         above += [blank] * (SHOWN - len(above))
         below = [picture(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
         below += [blank] * (SHOWN - len(below))
         pictures += [picture(number, f"image {number}"), *above]
-        pictures += [(blank[0], f"NNK keeps\n{int(kept.sum())} of {len(ids)}", False), *below]
+        pictures += [(blank[0], says, False), *below]
     return neighbor_pictures(
         pictures,
         SHOWN + 1,
@@ -402,11 +405,13 @@ def _parse(args: Sequence[str]) -> Any:
     )
     parser.add_argument(
         "--show_neighbors",
-        type=list[int],
+        type=int | list[int],
         default=[],
         help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
     )
     options = parse_networks(parser, "compare", args)
+    shown = options.show_neighbors if isinstance(options.show_neighbors, list) else [options.show_neighbors]
+    options.show_neighbors = list(dict.fromkeys(shown))
     for number in options.show_neighbors:
         if not 0 <= number < options.data.measure_size:
             raise UserError(f"--show_neighbors {number}: expected 0 to {options.data.measure_size - 1}")
@@ -435,7 +440,7 @@ def compare(args: Sequence[str]) -> Path:
     out, data = options.out, options.data
     networks = load_networks(options.models)
     for method, _ in networks.values():
-        layer_names(method, options.layers)  # a mistake is told before anything is measured or deleted
+        layer_names(method, options.layers, option="--layers")  # a mistake is told before anything is deleted
     data.prepare_data()
     data.setup("test")
     shutil.rmtree(out / "records", ignore_errors=True)

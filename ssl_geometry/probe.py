@@ -107,7 +107,7 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
         UserError: features that do not fit into memory, or are not finite.
     """
     wanted = [POOLED] if isinstance(method, RawPixels) else [*_as_list(options.layers), POOLED]
-    layers = tuple(layer_names(method, wanted))
+    layers = tuple(layer_names(method, wanted, option="--layers"))
     widths = layer_widths(method, layers, data.image_shape)
     _check_memory(sum(widths.values()), data, options)
     request = Request(layers, pooled)
@@ -467,7 +467,7 @@ def probe(args: Sequence[str]) -> Path:
     networks, groups = load_subjects(options)
     for method, _ in networks.values():
         if not isinstance(method, RawPixels):
-            layer_names(method, options.layers)  # a mistake is told before anything is measured or deleted
+            layer_names(method, options.layers, option="--layers")  # a mistake is told before anything is deleted
         method.measuring_view(options.augment)
     data.prepare_data()
     data.setup("test")

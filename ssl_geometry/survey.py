@@ -25,7 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
-from ssl_geometry.callbacks.neighbors import SETTINGS, graph_records, manifold_records, neighbor_protocol
+from ssl_geometry.callbacks.neighbors import (
+    SETTINGS,
+    graph_records,
+    manifold_records,
+    neighbor_protocol,
+    overlap_records,
+    view_overlaps,
+)
 from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
 from ssl_geometry.cli import networks_parser, parse_networks, run_command
@@ -75,7 +82,8 @@ def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabr
         advance: called after every batch.
 
     Returns:
-        ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``.
+        ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``,
+        ``overlaps`` (setting to a number for each layer).
     """
     names = tuple(backbone_layers(method, options.layers))
     settings = [name for name in options.manifolds if name != "semantic"]
@@ -85,6 +93,7 @@ def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabr
     neighborhoods = Neighborhoods(names, options.k).to(method.device)
     manifolds = AugmentationManifolds(names, settings).to(method.device)
     spectrum = Spectrum(widths, len(seen)).to(method.device)
+    overlaps = view_overlaps(names, settings, data, method.device)
 
     def stacked(draws: Sequence[Request], reduced: Mapping[Request, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {layer: torch.stack([reduced[draw][layer] for draw in draws], 1) for layer in names}
@@ -95,10 +104,17 @@ def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabr
             neighborhoods.update(reduced[clean], batch["label"], batch["index"])
             manifolds.update({name: stacked(draws, reduced) for name, draws in copies.items()})
             spectrum.update(reduced[clean], stacked(seen, reduced) if seen else None, batch["index"])
+            for name, overlap in overlaps.items():
+                overlap.update(*(reduced[draw] for draw in copies[name][:2]), index=batch["index"])
             advance()
     layers = neighborhoods.compute()
     kinds = {("semantic", layer): found.semantic for layer, found in layers.items() if "semantic" in options.manifolds}
-    return {"manifolds": kinds | manifolds.compute(), "layers": layers, "spectrum": spectrum.compute()}
+    return {
+        "manifolds": kinds | manifolds.compute(),
+        "layers": layers,
+        "spectrum": spectrum.compute(),
+        "overlaps": {name: overlap.compute() for name, overlap in overlaps.items()},
+    }
 
 
 def survey_model(
@@ -119,6 +135,7 @@ def survey_model(
     common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
     rows = manifold_records(found["manifolds"], depths, **common, protocol=on_manifolds.hash)
     rows += graph_records(found["layers"], depths, **common, protocol=on_manifolds.hash)
+    rows += overlap_records(found["overlaps"], depths, **common, n=data.measure_size, protocol=on_manifolds.hash)
     rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)
     progress.remove_task(task)
     return rows, [on_manifolds, on_spectra]
@@ -126,7 +143,7 @@ def survey_model(
 
 def backbone_layers(method: Method, layers: str | Sequence[str] | None) -> list[str]:
     """Names of the chosen layers of the encoder: heads differ, and published models have none."""
-    return layer_names(method.backbone, present(method.backbone, layers, LAYERS))
+    return layer_names(method.backbone, present(method.backbone, layers, LAYERS), option="--layers")
 
 
 def fingerprint(method: nn.Module) -> str:

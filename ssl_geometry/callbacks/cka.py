@@ -22,7 +22,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
-from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 from ssl_geometry.runs import load_method
@@ -66,6 +66,8 @@ class CKAMonitor(Monitor):
         reference: a run directory or a checkpoint to compare with as well, such as the supervised twin.
     """
 
+    options = "cka"
+
     def __init__(
         self,
         every_n_epochs: int = 1,
@@ -90,7 +92,7 @@ class CKAMonitor(Monitor):
         if name in ("init", run_name(trainer)):  # the names tell the networks of the records apart
             name += "-reference"
         reference.to(method.device)
-        request = Request(tuple(layer_names(reference, self.layers)), GramVector(self.gram_size))
+        request = Request(self.layer_names(reference), GramVector(self.gram_size))
         fixed = FixedNetwork(name, layer_depths(reference, request.layers), {})
         with measuring(reference):
             batches = trainer.datamodule.loader("measure")  # type: ignore[attr-defined]
@@ -98,13 +100,13 @@ class CKAMonitor(Monitor):
                 number = count * trainer.world_size + trainer.global_rank
                 fixed.vectors[number] = torch.stack(list(reduced[request].values())).cpu()
         self.fixed[name] = fixed
-        strangers = set(layer_names(method, self.layers)) - set(fixed.depths)
+        strangers = set(self.layer_names(method)) - set(fixed.depths)
         if any(not layer.startswith("head") for layer in strangers):
             logger.info(f"--cka.reference {name} is of another architecture: curves compare layers of nearest depth")
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """The Gram vector of every layer, clean images."""
-        self._request = Request(tuple(layer_names(method, self.layers)), GramVector(self.gram_size))
+        self._request = Request(self.layer_names(method), GramVector(self.gram_size))
         self._depths = layer_depths(method, self._request.layers)
         return [self._request]
 

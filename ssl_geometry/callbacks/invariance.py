@@ -17,7 +17,7 @@ from ssl_geometry.callbacks.cka import GramVector, cka_protocol, run_name
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA
-from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -46,6 +46,8 @@ class InvarianceMonitor(Monitor):
         views: augmentations: own (the method's training views), policies (simclr, supervised) and single operations.
     """
 
+    options = "invariance"
+
     def __init__(
         self,
         every_n_epochs: int = 0,
@@ -59,7 +61,7 @@ class InvarianceMonitor(Monitor):
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Clean images for class CKA, which other monitors ask for too, and two copies a view."""
-        names = tuple(layer_names(method, self.layers))
+        names = self.layer_names(method)
         self._depths = layer_depths(method, names)
         self._distinct = distinct_views(method, self.views)
         self._clean = Request(names, GramVector(self.gram_size))

@@ -28,7 +28,7 @@ from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
-from ssl_geometry.models.taps import Taps
+from ssl_geometry.models.taps import Taps, layer_names, present
 from ssl_geometry.records import Protocol
 
 Reduction = Callable[[Tensor], Tensor]
@@ -80,9 +80,18 @@ class Monitor(L.Callback):
             off.
     """
 
+    options = ""
+    """Under what name its options stand: ``cka`` for ``--cka.layers``."""
+    layers: str | list[str] | None = None
+
     def __init__(self, every_n_epochs: int = 1) -> None:
         self.every_n_epochs = every_n_epochs
         self.seconds = 0.0
+
+    def layer_names(self, network: nn.Module, default: Sequence[str] = ("all",)) -> tuple[str, ...]:
+        """The layers of a network that the options choose, or of a default those that it has."""
+        option = f"--{self.options}.layers" if self.options else "layers"
+        return tuple(layer_names(network, present(network, self.layers, default), option))
 
     # -- what a monitor gives ------------------------------------------------------------------------------------------
 

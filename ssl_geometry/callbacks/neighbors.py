@@ -3,10 +3,11 @@
 Protocol: averages over space of each layer's activations; of every image its k most similar (cosine), of them those
 that non-negative kernel regression keeps (NNK, solved exactly). **Semantic** manifolds are made of images of one class,
 on clean images; **augmentation** manifolds of copies of one image, under five settings. Settings, normalisation and
-aggregation are ours, after Cosentino et al. 2022.
+aggregation are ours, after Cosentino et al. 2022. Beside them, how many of its nearest images an image keeps from one
+copy to another, under each setting.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -19,9 +20,9 @@ from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, R
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import jaccard, mutual_knn
-from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
+from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import LayerNeighbors
-from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -29,6 +30,8 @@ LAYERS = ("stages", "pooled", "head")
 SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rotate", "translate": "translate"}
 """Setting of an augmentation manifold to the view that makes the copies."""
 QUANTILES = tuple(share / 20 for share in range(21))
+OVERLAP_K = 10
+"""Nearest images that two copies are compared by, as far as there are so many."""
 
 
 class NeighborhoodMonitor(Monitor):
@@ -42,6 +45,8 @@ class NeighborhoodMonitor(Monitor):
         settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
         copies: augmented copies of each image.
     """
+
+    options = "neighbors"
 
     def __init__(
         self,
@@ -64,7 +69,7 @@ class NeighborhoodMonitor(Monitor):
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean images, and of all copies."""
-        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
+        names = self.layer_names(method, LAYERS)
         self._depths = layer_depths(method, names)
         self._clean = Request(names, pooled)
         self._copies = {
@@ -86,6 +91,7 @@ class NeighborhoodMonitor(Monitor):
             )
         self._neighborhoods = Neighborhoods(list(self._depths), self.k).to(method.device)
         self._manifolds = AugmentationManifolds(list(self._depths), self.settings).to(method.device)
+        self._overlaps = view_overlaps(self._depths, self.settings, data, method.device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch: clean images are kept, manifolds of copies are measured at once."""
@@ -96,6 +102,9 @@ class NeighborhoodMonitor(Monitor):
                 for setting, draws in self._copies.items()
             }
         )
+        for setting, overlap in self._overlaps.items():
+            first, second = self._copies[setting][:2]
+            overlap.update(reduced[first], reduced[second], index=batch["index"])
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
         """Means, spreads and quantiles of each manifold and layer; what the graph looks like, and what is left."""
@@ -116,9 +125,10 @@ class NeighborhoodMonitor(Monitor):
             "protocol": protocol.hash,
         }
         rows = manifold_records(manifolds, self._depths, **common)
-        graph = graph_records(layers, self._depths, **common)
-        graph += self._left_of_the_last(layers, common)
-        rows += graph
+        rows += graph_records(layers, self._depths, **common)
+        rows += self._left_of_the_last(layers, common)
+        overlaps = {setting: overlap.compute() for setting, overlap in self._overlaps.items()}
+        rows += overlap_records(overlaps, self._depths, **common, n=data.measure_size)
         self.curves += curve_rows(rows)
         return Findings(rows, scalars(rows), pictures(rows, self.curves), [protocol])
 
@@ -204,6 +214,32 @@ def graph_records(
     return rows
 
 
+def view_overlaps(
+    layers: Iterable[str], settings: Iterable[str], data: DataModule, device: torch.device
+) -> dict[str, InvarianceKNN]:
+    """For each setting, what compares the nearest images of two copies; see :func:`overlap_records`."""
+    return {setting: InvarianceKNN(list(layers), _overlap_k(data)).to(device) for setting in settings}
+
+
+def overlap_records(overlaps: Mapping[str, Tensor], depths: Mapping[str, float], **common: Any) -> list[dict[str, Any]]:
+    """Rows for the mutual kNN overlap of two copies of all images, of each setting and layer.
+
+    Args:
+        overlaps: setting to the overlap of each layer.
+        depths: layer to depth, in the order of the values.
+        common: what all rows share.
+    """
+    return [
+        record(**common, metric="mutual_knn", view=setting, layer=layer, depth=depth, value=value)
+        for setting, values in overlaps.items()
+        for (layer, depth), value in zip(depths.items(), values.reshape(-1).tolist(), strict=True)
+    ]
+
+
+def _overlap_k(data: DataModule) -> int:
+    return min(OVERLAP_K, data.measure_size - 1)
+
+
 def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protocol:
     """All that changes a neighbourhood, the same live and afterwards.
 
@@ -222,6 +258,7 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
             "images": data.measure_ids,
             "n": data.measure_size,
             "batch": data.eval_batch_size,  # the random baselines of affinity and angle come from one batch
+            "overlap_k": _overlap_k(data),
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }

@@ -28,7 +28,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, WEIGHT_DECAYS
-from ssl_geometry.models.taps import Taps, layer_depths, layer_names, present
+from ssl_geometry.models.taps import Taps, layer_depths
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -67,6 +67,8 @@ class ProbeMonitor(Monitor):
         weight_decays: of the online classifiers, each with every learning rate.
     """
 
+    options = "probes"
+
     def __init__(
         self,
         every_n_epochs: int = 5,
@@ -93,7 +95,7 @@ class ProbeMonitor(Monitor):
         if self.every_n_epochs <= 0 or not hasattr(pl_module, "measuring_view"):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        names = layer_names(pl_module, present(pl_module, self.layers, LAYERS))
+        names = self.layer_names(pl_module, LAYERS)
         self._widths = layer_widths(pl_module, names, data.image_shape)
         if self.online and not data.multi_label:
             bank = ProbeBank(self._widths, data.num_classes, self.learning_rates, self.weight_decays)
@@ -148,7 +150,7 @@ class ProbeMonitor(Monitor):
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean training and measurement images."""
-        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
+        names = self.layer_names(method, LAYERS)
         self._depths = layer_depths(method, names)
         self._test = Request(names, pooled)
         self._train = Request(names, pooled, split="bank", images=self.train_images)

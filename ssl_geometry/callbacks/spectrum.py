@@ -20,7 +20,7 @@ from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import Spectrum
-from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -36,6 +36,8 @@ class SpectrumMonitor(Monitor):
             has them.
         copies: augmented copies of each image that LiDAR compares; 0 leaves LiDAR and alignment out.
     """
+
+    options = "spectrum"
 
     def __init__(
         self,
@@ -53,12 +55,12 @@ class SpectrumMonitor(Monitor):
         """Learn the widths of the layers."""
         if self.every_n_epochs > 0 and hasattr(pl_module, "measuring_view"):
             shape = trainer.datamodule.image_shape  # type: ignore[attr-defined]
-            names = layer_names(pl_module, present(pl_module, self.layers, LAYERS))
+            names = self.layer_names(pl_module, LAYERS)
             self._widths = layer_widths(pl_module, names, shape)
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean images and of copies."""
-        names = tuple(layer_names(method, present(method, self.layers, LAYERS)))
+        names = self.layer_names(method, LAYERS)
         self._depths = layer_depths(method, names)
         self._clean = Request(names, pooled)
         self._copies = [Request(names, pooled, VIEW, draw) for draw in range(self.copies)]

@@ -8,7 +8,7 @@ copies of an image (:func:`augmentation_metrics`). What is not defined for a que
 
 The paper gives no formulas for these; the normalisation here is this project's: directions x_j - x_i are not
 re-centred, those of squared singular value below a tenth of the largest are left out, and the overlap of two
-subspaces is divided by the smaller of their dimensions.
+subspaces is divided by the smaller of their dimensions. A polytope of one point has diameter 0 and no direction.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,8 @@ from ssl_geometry.geometry.nnk import NNK, centered, over_chunks, products, solv
 
 DIRECTIONS = 0.1
 """Directions of at least this share of the largest squared singular value span a neighbourhood."""
+DISTANCES = 2**22
+"""Distances between the copies of images (m³ an image, float64) that are held at once: some tens of these arrays."""
 
 
 def manifold_metrics(
@@ -44,7 +46,7 @@ def manifold_metrics(
         For each image, float64:
 
         - ``neighbors``: number of NNK neighbours; NaN without candidates,
-        - ``diameter``: largest distance between two neighbours, in [0, 2]; NaN for fewer than two,
+        - ``diameter``: largest distance between two neighbours, in [0, 2]; 0 for a single one, NaN for none,
         - ``affinity``: of its directions with those of its nearest neighbour, in [0, 1]; NaN where either has one,
         - ``affinity_random``: the same with any other image, the baseline,
         - ``angle``, ``angle_random``: mean principal angle in degrees, of the same pairs.
@@ -97,8 +99,9 @@ def augmentation_metrics(
 ) -> dict[str, Float[Tensor, " B"]]:
     """The metrics of :func:`manifold_metrics` for the manifold of each image's augmented copies.
 
-    Every copy is a query and the others of its image are its candidates, but for those that are equal to it. Answers
-    are averaged over the copies for which they are defined.
+    Every copy is a query and the others of its image are its candidates, but for those that are equal to it; of equal
+    ones the first stands for all. Answers are averaged over the copies for which they are defined. Memory beyond the
+    copies does not grow with the number of images.
 
     Args:
         copies: features of m >= 3 augmented copies of each image.
@@ -106,8 +109,8 @@ def augmentation_metrics(
         chunk: copies (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
 
     Returns:
-        For each image, float64, under the same names. Where all copies are equal, the diameter is 0: the network is
-        invariant; what else no copy has an answer for is NaN.
+        For each image, float64, under the same names. Where all copies are equal, the diameter is 0 as well: the
+        network is invariant; what else no copy has an answer for is NaN.
 
     Raises:
         ValueError: no images, fewer than three copies, features that are not finite, or zero vectors.
@@ -120,8 +123,22 @@ def augmentation_metrics(
     images, m = copies.shape[:2]
     if images == 0 or m < 3:
         raise ValueError(f"augmentation manifolds need images of at least 3 copies each, got {images} images of {m}")
-    device = copies.device
     points = centered(copies.flatten(0, 1))[0].view_as(copies)
+    codes = _codes(copies.flatten(0, 1)).view(images, m)
+    partners = _others(images, m, seed, copies.device)
+    step = max(1, DISTANCES // m**3)
+    parts = [
+        _of_copies(*part, chunk)
+        for part in zip(points.split(step), codes.split(step), partners.split(step), strict=True)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _of_copies(
+    points: Float[Tensor, "B m D"], codes: Int64[Tensor, "B m"], partners: Int64[Tensor, "B m"], chunk: int | None
+) -> dict[str, Float[Tensor, " B"]]:
+    """:func:`augmentation_metrics` of some images, of all their distances at once."""
+    (images, m), device = codes.shape, points.device
 
     def distances(r: slice) -> Float[Tensor, "b m m"]:
         part = points[r] - points[r].mean(1, keepdim=True)  # the copies of an image may be close among themselves
@@ -130,8 +147,9 @@ def augmentation_metrics(
         return own.unsqueeze(1) + own.unsqueeze(2) - inner - inner.mT
 
     squares = torch.cat(over_chunks(distances, images, device, chunk))  # all that follows is a function of these
-    code = _codes(copies.flatten(0, 1)).view(images, m)
-    candidates = (code.unsqueeze(1) != code.unsqueeze(2)).flatten(0, 1)  # nor is a copy its own candidate
+    equal = codes.unsqueeze(1) == codes.unsqueeze(2)
+    first = ~equal.tril(-1).any(2)
+    candidates = (~equal & first.unsqueeze(1)).flatten(0, 1)  # nor is a copy its own candidate
     to_query = squares.flatten(0, 1)
     between = squares.unsqueeze(1).expand(images, m, m, m).flatten(0, 1)
     result = solve(1 - between / 4, 1 - to_query / 4, valid=candidates)
@@ -153,8 +171,7 @@ def augmentation_metrics(
         affinity, angle = zip(*over_chunks(work, queries, device, chunk), strict=True)
         return torch.cat(affinity), torch.cat(angle)
 
-    count = result.active.sum(1)
-    each = _named(count, shapes, compare(shapes.nearest), compare(_others(images, m, seed, device).flatten()))
+    each = _named(result.active.sum(1), shapes, compare(shapes.nearest), compare(partners.flatten()))
     found = {name: values.view(images, m).nanmean(1) for name, values in each.items()}
     found["diameter"] = found["diameter"].where(candidates.view(images, -1).any(1), 0)
     return found
@@ -173,7 +190,7 @@ def same_class_ids(
 
     Returns:
         Their indices, most similar first, -1 where the class has fewer. The image itself and exact copies of it are
-        left out.
+        left out, and of equal images the first stands for all.
 
     Raises:
         ValueError: k < 1, labels of other images, features that are not finite, or zero vectors.
@@ -191,41 +208,21 @@ def same_class_ids(
     points, _ = centered(features)
     codes = _codes(features)
     ids = torch.full((len(features), k), -1, device=features.device)
-    by_class = labels.argsort()
+    by_class = labels.argsort(stable=True)
     sizes = labels.unique(return_counts=True)[1].tolist()
     with torch.autocast(features.device.type, enabled=False):
         for members in by_class.split(sizes):
             own = points[members] - points[members].mean(0)
-            half = own.square().sum(1) / 2
+            first = _firsts(codes[members])
+            others, candidates = own[first], members[first]
+            half = others.square().sum(1) / 2
             for part in torch.arange(len(members), device=ids.device).split(chunk):
-                closeness = own[part] @ own.T - half  # falls with distance
-                copies = codes[members[part]].unsqueeze(1) == codes[members]
-                best = closeness.masked_fill_(copies, -torch.inf).topk(min(k, len(members)), dim=1)
-                ids[members[part], : best.indices.shape[1]] = members[best.indices].where(best.values > -torch.inf, -1)
+                closeness = own[part] @ others.T - half  # falls with distance
+                copies = codes[members[part]].unsqueeze(1) == codes[candidates]
+                best = closeness.masked_fill_(copies, -torch.inf).topk(min(k, len(candidates)), dim=1)
+                chosen = candidates[best.indices].where(best.values > -torch.inf, -1)
+                ids[members[part], : chosen.shape[1]] = chosen
     return ids
-
-
-def summarize(values: Float[Tensor, " N"]) -> dict[str, float]:
-    """Mean, standard deviation (of the values, not an estimate for others) and median, NaN left out.
-
-    Args:
-        values: of single images.
-
-    Returns:
-        Under the names mean, std and median; NaN where all values are.
-
-    Example:
-        >>> summarize(torch.tensor([1.0, 2.0, 6.0, torch.nan]))["mean"]
-        3.0
-    """
-    known = values[~values.isnan()].double()
-    if not len(known):
-        return dict.fromkeys(("mean", "std", "median"), torch.nan)
-    return {
-        "mean": float(known.mean()),
-        "std": float(known.std(correction=0)),
-        "median": float(known.quantile(0.5)),
-    }
 
 
 class _Shapes(NamedTuple):
@@ -241,12 +238,12 @@ def _shapes(local: Float[Tensor, "Q M M"], active: Bool[Tensor, "Q M"]) -> _Shap
     """From the inner products (x_a - x_i) · (x_b - x_i)."""
     own = local.diagonal(dim1=1, dim2=2)
     both = active.unsqueeze(2) & active.unsqueeze(1)
-    enough = active.sum(1) >= 2
+    enough = active.sum(1) >= 2  # for a direction
     squares = (own.unsqueeze(2) + own.unsqueeze(1) - 2 * local).where(both, 0).flatten(1)
     values, vectors = torch.linalg.eigh(local.where(both, 0))
     kept = (values > 0) & (values >= DIRECTIONS * values[:, -1:]) & enough.unsqueeze(1)
     return _Shapes(
-        diameter=squares.amax(1).sqrt().where(enough, torch.nan),
+        diameter=squares.amax(1).sqrt().where(active.any(1), torch.nan),
         nearest=own.where(active, torch.inf).argmin(1),
         basis=vectors * torch.where(kept, values, torch.inf).rsqrt().unsqueeze(1),
         dims=kept.sum(1),
@@ -300,11 +297,19 @@ def _others(groups: int, n: int, seed: int, device: torch.device) -> Int64[Tenso
 
 
 def _codes(features: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
-    """64-bit codes of rows: equal for equal ones, and for them alone but by a chance of 2^-64."""
+    """Equal for rows that are equal in float32; for others almost never (a 64-bit hash)."""
     generator = torch.Generator().manual_seed(0)
-    factors = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
-    codes = [
-        ((part.float() + 0.0).contiguous().view(torch.int32) * factors).sum(1)  # + 0.0 makes -0 equal to 0
-        for part in features.split(1024)
-    ]
+    odd = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
+    codes = []
+    for part in features.split(1024):
+        bits = (part.float() + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0 equal to 0
+        codes.append(((bits ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are all zero
     return torch.cat(codes)
+
+
+def _firsts(codes: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
+    """Which stand for all of the same code."""
+    ordered, order = codes.sort(stable=True)
+    first = torch.ones_like(codes, dtype=torch.bool)
+    first[order[1:]] = ordered.diff() != 0
+    return first

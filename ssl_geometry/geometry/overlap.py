@@ -4,7 +4,7 @@ Protocol: cosine similarity, the image itself left out by its index, k = 10 unle
 representations of N images is k/(N-1): a number without its N says little.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float, Int64
@@ -54,11 +54,13 @@ def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> 
     """Mutual k-nearest-neighbour overlap of every pair of layers: the mean of |A and B| / k over images.
 
     Args:
-        ids_a: neighbours of each image in each layer, without repetitions (see :func:`neighbor_ids`).
+        ids_a: neighbours of each image in each layer, without repetitions (see :func:`neighbor_ids`); -1 where there
+            are fewer than k: k is then the larger of the two numbers.
         ids_b: the same of other layers, for the same images and k.
 
     Returns:
-        Overlap in [0, 1], float64. Unrelated layers read k/(N-1) on average.
+        Overlap in [0, 1], float64; images without neighbours in both layers are left out, NaN where all are. Unrelated
+        layers read k/(N-1) on average.
 
     Raises:
         ValueError: different images or k.
@@ -72,15 +74,13 @@ def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> 
         >>> mutual_knn(a, torch.cat([a, b]))
         tensor([[1.0000, 0.6250]], dtype=torch.float64)
     """
-    k = ids_a.shape[2]
-    shared = [shared.sum(0) for shared, _, _ in _shared(ids_a, ids_b)]
-    return torch.stack(shared).sum(0) / (ids_a.shape[1] * k)
+    return _mean(shared / torch.maximum(a[:, :, None], b[:, None]) for shared, a, b in _shared(ids_a, ids_b))
 
 
 def jaccard(ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]) -> Float[Tensor, "L M"]:
     """Jaccard overlap of every pair of layers: the mean of |A and B| / |A or B| over images.
 
-    Unlike :func:`mutual_knn` it knows images with different numbers of neighbours, such as those of an NNK graph.
+    It suits images with different numbers of neighbours, such as those of an NNK graph.
 
     Args:
         ids_a: neighbours of each image in each layer, without repetitions; -1 where there are fewer than K.
@@ -97,11 +97,13 @@ def jaccard(ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]) -> Flo
         >>> jaccard(a, b)
         tensor([[0.5000]], dtype=torch.float64)
     """
-    shares = []
-    for shared, a, b in _shared(ids_a, ids_b):
-        share = shared / (a[:, :, None] + b[:, None] - shared)
-        shares.append(torch.stack([share.nansum(0), (~share.isnan()).sum(0)]))
-    total, images = torch.stack(shares).sum(0)
+    return _mean(shared / (a[:, :, None] + b[:, None] - shared) for shared, a, b in _shared(ids_a, ids_b))
+
+
+def _mean(parts: Iterable[Float[Tensor, "P L M"]]) -> Float[Tensor, "L M"]:
+    """Over the images of all parts but for those whose share is 0 / 0."""
+    sums = [torch.stack([part.nansum(0), (~part.isnan()).sum(0)]) for part in parts]
+    total, images = torch.stack(sums).sum(0)
     return total / images
 
 

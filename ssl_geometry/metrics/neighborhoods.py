@@ -1,7 +1,6 @@
 """Neighbourhoods of images in the feature space of each layer, over batches and ranks.
 
-The state is features, with the index of each image, which puts them in one order for any number of ranks, and numbers
-of single images: nothing is averaged before ``compute``.
+The state is features, and numbers of single images: nothing is averaged before ``compute``.
 """
 
 import warnings
@@ -19,8 +18,10 @@ from ssl_geometry.geometry.graph import graph_statistics
 from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metrics, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
+from ssl_geometry.geometry.overlap import all_alike
+from ssl_geometry.metrics.features import LayerFeatures
 
-MIN_IMAGES = 4  # fewer have no dimension
+MIN_IMAGES = 4  # fewer have no three neighbours, and no dimension
 MANIFOLD_METRICS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 """What is measured of the manifold around each image; see :mod:`ssl_geometry.geometry.manifold`."""
 
@@ -38,12 +39,16 @@ class LayerNeighbors(NamedTuple):
     """Of the whole graph: purity, hubness, reciprocal edges, components, intrinsic dimensions."""
 
 
-class Neighborhoods(Metric):
+class Neighborhoods(LayerFeatures):
     """Nearest neighbours and NNK neighbours of images in each layer, and the manifold of each class.
 
     Args:
         layers: names of the layers.
         k: candidates of each image, by cosine similarity.
+
+    Raises:
+        ValueError: other labels than images, a layer of more or fewer images than the index, or of another width than
+            before.
 
     References:
         Shekkizhar & Ortega, *Graph construction from data by non-negative kernel regression*, 2020; Cosentino et al.,
@@ -58,19 +63,11 @@ class Neighborhoods(Metric):
         1.0
     """
 
-    full_state_update = False
-    is_differentiable = False
-    index: list[Tensor]
     labels: list[Tensor]
 
     def __init__(self, layers: Sequence[str], k: int = 50) -> None:
-        super().__init__()
+        super().__init__(layers, ["labels"])
         self.layers, self.k = list(layers), k
-        for name in ("index", "labels"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
-        for number in range(len(self.layers)):
-            self.add_state(f"features{number}", [], dist_reduce_fx="cat")
 
     def update(
         self,
@@ -85,40 +82,37 @@ class Neighborhoods(Metric):
             labels: class of each image.
             index: the images' numbers, each once over all batches and ranks.
         """
-        self.labels.append(labels)
-        self.index.append(index)
-        for number, layer in enumerate(self.layers):
-            getattr(self, f"features{number}").append(features[layer].detach().float().flatten())
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with an empty tensor of the right type."""
-        for name in ("index", "labels"):
-            if not getattr(self, name):
-                getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
-        super().sync(*args, **kwargs)
+        self._add([features[layer] for layer in self.layers], index=index, labels=labels)
 
     def compute(self) -> dict[str, LayerNeighbors]:
-        """Layer to its neighbourhoods.
+        """Layer to its neighbourhoods; none and NaN (with one warning that names the layers) where it does not vary.
 
         Raises:
-            ValueError: too few images for k, or features that are not finite (with the layer's name).
+            ValueError: features that are not finite (with the layer's name), or an image fed twice.
         """
-        index, order = dim_zero_cat(self.index).sort()
+        order = self._order()
         labels = dim_zero_cat(self.labels)[order]
-        found = {}
+        found, alike = {}, []
         for number, layer in enumerate(self.layers):
-            features = dim_zero_cat(getattr(self, f"features{number}")).view(len(index), -1)[order]
+            features = self._features(number, order)
             directed = (features != 0).any(1).nonzero().squeeze(1)  # NaN is kept, and told
-            if len(directed) < len(index):
+            if len(directed) < len(order):
                 warnings.warn(
-                    f"layer {layer}: {len(index) - len(directed)} of {len(index)} images are all zero and have no "
+                    f"layer {layer}: {len(order) - len(directed)} of {len(order)} images are all zero and have no "
                     "neighbours by cosine",
                     stacklevel=2,
                 )
+            if len(directed) and bool(features.isfinite().all()) and all_alike(features[directed]):
+                alike.append(layer)
+                directed = directed[:0]
             try:
                 found[layer] = self._measure(features, labels, directed)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from error
+        if alike:
+            warnings.warn(
+                f"Neighbourhoods are NaN for layers whose direction does not vary: {', '.join(alike)}", stacklevel=2
+            )
         return found
 
     def _measure(self, features: Tensor, labels: Tensor, rows: Int64[Tensor, " M"]) -> LayerNeighbors:
@@ -126,7 +120,7 @@ class Neighborhoods(Metric):
         n = len(features)
         nobody = torch.full((n, self.k), -1, device=features.device)
         unknown = torch.full((n,), torch.nan, dtype=torch.float64, device=features.device)
-        if len(rows) <= MIN_IMAGES:
+        if len(rows) < MIN_IMAGES:
             statistics = dict.fromkeys(graph_statistics(nobody, labels), torch.nan)
             statistics |= {f"nnk_{name}": torch.nan for name in statistics}
             statistics |= dict.fromkeys(("two_nn", "levina_bickel", "nnk_residual"), torch.nan)
@@ -207,8 +201,14 @@ class AugmentationManifolds(Metric):
 
     def compute(self) -> dict[tuple[str, str], dict[str, Float[Tensor, " N"]]]:
         """Setting and layer to each metric of each image, in no order; NaN for an image with a copy of no direction."""
-        found = {}
+        found, left_out = {}, []
         for number, kind in enumerate(self.kinds):
             rows = dim_zero_cat(getattr(self, f"values{number}")).view(-1, len(MANIFOLD_METRICS))
             found[kind] = dict(zip(MANIFOLD_METRICS, rows.unbind(1), strict=True))
+            if missing := int(found[kind]["diameter"].isnan().sum()):
+                left_out.append(f"{' '.join(kind)} {missing} of {len(rows)}")
+        if left_out:
+            warnings.warn(
+                f"images left out, because a copy is all zero or not finite: {', '.join(left_out)}", stacklevel=2
+            )
         return found

@@ -1,24 +1,18 @@
-"""Overlap of nearest neighbours between layers, over batches and ranks.
-
-The state is the features themselves, with the index of each image: they are put in the order of the index, so that
-neither the order of images nor the number of ranks changes anything.
-"""
+"""Overlap of nearest neighbours between layers, and between views of the same images, over batches and ranks."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
+from ssl_geometry.metrics.features import LayerFeatures
 
 
-class MutualKNN(Metric):
+class MutualKNN(LayerFeatures):
     """Share of the k nearest neighbours that each row layer has in common with each column layer.
 
     Chance is k/(N-1): state N beside the number. It stands beside CKA, which a few far images can dominate.
@@ -30,7 +24,7 @@ class MutualKNN(Metric):
 
     Raises:
         KeyError: a batch lacks one of the layers.
-        ValueError: a layer has more or fewer images than the index.
+        ValueError: a layer has more or fewer images than the index, or another width than before.
         UserError: an image fed twice, or not more than k images.
 
     References:
@@ -52,20 +46,11 @@ class MutualKNN(Metric):
         torch.Size([4, 16])
     """
 
-    full_state_update = False
-    is_differentiable = False
-    index: list[Tensor]
-
     def __init__(self, rows: Sequence[str], cols: Sequence[str] | None = None, k: int = 10) -> None:
-        super().__init__()
+        super().__init__([*rows, *(cols or [])])
         self.rows = list(rows)
         self.cols = None if cols is None else list(cols)
         self.k = k
-        self._names = self.rows + (self.cols or [])
-        self.add_state("index", [], dist_reduce_fx="cat")
-        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
-        for number in range(len(self._names)):
-            self.add_state(f"features{number}", [], dist_reduce_fx="cat")
 
     def update(
         self,
@@ -81,40 +66,57 @@ class MutualKNN(Metric):
             y: the same of each column layer; None takes them from ``x``.
             index: the images' numbers, each once over all batches and ranks.
         """
-        self.index.append(index)
         features = [x[name] for name in self.rows] + [(x if y is None else y)[name] for name in self.cols or []]
-        for number, (name, part) in enumerate(zip(self._names, features, strict=True)):
-            if len(part) != len(index):
-                raise ValueError(f"MutualKNN: layer {name} has {len(part)} images, the index {len(index)}")
-            getattr(self, f"features{number}").append(part.detach().float().flatten())
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with an empty index of the right type."""
-        if not self.index:
-            self.index.append(torch.empty(0, dtype=torch.long, device=self.device))
-        super().sync(*args, **kwargs)
+        self._add(features, index=index)
 
     def compute(self) -> Float[Tensor, "L M"]:
         """The overlap in [0, 1], float64; NaN (with one warning that names the layers) where a layer does not vary."""
-        index, order = dim_zero_cat(self.index).sort()
-        if len(index) <= self.k:
-            raise UserError(f"MutualKNN: k={self.k} neighbours need more than {self.k} images, got {len(index)}")
-        twice = index[1:][index.diff() == 0]
-        if len(twice):
-            raise UserError(f"MutualKNN: image {int(twice[0])} was fed twice; feed each index once over all ranks")
+        ids, undefined = self._neighbors()
+        size = len(self.rows)
+        cols = slice(0 if self.cols is None else size, None)
+        return mutual_knn(ids[:size], ids[cols]).masked_fill(undefined[:size, None] | undefined[cols], torch.nan)
+
+    def _neighbors(self) -> tuple[Int64[Tensor, "L N k"], Bool[Tensor, " L"]]:
+        """The neighbours in each layer, and which layers do not vary."""
+        order = self._order()
+        if len(order) <= self.k:
+            raise UserError(f"{self._name}: k={self.k} neighbours need more than {self.k} images, got {len(order)}")
         ids, same = [], []
-        for number in range(len(self._names)):
-            features = dim_zero_cat(getattr(self, f"features{number}")).view(len(index), -1)[order]
+        for number in range(len(self._layers)):
+            features = self._features(number, order)
             ids.append(neighbor_ids(features, self.k))
             same.append(all_alike(features))
         if any(same):
-            alike = dict.fromkeys(name for name, yes in zip(self._names, same, strict=True) if yes)
+            alike = dict.fromkeys(name for name, yes in zip(self._layers, same, strict=True) if yes)
             warnings.warn(
                 f"Mutual kNN is NaN for layers whose direction does not vary, or is not finite: {', '.join(alike)}",
-                stacklevel=2,
+                stacklevel=3,
             )
-        size = len(self.rows)
-        cols = slice(0 if self.cols is None else size, None)
-        stacked, undefined = torch.stack(ids), torch.tensor(same, device=order.device)
-        overlap = mutual_knn(stacked[:size], stacked[cols])
-        return overlap.masked_fill(undefined[:size, None] | undefined[cols], torch.nan)
+        return torch.stack(ids), torch.tensor(same, device=order.device)
+
+
+class InvarianceKNN(MutualKNN):
+    """Share of the k nearest neighbours that each layer has in common with itself, on two views of the same images.
+
+    Chance is k/(N-1): state N beside the number.
+
+    Args:
+        layers: names of the layers.
+        k: neighbours.
+
+    Example:
+        >>> overlap, images = InvarianceKNN(["layer"], k=5), torch.randn(100, 8)
+        >>> overlap.update({"layer": images}, {"layer": 2 * images}, index=torch.arange(100))
+        >>> float(overlap.compute())  # directions are the same
+        1.0
+    """
+
+    def __init__(self, layers: Sequence[str], k: int = 10) -> None:
+        super().__init__(layers, layers, k)
+
+    def compute(self) -> Float[Tensor, " L"]:
+        """The overlap in [0, 1], float64; NaN (with one warning that names the layers) where a layer does not vary."""
+        ids, undefined = self._neighbors()
+        pairs = zip(*ids.unsqueeze(1).split(len(self.rows)), strict=True)
+        overlap = torch.cat([mutual_knn(x, y).flatten() for x, y in pairs])
+        return overlap.masked_fill(undefined.view(2, -1).any(0), torch.nan)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.spectrum import (
@@ -19,14 +18,19 @@ from ssl_geometry.geometry.spectrum import (
     uniformity,
     view_statistics,
 )
+from ssl_geometry.metrics.features import LayerFeatures
 
 
-class Spectrum(Metric):
+class Spectrum(LayerFeatures):
     """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity, mean cosine of each layer.
 
     Args:
         widths: layer to number of its features.
-        views: augmented copies of each image that LiDAR compares; 0 leaves LiDAR and alignment out.
+        views: augmented copies of each image that LiDAR compares, at least 2; 0 leaves LiDAR and alignment out.
+
+    Raises:
+        ValueError: one view, or a layer of more or fewer images, features or copies than the index, ``widths`` and
+            ``views`` say.
 
     Example:
         >>> spectrum = Spectrum({"layer": 6}, views=4)
@@ -37,17 +41,13 @@ class Spectrum(Metric):
         ['alignment', 'alpha_req', 'alpha_req_fit', 'effective_rank', 'lidar', 'mean_cosine', ...]
     """
 
-    full_state_update = False
-    is_differentiable = False
-    index: list[Tensor]
-
     def __init__(self, widths: Mapping[str, int], views: int = 10) -> None:
-        super().__init__()
+        if views < 0 or views == 1:
+            raise ValueError(f"Spectrum: views={views}: expected 0, or at least 2")
+        super().__init__(list(widths))
         self.widths, self.views = dict(widths), views
-        self.add_state("index", [], dist_reduce_fx="cat")
         for number, width in enumerate(self.widths.values()):
-            # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
-            for name in ("features", "means", "alignment"):
+            for name in ("means", "alignment"):
                 self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
             self.add_state(f"scatter{number}", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -64,9 +64,18 @@ class Spectrum(Metric):
             copies: of each layer, q augmented copies of each image; None where ``views`` is 0.
             index: the images' numbers, each once over all batches and ranks.
         """
-        self.index.append(index)
+        if (copies is None) == (self.views > 0):
+            given = "none" if copies is None else "some"
+            raise ValueError(f"Spectrum: views={self.views}, but {given} of the images' copies are given")
+        for layer, width in self.widths.items():
+            expected: list[tuple[Tensor, tuple[int, ...]]] = [(features[layer], (len(index), width))]
+            if copies is not None:
+                expected.append((copies[layer], (len(index), self.views, width)))
+            for values, shape in expected:
+                if values.shape != shape:
+                    raise ValueError(f"Spectrum: layer {layer} has shape {tuple(values.shape)}, expected {shape}")
+        self._add([features[layer] for layer in self.widths], index=index)
         for number, layer in enumerate(self.widths):
-            getattr(self, f"features{number}").append(features[layer].detach().float().flatten())
             if copies is not None:
                 means, scatter = view_statistics(copies[layer])
                 getattr(self, f"means{number}").append(means.flatten())
@@ -75,19 +84,22 @@ class Spectrum(Metric):
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather over ranks; one without images joins in with empty tensors of the right type."""
-        if not self.index:
-            self.index.append(torch.empty(0, dtype=torch.long, device=self.device))
+        if self.views and not self.index:
             for number in range(len(self.widths)):
-                for name in ("means", "alignment") if self.views else ():
+                for name in ("means", "alignment"):
                     getattr(self, f"{name}{number}").append(torch.empty(0, dtype=torch.float64, device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Float[Tensor, " L"]]:
-        """Each number for each layer, float64; NaN where it cannot be computed."""
-        order = dim_zero_cat(self.index).argsort()
+        """Each number for each layer, float64; NaN where it cannot be computed.
+
+        Raises:
+            UserError: an image fed twice.
+        """
+        order = self._order()
         rows = []
         for number, width in enumerate(self.widths.values()):
-            features = dim_zero_cat(getattr(self, f"features{number}")).view(-1, width)[order]
+            features = self._features(number, order)
             alpha, fit = alpha_req(features)
             row = {
                 "rankme": rankme(features),

@@ -29,12 +29,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from ssl_geometry.errors import UserError, nearest
 
 
-def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[str]:
+def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: str = "layers") -> list[str]:
     """Names of the chosen layers, in forward order and without repeats.
 
     Args:
         model: a network, or a method: a module with the submodules ``backbone`` and ``head``.
         layers: a preset, a name, a glob over all names (``"layer4.*"``; ``*`` matches dots too), or a list of these.
+        option: where the user chose them, for the message.
 
     Returns:
         The names.
@@ -50,14 +51,14 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[s
     named, presets = _layers(model)
     patterns = [layers] if isinstance(layers, str) else layers
     if not patterns:
-        raise UserError(f"layers={layers!r} chooses no layer; leave it out for all of them")
+        raise UserError(f"{option}={layers!r} chooses no layer; leave it out for all of them")
     chosen: set[str] = set()
     for pattern in patterns:
         found = presets.get(pattern) or [name for name in named if fnmatchcase(name, pattern)]
         if not found:
             usable = [preset for preset, names in presets.items() if names]
             raise UserError(
-                f"layers={pattern!r} matches no layer of {type(_eager(model)).__name__}; "
+                f"{option}={pattern!r} matches no layer of {type(_eager(model)).__name__}; "
                 f"{nearest(pattern, [*usable, *named])} (presets: {', '.join(usable)})"
             )
         chosen.update(found)

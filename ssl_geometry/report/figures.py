@@ -1,6 +1,7 @@
 """Pictures drawn from records. A picture never computes: each value that it shows is a row."""
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,10 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 MANY_LAYERS = 24
+TITLE_WIDTH = 60
+"""Letters that stand above a picture of curves."""
+MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
+"""Numbers whose view names a kind of manifold."""
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
 LABELS = {
     "cka": "CKA (unbiased)",
@@ -136,8 +141,7 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
     Raises:
         ValueError: no rows.
     """
-    first = _first(rows)
-    frame = pd.DataFrame(rows)
+    frame, first = pd.DataFrame(rows), _first(rows)
     along, lines = ("depth", "epoch") if against == "depth" else ("epoch", "depth")
     limits = (frame[lines].min(), max(frame[lines].max(), frame[lines].min() + 1e-9))
     colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(*limits), "viridis")
@@ -158,7 +162,7 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             figure.colorbar(colors, ax=axes, label="depth of the layer")
-        axes.set_title(title or _what(first))
+        axes.set_title(_wrapped(title or _what(frame)))
     return figure
 
 
@@ -490,6 +494,12 @@ def _first(rows: Rows) -> Any:
     return frame.iloc[0]
 
 
-def _what(row: Any) -> str:
-    seen = "" if row["view"] in (None, "clean") else f" ({row['view']} views)"
-    return f"{LABELS.get(row['metric'], row['metric'])}{seen} of {row['model']}, {row['n']} images"
+def _what(frame: pd.DataFrame) -> str:
+    row, n = frame.iloc[0], int(frame["n"].max())  # rows know how many images had a value
+    kind = "manifolds" if row["metric"] in MANIFOLDS else "views"
+    seen = "" if row["view"] in (None, "clean") else f", {row['view']} {kind}"
+    return f"{LABELS.get(row['metric'], row['metric'])}{seen}\n{row['model']}, {n} images"
+
+
+def _wrapped(title: str) -> str:
+    return "\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, TITLE_WIDTH))

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ssl_geometry.report.figures import cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
+from ssl_geometry.report.figures import MANIFOLDS, cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
 
 Row = Mapping[str, Any]
 Pictures = dict[str, Callable[[], Figure]]
@@ -21,7 +21,6 @@ PROBES = {
     "online_probe_learning_rate": "learning_rate",
     "online_probe_weight_decay": "weight_decay",
 }
-MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 GRAPHS = ("purity", "hubness", "two_nn", "kept_since_last")
 SPECTRUM = (
     "rankme",
@@ -82,7 +81,7 @@ def scalars(rows: Sequence[Row]) -> dict[str, float]:
             found[f"invariance/classes/{layer}"] = value
         elif metric in PROBES:
             found[f"probes/{PROBES[metric]}/{layer}"] = value
-        elif metric in MANIFOLDS:
+        elif metric in MANIFOLDS or metric == "mutual_knn":
             if view in ("semantic", "policy") and metric != "affinity_random":
                 found[f"neighbors/{view}/{metric}/{layer}"] = value
         elif metric in GRAPHS:

@@ -14,6 +14,7 @@ from ssl_geometry.metrics import (
     AugmentationManifolds,
     ClassCKA,
     InvarianceCKA,
+    InvarianceKNN,
     KNNAccuracy,
     LayerwiseCKA,
     LogisticProbe,
@@ -69,10 +70,12 @@ def test_cka(ranks: Ranks, kind: str) -> None:
 
 def mutual_knn(rank: int, world_size: int, images: int) -> Tensor:
     x = activations()
-    metric = MutualKNN(LAYERS, ["b", "c"], k=5)
+    metric, views = MutualKNN(LAYERS, ["b", "c"], k=5), InvarianceKNN(LAYERS, k=5)
     for part in list(torch.randperm(images, generator=torch.Generator().manual_seed(3)).split(64))[rank::world_size]:
-        metric.update({name: value[part] for name, value in x.items()}, index=part)
-    return metric.compute()
+        batch = {name: value[part] for name, value in x.items()}
+        metric.update(batch, index=part)
+        views.update(batch, {name: value.relu() for name, value in batch.items()}, index=part)
+    return torch.cat([metric.compute().flatten(), views.compute()])
 
 
 @pytest.mark.parametrize("images", [337, 64], ids=["uneven", "one rank has all"])

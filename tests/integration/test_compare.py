@@ -1,14 +1,18 @@
 """``python -m ssl_geometry.compare`` gives the monitors' numbers again, draws them, and says what they say."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from ssl_geometry.compare import compare, findings, main
+from ssl_geometry.compare import Network, _parse, compare, findings, main, show_neighbors
 from ssl_geometry.fit import fit
+from ssl_geometry.geometry.neighbors import nearest
+from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.records import read_records, record
 from tests.integration.test_fit import options
 
@@ -79,7 +83,11 @@ def test_it_writes_every_picture_and_the_table(compared: Path) -> None:
         (["--models", "a=random"], ["at least one run"]),
         ([], ["models"]),
         (["--models", "a=x", "--k", "many"], ["k", "many"]),
-        (["--models", "a=x", "--datta.root", "x"], ["datta.root", "data.root"]),
+        (["--models", "a=x", "--datta.root", "x"], ["--datta.root", "--data.root"]),
+        (["--models", "a=x", "--show-neighbors", "3"], ["unknown option '--show-neighbors'", "'--show_neighbors'"]),
+        (["--models", "a=x", "--show-neighbors=3"], ["unknown option '--show-neighbors'", "'--show_neighbors'"]),
+        (["--models", "a=x", "--show_neighbors", "many"], ["--show_neighbors", "many"]),
+        (["--models", "a=x", "--show_neighbors=2048"], ["--show_neighbors 2048", "0 to 2047"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -90,6 +98,29 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert exit_.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers"), [([], []), (["3"], [3]), (["0"], [0]), (["[3]"], [3]), (["[3, 14, 3]"], [3, 14])]
+)
+def test_one_picture_or_several_are_shown_each_once(given: list[str], numbers: list[int]) -> None:
+    chosen = ["--show_neighbors", *given] if given else []
+    assert _parse(["--models", "a=random:resnet10", "--data.dataset=digits", *chosen]).show_neighbors == numbers
+
+
+@pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
+def test_a_picture_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
+    features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
+    network = Network("net", "SimCLR", 1, {}, [], torch.empty(0), torch.empty(0), features)
+    batch = {"image": torch.zeros(80, 3, 4, 4, dtype=torch.uint8), "label": torch.zeros(80, dtype=torch.long)}
+    data: Any = SimpleNamespace(loader=lambda split: [batch], class_names=["zero"])
+    figure = show_neighbors(network, data, [5])
+    chosen = int(nnk(features, nearest(features, k=50).ids).active[5].sum())
+    assert (chosen > 10) == more
+    texts = [axes.get_title() for axes in figure.axes]
+    (says,) = [text for text in texts if text.startswith("NNK keeps")]
+    assert says == f"NNK keeps {chosen}\nof 50" + ", here the 10\nof largest weight" * more
+    assert sum("weight 0" in text for text in texts) == min(chosen, 10)
 
 
 def test_results_are_not_overwritten(runs: Path, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,9 @@ from ssl_geometry.geometry.manifold import manifold_metrics, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.spectrum import rankme
+from ssl_geometry.metrics import InvarianceKNN
 from ssl_geometry.records import read_records
+from ssl_geometry.report.moments import scalars
 from ssl_geometry.runs import load_method
 from tests.integration.test_fit import options
 
@@ -65,6 +67,32 @@ def test_live_numbers_equal_those_of_the_saved_checkpoint(runs: Path) -> None:
     purity = (labels[nearest(features, k=20).ids] == labels[:, None]).double().mean()
     assert value["purity", "clean"] == pytest.approx(float(purity), abs=1e-9)
     assert value["rankme", "clean"] == pytest.approx(float(rankme(features)), rel=1e-5)
+
+
+def test_two_copies_of_all_images_are_compared_by_their_nearest_images(runs: Path) -> None:
+    frame = read_records(runs / "simclr").query("metric == 'mutual_knn'")
+    values = frame.pivot(index=["epoch", "layer"], columns="view", values="value")
+    assert set(values.columns) == set(SETTINGS)
+    assert {epoch for epoch, _ in values.index} == {0, 1, 2}
+    assert ((values > 0) & (values < 1)).all(axis=None)
+    assert (values["rotate"] > 2 * 10 / 127).all(), "well above chance"
+    assert set(frame["n"]) == {128}
+    method = load_method(runs / "simclr").method
+    data = DataModule("digits", limit_train=256, limit_test=128, measure_size=128, batch_size=64)
+    data.prepare_data()
+    data.setup("fit")
+    overlap, view = InvarianceKNN(["pooled"], k=10), method.measuring_view("rotate")
+    with measuring(method):
+        for batch in data.loader("measure"):
+            x, y = (
+                {"pooled": method.backbone(view(batch["image"], batch["index"], seed=0, epoch=0, view=draw))}
+                for draw in (0, 1)
+            )
+            overlap.update(x, y, index=batch["index"])
+    assert values.loc[(2, "pooled"), "rotate"] == pytest.approx(float(overlap.compute()), abs=1e-9)
+    shown = [name for name in scalars(frame.to_dict("records")) if "mutual_knn" in name]
+    assert "neighbors/policy/mutual_knn/pooled" in shown
+    assert all(name.startswith("neighbors/policy/mutual_knn/") for name in shown)
 
 
 def test_graphs_are_compared_with_the_last_moments_and_between_layers(runs: Path) -> None:

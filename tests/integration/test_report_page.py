@@ -69,7 +69,7 @@ def all_metrics(run: Path) -> Path:
             place: dict[str, Any] = {**common, "epoch": epoch, "step": 7 * epoch, "layer": layer, "depth": i / 2}
             for metric, view in (
                 ("invariance", "own"), ("invariance", "crop"), ("neighbors", "semantic"), ("neighbors", "policy"),
-                ("rankme", "clean"), ("tomorrow", "clean"),
+                ("rankme", "clean"), ("tomorrow", "clean"), ("mutual_knn", "crop"),
             ):  # fmt: skip
                 value = float(numbers.random())
                 bar = {"low": value - 0.1, "high": value + 0.1}
@@ -108,6 +108,31 @@ def test_every_section_is_drawn_without_network_and_without_errors(
     assert reader.requests == [page.as_uri()]
     background = reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@in_a_browser
+def test_overlap_of_views_stands_beside_the_manifolds_and_that_of_layers_beside_cka(
+    browser: Any, tmp_path: Path
+) -> None:
+    run = all_metrics(make_run(tmp_path / "one"))
+    place = {"run": "one", "model": "one", "model_other": "two", "metric": "mutual_knn", "view": "clean", "epoch": 2}
+    pairs = [
+        record(**place, layer=f"layer{i}", depth=i, layer_other=f"layer{j}", depth_other=j, value=0.5)
+        for i in range(2)
+        for j in range(2)
+    ]
+    RecordStore(run / "records").write("pairs", pairs)
+    main([str(run), "-o", str(tmp_path / "report.html")])
+    reader = Reader(browser, (tmp_path / "report.html").as_uri())
+    for section, title in (
+        ("cka", "Shared nearest neighbours (share): one and two"),
+        ("neighbors", "Shared nearest neighbours (share): against depth"),
+    ):
+        reader.page.locator(f"#{section}-metric").select_option("mutual_knn")
+        titles = [caption.strip() for caption in reader.section(section).locator("figcaption").all_inner_texts()]
+        assert any(caption.startswith(title) for caption in titles), titles
+    assert not any(" and two" in caption for caption in titles)
+    assert reader.problems == []
 
 
 @in_a_browser
@@ -228,7 +253,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path / "rum")], "no such run; did you mean"),
         ([str(tmp_path / "run"), "-o", str(tmp_path / "no" / "page.html")], "cannot be written"),
         ([str(tmp_path / "run"), "--max_mb=0.01"], "do not fit"),
-        ([str(tmp_path / "run"), "--portt=1"], "unknown option 'portt'; did you mean 'port'"),
+        ([str(tmp_path / "run"), "--portt=1"], "unknown option '--portt'; did you mean '--port'"),
     ]:
         with pytest.raises(SystemExit) as stop:
             main(args)

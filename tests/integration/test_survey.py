@@ -56,7 +56,8 @@ class TestASurvey:
         for model in ("simclr", "supervised"):
             keys = ["metric", "view", "layer", "low"]
             live = read_records(runs / model).query("epoch == 2 and layer_other.isna()", engine="python")
-            left = live[live["metric"].str.match("neighbors|diameter|affinity|rankme|lidar|mean_cosine|purity")]
+            kinds = "neighbors|diameter|affinity|rankme|lidar|mean_cosine|purity|mutual_knn"
+            left = live[live["metric"].str.match(kinds)]
             left = left[~left["layer"].str.startswith("head")].assign(low=left["low"].fillna(-1)).set_index(keys)
             right = again[(again["model"] == model) & again["layer_other"].isna()]
             right = right.assign(low=right["low"].fillna(-1)).set_index(keys)
@@ -340,7 +341,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
         (["--targets=[{tmp}/few.csv]"], "no task has results of 4 of these models"),
-        (["--layers=layer9"], "layers='layer9' matches no layer"),
+        (["--layers=layer9"], "--layers='layer9' matches no layer"),
     ],
 )
 def test_a_mistake_is_one_line(

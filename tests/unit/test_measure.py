@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_geometry.callbacks import CKAMonitor
+from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, SpectrumMonitor
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring, pooled
 from ssl_geometry.callbacks.probes import ProbeMonitor, layer_widths
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import Taps, layer_names
@@ -68,6 +69,21 @@ def test_monitors_due_together_share_one_pass(tmp_path: Path) -> None:
     assert len(measured) == 3 * 3, "three batches of measurement images at each of three moments, whoever asks"
     assert sorted(other.seen) == sorted(set(other.seen))
     assert len(other.seen) == 100
+
+
+@pytest.mark.parametrize(
+    ("monitor", "option"),
+    [
+        (CKAMonitor, "cka"),
+        (InvarianceMonitor, "invariance"),
+        (ProbeMonitor, "probes"),
+        (NeighborhoodMonitor, "neighbors"),
+        (SpectrumMonitor, "spectrum"),
+    ],
+)
+def test_layers_that_do_not_exist_are_told_with_their_option(monitor: type[Monitor], option: str) -> None:
+    with pytest.raises(UserError, match=f"^--{option}.layers='layer9' matches no layer of SimCLR; did you mean"):
+        monitor(1, layers=["pooled", "layer9"]).requests(SimCLR(**SMALL))  # type: ignore[call-arg]
 
 
 def test_training_images_are_one_pass_too(tmp_path: Path) -> None:

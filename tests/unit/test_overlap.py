@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import jaccard, mutual_knn, neighbor_ids
-from ssl_geometry.metrics import MutualKNN
+from ssl_geometry.metrics import InvarianceKNN, MutualKNN
 
 
 def sklearn_ids(features: np.ndarray, k: int) -> np.ndarray:
@@ -94,6 +94,30 @@ def test_unrelated_layers_overlap_by_chance() -> None:
     assert float(overlap[0, 1]) == pytest.approx(k / (n - 1), rel=0.15)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(4, 25), st.data())
+def test_overlap_of_lists_of_any_length_is_over_the_longer_one(
+    rows: int, cols: int, n: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    ids = random_ids(rows + cols, n, data.draw(st.integers(1, n - 1)), generator)
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < data.draw(st.floats(0, 1)), -1)
+    got = mutual_knn(ids[:rows], ids[rows:])
+    for i in range(rows):
+        for j in range(cols):
+            pairs = [
+                (set(a) - {-1}, set(b) - {-1}) for a, b in zip(ids[i].tolist(), ids[rows + j].tolist(), strict=True)
+            ]
+            shares = [len(a & b) / max(len(a), len(b)) for a, b in pairs if a | b]
+            np.testing.assert_allclose(got[i, j], np.mean(shares) if shares else np.nan, atol=1e-9)
+
+
+def test_no_neighbours_have_nothing_in_common_and_no_overlap() -> None:
+    none, some = torch.full((1, 6, 2), -1), random_ids(1, 6, 2, torch.Generator().manual_seed(0))
+    assert bool(mutual_knn(none, none).isnan())
+    assert float(mutual_knn(none, some)) == 0
+
+
 def test_neighbours_of_different_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(5, 3\) and \(6, 3\)"):
         mutual_knn(torch.zeros(1, 5, 3, dtype=torch.long), torch.zeros(1, 6, 3, dtype=torch.long))
@@ -161,6 +185,24 @@ def test_too_few_images_are_told() -> None:
 def test_a_layer_with_other_images_than_the_index_is_told() -> None:
     with pytest.raises(ValueError, match="layer b has 4 images, the index 2"):
         MutualKNN(["a", "b"]).update({"a": torch.randn(2, 3), "b": torch.randn(4, 3)}, index=torch.arange(2))
+
+
+def test_views_are_compared_layer_by_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, k = 1000, 10
+    x = layers(n)
+    y = {"a": x["a"], "b": torch.randn(n, 30, generator=generator), "c": torch.ones(n, 2)}
+    views, pairs = InvarianceKNN(list(x), k=k), MutualKNN(list(x), list(x), k=k)
+    for index in torch.randperm(n, generator=generator).split(300):
+        views.update({a: v[index] for a, v in x.items()}, {a: v[index] for a, v in y.items()}, index=index)
+    pairs.update(x, y, index=torch.arange(n))
+    with pytest.warns(UserWarning, match="or is not finite: c$"):
+        same, unrelated, collapsed = views.compute().tolist()
+    assert same == 1
+    assert unrelated == pytest.approx(k / (n - 1), rel=0.15)
+    assert np.isnan(collapsed)
+    with pytest.warns(UserWarning, match="or is not finite: c$"):
+        np.testing.assert_allclose(views.compute(), pairs.compute().diagonal(), rtol=1e-12)
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ssl_geometry.records import RecordStore, read_records, record
-from ssl_geometry.report.figures import cka_curves, cka_heatmap
+from ssl_geometry.report.figures import cka_curves, cka_heatmap, layer_curves
 
 
 def rows(other: str = "b", epoch: int = 3) -> list[dict[str, Any]]:
@@ -55,6 +55,34 @@ def test_curves_show_every_row_once(against: Any) -> None:
     points = sorted((x, y) for line in figure.axes[0].lines for x, y in zip(*line.get_data(), strict=True))
     assert points == sorted(zip(frame[against], frame["value"], strict=True))
     assert len(figure.axes[0].lines) == (3 if against == "depth" else 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "view", "says"),
+    [
+        ("diameter", "semantic", "Diameter of the NNK polytope, semantic manifolds"),
+        ("affinity", "policy", "Affinity of neighbouring polytopes, policy manifolds"),
+        ("invariance", "own", "CKA of two augmented copies, own views"),
+        ("ridge_probe", "clean", "Accuracy of ridge regression"),
+    ],
+)
+@pytest.mark.parametrize("model", ["simclr", "resnet18-cifar10-simclr-2026-11-21-temperature-0.1-batch-1024-seed-3"])
+def test_titles_say_what_is_shown_of_how_many_images_and_fit(metric: str, view: str, says: str, model: str) -> None:
+    known = [
+        record(model=model, metric=metric, view=view, layer=f"l{i}", depth=i, epoch=epoch, n=100 + i + epoch, value=0.5)
+        for epoch in range(2)
+        for i in range(3)
+    ]
+    figure = layer_curves(known, "epoch")
+    title = figure.axes[0].title
+    first, rest = title.get_text().split("\n", 1)
+    assert first == says
+    assert rest.replace("\n", "").replace(" ", "") == f"{model},103images", (
+        "the images that had a value are fewest in l0"
+    )
+    figure.canvas.draw()
+    left, right = title.get_window_extent().intervalx
+    assert 0 <= left < right <= figure.bbox.width
 
 
 def test_records_are_replaced_by_part_and_survive_a_failed_write(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.spectrum import (
     alignment,
     alpha_req,
@@ -20,6 +21,7 @@ from ssl_geometry.geometry.spectrum import (
     uniformity,
     view_statistics,
 )
+from ssl_geometry.metrics import Spectrum
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -118,3 +120,49 @@ def test_what_is_not_finite_has_no_spectrum() -> None:
     means, scatter = view_statistics(broken[:, None] + 0.1 * normal(20, 4, 5))
     values = [rankme(broken), participation_ratio(broken), *alpha_req(broken), lidar(means, scatter, views=4)]
     assert all(value.isnan() for value in [*values, uniformity(broken), alignment(broken, broken)[3]])
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------
+
+FITTING = {
+    "features": {"a": normal(6, 4), "b": normal(6, 3)},
+    "copies": {"a": normal(6, 5, 4), "b": normal(6, 5, 3)},
+    "index": torch.arange(6),
+}
+MISFITS = [
+    ({"features": {"a": normal(6, 4), "b": normal(7, 3)}}, r"layer b has shape \(7, 3\), expected \(6, 3\)"),
+    ({"features": {"a": normal(6, 5), "b": normal(6, 3)}}, r"layer a has shape \(6, 5\), expected \(6, 4\)"),
+    ({"index": torch.arange(6, 11)}, r"layer a has shape \(6, 4\), expected \(5, 4\)"),
+    (
+        {"copies": {"a": normal(6, 5, 4), "b": normal(6, 4, 3)}},
+        r"layer b has shape \(6, 4, 3\), expected \(6, 5, 3\)",
+    ),
+    ({"copies": {"a": normal(5, 5, 4), "b": normal(6, 5, 3)}}, r"layer a has shape \(5, 5, 4\)"),
+    ({"copies": None}, "views=5, but none of the images' copies"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS)
+def test_a_batch_that_does_not_fit_is_refused_whole(change: dict, message: str) -> None:
+    whole, spectrum = Spectrum({"a": 4, "b": 3}, views=5), Spectrum({"a": 4, "b": 3}, views=5)
+    for metric in (whole, spectrum):
+        metric.update(**FITTING)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        spectrum.update(**{**FITTING, "index": torch.arange(6, 12), **change})  # type: ignore[arg-type]
+    for name, value in whole.compute().items():
+        torch.testing.assert_close(spectrum.compute()[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_copies_where_none_are_compared_and_single_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match="views=0, but some of the images' copies"):
+        Spectrum({"a": 4, "b": 3}, views=0).update(**FITTING)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="views=1: expected 0, or at least 2"):
+        Spectrum({"a": 4}, views=1)
+
+
+def test_an_image_fed_twice_is_told() -> None:
+    spectrum = Spectrum({"a": 4}, views=0)
+    spectrum.update({"a": normal(6, 4)}, None, torch.arange(6))
+    spectrum.update({"a": normal(1, 4)}, None, torch.tensor([3]))
+    with pytest.raises(UserError, match="Spectrum: image 3 was fed twice"):
+        spectrum.compute()

@@ -60,8 +60,8 @@ class Page {
   }
 
   of(id) {
-    const section = (metric) => SECTIONS.find((candidate) => candidate.has(metric)).id;
-    return this.shown.filter((one) => section(one.metric) === id);
+    const section = (one) => SECTIONS.find((candidate) => candidate.has(one.metric, one.paired)).id;
+    return this.shown.filter((one) => section(one) === id);
   }
 
   fill(section) {

@@ -1,0 +1,90 @@
+"""The features of layers, kept over batches and ranks: the state that several metrics share.
+
+The number of each image is kept beside them and puts them in order, so that neither the order of images nor the number
+of ranks changes anything.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from ssl_geometry.errors import UserError
+
+
+class LayerFeatures(Metric):
+    """Base of metrics whose state is the features of layers.
+
+    Args:
+        layers: names, for messages; what is kept goes by its place among them.
+        integers: further states of one integer an image, such as labels.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    index: list[Tensor]
+
+    def __init__(self, layers: Sequence[str], integers: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._layers, self._integers = list(layers), ["index", *integers]
+        self._widths: list[int] = []
+        for name in self._integers:
+            self.add_state(name, [], dist_reduce_fx="cat")
+        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
+        for number in range(len(self._layers)):
+            self.add_state(f"features{number}", [], dist_reduce_fx="cat")
+
+    def _add(self, features: Sequence[Float[Tensor, "B D"]], **integers: Int64[Tensor, " B"]) -> None:
+        """Add one batch: the features of each layer, the index and the other integers. What does not fit adds nothing.
+
+        Raises:
+            ValueError: other images than the index has, or other widths than before.
+        """
+        images = len(integers["index"])
+        for name, values in integers.items():
+            if values.shape != (images,):
+                raise ValueError(f"{self._name}: {name} of shape {tuple(values.shape)} for {images} images")
+        widths = [part.shape[1:].numel() for part in features]
+        for layer, part, width, before in zip(
+            self._layers, features, widths, self._widths if self.index else widths, strict=True
+        ):
+            if len(part) != images:
+                raise ValueError(f"{self._name}: layer {layer} has {len(part)} images, the index {images}")
+            if width != before:
+                raise ValueError(f"{self._name}: layer {layer} has {width} features, {before} in the batches before")
+        self._widths = widths
+        for name, values in integers.items():
+            getattr(self, name).append(values)
+        for number, part in enumerate(features):
+            getattr(self, f"features{number}").append(part.detach().float().flatten())
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather over ranks; one without images joins in with empty integers, whose type it could not guess."""
+        for name in self._integers:
+            if not getattr(self, name):
+                getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
+        super().sync(*args, **kwargs)
+
+    def _order(self) -> Int64[Tensor, " N"]:
+        """The places of the images in the order of their index.
+
+        Raises:
+            UserError: an image fed twice.
+        """
+        index, order = dim_zero_cat(self.index).sort()
+        twice = index[1:][index.diff() == 0]
+        if len(twice):
+            raise UserError(f"{self._name}: image {int(twice[0])} was fed twice; feed each index once over all ranks")
+        return order
+
+    def _features(self, number: int, order: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
+        """Of one layer, float32."""
+        return dim_zero_cat(getattr(self, f"features{number}")).view(len(order), -1)[order]
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
