@@ -116,8 +116,8 @@ def open_run(
 ) -> Run:
     """The directory of this run: a new one, or with ``resume`` the one to continue.
 
-    Continued, the run is first made to be as it was when its checkpoint was written: what came later lies in
-    ``superseded/<number>/`` afterwards, the last checkpoint too where an older one was named.
+    Continued, the run is first made to be as it was when its checkpoint was written. Where an older one was named than
+    the last, what came later, that last one and records, is kept in ``superseded/<number>/``.
 
     Args:
         config: the configuration as plain data; it becomes the run's ``config.yaml``.
@@ -205,7 +205,7 @@ def _take(run: Run, task: Task | None) -> None:
             logger.info(f"{run.directory} is locked by a process on {host}: waiting {patience} s for it to be gone")
         time.sleep(LOCK_POLL_SECONDS)
         patience -= LOCK_POLL_SECONDS
-    for pattern in (".*.partial", "checkpoints/.*.partial", "records/**/.*.partial"):
+    for pattern in (".*.partial", "checkpoints/.*.partial", "records/**/.*.partial", "superseded/**/.*.partial"):
         for path in run.directory.glob(pattern):
             writer = path.name.split(".")[-2]
             if not writer.isdecimal() or int(writer) == os.getpid() or not Path(f"/proc/{writer}").exists():
@@ -215,14 +215,12 @@ def _take(run: Run, task: Task | None) -> None:
 def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Task | None, run_id: str | None) -> Run:
     """Bring a run back to the checkpoint that it goes on from; the first process does so, and holds the lock."""
     last, facts, job = run.last_checkpoint, run.facts, _job(task)
-    places = (run.directory / "superseded" / str(number) for number in itertools.count(1))
-    aside = next(place for place in places if not place.exists())
     checkpoint = named if named and named.is_file() else last
     if job and last.exists() and _is_later_start(job, facts.get("job")):
         checkpoint = last  # the one that the user named was for the first start
     if not checkpoint.exists():
         logger.info(f"--resume auto: no checkpoint to continue, starting anew in {run.directory}")
-        RecordStore(run.directory / "records").wind_back(*Progress(epochs=-1, step=0), aside)
+        RecordStore(run.directory / "records").wind_back(*Progress(epochs=-1, step=0))
         return run
     if job and not named and not run_id and not _is_later_start(job, facts.get("job", job | {"restarts": 0})):
         raise UserError(
@@ -231,10 +229,13 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
         )
     reached = progress(read_checkpoint(checkpoint, "--resume", mmap=True), checkpoint)
     _check_options(run, config)
-    if not facts and (run.directory / "run.json").exists():
-        copy_whole(run.directory / "run.json", aside / "run.json")
-        logger.warning(f"{run.directory / 'run.json'} was damaged, and is now in {aside}: W&B will show a new run")
+    file, aside = run.directory / "run.json", None
+    if not facts and file.exists():
+        damaged = file.rename(f"{file}.damaged")
+        logger.warning(f"{file} was damaged, what is left of it is now {damaged.name}: W&B will show a new run")
     if not last.exists() or not checkpoint.samefile(last):
+        places = (run.directory / "superseded" / str(number) for number in itertools.count(1))
+        aside = next(place for place in places if not place.exists())
         run.note(wandb_id=None)  # before: what W&B has of the run beyond this checkpoint, it keeps
         if last.exists():
             copy_whole(last, aside / last.name)

@@ -67,37 +67,38 @@ class RecordStore:
         path = self.directory / f"{part}.parquet"
         return _read_whole(path).to_pylist() if path.exists() else []
 
-    def wind_back(self, epochs: int, step: int, aside: Path) -> None:
-        """Keep what lies before a checkpoint; rows of later moments, which are run again, are moved aside.
+    def wind_back(self, epochs: int, step: int, aside: Path | None = None) -> None:
+        """Keep what lies before a checkpoint; rows of later moments, which are run again, are removed.
 
-        Parts that are no whole files, after a power cut perhaps, are moved aside too, with a warning.
+        Parts that are no whole files, after a power cut perhaps, are renamed with a warning.
 
         Args:
             epochs: completed at the checkpoint; -1 keeps nothing.
             step: completed optimiser steps; of the epoch that was under way, rows of earlier steps are kept.
-            aside: folder for the parts that change, as they were; made where there are any.
+            aside: folder to keep parts in as they were before rows of them were removed.
         """
         for path in sorted(self.directory.glob("**/*.parquet")):
-            part, old = str(path.relative_to(self.directory).with_suffix("")), aside / path.relative_to(self.directory)
             try:
                 pq.read_metadata(path)
             except (pa.ArrowException, OSError):
-                old.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, old)
-                logger.warning(f"{path} is cut short, its rows are lost; what is left of it is now {old}")
+                damaged = path.rename(f"{path}.damaged")
+                logger.warning(f"{path} was cut short, its rows are lost; what is left of it is now {damaged.name}")
                 continue
             moment = re.fullmatch(r"epoch=(\d+)", path.stem)
             if not moment or int(moment[1]) <= epochs:
                 continue
-            rows = self.read_part(part)
+            part = path.relative_to(self.directory)
+            rows = self.read_part(str(part.with_suffix("")))
             under_way = int(moment[1]) == epochs + 1
             earlier = [row for row in rows if under_way and row["step"] is not None and row["step"] < step]
-            if len(earlier) < len(rows):
-                copy_whole(path, old)
-                if earlier:
-                    self.write(part, earlier)
-                else:
-                    path.unlink()
+            if len(earlier) == len(rows):
+                continue
+            if aside:
+                copy_whole(path, aside / part)
+            if earlier:
+                self.write(str(part.with_suffix("")), earlier)
+            else:
+                path.unlink()
 
     def read(self) -> pd.DataFrame:
         """All rows, in the order of epochs and steps.

@@ -224,7 +224,10 @@ def test_winding_back_sets_aside_what_came_later(tmp_path: Path) -> None:
     assert again.facts["wandb_id"] is None, "W&B keeps what it has beyond this checkpoint: it gets a new run"
     assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == run.last_checkpoint
     assert len(store.read()) == len(frame)
-    assert not (run.directory / "superseded" / "2").exists(), "nothing came later"
+    store.write("cka/epoch=00002", rows(2, [20]))
+    open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert len(store.read()) == len(frame), "and what came after the last checkpoint is run again"
+    assert not (run.directory / "superseded" / "2").exists()
 
 
 def test_a_run_that_starts_anew_has_no_earlier_rows(tmp_path: Path) -> None:
@@ -367,6 +370,7 @@ def test_files_cut_short_by_a_power_cut_are_set_aside(tmp_path: Path, caplog: py
     assert store.read()["step"].tolist() == [20]
     assert caplog.text.count("cut short") == 2
     assert caplog.text.count("run.json was damaged") == 1
+    assert len(list(run.directory.rglob("*.damaged"))) == 3
     assert run.facts["status"] == "running"
 
 
