@@ -21,6 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -80,6 +81,38 @@ class KeptCheckpoint(ModelCheckpoint):
     def format_checkpoint_name(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """Epochs are counted as completed ones."""
         return super().format_checkpoint_name({**metrics, "epoch": metrics["epoch"] + 1}, *args, **kwargs)
+
+
+class SameStart(Callback):
+    """Ends a run whose processes do not continue from one checkpoint: file systems of several nodes may lag.
+
+    Args:
+        resumes: whether this process has found a checkpoint.
+    """
+
+    def __init__(self, resumes: bool) -> None:
+        self.resumes = resumes
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before weights are read: all processes have a checkpoint, or none has."""
+        if stage == "fit":
+            self._compare(trainer, "sees one" if self.resumes else "sees none")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """When it is read: it is of the same step in all."""
+        self._compare(trainer, f"sees step {checkpoint['global_step']}")
+
+    def _compare(self, trainer: L.Trainer, mine: str) -> None:
+        if trainer.world_size == 1:
+            return
+        all_ranks = [""] * trainer.world_size
+        dist.all_gather_object(all_ranks, mine)
+        for rank, theirs in enumerate(all_ranks):
+            if theirs != all_ranks[0]:
+                raise UserError(
+                    f"the processes do not see the same checkpoint, process 0 {all_ranks[0]} and process {rank} "
+                    f"{theirs}: the file system lags between nodes; start again in a minute"
+                )
 
 
 class FitCLI(LightningCLI):
@@ -158,14 +191,13 @@ class FitCLI(LightningCLI):
         self.checkpoint_at_start = last.stat().st_mtime_ns if last.exists() else None
         if not is_first_process():
             end_with_parent()
-        else:
-            self.run.write("config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
         given = self._get(self.config_init, "trainer.callbacks") or []
         self.stop_on_signal = StopOnSignal(self.run.last_checkpoint)
         callbacks: list[Callback] = [
+            SameStart(self.run.resumed_from is not None),
             FitProgress(),  # first: its clock starts before the first measurement
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
@@ -304,7 +336,7 @@ def _config_of_resumed(args: Sequence[str]) -> list[str]:
     ]
     if not paths or given & {"--config", "-c", "--model"}:
         return []
-    path = Path(paths[-1])
+    path = Path(paths[-1]).resolve()
     config = (path.parent.parent if path.is_file() else path) / "config.yaml"
     return ["--config", str(config)] if config.is_file() else []
 

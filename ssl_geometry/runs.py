@@ -8,8 +8,8 @@ environment, or from the SLURM job that they share.
 import errno
 import fcntl
 import getpass
-import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import IO, Any, NamedTuple
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -34,12 +36,16 @@ from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo, untrained
 from ssl_geometry.models.zoo import TABLE
-from ssl_geometry.slurm import this_task
+from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
+from ssl_geometry.resume import Progress, differences, progress
+from ssl_geometry.slurm import Task, this_task
 
 logger = logging.getLogger(__name__)
 
 DIRECTORY_VARIABLE, PARENT_VARIABLE = "SSL_GEOMETRY_RUN_DIR", "SSL_GEOMETRY_PARENT"
 """Set by the first process for those that it starts: the run directory, and its own number."""
+LOCK_SECONDS, LOCK_POLL_SECONDS = 300, 5
+"""How long a requeued job waits for the lock that a dead node still holds, and how often it looks."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,7 @@ class Run:
     @rank_zero_only
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
-        temporary = self.directory / f".{name}.partial"
-        temporary.write_text(text)
-        os.replace(temporary, self.directory / name)
+        write_whole(self.directory / name, lambda temporary: temporary.write_text(text))
 
     def lock(self) -> bool:
         """Hold the directory until this process ends or :meth:`release`; False where another process holds it."""
@@ -112,113 +116,202 @@ def open_run(
 ) -> Run:
     """The directory of this run: a new one, or with ``resume`` the one to continue.
 
+    Continued, the run is first made to be as it was when its checkpoint was written. Where an older one was named than
+    the last, what came later, that last one and records, is kept in ``superseded/<number>/``.
+
     Args:
-        config: the configuration as plain data; model, data and seed identify the run for ``resume="auto"``.
+        config: the configuration as plain data; it becomes the run's ``config.yaml``.
         runs: folder of all runs.
         experiment: folder of the runs that belong together.
         run_id: name of the run; by default the SLURM job's, or method, backbone, seed and time.
         resume: None starts anew; "auto" continues the run named by ``run_id`` or the SLURM job, else the newest
-            unfinished run of this experiment with the same configuration, and starts anew where there is none; a path
-            continues that run or checkpoint.
+            unfinished run of this experiment with the same training options, and starts anew where there is none; a
+            path continues that run or checkpoint.
 
     Returns:
         The run, its directory made.
 
     Raises:
-        UserError: the directory holds a run already, or there is nothing to resume at the path.
+        UserError: the directory holds a run already; or a run cannot be continued, because there is nothing to resume
+            at the path, its checkpoint is damaged, or its options were others.
     """
-    fingerprint, task = _fingerprint(config), this_task()
-    if resume is not None and resume != "auto":
-        run = _resume_path(Path(resume))
-        if task and task.restarts:  # the checkpoint that the user named was for the first start
-            run = _continued(run.directory)
+    task = this_task()
+    named = None if resume in (None, "auto") else Path(str(resume)).resolve()
+    if named:
+        directory = _run_of(named)
     elif not is_first_process() and DIRECTORY_VARIABLE in os.environ:
-        run = Run(Path(os.environ[DIRECTORY_VARIABLE]))
-        run = _continued(run.directory) if resume else run
+        directory = Path(os.environ[DIRECTORY_VARIABLE])
     else:
         folder = Path(runs) / experiment
         name = run_id or (task.run_id if task else None)
         if name is None and resume == "auto":
-            name = _newest_unfinished(folder, fingerprint)
+            name = _newest_unfinished(folder, config)
         if name is None and os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" in os.environ:
             raise UserError("several processes must agree on a run directory: name it with --run_id")
-        run = Run(folder / (name or _new_id(folder, config)))
-        if resume == "auto":
-            run = _continued(run.directory)
-            if run.resumed_from and task and not run_id and not task.restarts:
-                raise UserError(
-                    f"{run.directory} holds a run already, and this job was not put back into the queue since: name "
-                    f"this run with --run_id, or continue that one with --resume {run.directory}"
-                )
-        elif is_first_process() and any((run.directory / part).exists() for part in ("checkpoints", "records")):
-            raise UserError(
-                f"{run.directory} holds a run already: continue it with --resume {run.directory}, "
-                "or choose another --run_id"
-            )
-    if is_first_process():
-        os.environ |= {DIRECTORY_VARIABLE: str(run.directory), PARENT_VARIABLE: str(os.getpid())}
-        try:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            if not run.lock():
-                raise UserError(f"another process trains in {run.directory}: wait for it, or choose another --run_id")
-            run.note(
-                fingerprint=fingerprint,
-                status="running",
-                command=" ".join(sys.argv),
-                started=_facts(run.directory).get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-                host=platform.node(),
-                user=_user(),
-                git=_git_commit(),
-                versions={"ssl_geometry": __version__, "torch": torch.__version__, "lightning": L.__version__},
-            )
-        except OSError as error:
-            raise UserError(f"cannot write to --runs {run.directory}: {error.strerror}") from error
-    if resume and run.resumed_from is None:
-        logger.info(f"--resume auto: no checkpoint to continue, starting anew in {run.directory}")
-    elif run.resumed_from is not None:
-        logger.info(f"continuing from {run.resumed_from}")
-    return run
-
-
-def _resume_path(path: Path) -> Run:
-    if path.is_file():
-        if path.parent.name != "checkpoints":
-            raise UserError(f"--resume {path}: not inside a run directory (expected RUN/checkpoints/NAME.ckpt)")
-        return Run(path.parent.parent, path)
-    run = _continued(path)
-    if run.resumed_from is None:
-        siblings = [str(other) for other in path.parent.glob("*/")]
-        raise UserError(f"--resume {path}: no checkpoint here ({run.last_checkpoint}); {nearest(str(path), siblings)}")
-    return run
-
-
-def _continued(directory: Path) -> Run:
+        directory = folder / (name or _new_id(folder, config))
     run = Run(directory)
-    return Run(directory, run.last_checkpoint) if run.last_checkpoint.exists() else run
+    if not is_first_process():
+        return Run(directory, run.last_checkpoint) if named or (resume and run.last_checkpoint.exists()) else run
+    if resume is None and any((directory / part).exists() for part in ("checkpoints", "records")):
+        raise UserError(
+            f"{directory} holds a run already: continue it with --resume {directory}, or choose another --run_id"
+        )
+    os.environ |= {DIRECTORY_VARIABLE: str(directory), PARENT_VARIABLE: str(os.getpid())}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _take(run, task)
+        if resume:
+            run = _continued(run, named, config, task, run_id)
+        run.write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        run.note(
+            status="running",
+            command=" ".join(sys.argv),
+            number=run.facts.get("number") or 1 + max(map(_number, directory.parent.glob("*/run.json")), default=0),
+            started=run.facts.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+            host=platform.node(),
+            user=_user(),
+            job=_job(task),
+            git=_git_commit(),
+            versions={"ssl_geometry": __version__, "torch": torch.__version__, "lightning": L.__version__},
+        )
+    except OSError as error:
+        raise UserError(f"cannot write to --runs {directory}: {error.strerror}") from error
+    return run
+
+
+def _run_of(path: Path) -> Path:
+    """The directory of the run that ``--resume`` names, by itself or by a checkpoint."""
+    if not path.is_file():
+        last = Run(path).last_checkpoint
+        if not last.exists():
+            siblings = [str(other) for other in path.parent.glob("*/")]
+            raise UserError(f"--resume {path}: no checkpoint here ({last}); {nearest(str(path), siblings)}")
+        return path
+    if path.parent.name != "checkpoints":
+        raise UserError(f"--resume {path}: not inside a run directory (expected RUN/checkpoints/NAME.ckpt)")
+    return path.parent.parent
+
+
+def _take(run: Run, task: Task | None) -> None:
+    """Lock the directory, and clear away what killed processes left half written."""
+    host = run.facts.get("host", "an unknown machine")
+    patience = LOCK_SECONDS if task and task.restarts else 0
+    while not run.lock():
+        if patience <= 0:
+            raise UserError(
+                f"another process trains in {run.directory} (on {host}): wait for it, or choose another --run_id"
+            )
+        if patience == LOCK_SECONDS:
+            logger.info(f"{run.directory} is locked by a process on {host}: waiting {patience} s for it to be gone")
+        time.sleep(LOCK_POLL_SECONDS)
+        patience -= LOCK_POLL_SECONDS
+    for pattern in (".*.partial", "checkpoints/.*.partial", "records/**/.*.partial", "superseded/**/.*.partial"):
+        for path in run.directory.glob(pattern):
+            writer = path.name.split(".")[-2]
+            if not writer.isdecimal() or int(writer) == os.getpid() or not Path(f"/proc/{writer}").exists():
+                path.unlink(missing_ok=True)
+
+
+def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Task | None, run_id: str | None) -> Run:
+    """Bring a run back to the checkpoint that it goes on from; the first process does so, and holds the lock."""
+    last, facts, job = run.last_checkpoint, run.facts, _job(task)
+    checkpoint = named if named and named.is_file() else last
+    if job and last.exists() and _is_later_start(job, facts.get("job")):
+        checkpoint = last  # the one that the user named was for the first start
+    if not checkpoint.exists():
+        logger.info(f"--resume auto: no checkpoint to continue, starting anew in {run.directory}")
+        RecordStore(run.directory / "records").wind_back(*Progress(epochs=-1, step=0))
+        return run
+    if job and not named and not run_id and not _is_later_start(job, facts.get("job", job | {"restarts": 0})):
+        raise UserError(
+            f"{run.directory} holds a run already, and not one of an earlier start of this very job: name this run "
+            f"with --run_id, or continue that one with --resume {run.directory}"
+        )
+    reached = progress(read_checkpoint(checkpoint, "--resume", mmap=True), checkpoint)
+    _check_options(run, config)
+    file, aside = run.directory / "run.json", None
+    if not facts and file.exists():
+        damaged = file.rename(f"{file}.damaged")
+        logger.warning(f"{file} was damaged, what is left of it is now {damaged.name}: W&B will show a new run")
+    if not last.exists() or not checkpoint.samefile(last):
+        places = (run.directory / "superseded" / str(number) for number in itertools.count(1))
+        aside = next(place for place in places if not place.exists())
+        run.note(wandb_id=None)  # before: what W&B has of the run beyond this checkpoint, it keeps
+        if last.exists():
+            copy_whole(last, aside / last.name)
+        copy_whole(checkpoint, last)
+    RecordStore(run.directory / "records").wind_back(*reached, aside)
+    logger.info(f"continuing from {checkpoint}")
+    return Run(run.directory, last)
+
+
+def _check_options(run: Run, config: Mapping[str, Any]) -> None:
+    """Refuse to go on with other options than the run's own, and say what a new length means."""
+    before = _config_of(run.directory)
+    if before is None:
+        raise UserError(
+            f"--resume {run.directory}: its config.yaml, which says how it was trained, is missing or damaged: put "
+            "it back, or start a new run"
+        )
+    if other := differences(before, config):
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise UserError(
+            f"--resume {run.directory}: it was trained with other options, {', '.join(other[:3])}{more}: leave them as "
+            "they were, or start a new run with another --run_id and without --resume"
+        )
+    for option in ("max_epochs", "max_steps"):
+        old, new = ((which.get("trainer") or {}).get(option) for which in (before, config))
+        if old != new:
+            logger.info(f"--trainer.{option} was {old} and is {new}: the learning rate now follows that schedule")
+
+
+def _config_of(directory: Path) -> dict[str, Any] | None:
+    """The configuration of a run; None where there is none, or it is damaged."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _facts(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / "run.json").read_text())
+        facts = json.loads((directory / "run.json").read_text())
     except (OSError, ValueError):
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
-def _fingerprint(config: Mapping[str, Any]) -> str:
-    identity = {key: config.get(key) for key in ("model", "data", "seed_everything")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _number(path: Path) -> int:
+    """Which run of its experiment it is, in the order of their starts: clocks differ, and are set."""
+    return _facts(path.parent).get("number") or 0
 
 
-def _newest_unfinished(folder: Path, fingerprint: str) -> str | None:
+def _job(task: Task | None) -> dict[str, Any] | None:
+    """Which start of which SLURM job this is; numbers are given away again, so that they alone do not tell."""
+    if task is None:
+        return None
+    about = {name: os.environ.get(f"SLURM_{name.upper()}") for name in ("cluster_name", "submit_host", "submit_dir")}
+    return {"id": task.job, **about, "restarts": task.restarts}
+
+
+def _is_later_start(job: Mapping[str, Any], noted: Mapping[str, Any] | None) -> bool:
+    """Whether SLURM has put the job that is noted in the run back into the queue, and this is the same one."""
+    return (
+        noted is not None and noted["restarts"] < job["restarts"] and {**noted, "restarts": 0} == {**job, "restarts": 0}
+    )
+
+
+def _newest_unfinished(folder: Path, config: Mapping[str, Any]) -> str | None:
     runs = []
     for path in folder.glob("*/run.json"):
-        facts = _facts(path.parent)
-        if facts.get("fingerprint") == fingerprint and facts.get("status") != "finished":
+        before = _config_of(path.parent)
+        if before and _facts(path.parent).get("status") != "finished" and not differences(before, config):
             run = Run(path.parent)
             with suppress(OSError):  # someone else's
                 if run.lock():  # else another process is at it
                     run.release()
-                    runs.append((facts.get("started", ""), path.parent.name))
+                    runs.append((_number(path), path.parent.name))
     return max(runs)[1] if runs else None
 
 
@@ -259,14 +352,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full, or the folder cannot be written to.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+
+        try:
+            write_whole(path, write)
         except (OSError, RuntimeError) as error:
             kept = (
                 f"the checkpoint before it is whole ({path})" if path.exists() else "no checkpoint was written before"
@@ -275,36 +367,40 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise UserError(
                 f"could not save {path}: {reason}; {kept}. Free space and continue with --resume {path.parent.parent}"
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read tensors and plain data; code in a file never runs."""
         return read_checkpoint(path, "--resume", map_location or "cpu")
 
 
-def read_checkpoint(path: str | Path, option: str, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint as data.
+def read_checkpoint(
+    path: str | Path, option: str, map_location: Any = "cpu", mmap: bool | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint as data, each part held against the checksum that was written with it.
 
     Args:
         path: the file.
         option: the option that named it, for the error message.
         map_location: where tensors go.
+        mmap: leave tensors on the disk until they are used.
 
     Returns:
         What the file holds: tensors and plain Python data.
 
     Raises:
-        UserError: no such file, or a file that is cut short, no checkpoint, or holds code.
+        UserError: no such file, or a file that is cut short or altered, no checkpoint, or holds code.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        if zipfile.is_zipfile(path):  # as torch writes it; it does not look at the checksums when it reads
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(f"{damaged} is not what was written")
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or f"{type(error).__name__}, {path.stat().st_size} bytes").splitlines()[0]
         raise UserError(f"{option} {path}: not a whole, plain checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{option} {path}: expected a dictionary, found {type(checkpoint).__name__}")

@@ -326,8 +326,22 @@ class DataModule(L.LightningDataModule):
             )
         if self._train is None or self._test is None:
             self._train, self._test = self._read()
+        if trains:
+            self._check_evaluation()
         if self._on_device:
             self._train, self._test = self._train.to(self._device), self._test.to(self._device)
+
+    def _check_evaluation(self) -> None:
+        """Before hours of training: every process gets images in every batch of what is evaluated."""
+        for split, option in (("val", "val_fraction"), ("test", "limit_test"), ("bank", "eval_batch_size")):
+            n = len(self._rows[split])
+            parts = (evenly(n, self.eval_batch_size, rank, self._world_size) for rank in range(self._world_size))
+            if n and any(part.start == part.stop for part in itertools.chain.from_iterable(parts)):
+                raise UserError(
+                    f"--data.{option} {getattr(self, option)}: {n} {split} images in batches of at most "
+                    f"{self.eval_batch_size} leave some of the {self._world_size} processes without any: raise "
+                    f"--data.{option}{', or set it to 0' if split == 'val' else ''}"
+                )
 
     def _read(self) -> tuple[Images, Images]:
         train, test, self.class_names = load(self.dataset, self.root, self.image_size, args=self.dataset_args)

@@ -4,8 +4,12 @@ A part is named after the moment it was measured at, so a resumed run that measu
 part and no row stands twice.
 """
 
+import logging
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,8 @@ import pyarrow.parquet as pq
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class RecordStore:
@@ -61,6 +67,39 @@ class RecordStore:
         path = self.directory / f"{part}.parquet"
         return _read_whole(path).to_pylist() if path.exists() else []
 
+    def wind_back(self, epochs: int, step: int, aside: Path | None = None) -> None:
+        """Keep what lies before a checkpoint; rows of later moments, which are run again, are removed.
+
+        Parts that are no whole files, after a power cut perhaps, are renamed with a warning.
+
+        Args:
+            epochs: completed at the checkpoint; -1 keeps nothing.
+            step: completed optimiser steps; of the epoch that was under way, rows of earlier steps are kept.
+            aside: folder to keep parts in as they were before rows of them were removed.
+        """
+        for path in sorted(self.directory.glob("**/*.parquet")):
+            try:
+                pq.read_metadata(path)
+            except (pa.ArrowException, OSError):
+                damaged = path.rename(f"{path}.damaged")
+                logger.warning(f"{path} was cut short, its rows are lost; what is left of it is now {damaged.name}")
+                continue
+            moment = re.fullmatch(r"epoch=(\d+)", path.stem)
+            if not moment or int(moment[1]) <= epochs:
+                continue
+            part = path.relative_to(self.directory)
+            rows = self.read_part(str(part.with_suffix("")))
+            under_way = int(moment[1]) == epochs + 1
+            earlier = [row for row in rows if under_way and row["step"] is not None and row["step"] < step]
+            if len(earlier) == len(rows):
+                continue
+            if aside:
+                copy_whole(path, aside / part)
+            if earlier:
+                self.write(str(part.with_suffix("")), earlier)
+            else:
+                path.unlink()
+
     def read(self) -> pd.DataFrame:
         """All rows, in the order of epochs and steps.
 
@@ -94,7 +133,7 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target and rename: a reader sees the old file or the new one, never half of one.
+    """Write beside the target, flush to the disk and rename: a reader, also after a power cut, sees old or new.
 
     Args:
         path: the target; its folder is made.
@@ -104,9 +143,33 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
+        _flush(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # some network file systems cannot flush a folder
+            _flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """The same file under a second name, which it takes the place of; copied where the file system has no links."""
+
+    def write(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    write_whole(target, write)
 
 
 def read_records(*runs: str | Path) -> pd.DataFrame:

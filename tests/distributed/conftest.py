@@ -18,11 +18,11 @@ def _serve(rank: int, world_size: int, store: str, inbox: Any, outbox: Any) -> N
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while (task := inbox.get()) is not None:
-        function, args = task
+        call, function, args = task
         try:
-            outbox.put((rank, function(rank, world_size, *args), None))
+            outbox.put((call, rank, function(rank, world_size, *args), None))
         except Exception:
-            outbox.put((rank, None, traceback.format_exc()))
+            outbox.put((call, rank, None, traceback.format_exc()))
     dist.destroy_process_group()
 
 
@@ -31,6 +31,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         context = mp.get_context("spawn")
+        self.calls = 0
         store = str(Path(tempfile.mkdtemp()) / "store")
         self.outbox = context.Queue()
         self.inboxes = [context.Queue() for _ in range(world_size)]
@@ -43,15 +44,18 @@ class Pool:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``function(rank, world_size, *args)`` on every rank; the results in the order of ranks."""
+        self.calls += 1
         for inbox in self.inboxes:
-            inbox.put((function, args))
-        results: list[Any] = [None] * len(self.processes)
-        for _ in self.processes:
-            rank, result, error = self.outbox.get(timeout=120)
+            inbox.put((self.calls, function, args))
+        results: dict[int, Any] = {}
+        while len(results) < len(self.processes):
+            call, rank, result, error = self.outbox.get(timeout=120)
+            if call != self.calls:
+                continue  # of a call that failed on another rank
             if error:
                 pytest.fail(f"rank {rank}:\n{error}")
             results[rank] = result
-        return results
+        return [results[rank] for rank in range(len(self.processes))]
 
     def close(self) -> None:
         for inbox in self.inboxes:

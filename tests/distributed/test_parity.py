@@ -1,5 +1,6 @@
 """Several processes give the numbers of one: losses and their gradients, metrics."""
 
+import time
 from typing import Any
 
 import pytest
@@ -28,6 +29,20 @@ from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
 from tests.distributed.conftest import Ranks
 
 LAYERS = ["a", "b", "c"]
+
+
+def _answer(rank: int, world_size: int, first_fails: bool) -> str:
+    if first_fails and rank == 0:
+        raise ValueError("this one")
+    if first_fails:
+        time.sleep(0.3)
+    return "first" if first_fails else "second"
+
+
+def test_answers_of_a_failed_call_are_not_those_of_the_next(ranks: Ranks) -> None:
+    with pytest.raises(pytest.fail.Exception, match="this one"):
+        ranks(_answer, True)
+    assert set(ranks(_answer, False)) == {"second"}
 
 
 def activations() -> dict[str, Tensor]:

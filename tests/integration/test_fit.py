@@ -22,7 +22,7 @@ from ssl_geometry.fit import expand_bases, fit, main
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import Taps
-from ssl_geometry.records import read_records
+from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.runs import load_method, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -217,12 +217,66 @@ def test_a_longer_run_has_the_schedule_of_its_new_length(tmp_path: Path) -> None
     assert not torch.equal(longer[key], first[key]), "at the old schedule's end the rate is 0 and nothing moves"
 
 
-def test_resume_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = fit(options(tmp_path, "a", epochs=1))
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that says why, after exit code 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        main(options(tmp_path, "a", f"--resume={run.directory}", "--model.width=0.5", epochs=2))
+        main(args)
     assert exit_.value.code == 2
-    assert "another architecture" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert said.strip().endswith(line)
+    return line
+
+
+def test_a_resume_that_would_train_on_otherwise_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The optimiser's state holds the old rate, the configuration would show the new one."""
+    run = fit(options(tmp_path, "a", epochs=1))
+    before = {path: path.read_bytes() for path in (run.directory / "config.yaml", run.last_checkpoint)}
+    for resume in (run.directory, run.last_checkpoint):
+        said = refused(capsys, f"--resume={resume}", "--model.lr=3", "--trainer.max_epochs=2")
+        assert "--model.lr 0.3 (now 3.0)" in said
+    assert "--model.width 0.25 (now 0.5)" in refused(
+        capsys, *options(tmp_path, "a", "--resume=auto", "--model.width=0.5", epochs=2)
+    )
+    assert {path: path.read_bytes() for path in before} == before
+    assert fit([f"--resume={run.directory}", "--trainer.max_epochs=2", "--data.eval_batch_size=50"]).resumed_from
+
+
+def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit(options(tmp_path, "a", epochs=1))
+    last, content = run.last_checkpoint, read_checkpoint(run.last_checkpoint, "")
+    whole = last.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    foreign: list[bytes | dict[str, Any]] = [b"", whole[: len(whole) // 2], bytes(flipped), {}]
+    foreign += [{"state_dict": content["state_dict"]}]
+    foreign += [content | {"state_dict": 3}, content | {"pytorch-lightning_version": 7}, content | {"loops": {}}]
+    for file in foreign:
+        if isinstance(file, bytes):
+            last.write_bytes(file)
+        else:
+            torch.save(file, last)
+        assert f"--resume {last}" in refused(capsys, f"--resume={run.directory}", "--trainer.max_epochs=2")
+    last.write_bytes(whole)
+    assert fit([f"--resume={run.directory}", "--trainer.max_epochs=2"]).resumed_from == last
+
+
+def test_a_run_wound_back_has_one_past(tmp_path: Path) -> None:
+    """Nothing of the training that was given up is left in the records, and it can be found aside."""
+    more = ["--keep_every_n_epochs=1", "--trainer.check_val_every_n_epoch=1"]
+    run = fit(options(tmp_path, "a", *more, epochs=3))
+    before = read_records(run.directory)
+    back = run.directory / "checkpoints" / "epoch=00001.ckpt"
+    fit([f"--resume={back}", "--trainer.max_epochs=2"])
+    after = read_records(run.directory)
+    assert set(after["epoch"]) == {0, 1, 2}
+    assert not after.duplicated(["metric", "epoch", "step", "layer", "layer_other", "model_other"]).any()
+    assert losses(run.directory).index.tolist() == list(range(8))
+    aside = run.directory / "superseded" / "1"
+    assert read_checkpoint(aside / "last.ckpt", "")["global_step"] == 12
+    assert len(RecordStore(aside).read()) == (before["epoch"] > 1).sum()
 
 
 def test_kept_checkpoints_are_named_by_completed_epochs(tmp_path: Path) -> None:

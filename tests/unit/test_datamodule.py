@@ -105,6 +105,20 @@ def test_evaluation_loops_are_of_one_length_without_repeats(n, batch_size, world
     assert max(part.stop - part.start for part in flat(parts)) <= batch_size
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"val_fraction": 0.0014}, r"--data\.val_fraction 0\.0014: 2 val images .* 3 processes .*, or set it to 0"),
+        ({"limit_test": 2, "measure_size": 2}, r"--data\.limit_test 2: 2 test images .* 3 processes"),
+        ({"eval_batch_size": 1}, r"--data\.(val_fraction|limit_test|eval_batch_size).* at most 1 leave"),
+    ],
+)
+def test_fewer_images_than_processes_are_refused_at_the_start(options, words):
+    """An empty batch is a traceback in many metrics, after the epochs before the first evaluation."""
+    with pytest.raises(UserError, match=words):
+        digits(2, 3, **options)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_processes_together_see_what_one_sees(world_size):
     one, many = digits(), [digits(rank, world_size) for rank in range(world_size)]

@@ -1,19 +1,34 @@
 """Run directories: who gets which, what is resumed, what is refused."""
 
+import copy
 import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.runs import DIRECTORY_VARIABLE, WholeCheckpointIO, load_method, open_run, read_checkpoint
+from ssl_geometry.records import RecordStore, record
+from ssl_geometry.runs import (
+    DIRECTORY_VARIABLE,
+    LOCK_SECONDS,
+    Run,
+    WholeCheckpointIO,
+    load_method,
+    open_run,
+    read_checkpoint,
+)
 
-CONFIG = {"model": {"class_path": "x.SimCLR", "init_args": {"backbone": "resnet18"}}, "data": {}, "seed_everything": 3}
+CONFIG: dict[str, Any] = {
+    "model": {"class_path": "x.SimCLR", "init_args": {"backbone": "resnet18"}},
+    "data": {},
+    "seed_everything": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +38,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "SLURM_ARRAY_JOB_ID",
         "SLURM_JOB_NAME",
         "SLURM_RESTART_COUNT",
+        "SLURM_SUBMIT_DIR",
         "WORLD_SIZE",
         "LOCAL_RANK",
     ):
@@ -30,8 +46,25 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, "")
 
 
-def checkpoint(directory: Path) -> None:
-    WholeCheckpointIO().save_checkpoint({"epoch": 1}, directory / "checkpoints" / "last.ckpt")
+def checkpoint(directory: Path, name: str = "last", epochs: int = 1, under_way: int = 0, **other: Any) -> Path:
+    """A checkpoint after so many epochs of ten steps, and so many steps of the next."""
+    content = {
+        "epoch": epochs,
+        "global_step": 10 * epochs + under_way,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": {"w": torch.arange(1000.0) + epochs},
+        "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": epochs}}}},
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+    path = directory / "checkpoints" / f"{name}.ckpt"
+    WholeCheckpointIO().save_checkpoint(content | other, path)
+    return path
+
+
+def weight(path: Path) -> float:
+    return read_checkpoint(path, "")["state_dict"]["w"][0].item()
 
 
 def test_a_new_run_is_named_after_method_backbone_and_seed(tmp_path: Path) -> None:
@@ -101,13 +134,273 @@ def test_resume_by_path_of_a_run_or_a_checkpoint(tmp_path: Path) -> None:
 
 def test_every_process_resumes_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(CONFIG, tmp_path, "e", run_id="a")
-    checkpoint(run.directory)
-    older = run.directory / "checkpoints" / "epoch=00001.ckpt"
-    older.write_bytes(run.last_checkpoint.read_bytes())
+    checkpoint(run.directory, epochs=2)
+    older = checkpoint(run.directory, "epoch=00001", epochs=1)
     first = open_run(CONFIG, tmp_path, "e", resume=str(older))
     monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "e", resume=str(older)) == first
-    assert open_run(CONFIG, tmp_path, "e", resume="auto").directory == first.directory
+    assert open_run(CONFIG, tmp_path, "e", resume="auto") == first
+
+
+def with_options(**options: Any) -> dict[str, Any]:
+    """The configuration with other options: ``model_lr=3`` is --model.lr 3."""
+    config = copy.deepcopy(CONFIG)
+    for name, value in options.items():
+        group, _, option = name.partition("_")
+        where = config.setdefault(group, {})
+        (where["init_args"] if group == "model" else where)[option] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"model_lr": 0.3}, {"model_lr": 3.0}, "--model.lr 0.3 (now 3.0)"),
+        ({"data_batch_size": 64}, {"data_batch_size": 32}, "--data.batch_size 64 (now 32)"),
+        ({"data_dataset": "cifar10"}, {"data_dataset": "svhn"}, "--data.dataset cifar10 (now svhn)"),
+        ({"trainer_precision": None}, {"trainer_precision": "16-mixed"}, "--trainer.precision None (now 16-mixed)"),
+    ],
+)
+@pytest.mark.parametrize("how", ["auto", "run", "checkpoint"])
+def test_other_options_than_the_runs_own_are_refused(
+    tmp_path: Path, how: str, before: dict[str, Any], now: dict[str, Any], named: str
+) -> None:
+    run = open_run(with_options(**before), tmp_path, "e", run_id="a")
+    last = checkpoint(run.directory)
+    kept = (run.directory / "config.yaml").read_bytes()
+    resume = {"auto": "auto", "run": str(run.directory), "checkpoint": str(last)}[how]
+    with pytest.raises(UserError) as refused:
+        open_run(with_options(**now), tmp_path, "e", run_id="a", resume=resume)
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert (run.directory / "config.yaml").read_bytes() == kept
+
+
+def test_another_method_or_seed_is_refused(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory)
+    other = {**CONFIG, "model": {"class_path": "x.VICReg", "init_args": {"backbone": "resnet50"}}}
+    with pytest.raises(UserError, match=r"options, --model x\.SimCLR \(now x\.VICReg\): leave"):
+        open_run(other, tmp_path, "e", run_id="a", resume="auto")
+    with pytest.raises(UserError, match=r"--seed_everything 3 \(now 4\)"):
+        open_run({**CONFIG, "seed_everything": 4}, tmp_path, "e", run_id="a", resume="auto")
+    (run.directory / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml.* missing or damaged"):
+        open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+
+
+def test_other_places_and_workers_are_the_same_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = with_options(data_num_workers=2, data_root="/a", data_dataset="/node1/birds", trainer_max_epochs=5)
+    now = with_options(data_num_workers=8, data_root="/b", data_dataset="/node2/birds", trainer_max_epochs=9)
+    now["trainer"] |= {"devices": 4, "num_nodes": 2}
+    run = open_run(before, tmp_path, "e", run_id="a")
+    checkpoint(run.directory)
+    with caplog.at_level("INFO"):
+        assert open_run(now, tmp_path, "e", resume="auto") == Run(run.directory, run.last_checkpoint)
+    assert "--trainer.max_epochs was 5 and is 9" in caplog.text
+
+
+def rows(epoch: int, steps: list[int]) -> list[dict[str, Any]]:
+    return [record(metric="train/loss", epoch=epoch, step=step, value=1.0) for step in steps]
+
+
+def test_winding_back_sets_aside_what_came_later(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    run.note(wandb_id="a-1")
+    checkpoint(run.directory, epochs=3)
+    middle = checkpoint(run.directory, "middle", epochs=1, under_way=5)
+    store = RecordStore(run.directory / "records")
+    for epoch in (1, 2, 3):
+        store.write(f"scalars/epoch={epoch:05d}", rows(epoch, list(range(10 * epoch - 10, 10 * epoch))))
+        store.write(f"cka/epoch={epoch:05d}", rows(epoch, [10 * epoch]))
+    store.write("transfer", rows(3, [30]))
+    again = open_run(CONFIG, tmp_path, "e", resume=str(middle))
+    frame = store.read()
+    assert sorted(frame["step"]) == [*range(10), 10, *range(10, 15), 30]
+    assert weight(run.last_checkpoint) == 1
+    aside = run.directory / "superseded" / "1"
+    assert weight(aside / "last.ckpt") == 3
+    assert len(RecordStore(aside).read()) == 20 + 2
+    assert again.facts["wandb_id"] is None, "W&B keeps what it has beyond this checkpoint: it gets a new run"
+    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == run.last_checkpoint
+    assert len(store.read()) == len(frame)
+    store.write("cka/epoch=00002", rows(2, [20]))
+    open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert len(store.read()) == len(frame), "and what came after the last checkpoint is run again"
+    assert not (run.directory / "superseded" / "2").exists()
+
+
+def test_a_run_that_starts_anew_has_no_earlier_rows(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    store = RecordStore(run.directory / "records")
+    store.write("cka/epoch=00000", rows(0, [0]))
+    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from is None
+    assert not len(store.read())
+
+
+def test_a_run_wound_back_and_killed_continues_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here and under SLURM, where the requeued job has the old command; nothing was saved in between."""
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory, epochs=9)
+    older = checkpoint(run.directory, "epoch=00005", epochs=5)
+    open_run(CONFIG, tmp_path, "e", resume=str(older))
+    assert weight(open_run(CONFIG, tmp_path, "e", resume="auto").last_checkpoint) == 5
+
+    checkpoint(run.directory, epochs=9)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the first start died before it came to this run
+    assert weight(open_run(CONFIG, tmp_path, "e", resume=str(older)).last_checkpoint) == 5
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert weight(open_run(CONFIG, tmp_path, "e", resume=str(older)).last_checkpoint) == 5
+    checkpoint(run.directory, epochs=6)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert weight(open_run(CONFIG, tmp_path, "e", resume=str(older)).last_checkpoint) == 6
+
+
+def test_a_job_number_that_is_given_away_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_SUBMIT_DIR", "/home/a")
+    run = open_run(CONFIG, tmp_path, "e", resume="auto")
+    checkpoint(run.directory)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from
+    for variable, value in {"SLURM_SUBMIT_DIR": "/home/b", "SLURM_RESTART_COUNT": "1"}.items():
+        with monkeypatch.context() as other:
+            other.setenv(variable, value)
+            with pytest.raises(UserError, match="not one of an earlier start of this very job"):
+                open_run(CONFIG, tmp_path, "e", resume="auto")
+
+
+def test_the_newest_run_is_a_matter_of_order_not_of_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, clock in (("a", "2026-11-21T15:00:00+0100"), ("b", "2020-01-01T00:00:00+0000")):
+        with monkeypatch.context() as skewed:
+            skewed.setattr("time.strftime", lambda _, clock=clock: clock)
+            checkpoint(open_run(CONFIG, tmp_path, "e", run_id=name).directory)
+    open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert open_run(CONFIG, tmp_path, "e", resume="auto").directory.name == "b"
+
+
+def test_a_run_is_named_by_its_directory_however_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory)
+    (tmp_path / "newest").symlink_to(run.directory)
+    for folder, path in (
+        (run.directory, "."),
+        (run.directory / "checkpoints", "last.ckpt"),
+        (run.directory / "checkpoints", ".."),
+        (tmp_path, "newest"),
+    ):
+        monkeypatch.chdir(folder)
+        assert open_run(CONFIG, tmp_path, "e", resume=path).directory == run.directory
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1] + "/.lock", "w"); fcntl.lockf(file, fcntl.LOCK_EX); print("locked", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["it goes", "it stays"])
+def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    run = open_run(CONFIG, tmp_path, "e", resume="auto")
+    run.note(host="node5")
+    checkpoint(run.directory)
+    run.release()
+    command = [sys.executable, "-c", HOLD, str(run.directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin
+        assert holder.stdout
+        holder.stdout.readline()
+        polls = []
+
+        def sleep(seconds: float) -> None:
+            polls.append(seconds)
+            if ends and len(polls) == 3:
+                holder.kill()
+                holder.wait()
+
+        monkeypatch.setattr("time.sleep", sleep)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with caplog.at_level("INFO"):
+            if ends:
+                assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from
+                assert len(polls) == 3
+            else:
+                with pytest.raises(UserError, match=r"another process trains in .* \(on node5\)"):
+                    open_run(CONFIG, tmp_path, "e", resume="auto")
+                assert sum(polls) == LOCK_SECONDS
+        assert caplog.text.count("locked by a process on node5") == 1
+        holder.kill()
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [
+        run.directory / folder / f".{name}.{dead.pid}.partial"
+        for folder, name in ((".", "run.json"), ("checkpoints", "last.ckpt"), ("records/cka", "epoch=00001.parquet"))
+    ]
+    alive = run.directory / f".run.json.{os.getppid()}.partial"
+    for path in (*left, alive):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert not any(path.exists() for path in left)
+    assert alive.exists()
+
+
+def test_files_cut_short_by_a_power_cut_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory, epochs=2)
+    store = RecordStore(run.directory / "records")
+    for epoch in (1, 2):
+        store.write(f"cka/epoch={epoch:05d}", rows(epoch, [10 * epoch]))
+    (store.directory / "cka" / "epoch=00001.parquet").write_bytes(b"")
+    (store.directory / "scalars").mkdir()
+    whole = (store.directory / "cka" / "epoch=00002.parquet").read_bytes()
+    (store.directory / "scalars" / "epoch=00002.parquet").write_bytes(whole[: len(whole) // 2])
+    (run.directory / "run.json").write_text("")
+    open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert store.read()["step"].tolist() == [20]
+    assert caplog.text.count("cut short") == 2
+    assert caplog.text.count("run.json was damaged") == 1
+    assert len(list(run.directory.rglob("*.damaged"))) == 3
+    assert run.facts["status"] == "running"
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut, a name for what is not on the disk yet is an empty file."""
+    done: list[tuple[str, str]] = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        done.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+        flush(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        done.append(("rename", str(source)))
+        rename(source, target)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", replace)
+    run = Run(tmp_path / "a")
+    for write in (
+        lambda: run.note(status="running"),
+        lambda: checkpoint(run.directory),
+        lambda: RecordStore(run.directory / "records").write("cka/epoch=00001", rows(1, [10])),
+    ):
+        done.clear()
+        write()
+        (_, file), (_, renamed), (_, folder) = done
+        assert [kind for kind, _ in done] == ["flush", "rename", "flush"]
+        assert file == renamed
+        assert folder == str(Path(file).parent)
 
 
 def test_processes_that_start_together_need_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +450,45 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 def test_a_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"w": torch.zeros(1000)}}, tmp_path / "whole.ckpt")
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:2000])
-    with pytest.raises(UserError, match="not a whole"):
-        read_checkpoint(tmp_path / "half.ckpt", "--resume")
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    for name in ("half", "empty"):
+        with pytest.raises(UserError, match=r"--resume .*not a whole, plain checkpoint \(\w"):
+            read_checkpoint(tmp_path / f"{name}.ckpt", "--resume")
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9])
+def test_a_flipped_bit_is_refused(tmp_path: Path, place: float) -> None:
+    """Inside a tensor, where torch itself would read another number."""
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"w": torch.zeros(100_000)}}, path)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["state_dict"]["w"].any()
+    with pytest.raises(UserError, match=r"not a whole, plain checkpoint .* not what was written"):
+        read_checkpoint(path, "--resume")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"state_dict": 3},
+        {"state_dict": {"w": 3}},
+        {"optimizer_states": None},
+        {"callbacks": None},
+        {"loops": {}},
+        {"loops": {"fit_loop": 3}},
+        {"pytorch-lightning_version": 7},
+        {"pytorch-lightning_version": "new"},
+        {"global_step": "1"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_training_cannot_go_on_from_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory, **other)
+    with pytest.raises(UserError, match=rf"last\.ckpt: training cannot continue .* its {next(iter(other))} is missing"):
+        open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
 
 
 @pytest.mark.parametrize("class_path", ["os.system", "no_such_module.X", "torch.nn.Linear"])

@@ -1,0 +1,120 @@
+"""With what a run may be continued: the options that it was trained with, and a whole checkpoint of it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ssl_geometry.errors import UserError
+
+TRAINER_OPTIONS = (
+    "accumulate_grad_batches",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "overfit_batches",
+    "precision",
+    "sync_batchnorm",
+)
+"""Options of the trainer that change what is trained; its length is not among them, a run may be made longer."""
+FREE_OPTIONS = {
+    "data.download",
+    "data.eval_batch_size",
+    "data.limit_test",
+    "data.measure_size",
+    "data.num_workers",
+    "data.root",
+    "data.storage",
+    "model.channels_last",
+    "model.compile",
+}
+"""Options of the method and the data that change where and how fast it is trained, or what is looked at meanwhile."""
+CONTENT = {
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+"""What training needs of a checkpoint."""
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options that change what is trained and are not as they were, with both values.
+
+    Options that only one of the two knows are left out: another version of the software has them.
+
+    Args:
+        before: the configuration that the run was trained with.
+        now: the one that it is to be continued with.
+
+    Returns:
+        Such as ``--model.lr 0.3 (now 3.0)``; none where training would go on the same.
+
+    Example:
+        >>> before = {"data": {"batch_size": 64, "num_workers": 2}, "seed_everything": 0}
+        >>> differences(before, {"data": {"batch_size": 32, "num_workers": 4}, "seed_everything": 0})
+        ['--data.batch_size 64 (now 32)']
+    """
+    old, new = _trained_with(before), _trained_with(now)
+    if old.get("model") != new.get("model"):  # the options of one method mean nothing for another
+        return [f"--model {old.get('model')} (now {new.get('model')})"]
+    return [f"--{name} {old[name]} (now {new[name]})" for name in old if name in new and old[name] != new[name]]
+
+
+def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
+    model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
+    options = {
+        "model": model.get("class_path"),
+        **{f"model.{name}": value for name, value in (model.get("init_args") or {}).items()},
+        **{f"data.{name}": value for name, value in data.items()},
+        **{f"trainer.{name}": trainer[name] for name in TRAINER_OPTIONS if name in trainer},
+        "seed_everything": config.get("seed_everything"),
+    }
+    if "dataset" in data:
+        options["data.dataset"] = Path(data["dataset"]).name  # a folder of pictures may have moved
+    return {name: value for name, value in options.items() if name not in FREE_OPTIONS}
+
+
+class Progress(NamedTuple):
+    """How far training had come."""
+
+    epochs: int
+    """Completed epochs; -1 before anything was measured."""
+    step: int
+    """Completed optimiser steps."""
+
+
+def progress(checkpoint: Mapping[str, Any], path: Path) -> Progress:
+    """How far training had come when a checkpoint was written.
+
+    Args:
+        checkpoint: as it was read.
+        path: where from, for the error message.
+
+    Returns:
+        Its completed epochs and steps.
+
+    Raises:
+        UserError: training cannot go on from it: weights alone, or a file of another program.
+    """
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(checkpoint.get(name), kind)]
+    if not wrong and not all(isinstance(value, Tensor) for value in checkpoint["state_dict"].values()):
+        wrong = ["state_dict"]
+    if not wrong and not re.match(r"\d+\.\d+", checkpoint["pytorch-lightning_version"]):
+        wrong = ["pytorch-lightning_version"]
+    epochs: Any = checkpoint.get("loops")
+    for key in ("fit_loop", "epoch_progress", "current", "processed"):
+        epochs = epochs.get(key) if isinstance(epochs, dict) else None
+    if not wrong and not isinstance(epochs, int):
+        wrong = ["loops"]
+    if wrong:
+        raise UserError(
+            f"--resume {path}: training cannot continue from this file, its {', '.join(wrong)} "
+            f"{'is' if len(wrong) == 1 else 'are'} missing or damaged: name a checkpoint that fit has written"
+        )
+    return Progress(epochs, checkpoint["global_step"])
