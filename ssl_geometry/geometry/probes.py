@@ -429,7 +429,8 @@ def converged_probes_bytes(
     """Memory that :func:`converged_probes` takes at most beside the features, bytes.
 
     On a CPU layers are solved one after the other, on a GPU together up to :data:`GROUP_BYTES`; strengths are solved
-    together up to :data:`SOLVER_BYTES`, one at least.
+    together up to :data:`SOLVER_BYTES`, one at least. These are tensors; what the C library keeps of freed ones, some
+    hundred MB, comes on top.
 
     Args:
         images: number of images to learn from.
@@ -441,7 +442,7 @@ def converged_probes_bytes(
 
     Example:
         >>> [round(converged_probes_bytes(n, width=512, num_classes=10) / 2**20) for n in (10_000, 100_000)]
-        [124, 850]
+        [124, 679]
     """
     rank, columns = min(images, width), strengths * num_classes
     targets = (24 if multi_label else 8) * images * num_classes
@@ -457,7 +458,7 @@ def converged_probes_bytes(
 
 def _problem_bytes(images: int, columns: int, classes: int) -> int:
     """Working memory of the solver for one strength of one layer; of a single class that of a binary regression."""
-    return 4 * classes * ((16 if classes == 1 else 12) * images + (2 * MEMORY + 8) * columns)
+    return 4 * classes * ((8 if classes == 1 else 7) * images + (2 * MEMORY + 8) * columns)
 
 
 def logistic_regression(
