@@ -27,7 +27,7 @@ class ProbeBank(nn.Module):
 
     Features are divided by their standard deviations and by the root of their number, so that the largest curvature of
     the loss is at most 1/2 whatever the width, and every learning rate below 7 is stable. A step makes no host
-    synchronisation, but for the first one, and draws no random number.
+    synchronisation and draws no random number.
 
     Args:
         widths: layer to number of its features.
@@ -94,8 +94,8 @@ class ProbeBank(nn.Module):
             "held": (layers,),  # held-out images since then
         }.items():
             self.register_buffer(name, torch.zeros(shape))
-        self._begun = False  # what the host knows of `steps`
-        self.register_load_state_dict_post_hook(_look_again)
+        self._begun = False  # whether there was a step, as the host knows it
+        self.register_load_state_dict_post_hook(_note_steps)
 
     @torch.no_grad()
     def step(
@@ -156,13 +156,12 @@ class ProbeBank(nn.Module):
 
     def _begin(self, stacked: Tensor, usable: Tensor) -> None:
         """Mean and variance of the very first batch: without a variance it would teach nothing."""
-        if not int(self.steps):
-            known = torch.where(usable[..., None], stacked, 0).double()
-            count = _over_processes(usable.double().sum(1)).clamp_min(1)[:, None, None]
-            mean = _over_processes(known.sum(1, keepdim=True)) / count
-            apart = torch.where(usable[..., None], known - mean, 0)
-            self.mean.copy_(mean)
-            self.variance.copy_(_over_processes(apart.square().sum(1, keepdim=True)) / count)
+        known = torch.where(usable[..., None], stacked, 0).double()
+        count = _over_processes(usable.double().sum(1)).clamp_min(1)[:, None, None]
+        mean = _over_processes(known.sum(1, keepdim=True)) / count
+        apart = torch.where(usable[..., None], known - mean, 0)
+        self.mean.copy_(mean)
+        self.variance.copy_(_over_processes(apart.square().sum(1, keepdim=True)) / count)
         self._begun = True
 
     def _move_statistics(self, first: Tensor, second: Tensor, count: Tensor) -> None:
@@ -236,5 +235,5 @@ def _over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
-def _look_again(bank: ProbeBank, keys: object) -> None:
-    bank._begun = False
+def _note_steps(bank: ProbeBank, keys: object) -> None:
+    bank._begun = bool(bank.steps > 0)
