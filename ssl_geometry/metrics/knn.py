@@ -6,6 +6,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.probes import check_labels, knn_predict
 
 
@@ -56,9 +57,15 @@ class KNNAccuracy(Metric):
         """The share of queries whose class is predicted, in [0, 1].
 
         Raises:
-            ValueError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
+            UserError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
                 temperature that is not above 0.
         """
+        try:
+            return self._accuracy()
+        except ValueError as error:  # it is computed while a network trains: one line ends that
+            raise UserError(f"accuracy of {self.k} nearest neighbours: {error}") from error
+
+    def _accuracy(self) -> Float[Tensor, ""]:
         labels, truth = dim_zero_cat(self.bank_labels), dim_zero_cat(self.query_labels)
         if not len(labels) or not len(truth):
             raise ValueError(f"nearest neighbours: {len(labels)} images in the bank and {len(truth)} to classify")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.probes import knn_predict, knn_search, knn_vote
 from ssl_geometry.metrics import KNNAccuracy
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_classified_is_told(changed: dict[str, Any], words: str) 
     metric = KNNAccuracy(given["k"], given.get("temperature", 0.07))
     metric.update_bank(given["bank"], given["labels"])
     metric.update(given["queries"], torch.arange(5) % 4)
-    with pytest.raises(ValueError, match=words.replace("-1 to 2", "-1 to")):
+    with pytest.raises(UserError, match=words.replace("-1 to 2", "-1 to")):
         metric.compute()
 
 
