@@ -7,7 +7,7 @@ exp(similarity / temperature), as in Wu et al. 2018.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ GROUP_BYTES = {"cpu": 0, "cuda": 3 * 2**30}
 On a CPU each layer is solved alone: its strengths keep the cores busy, and three layers of 10,000 x 512 features
 together take twice as long as one after the other, for they leave the caches and wait for the slowest.
 """
+SOLVER_BYTES = 2**30
+"""Working memory up to which the strengths of one layer are solved together."""
+BLOCK = 2**20
+"""Numbers of float64 that are computed at once where images are gone through in blocks."""
 
 
 class LinearProbe(NamedTuple):
@@ -40,8 +44,10 @@ class LinearProbe(NamedTuple):
     """Largest entry of its gradient there, for standardised features, float64."""
 
     def scores(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "S N C"]:
-        """What each classifier says to each image, before any softmax."""
-        return features.to(self.weight.dtype) @ self.weight + self.bias[:, None]
+        """What each classifier says to each image, before any softmax, float64."""
+        # Weights are those of raw features, whose mean may be a million times their deviation: float32 would lose them.
+        parts = features.split(_rows(features.shape[1]))
+        return torch.cat([part.double() @ self.weight + self.bias[:, None] for part in parts], 1)
 
     def chosen(self, number: int) -> "LinearProbe":
         """One of the strengths, S = 1."""
@@ -63,15 +69,78 @@ def held_out(index: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
     return (mixed ^ (mixed >> 29)) % HELD_OUT == 0
 
 
+def _rows(columns: int) -> int:
+    """How many images are gone through at once."""
+    return max(1, BLOCK // columns)
+
+
+def check_features(name: str, features: Float[Tensor, "N D"]) -> None:
+    """Refuse features that are not finite.
+
+    Args:
+        name: what they are, as the message calls them.
+        features: of each image.
+
+    Raises:
+        ValueError: how many of how many images are broken.
+    """
+    broken = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(_rows(features.shape[1])))
+    if broken:
+        raise ValueError(f"{name}: features of {broken} of {len(features)} images are not finite")
+
+
+def check_labels(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> None:
+    """Refuse labels of classes that are not there.
+
+    Args:
+        labels: class of each image, or zeros and ones where images show several.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: what the labels are.
+    """
+    if labels.ndim == 2 and labels.shape[1] != num_classes:
+        raise ValueError(f"labels of {labels.shape[1]} classes: expected {num_classes}")
+    low, high = (int(end) for end in labels.aminmax()) if labels.numel() else (0, 0)
+    if labels.ndim == 2 and (low < 0 or high > 1):
+        raise ValueError(f"labels from {low} to {high}: expected zeros and ones where images show several classes")
+    if labels.ndim == 1 and (low < 0 or high >= num_classes):
+        raise ValueError(f"labels from {low} to {high}: expected 0 to {num_classes - 1} for {num_classes} classes")
+
+
+def check_bank(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> None:
+    """Refuse labels that teach nothing.
+
+    Args:
+        labels: class of each image to learn from, or zeros and ones where images show several.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: as of :func:`check_labels`, fewer images than classes, or one class only.
+    """
+    check_labels(labels, num_classes)
+    if len(labels) < (num_classes if labels.ndim == 1 else 2):
+        raise ValueError(f"{len(labels)} images for {num_classes} classes: a classifier needs one a class at least")
+    if bool((labels == labels[0]).all()):
+        alike = f"of class {int(labels[0])}" if labels.ndim == 1 else "labelled alike"
+        raise ValueError(f"all {len(labels)} images are {alike}: a classifier needs two classes at least")
+
+
 def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
     """Labels as targets, float32: one column a class; labels of several classes an image are that already.
+
+    Raises:
+        ValueError: labels of classes that are not there.
 
     Example:
         >>> one_hot(torch.tensor([1, 0]), 2)
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    return (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).float()
+    check_labels(labels, num_classes)
+    if labels.ndim == 2:
+        return labels.float()
+    return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1)
 
 
 def accuracies(
@@ -85,12 +154,19 @@ def accuracies(
 
     Returns:
         ``top1`` and ``mean_per_class`` (the mean over classes that are present of the share that is right); for several
-        classes an image ``mAP``, the mean over classes that are present of the average precision. float64.
+        classes an image ``mAP``, the mean over classes that are present of the average precision. float64; not a number
+        where there is no image, or no class is present.
+
+    Raises:
+        ValueError: scores that are not numbers, or labels of classes that are not there.
 
     Example:
         >>> accuracies(torch.eye(3)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2]))["mean_per_class"]
         tensor(0.5000, dtype=torch.float64)
     """
+    check_labels(labels, scores.shape[1])
+    if broken := int(scores.isnan().any(1).sum()):
+        raise ValueError(f"scores of {broken} of {len(scores)} images are not numbers")
     if labels.ndim == 1:
         right = (scores.argmax(1) == labels).double()
         number = torch.bincount(labels, minlength=scores.shape[1])
@@ -115,14 +191,56 @@ def _average_precision(scores: Float[Tensor, " N"], labels: Int64[Tensor, " N"])
 
 
 def ridge_sums(features: Float[Tensor, "N D"], targets: Float[Tensor, "N C"]) -> Float[Tensor, "D+1 D+1+C"]:
-    """All that ridge regression needs of some images: [x, 1]' [x, 1, y], float64. Sums over batches and ranks add up.
+    """All that ridge regression needs of some images, float64; :func:`merge_sums` joins those of batches and ranks.
+
+    The rows of the features hold the products with features and targets, summed about the means: nothing cancels where
+    features vary little around a large mean. The last row holds the means, and the number of images in between.
 
     Args:
         features: of each image.
         targets: of each image; see :func:`one_hot`.
+
+    Example:
+        >>> ridge_sums(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]])).tolist()
+        [[2.0, 2.0, 1.0], [2.0, 2.0, 0.5]]
     """
-    x = torch.cat([features.double(), features.new_ones(len(features), 1, dtype=torch.float64)], 1)
-    return x.T @ torch.cat([x, targets.double()], 1)
+    width = features.shape[1]
+    found = []
+    for x, y in zip(features.split(_rows(width)), targets.split(_rows(width)), strict=True):
+        both = torch.cat([x.double(), y.double()], 1)
+        mean = both.sum(0) / max(1, len(x))
+        both -= mean
+        products = both[:, :width].T @ both
+        last = torch.cat([mean[:width], mean.new_full((1,), len(x)), mean[width:]])
+        rows = torch.cat([products[:, :width], mean[:width, None], products[:, width:]], 1)
+        found.append(torch.cat([rows, last[None]]))
+    return found[0] if len(found) == 1 else merge_sums(torch.stack(found))
+
+
+def merge_sums(parts: Float[Tensor, "P D+1 D+1+C"]) -> Float[Tensor, "D+1 D+1+C"]:
+    """The sums of all images from those of parts of them, which may be empty.
+
+    References:
+        Chan, Golub & LeVeque, *Updating formulae and a pairwise algorithm for computing sample variances*, 1982.
+
+    Example:
+        >>> x, y = torch.arange(8.0).view(4, 2), torch.eye(4)
+        >>> merged = merge_sums(torch.stack([ridge_sums(x[:1], y[:1]), ridge_sums(x[1:], y[1:])]))
+        >>> bool((merged - ridge_sums(x, y)).abs().max() < 1e-12)
+        True
+    """
+    width = parts.shape[1] - 1
+    counts, means = parts[:, -1, width], parts[:, -1]
+    total = counts.sum()
+    mean = (counts / total.clamp_min(1)) @ means
+    apart = (means - mean) * counts.sqrt()[:, None]
+    apart[:, width] = 0
+    merged = parts.sum(0)
+    merged[:-1] += apart[:, :width].T @ apart
+    mean[width] = total
+    merged[:-1, width] = mean[:width]
+    merged[-1] = mean
+    return merged
 
 
 def ridge(sums: Float[Tensor, "D+1 D+1+C"], l2: Sequence[float] = L2) -> LinearProbe:
@@ -130,13 +248,13 @@ def ridge(sums: Float[Tensor, "D+1 D+1+C"], l2: Sequence[float] = L2) -> LinearP
 
     Args:
         sums: of the images, as of :func:`ridge_sums`.
-        l2: strengths of the penalty.
+        l2: strengths of the penalty, 0 or above.
 
     Returns:
         Regressions in float64. A feature that does not vary has the weight 0; collinear ones share theirs.
 
     Raises:
-        ValueError: sums that are not finite, or of no image.
+        ValueError: no image, sums that are not finite, a negative strength, or no penalty where features are collinear.
 
     References:
         Hoerl & Kennard, *Ridge regression*, 1970.
@@ -147,22 +265,26 @@ def ridge(sums: Float[Tensor, "D+1 D+1+C"], l2: Sequence[float] = L2) -> LinearP
         >>> [round(value, 3) for value in probe.weight.flatten().tolist()], round(float(probe.bias), 3)
         ([2.0, 0.0, 0.0], 1.0)
     """
+    _check_strengths(l2, zero=True)
     width = len(sums) - 1
     n = sums[-1, width]
-    if not bool(sums.isfinite().all()) or not bool(n > 0):
-        raise ValueError(f"ridge regression of {int(n.nan_to_num())} images: features or targets are not finite")
-    mean, target_mean = sums[-1, :width] / n, sums[-1, width + 1 :] / n
-    second = sums[:-1, :width] / n
-    covariance = second - mean[:, None] * mean
-    cross = sums[:-1, width + 1 :] / n - mean[:, None] * target_mean
+    if not bool(sums.isfinite().all()):
+        raise ValueError("ridge regression: features or targets are not finite")
+    if not bool(n > 0):
+        raise ValueError("ridge regression of no image: give some")
+    mean, target_mean = sums[-1, :width], sums[-1, width + 1 :]
+    covariance, cross = sums[:-1, :width] / n, sums[:-1, width + 1 :] / n
     variance = covariance.diagonal()
-    resolution = 64 * torch.finfo(torch.float64).eps
-    varies = variance > resolution * second.diagonal()
-    scale = torch.where(varies, variance.clamp_min(0).rsqrt(), 0)
+    varies = _varies(variance, mean)
+    scale = torch.where(varies, variance.rsqrt(), 0)
     values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
+    lost = values <= width * torch.finfo(torch.float64).eps * values[-1:]
+    if 0 in l2 and int(lost.sum()) > int((~varies).sum()):
+        raise ValueError(f"l2 0: {int(varies.sum())} features of {int(n)} images are collinear; set it above 0")
     strengths = torch.tensor(l2, dtype=torch.float64, device=sums.device)
     projected = vectors.T @ (scale[:, None] * cross)
-    shrunk = projected / (values.clamp_min(0)[:, None] + strengths[:, None, None])
+    shrinkage = values.clamp_min(0)[:, None] + strengths[:, None, None]
+    shrunk = projected / torch.where(lost[:, None] & (strengths[:, None, None] == 0), torch.inf, shrinkage)
     standard = vectors @ shrunk  # (S, D, C), of standardised features
     weight = scale[:, None] * standard
     bias = target_mean - mean @ weight
@@ -188,7 +310,7 @@ def ridge_probe(
         held: sums of the held-out images.
         held_features: of the held-out images.
         held_labels: of the held-out images.
-        l2: strengths to choose from; of equally right ones the strongest.
+        l2: strengths to choose from; of equally right ones that of the smallest squared error, then the strongest.
 
     Returns:
         One regression (S = 1).
@@ -196,16 +318,62 @@ def ridge_probe(
     Raises:
         ValueError: features that are not finite, or no held-out images.
     """
-    best = _choose(ridge(fit, l2), held_features, held_labels)
-    return ridge(fit + held, [l2[best]])
+    best = _choose(ridge(fit, l2), held_features, held_labels, squared_error)
+    return ridge(merge_sums(torch.stack([fit, held])), [l2[best]])
 
 
-def _choose(probe: LinearProbe, features: Tensor, labels: Tensor) -> int:
+def cross_entropy(
+    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
+) -> Float[Tensor, ""]:
+    """What logistic regression minimises: the mean over images, for several classes an image of the sum over classes.
+
+    Example:
+        >>> round(float(cross_entropy(torch.zeros(1, 2), torch.tensor([1]))), 4)
+        0.6931
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(scores, labels)
+    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="sum") / len(labels)
+
+
+def squared_error(
+    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
+) -> Float[Tensor, ""]:
+    """What ridge regression minimises: the mean over images of the squared distance to the targets.
+
+    Example:
+        >>> float(squared_error(torch.zeros(1, 2), torch.tensor([1])))
+        1.0
+    """
+    return (scores - one_hot(labels, scores.shape[1])).square().sum(1).mean()
+
+
+def _choose(
+    probe: LinearProbe, features: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Float[Tensor, ""]]
+) -> int:
+    """The strength that is right most often; the loss decides among equals, and a few held-out images leave many."""
     if not len(labels):
         raise ValueError("no held-out image chooses the strength of the penalty: give more images")
-    rights = [float(next(iter(accuracies(scores, labels).values()))) for scores in probe.scores(features)]
-    order = sorted(range(len(rights)), key=lambda number: (rights[number], float(probe.l2[number])))
-    return order[-1]
+    places = []
+    for number, strength in enumerate(probe.l2.tolist()):
+        (scores,) = probe.chosen(number).scores(features)
+        right = next(iter(accuracies(scores, labels).values())).nan_to_num(0)  # no class of these images is present
+        places.append((float(right), -float(loss(scores, labels)), strength))
+    return places.index(max(places))
+
+
+def _check_strengths(l2: Sequence[float], zero: bool) -> None:
+    if not len(l2):
+        raise ValueError("no strength of the penalty is given")
+    for strength in l2:
+        if not 0 <= strength < float("inf") or not (strength or zero):
+            least = "of at least" if zero else "above"
+            raise ValueError(f"l2 {strength:g}: expected a strength of the penalty {least} 0")
+
+
+def _varies(variance: Float[Tensor, " D"], mean: Float[Tensor, " D"]) -> Bool[Tensor, " D"]:
+    """Features that vary by more than the rounding of float32; the others say nothing."""
+    return variance > torch.finfo(torch.float32).eps ** 2 * (variance + mean.square())
 
 
 # -- logistic regression -----------------------------------------------------------------------------------------------
@@ -220,26 +388,77 @@ def converged_probes(
 ) -> dict[str, LinearProbe]:
     """Logistic regression on every layer, its strength chosen on held-out images, fitted again on all.
 
+    Beside the features it takes at most :func:`converged_probes_bytes` of the widest layer.
+
     Args:
         features: layer to features.
         labels: class of each image, or zeros and ones where images show several.
         held: which images are held out.
         num_classes: number of classes.
-        l2: strengths to choose from; of equally right ones the strongest.
+        l2: strengths to choose from; of equally right ones that of the smallest cross-entropy, then the strongest.
 
     Returns:
         Layer to one classifier (S = 1).
 
     Raises:
-        ValueError: as of :func:`logistic_regression`.
+        ValueError: no held-out image, or as of :func:`logistic_regression`.
     """
-    tried = logistic_regression({name: x[~held] for name, x in features.items()}, labels[~held], num_classes, l2)
-    best = {name: _choose(probe, features[name][held], labels[held]) for name, probe in tried.items()}
+    if not bool(held.any()):
+        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
+    _check_problem(features, labels, num_classes)
+    best: dict[str, int] = {}
+    for group in _groups(features, len(l2) * num_classes):
+        tried = logistic_regression({name: features[name][~held] for name in group}, labels[~held], num_classes, l2)
+        for name, probe in tried.items():
+            best[name] = _choose(probe, features[name][held], labels[held], cross_entropy)
     found: dict[str, LinearProbe] = {}
     for number in sorted(set(best.values())):  # layers that chose the same strength are one problem
         some = {name: x for name, x in features.items() if best[name] == number}
         found |= logistic_regression(some, labels, num_classes, [l2[number]])
     return {name: found[name] for name in features}
+
+
+def converged_probes_bytes(
+    images: int,
+    width: int,
+    num_classes: int,
+    strengths: int = len(L2),
+    multi_label: bool = False,
+    device: str = "cpu",
+) -> int:
+    """Memory that :func:`converged_probes` takes at most beside the features, bytes.
+
+    On a CPU layers are solved one after the other, on a GPU together up to :data:`GROUP_BYTES`; strengths are solved
+    together up to :data:`SOLVER_BYTES`, one at least. These are tensors; what the C library keeps of freed ones, some
+    hundred MB, comes on top.
+
+    Args:
+        images: number of images to learn from.
+        width: number of features of the widest layer.
+        num_classes: number of classes.
+        strengths: number of strengths to choose from.
+        multi_label: whether images show several classes.
+        device: its type.
+
+    Example:
+        >>> [round(converged_probes_bytes(n, width=512, num_classes=10) / 2**20) for n in (10_000, 100_000)]
+        [124, 679]
+    """
+    rank, columns = min(images, width), strengths * num_classes
+    targets = (24 if multi_label else 8) * images * num_classes
+    inputs = 4 * images * (width + rank + 1)  # of those that are not held out, raw and in their principal axes
+    block = 8 * 3 * max(BLOCK, width + columns)
+    axes = block + 8 * (4 * width**2 if images > width else 4 * width * images + 4 * images**2)
+    problem = _problem_bytes(images, rank + 1, 1 if multi_label else num_classes)
+    problems = columns if multi_label else strengths
+    solver = 8 * width * rank + max(problem, min(problems * problem, SOLVER_BYTES))
+    judgement = 2 * block + 8 * width * (rank + 5 * columns)
+    return 2**25 + targets + inputs + max(axes, solver, judgement) + GROUP_BYTES.get(device, GROUP_BYTES["cuda"])
+
+
+def _problem_bytes(images: int, columns: int, classes: int) -> int:
+    """Working memory of the solver for one strength of one layer; of a single class that of a binary regression."""
+    return 4 * classes * ((8 if classes == 1 else 7) * images + (2 * MEMORY + 8) * columns)
 
 
 def logistic_regression(
@@ -256,23 +475,27 @@ def logistic_regression(
     L-BFGS in the principal axes of each layer. There the Hessian is near to a diagonal, the mean of p (1 - p) of a
     class times the eigenvalue of an axis, which is its first guess. The length of a step is found on logits alone,
     which are linear in it: a step costs one product with the features and one with their transpose, for all strengths
-    of all layers of one width together.
+    of all layers of one width together. Steps are float32; the axes are found, and the classifier is turned back and
+    judged on the standardised features, in float64.
 
     Args:
         features: layer to features; layers may differ in width.
         labels: class of each image, in [0, num_classes); or zeros and ones where images show several, which gives one
-            binary regression a class.
+            binary regression a class. One that no image shows, or all, has no optimum: its weights are 0.
         num_classes: number of classes.
-        l2: strengths of the penalty; scikit-learn's C is 1 / (N l2). Biases are not penalised.
-        tolerance: a problem is solved where the largest entry of its gradient is at most this share of the objective;
-            the default is near what float32 can tell, and leaves the objective within 1e-7 of the optimum, relative.
+        l2: strengths of the penalty, above 0; biases are not penalised. scikit-learn's C is 1 / (N l2). Of two classes
+            it is 2 / (N l2): both have weights here, which halves the penalty on their difference.
+        tolerance: a problem is solved where the largest entry of its gradient is at most this share of the objective,
+            and the objective can fall by a thirtieth of that at most, as far as the guess of the Hessian tells; the
+            default is near what float32 can tell, and leaves the objective within 1e-7 of the optimum, relative.
         max_iterations: at most; a problem that is not solved then is named in a warning.
 
     Returns:
-        Layer to classifiers, float32, with objective and gradient evaluated in float64.
+        Layer to classifiers, float64, with the objective and the gradient of just these.
 
     Raises:
-        ValueError: one class only, labels out of range, fewer images than classes, or features that are not finite.
+        ValueError: one class only, labels out of range, fewer images than classes, features that are not finite, or a
+            strength that is not above 0.
 
     References:
         Liu & Nocedal, *On the limited memory BFGS method for large scale optimization*, 1989.
@@ -283,80 +506,80 @@ def logistic_regression(
         >>> probe.weight.shape, bool((probe.gradient_norm < 1e-5).all())
         (torch.Size([2, 4, 2]), True)
     """
-    _check(features, labels, num_classes)
-    targets = one_hot(labels, num_classes)
+    _check_strengths(l2, zero=False)
+    _check_problem(features, labels, num_classes)
+    # Images come last in targets and logits: a softmax over classes then runs along the images, 14 times faster on a
+    # CPU than over ten classes that lie side by side.
+    targets = one_hot(labels, num_classes).T.contiguous()
     strengths = torch.tensor(l2, dtype=torch.float64, device=labels.device)
     found: dict[str, LinearProbe] = {}
     for group in _groups(features, len(l2) * num_classes):
-        axes = [_principal_axes(features[name]) for name in group]
-        x = torch.stack([axis.inputs for axis in axes])
-        squares = torch.stack([axis.squares for axis in axes])
-        weights = _minimise(x, targets, squares, strengths, labels.ndim == 1, tolerance, max_iterations)
-        for name, axis, inputs, weight in zip(group, axes, x, weights, strict=True):
-            objective, gradient = _evaluate(inputs, targets, weight, strengths, labels.ndim == 1)
-            unsolved = ~(gradient <= 10 * tolerance * objective)  # what float32 leaves open is within this
+        n, width = features[group[0]].shape
+        x = torch.empty(len(group), n, min(n, width) + 1, device=labels.device)
+        axes = [_principal_axes(features[name], inputs) for name, inputs in zip(group, x, strict=True)]
+        weights = _solve(x, targets, axes, strengths, labels.ndim == 1, tolerance, max_iterations)
+        del x
+        for name, axis, weight in zip(group, axes, weights, strict=True):
+            probe, left = _judge(features[name], targets, axis, weight.double(), strengths, labels.ndim == 1)
+            unsolved = ~(left <= tolerance / 3)  # what float32 leaves open is within this
             if bool(unsolved.any()):
                 which = ", ".join(f"{value:g}" for value in strengths[unsolved].tolist())
                 warnings.warn(
-                    f"logistic regression of {name} stopped before the optimum for l2 {which}: the largest entry of "
-                    f"the gradient is {float(gradient.max()):.1e}",
+                    f"logistic regression of {name} stopped before the optimum for l2 {which}: the objective is "
+                    f"{float(left.max()):.0e} above it, relative, and the largest entry of the gradient is "
+                    f"{float(probe.gradient_norm.max()):.1e}",
                     stacklevel=2,
                 )
-            turned = axis.turn @ weight[..., :-1].mT  # back from the principal axes to the raw features
-            bias = weight[..., -1] - axis.mean @ turned
-            found[name] = LinearProbe(turned, bias, strengths, objective, gradient)
+            found[name] = probe
     return {name: found[name] for name in features}
 
 
-def _check(features: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> None:
+def _check_problem(features: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> None:
+    check_bank(labels, num_classes)
     for name, x in features.items():
-        broken = int((~x.isfinite().all(1)).sum())
-        if broken:
-            raise ValueError(f"layer {name}: features of {broken} of {len(x)} images are not finite")
+        check_features(f"layer {name}", x)
         if len(x) != len(labels):
             raise ValueError(f"layer {name}: features of {len(x)} images, labels of {len(labels)}")
-    if labels.ndim == 2:
-        return
-    if len(labels) < num_classes:
-        raise ValueError(f"{len(labels)} images for {num_classes} classes: a classifier needs one a class at least")
-    low, high = (int(end) for end in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"labels from {low} to {high}: expected 0 to {num_classes - 1} for {num_classes} classes")
-    if low == high:
-        raise ValueError(f"all {len(labels)} images are of class {low}: a classifier needs two classes at least")
 
 
 class _Axes(NamedTuple):
-    inputs: Float[Tensor, "N M+1"]
-    """Standardised features in their M = min(N, D) principal axes, and a column of ones."""
-    squares: Float[Tensor, " M+1"]
-    """Mean squares of those columns."""
-    turn: Float[Tensor, "D M"]
-    """Raw, centred features times this are the inputs."""
+    """Principal axes of the standardised features, float64."""
+
     mean: Float[Tensor, " D"]
+    scale: Float[Tensor, " D"]
+    """One over the deviation; 0 where a feature does not vary."""
+    turn: Float[Tensor, "D M"]
+    """Standardised features times this are the inputs of the solver; its columns are orthonormal."""
+    squares: Float[Tensor, " M+1"]
+    """Mean squares of those inputs."""
 
 
-def _principal_axes(features: Float[Tensor, "N D"]) -> _Axes:
-    mean = features.mean(0, dtype=torch.float64).float()
-    centered = features.float() - mean
-    shift = centered.mean(0)  # what rounding left of the mean
-    mean, centered = mean + shift, centered - shift
-    deviation = centered.square().mean(0).sqrt()
-    varies = deviation > 8 * torch.finfo(torch.float32).eps * features.float().square().mean(0).sqrt()
-    scale = torch.where(varies, 1 / deviation, 0)
-    standard = centered * scale
-    n, width = standard.shape
-    if n < width:  # then n axes hold all that varies: the others' weights are 0
-        values, images = torch.linalg.eigh((standard @ standard.T / n).double())
-        resolution = torch.finfo(torch.float32).eps * values[-1]
-        lengths = torch.where(values > resolution, (n * values).clamp_min(0).sqrt(), 0)
-        turn = (standard.T @ images.float()) * torch.where(lengths > 0, 1 / lengths, 0).float()
+def _principal_axes(features: Float[Tensor, "N D"], inputs: Float[Tensor, "N M+1"]) -> _Axes:
+    """The M = min(N, D) axes; the standardised features along them are written into ``inputs``, and a column of ones.
+
+    Axes along which little varies count: a weak penalty lets classifiers live there. Hence float64, and no cut.
+    """
+    n, width = features.shape
+    parts = features.split(_rows(width))
+    mean = sum((part.double().sum(0) for part in parts), torch.zeros(())) / n
+    variance = sum(((part.double() - mean).square().sum(0) for part in parts), torch.zeros(())) / n
+    scale = torch.where(_varies(variance, mean), variance.rsqrt(), 0)
+    if n < width:  # all images lie in a space of n dimensions
+        basis, coordinates = torch.linalg.qr(((features.double() - mean) * scale).T)
+        _, vectors = torch.linalg.eigh(coordinates @ coordinates.T)
+        turn, turned = basis @ vectors, coordinates.T @ vectors
+        inputs[:, :-1] = turned
+        squares = turned.square().mean(0)
     else:
-        values, vectors = torch.linalg.eigh((standard.T @ standard / n).double())
-        turn = vectors.float()
-    inputs = torch.cat([standard @ turn, standard.new_ones(n, 1)], 1)
-    squares = torch.cat([values.clamp_min(0).float(), values.new_ones(1).float()])
-    return _Axes(inputs, squares, scale[:, None] * turn, mean)
+        standard = ((part.double() - mean) * scale for part in parts)
+        _, turn = torch.linalg.eigh(sum((part.T @ part for part in standard), torch.zeros(())))
+        squares = torch.zeros_like(mean)
+        for part, into in zip(parts, inputs.split(_rows(width)), strict=True):
+            turned = ((part.double() - mean) * scale) @ turn
+            into[:, :-1] = turned
+            squares += turned.square().sum(0) / n
+    inputs[:, -1] = 1
+    return _Axes(mean, scale, turn, torch.cat([squares, squares.new_ones(1)]))
 
 
 def _groups(features: Mapping[str, Tensor], columns: int) -> list[list[str]]:
@@ -367,49 +590,73 @@ def _groups(features: Mapping[str, Tensor], columns: int) -> list[list[str]]:
     groups = []
     for width, names in by_width.items():
         n = len(features[names[0]])
-        each = 4 * (2 * n * width + 5 * n * columns + (2 * MEMORY + 6) * width * columns)
+        each = 8 * n * width + _problem_bytes(n, width, columns)
         budget = GROUP_BYTES.get(features[names[0]].device.type, GROUP_BYTES["cuda"])
         some = max(1, budget // each)
         groups += [names[start : start + some] for start in range(0, len(names), some)]
     return groups
 
 
-def _minimise(
+def _solve(
     x: Float[Tensor, "G N E"],
-    targets: Float[Tensor, "N C"],
-    squares: Float[Tensor, "G E"],
+    targets: Float[Tensor, "C N"],
+    axes: Sequence[_Axes],
     l2: Float[Tensor, " S"],
     multinomial: bool,
     tolerance: float,
     max_iterations: int,
 ) -> Float[Tensor, "G S C E"]:
-    """Weights of all problems; the last of the E columns is the bias."""
-    # Images come last in logits: a softmax over classes then runs along the images, 14 times faster on a CPU than over
-    # ten classes that lie side by side.
-    y = targets.T.contiguous()
-    classes, n = y.shape
-    share = y.mean(1).clamp(1e-6, 1 - 1e-6)
-    weight = x.new_zeros(len(x), len(l2), classes, x.shape[2])
-    weight[..., -1] = share.log() - (0 if multinomial else (1 - share).log())
+    """Weights of all layers and strengths; the last of the E columns is the bias. As many at once as memory allows."""
+    classes, n = targets.shape
+    squares = torch.stack([axis.squares for axis in axes]).float()
+    share = targets.mean(1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    weights = x.new_zeros(len(x), len(l2), classes, x.shape[2])
+    weights[..., -1] = share.log() if multinomial else share.logit()
+    budget = max(SOLVER_BYTES, GROUP_BYTES.get(x.device.type, GROUP_BYTES["cuda"]))
+    together = budget // (len(x) * _problem_bytes(n, x.shape[2], classes if multinomial else 1))
+    if multinomial:
+        for some in torch.arange(len(l2), device=x.device).split(max(1, together)):
+            weights[:, some] = _minimise(
+                x, targets[None], weights[:, some], squares, l2[some], tolerance, max_iterations
+            )
+        return weights
+    several = (targets != targets[:, :1]).any(1).nonzero()[:, 0]
+    for pairs in torch.cartesian_prod(torch.arange(len(l2), device=x.device), several).split(max(1, together)):
+        strength, one = pairs.unbind(1)  # each class is a problem of its own, with one column
+        start = weights[:, strength, one, None]
+        solved = _minimise(x, targets[one, None], start, squares, l2[strength], tolerance, max_iterations)
+        weights[:, strength, one] = solved[:, :, 0]
+    return weights
+
+
+def _minimise(
+    x: Float[Tensor, "G N E"],
+    y: Float[Tensor, "P C N"],
+    weight: Float[Tensor, "G P C E"],
+    squares: Float[Tensor, "G E"],
+    l2: Float[Tensor, " P"],
+    tolerance: float,
+    max_iterations: int,
+) -> Float[Tensor, "G P C E"]:
+    """Weights of P problems a layer, from those given; targets of one problem stand for all."""
+    n = x.shape[1]
     done = weight.clone()
-    columns = torch.arange(len(l2), device=x.device)  # strengths that are not solved in all layers
+    columns = torch.arange(len(l2), device=x.device)  # problems that are not solved in all layers
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def penalties() -> Float[Tensor, "1 S 1 E"]:
+    def penalties() -> Float[Tensor, "1 P 1 E"]:
         penalty = l2[columns].float().view(1, -1, 1, 1).repeat(1, 1, 1, x.shape[2])
         penalty[..., -1] = 0
         return penalty
 
-    def inverse_hessian(logits: Tensor) -> Float[Tensor, "G S C E"]:
-        p = logits.softmax(2) if multinomial else logits.sigmoid()
-        spread = (p * (1 - p)).mean(3).clamp_min(1e-8)
-        return 1 / (spread[..., None] * squares[:, None, None] + penalty)
+    def inverse_hessian(logits: Tensor) -> Float[Tensor, "G P C E"]:
+        return 1 / (_spread(logits).mean(3).clamp_min(1e-8)[..., None] * squares[:, None, None] + penalty)
 
-    def times(direction: Tensor) -> Float[Tensor, "G S C N"]:
+    def times(direction: Tensor) -> Float[Tensor, "G P C N"]:
         return (direction.flatten(1, 2) @ x.mT).unflatten(1, direction.shape[1:3])
 
-    def gradient_at(logits: Tensor) -> Float[Tensor, "G S C E"]:
-        errors = _errors(logits, y, multinomial)
+    def gradient_at(logits: Tensor) -> Float[Tensor, "G P C E"]:
+        errors = _errors(logits, y)
         return (errors.flatten(1, 2) @ x).unflatten(1, errors.shape[1:3]) / n + penalty * weight
 
     penalty = penalties()
@@ -417,22 +664,24 @@ def _minimise(
     gradient = gradient_at(logits)
     for iteration in range(max_iterations):
         if iteration % 5 == 0:
-            objective = _loss(logits, y, multinomial) + (penalty * weight.square()).sum((2, 3)) / 2
-            unsolved = ~(gradient.abs().amax((2, 3)) <= tolerance * objective)
+            objective = _loss(logits, y) / n + (penalty * weight.square()).sum((2, 3)) / 2
+            guess = inverse_hessian(logits)
+            left = (gradient.square() * guess).sum((2, 3)) / 2
+            flat = gradient.abs().amax((2, 3)) <= tolerance * objective
+            unsolved = ~(flat & (left <= tolerance / 30 * objective))
             keep = unsolved.any(0)
             if not bool(keep.all()):
                 done[:, columns] = weight
-                columns, unsolved = columns[keep], unsolved[:, keep]
-                weight, gradient, logits = weight[:, keep], gradient[:, keep], logits[:, keep]
+                columns, unsolved, y = columns[keep], unsolved[:, keep], y if len(y) == 1 else y[keep]
+                weight, gradient, logits, guess = (part[:, keep] for part in (weight, gradient, logits, guess))
                 steps = [(step[:, keep], change[:, keep], inverse[:, keep]) for step, change, inverse in steps]
                 penalty = penalties()
             if not len(columns):
                 return done
-            guess = inverse_hessian(logits)
         direction = _two_loops(gradient, guess, steps)
         direction_logits = times(direction)
         slope = (gradient * direction).sum((2, 3))
-        length = _length(logits, direction_logits, weight, direction, penalty, y, slope, multinomial)
+        length = _length(logits, direction_logits, weight, direction, penalty, y, slope)
         step = (length * unsolved)[..., None, None] * direction
         weight = weight + step
         logits = torch.addcmul(logits, (length * unsolved)[..., None, None], direction_logits)
@@ -445,18 +694,25 @@ def _minimise(
     return done
 
 
-def _errors(logits: Tensor, y: Float[Tensor, "C N"], multinomial: bool) -> Float[Tensor, "G S C N"]:
+def _errors(logits: Float[Tensor, "G P C N"], y: Float[Tensor, "P C N"]) -> Float[Tensor, "G P C N"]:
     """Probabilities less targets, without a difference of numbers near 1: such are those of images learnt well."""
-    if not multinomial:
-        sign = 1 - 2 * y
-        return sign * (sign * logits).sigmoid()
+    if logits.shape[2] == 1:
+        sign = (2 * y).sub_(1).neg_()
+        return (sign * logits).sigmoid_().mul_(sign)
     others = logits.softmax(2).mul_(1 - y)
     return others.sub_(y * others.sum(2, keepdim=True))
 
 
-def _loss(logits: Tensor, y: Float[Tensor, "C N"], multinomial: bool) -> Float[Tensor, "G S"]:
-    normalizer = logits.logsumexp(2) if multinomial else F.softplus(logits).sum(2)
-    return (normalizer - (logits * y).sum(2)).mean(2, dtype=torch.float64).float()
+def _loss(logits: Float[Tensor, "G P C N"], y: Float[Tensor, "P C N"]) -> Float[Tensor, "G P"]:
+    """The cross-entropy, summed over images; of one column it is that of a binary regression."""
+    if logits.shape[2] == 1:
+        return F.softplus((2 * y).sub_(1).neg_().mul(logits)).sum((2, 3))
+    return (logits.logsumexp(2) - (logits * y).sum(2)).sum(2)
+
+
+def _spread(logits: Float[Tensor, "G P C N"]) -> Float[Tensor, "G P C N"]:
+    p = logits.sigmoid() if logits.shape[2] == 1 else logits.softmax(2)
+    return p.sub_(p.square())
 
 
 def _two_loops(gradient: Tensor, guess: Tensor, steps: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -486,13 +742,12 @@ def _length(
     penalty: Tensor,
     y: Tensor,
     slope: Tensor,
-    multinomial: bool,
 ) -> Float[Tensor, "G S"]:
     """How far to go along each direction: to where the slope is at most half as steep (the loss is convex)."""
     along, bend = (penalty * weight * direction).sum((2, 3)), (penalty * direction.square()).sum((2, 3))
     length, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     for _ in range(TRIALS):
-        errors = _errors(torch.addcmul(logits, length[..., None, None], direction_logits), y, multinomial)
+        errors = _errors(torch.addcmul(logits, length[..., None, None], direction_logits), y)
         here = (errors * direction_logits).sum((2, 3)) / logits.shape[3] + along + length * bend
         far, near = here > 0.5 * slope.abs(), here < 0.9 * slope
         if not bool((far | near).any()):
@@ -505,29 +760,119 @@ def _length(
     return length
 
 
-def _evaluate(
-    x: Float[Tensor, "N E"],
-    targets: Float[Tensor, "N C"],
+def _judge(
+    features: Float[Tensor, "N D"],
+    targets: Float[Tensor, "C N"],
+    axes: _Axes,
     weight: Float[Tensor, "S C E"],
     l2: Float[Tensor, " S"],
     multinomial: bool,
-) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
-    """Objective and largest entry of its gradient, float64, some images at a time."""
-    exact = weight.double()
-    penalised = torch.cat([exact[..., :-1], torch.zeros_like(exact[..., -1:])], 2)
-    loss, gradient = torch.zeros_like(l2), torch.zeros_like(exact)
-    for part, y in zip(x.split(8192), targets.split(8192), strict=True):
-        part, y = part.double(), y.T.double()
-        logits = (exact.flatten(0, 1) @ part.T).unflatten(0, exact.shape[:2])
-        normalizer = logits.logsumexp(1) if multinomial else F.softplus(logits).sum(1)
-        loss += (normalizer - (logits * y).sum(1)).sum(1)
-        errors = _errors(logits[None], y, multinomial)[0]
-        gradient += (errors.flatten(0, 1) @ part).unflatten(0, exact.shape[:2])
-    gradient = gradient / len(x) + l2[:, None, None] * penalised
-    return loss / len(x) + l2 * penalised.square().sum((1, 2)) / 2, gradient.abs().amax((1, 2))
+) -> tuple[LinearProbe, Float[Tensor, " S"]]:
+    """The classifier of raw features, and by what share its objective can fall, as far as gradient and Hessian tell."""
+    standard = weight[..., :-1] @ axes.turn.T  # (S, C, D)
+    raw = standard * axes.scale
+    bias = weight[..., -1] - raw @ axes.mean
+    gradient, slope, spread = torch.zeros_like(raw), torch.zeros_like(bias), torch.zeros_like(bias)
+    loss = l2.new_zeros(len(l2), 1 if multinomial else bias.shape[1])
+    rows = _rows(raw.shape[2] + bias.numel())
+    for part, y in zip(features.split(rows), targets.split(rows, 1), strict=True):
+        part, y = part.double(), y.double()
+        logits = (raw.flatten(0, 1) @ part.T).unflatten(0, bias.shape) + bias[..., None]
+        # a binary regression for each class, or one problem of all
+        logits, y = (logits[None], y[None]) if multinomial else (logits[:, :, None], y[:, None])
+        loss += _loss(logits, y).view_as(loss)
+        spread += _spread(logits).sum(3).view_as(bias)
+        errors = _errors(logits, y).view(*bias.shape, -1)
+        slope += errors.sum(2)
+        gradient += (errors.flatten(0, 1) @ ((part - axes.mean) * axes.scale)).view_as(raw)
+    n, penalty = len(features), l2[:, None]
+    gradient, slope, spread = gradient / n + penalty[..., None] * standard, slope / n, spread / n
+    bend = (spread[..., None] * axes.squares[:-1] + penalty[..., None]).clamp_min(torch.finfo(torch.float64).tiny)
+    left = ((gradient @ axes.turn).square() / bend).sum(2) + slope.square() / spread.clamp_min(1e-30)
+    size = standard.square().sum(2)
+    if multinomial:
+        left, size = left.sum(1, keepdim=True), size.sum(1, keepdim=True)
+    else:
+        left = torch.where((targets == targets[:, :1]).all(1), 0, left)  # those without an optimum
+    objective = loss / n + penalty / 2 * size
+    steepest = torch.maximum(gradient.abs().amax((1, 2)), slope.abs().amax(1))
+    probe = LinearProbe(raw.mT.contiguous(), bias, l2, objective.sum(1), steepest)
+    return probe, (left / 2 / objective).amax(1)
 
 
 # -- nearest neighbours ------------------------------------------------------------------------------------------------
+
+
+def knn_search(
+    queries: Float[Tensor, "N D"], bank: Float[Tensor, "M D"], k: int = 20, chunk: int = 1024
+) -> tuple[Float[Tensor, "N K"], Int64[Tensor, "N K"]]:
+    """The k most similar images of the bank, the most similar first.
+
+    The first columns are the search for a smaller k: one search does for votes of several k and kinds.
+
+    Args:
+        queries: features to classify.
+        bank: features with known classes.
+        k: neighbours of each query.
+        chunk: queries compared at once; bounds the memory at ``chunk * M`` similarities.
+
+    Returns:
+        Cosine similarities, and numbers of the images in the bank.
+
+    Raises:
+        ValueError: k < 1, a bank of fewer than k images, or features that are not finite.
+
+    Example:
+        >>> similarity, neighbours = knn_search(torch.tensor([[1.0, 0.1]]), torch.eye(2), k=2)
+        >>> neighbours
+        tensor([[0, 1]])
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(
+            f"{k} nearest neighbours in a bank of {len(bank)} images: expected 1 to as many as the bank has"
+        )
+    check_features("nearest neighbours: bank", bank)
+    check_features("nearest neighbours: queries", queries)
+    bank = F.normalize(bank.float(), dim=1)
+    found = [(F.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1) for part in queries.split(chunk)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def knn_vote(
+    similarity: Float[Tensor, "N K"],
+    neighbours: Int64[Tensor, "N K"],
+    labels: Int64[Tensor, " M"],
+    num_classes: int,
+    temperature: float | None = 0.07,
+) -> Int64[Tensor, " N"]:
+    """Predict classes by a vote of neighbours.
+
+    Args:
+        similarity: of each neighbour, the largest first; see :func:`knn_search`.
+        neighbours: their numbers in the bank.
+        labels: classes of the bank, in [0, num_classes).
+        num_classes: number of classes.
+        temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
+
+    Returns:
+        The class with the largest vote for each query (the smaller class number on ties).
+
+    Raises:
+        ValueError: labels out of range, or a temperature that is not above 0.
+
+    Example:
+        >>> similarity, neighbours = knn_search(torch.tensor([[1.0, 0.1]]), torch.eye(2), k=2)
+        >>> [int(knn_vote(similarity[:, :k], neighbours[:, :k], torch.tensor([3, 1]), 4, None)) for k in (1, 2)]
+        [3, 1]
+    """
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature {temperature:g} of the nearest neighbours' votes: expected above 0, or None")
+    check_labels(labels, num_classes)
+    # exp(s/T) up to a factor that every vote of the query shares: no overflow at small temperatures
+    weights = (
+        torch.ones_like(similarity) if temperature is None else ((similarity - similarity[:, :1]) / temperature).exp()
+    )
+    return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels[neighbours], weights).argmax(1)
 
 
 def knn_predict(
@@ -539,14 +884,14 @@ def knn_predict(
     temperature: float | None = 0.07,
     chunk: int = 1024,
 ) -> Int64[Tensor, " N"]:
-    """Predict classes by a vote of the k most similar images of the bank.
+    """Predict classes by a vote of the k most similar images of the bank: :func:`knn_search`, then :func:`knn_vote`.
 
     Args:
         queries: features to classify.
         bank: features with known classes.
         labels: classes of the bank, in [0, num_classes).
         num_classes: number of classes.
-        k: neighbours that vote; the whole bank votes where it is smaller.
+        k: neighbours that vote.
         temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
         chunk: queries compared at once; bounds the memory at ``chunk * M`` similarities.
 
@@ -554,7 +899,7 @@ def knn_predict(
         The class with the largest vote for each query (the smaller class number on ties).
 
     Raises:
-        ValueError: an empty bank, or k < 1.
+        ValueError: as of the two.
 
     References:
         Wu et al., *Unsupervised feature learning via non-parametric instance discrimination*, 2018, section 3.4.
@@ -564,21 +909,4 @@ def knn_predict(
         >>> knn_predict(torch.eye(3) + 0.1, bank, torch.arange(3).repeat(4), num_classes=3, k=4)
         tensor([0, 1, 2])
     """
-    if len(bank) == 0 or k < 1:
-        raise ValueError(
-            f"k-nearest-neighbour classification needs a bank and k >= 1, got {len(bank)} images and k={k}"
-        )
-    bank = F.normalize(bank.float(), dim=1)
-    k = min(k, len(bank))
-    predictions = []
-    for part in queries.split(chunk):
-        similarity, neighbours = (F.normalize(part.float(), dim=1) @ bank.T).topk(k, dim=1)
-        # exp(s/T) up to a factor that every vote of the query shares: no overflow at small temperatures
-        weights = (
-            torch.ones_like(similarity)
-            if temperature is None
-            else ((similarity - similarity[:, :1]) / temperature).exp()
-        )
-        votes = weights.new_zeros(len(part), num_classes).scatter_add_(1, labels[neighbours], weights)
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions) if predictions else labels.new_empty(0)
+    return knn_vote(*knn_search(queries, bank, k, chunk), labels, num_classes, temperature)

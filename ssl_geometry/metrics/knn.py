@@ -6,14 +6,15 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from ssl_geometry.geometry.probes import knn_predict
+from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.probes import check_labels, knn_predict
 
 
 class KNNAccuracy(Metric):
     """Top-1 accuracy of the weighted k-nearest-neighbour classifier (cosine similarity).
 
     Args:
-        k: neighbours that vote.
+        k: neighbours that vote; the bank must have as many images.
         temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
 
     References:
@@ -53,9 +54,23 @@ class KNNAccuracy(Metric):
         self.query_labels.append(labels)
 
     def compute(self) -> Float[Tensor, ""]:
-        """The share of queries whose class is predicted, in [0, 1]."""
+        """The share of queries whose class is predicted, in [0, 1].
+
+        Raises:
+            UserError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
+                temperature that is not above 0.
+        """
+        try:
+            return self._accuracy()
+        except ValueError as error:  # it is computed while a network trains: one line ends that
+            raise UserError(f"accuracy of {self.k} nearest neighbours: {error}") from error
+
+    def _accuracy(self) -> Float[Tensor, ""]:
         labels, truth = dim_zero_cat(self.bank_labels), dim_zero_cat(self.query_labels)
+        if not len(labels) or not len(truth):
+            raise ValueError(f"nearest neighbours: {len(labels)} images in the bank and {len(truth)} to classify")
         num_classes = int(torch.maximum(labels.max(), truth.max())) + 1
+        check_labels(truth, num_classes)
         predicted = knn_predict(
             dim_zero_cat(self.queries), dim_zero_cat(self.bank), labels, num_classes, self.k, self.temperature
         )

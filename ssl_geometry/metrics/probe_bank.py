@@ -1,9 +1,10 @@
 """Linear classifiers of many layers, with many learning rates and weight decays, trained as one batched tensor.
 
 Protocol: logistic regression by SGD with momentum on standardised features (running mean and variance of the features
-seen so far), started at zero. A fixed tenth of the images (see :func:`ssl_geometry.geometry.probes.held_out`) trains no
-classifier: the accuracy on it chooses, for each layer, among the hyper-parameters. Over several processes, all sums of
-a step are reduced as one flat tensor: every process holds the classifiers that one process would have.
+seen before, at the first step of that batch), started at zero. A fixed tenth of the images (see
+:func:`ssl_geometry.geometry.probes.held_out`) trains no classifier: the accuracy on it chooses, for each layer, among
+the hyper-parameters. Over several processes, all sums of a step are reduced as one flat tensor: every process holds the
+classifiers that one process would have.
 """
 
 import math
@@ -93,6 +94,8 @@ class ProbeBank(nn.Module):
             "held": (layers,),  # held-out images since then
         }.items():
             self.register_buffer(name, torch.zeros(shape))
+        self._begun = False  # whether there was a step, as the host knows it
+        self.register_load_state_dict_post_hook(_note_steps)
 
     @torch.no_grad()
     def step(
@@ -112,6 +115,8 @@ class ProbeBank(nn.Module):
         """
         stacked = self._stack(features)
         usable = stacked.isfinite().all(2)  # an image that overflowed teaches this layer nothing
+        if not self._begun:
+            self._begin(stacked, usable)
         centered = torch.where(usable[..., None], stacked - self.mean, 0)
         views = centered.shape[1] // len(labels)
         labels = labels.repeat(views)
@@ -132,9 +137,7 @@ class ProbeBank(nn.Module):
             torch.stack([training.float().sum(1), judged.float().sum(1), usable.float().sum(1)]),
         ]
         flat = torch.cat([part.flatten() for part in sums])
-        if is_available() and is_initialized():
-            all_reduce(flat)
-        parts = flat.split([part.numel() for part in sums])
+        parts = _over_processes(flat).split([part.numel() for part in sums])
         gradient, bias_gradient, first, second, correct, count = (
             part.view(shaped.shape) for part, shaped in zip(parts, sums, strict=True)
         )
@@ -151,15 +154,23 @@ class ProbeBank(nn.Module):
         self.weight.addcmul_(self.weight_velocity, rate, value=-scale)
         self.bias.addcmul_(self.bias_velocity, rate, value=-scale)
 
+    def _begin(self, stacked: Tensor, usable: Tensor) -> None:
+        """Mean and variance of the very first batch: without a variance it would teach nothing."""
+        known = torch.where(usable[..., None], stacked, 0).double()
+        count = _over_processes(usable.double().sum(1)).clamp_min(1)[:, None, None]
+        mean = _over_processes(known.sum(1, keepdim=True)) / count
+        apart = torch.where(usable[..., None], known - mean, 0)
+        self.mean.copy_(mean)
+        self.variance.copy_(_over_processes(apart.square().sum(1, keepdim=True)) / count)
+        self._begun = True
+
     def _move_statistics(self, first: Tensor, second: Tensor, count: Tensor) -> None:
-        # About the old mean, so that nothing cancels where features vary little around a large mean: the first batch
-        # says where the mean lies, from the second on there is a variance.
-        older = torch.where(self.steps > 1, MEMORY * self.seen, 0)
+        # About the old mean, so that nothing cancels where features vary little around a large mean.
+        older = MEMORY * self.seen
         self.seen.copy_(older + count)
         total, weight = self.seen.clamp_min(1)[:, None, None], older[:, None, None]
         shift = first / total
-        variance = (weight * self.variance + second) / total - shift.square()
-        self.variance.copy_(torch.where(self.steps > 0, variance, 0))
+        self.variance.copy_((weight * self.variance + second) / total - shift.square())
         self.mean += shift
         self.steps += 1
 
@@ -185,7 +196,14 @@ class ProbeBank(nn.Module):
         """The classifier of each layer that was right most often on held-out images since :meth:`forget`.
 
         The first of equals; the same in every process.
+
+        Raises:
+            ValueError: layers of which no held-out image was seen.
         """
+        if unjudged := [layer for layer, held in zip(self.widths, self.held.tolist(), strict=True) if not held]:
+            raise ValueError(
+                f"no held-out image chooses among the classifiers of {', '.join(unjudged)}: give more images"
+            )
         return self.correct.argmax(1)
 
     @torch.no_grad()
@@ -197,6 +215,9 @@ class ProbeBank(nn.Module):
         Args:
             features: of each layer.
             chosen: which classifier of each layer; None takes the best.
+
+        Raises:
+            ValueError: as of :meth:`best`.
         """
         scores = self._scores((self._stack(features) - self.mean) * self._inverse_deviation())
         chosen = self.best() if chosen is None else chosen
@@ -206,3 +227,13 @@ class ProbeBank(nn.Module):
         """Count anew which classifier is right how often: the network has moved on."""
         self.correct.zero_()
         self.held.zero_()
+
+
+def _over_processes(sums: Tensor) -> Tensor:
+    if is_available() and is_initialized():
+        all_reduce(sums)
+    return sums
+
+
+def _note_steps(bank: ProbeBank, keys: object) -> None:
+    bank._begun = bool(bank.steps > 0)

@@ -18,8 +18,12 @@ from ssl_geometry.geometry.probes import (
     L2,
     LinearProbe,
     accuracies,
+    check_bank,
+    check_features,
+    check_labels,
     converged_probes,
     held_out,
+    merge_sums,
     one_hot,
     ridge_probe,
     ridge_sums,
@@ -27,12 +31,17 @@ from ssl_geometry.geometry.probes import (
 
 
 class _LayerProbe(Metric):
-    """The images to classify, and how well a classifier of each layer does on them."""
+    """The images to classify, and how well a classifier of each layer does on them.
+
+    What cannot be learnt from, or judged, is told when it is computed: no batch waits for the device.
+    """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
     labels: list[Tensor]
+    bank_labels: list[Tensor]
+    bank_index: list[Tensor]
 
     def __init__(
         self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
@@ -40,8 +49,9 @@ class _LayerProbe(Metric):
         super().__init__()
         self.multi_label = multi_label
         self.widths, self.num_classes, self.l2 = dict(widths), num_classes, tuple(l2)
-        self._integers = ["labels"]
-        self.add_state("labels", [], dist_reduce_fx="cat")
+        self._integers = ["labels", "bank_labels", "bank_index"]
+        for name in self._integers:
+            self.add_state(name, [], dist_reduce_fx="cat")
         self._add_features("queries")
 
     def _add_features(self, name: str) -> None:
@@ -72,7 +82,9 @@ class _LayerProbe(Metric):
             labels: class of each image.
             index: number of each image in the data set, each once over all ranks; it says which tenth is held out.
         """
-        raise NotImplementedError
+        self._computed = None  # what was computed before knew less
+        self.bank_labels.append(labels)
+        self.bank_index.append(index)
 
     def update(self, features: Mapping[str, Float[Tensor, "B D"]], labels: Int64[Tensor, " B"]) -> None:
         """Add images to classify.
@@ -96,9 +108,16 @@ class _LayerProbe(Metric):
         """For each layer ``top1`` and ``mean_per_class`` in [0, 1], and the chosen ``l2``.
 
         Raises:
-            ValueError: features that are not finite, or a bank that teaches no classes.
+            ValueError: features that are not finite, labels of no class, no image to classify or to choose by, or a
+                bank that teaches nothing.
         """
         labels, queries = dim_zero_cat(self.labels), self._kept("queries")
+        check_bank(dim_zero_cat(self.bank_labels), self.num_classes)
+        check_labels(labels, self.num_classes)
+        if not len(labels):
+            raise ValueError("no image to classify was given")
+        for layer, values in queries.items():
+            check_features(f"layer {layer}, images to classify", values)
         found = []
         for layer, probe in self._fit().items():
             (scores,) = probe.scores(queries[layer])
@@ -129,7 +148,7 @@ class RidgeProbe(_LayerProbe):
         1.0
     """
 
-    held_labels: list[Tensor]
+    broken: Tensor
 
     def __init__(
         self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
@@ -137,32 +156,39 @@ class RidgeProbe(_LayerProbe):
         super().__init__(widths, num_classes, l2, multi_label)
         for number, width in enumerate(widths.values()):
             zeros = torch.zeros(2, width + 1, width + 1 + num_classes, dtype=torch.float64)
-            self.add_state(f"sums{number}", zeros, dist_reduce_fx="sum")
-        self._integers.append("held_labels")
-        self.add_state("held_labels", [], dist_reduce_fx="cat")
+            self.add_state(f"sums{number}", zeros, dist_reduce_fx=_merge)  # of the images that teach, and held-out ones
+        self.add_state("broken", torch.zeros(len(widths), dtype=torch.long), dist_reduce_fx="sum")
         self._add_features("held")
 
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
     ) -> None:
         """Add images of known class; see the base class."""
-        self._computed = None  # what was computed before knew less
+        super().update_bank(features, labels, index)
         held = held_out(index)
-        targets = one_hot(labels, self.num_classes)
+        stray = (labels < 0) | (labels >= (2 if self.multi_label else self.num_classes))  # `compute` tells
+        targets = one_hot(labels.masked_fill(stray, 0), self.num_classes)
         for number, layer in enumerate(self.widths):
+            self.broken[number] += (~features[layer].isfinite().all(1)).sum()
             sums = getattr(self, f"sums{number}")
-            for part, chosen in enumerate((~held, held)):
-                sums[part] += ridge_sums(features[layer][chosen], targets[chosen])
-        self.held_labels.append(labels[held])
+            new = torch.stack([ridge_sums(features[layer][some], targets[some]) for some in (~held, held)])
+            sums.copy_(_merge(torch.stack([sums, new])))
         self._keep("held", {layer: value[held] for layer, value in features.items()})
 
     def _fit(self) -> dict[str, LinearProbe]:
-        labels, held = dim_zero_cat(self.held_labels), self._kept("held")
+        held = held_out(dim_zero_cat(self.bank_index))
+        labels, features = dim_zero_cat(self.bank_labels)[held], self._kept("held")
         found = {}
-        for number, layer in enumerate(self.widths):
+        for number, (layer, broken) in enumerate(zip(self.widths, self.broken.tolist(), strict=True)):
+            if broken:
+                raise ValueError(f"layer {layer}: features of {broken} of {len(held)} images are not finite")
             fit, chosen_by = getattr(self, f"sums{number}")
-            found[layer] = ridge_probe(fit, chosen_by, held[layer], labels, self.l2)
+            found[layer] = ridge_probe(fit, chosen_by, features[layer], labels, self.l2)
         return found
+
+
+def _merge(parts: Float[Tensor, "P 2 D+1 D+1+C"]) -> Float[Tensor, "2 D+1 D+1+C"]:
+    return torch.stack([merge_sums(part) for part in parts.unbind(1)])
 
 
 class LogisticProbe(_LayerProbe):
@@ -182,25 +208,17 @@ class LogisticProbe(_LayerProbe):
         1.0
     """
 
-    bank_labels: list[Tensor]
-    bank_index: list[Tensor]
-
     def __init__(
         self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
     ) -> None:
         super().__init__(widths, num_classes, l2, multi_label)
-        for name in ("bank_labels", "bank_index"):
-            self._integers.append(name)
-            self.add_state(name, [], dist_reduce_fx="cat")
         self._add_features("bank")
 
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
     ) -> None:
         """Add images of known class; see the base class."""
-        self._computed = None  # what was computed before knew less
-        self.bank_labels.append(labels)
-        self.bank_index.append(index)
+        super().update_bank(features, labels, index)
         self._keep("bank", features)
 
     def _fit(self) -> dict[str, LinearProbe]:

@@ -26,12 +26,18 @@ def test_every_classifier_follows_sgd_with_momentum(width: int, classes: int, se
     features, labels = problem(steps * batch, width, classes, seed)
     index = torch.arange(len(labels))
     bank = ProbeBank({"a": width}, classes, rates, decays)
-    inputs = []
+    inputs, running = [], index[:0]
     for part in index.split(batch):
-        variance = bank.variance[0]
-        scaled = (features[part] - bank.mean[0]) * torch.where(variance > 0, variance, torch.inf).rsqrt() / width**0.5
-        inputs.append(scaled[~held_out(part)])
+        # mean and variance of all images of earlier steps, each step counting 0.99 of the next; at first of its own
+        some = running if len(running) else part
+        counts = 0.99 ** torch.div(some.max() - some, batch, rounding_mode="floor").double().numpy()
+        x = features.double().numpy()
+        mean = np.average(x[some], axis=0, weights=counts)
+        variance = np.average((x[some] - mean) ** 2, axis=0, weights=counts)
+        learning = part[~held_out(part)]
+        inputs.append(torch.from_numpy((x[learning] - mean) / np.sqrt(variance * width)).float())
         bank.step({"a": features[part]}, labels[part], part)
+        running = torch.cat([running, part])
     for head, (rate, decay) in enumerate((rate, decay) for rate in rates for decay in decays):
         weight = torch.zeros(width, classes, requires_grad=True)
         bias = torch.zeros(classes, requires_grad=True)
@@ -138,3 +144,53 @@ def test_an_image_that_overflowed_teaches_nothing() -> None:
         rest = torch.cat([part[:3], part[4:]])
         without.step({"a": features[rest]}, labels[rest], rest)
     torch.testing.assert_close(bank.weight, without.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_step_teaches_and_a_loaded_bank_goes_on() -> None:
+    """Features far from 0, in float32."""
+    features, labels = problem(1000, 6, 3, 7)
+    features, index = features + 1e3, torch.arange(1000)
+    bank = ProbeBank({"a": 6}, 3)
+    bank.step({"a": features[:500]}, labels[:500], index[:500])
+    torch.testing.assert_close(bank.mean[0, 0], features[:500].mean(0))
+    torch.testing.assert_close(bank.variance[0, 0], features[:500].var(0, correction=0), rtol=1e-4, atol=0)
+    right = (bank.scores({"a": features}, torch.tensor([4]))[0].argmax(1) == labels).float().mean()
+    assert bank.weight.abs().max() > 0
+    assert right > 0.6
+    other = ProbeBank({"a": 6}, 3)
+    other.step({"a": features[500:] * 5}, labels[500:], index[500:])
+    other.load_state_dict(bank.state_dict())
+    again = ProbeBank({"a": 6}, 3)
+    again.load_state_dict(bank.state_dict())
+    for one in (bank, other, again):
+        one.step({"a": features[500:]}, labels[500:], index[500:])
+        torch.testing.assert_close(one.weight, bank.weight, rtol=0, atol=0)
+    other.load_state_dict(ProbeBank({"a": 6}, 3).state_dict())
+    other.step({"a": features[:500]}, labels[:500], index[:500])
+    torch.testing.assert_close(other.mean[0, 0], features[:500].mean(0))
+    assert float(other.variance.max()) < 100
+
+
+def test_the_best_classifier_is_that_of_most_right_held_out_images() -> None:
+    """A learning rate of 0 and one that works: the second is chosen, and its scores are given."""
+    features, labels = problem(2000, 6, 4, 1)
+    bank = ProbeBank({"a": 6}, 4, learning_rates=[0.0, 1.0], weight_decays=[0.0])
+    for part in torch.arange(2000).split(100):
+        bank.step({"a": features[part]}, labels[part], part)
+    assert bank.correct[0, 1] > bank.correct[0, 0] + 20
+    assert bank.best().tolist() == [1]
+    scores = bank.scores({"a": features})
+    torch.testing.assert_close(scores, bank.scores({"a": features}, torch.tensor([1])), rtol=0, atol=0)
+    assert (scores[0].argmax(1) == labels).float().mean() > 0.6
+
+
+def test_without_held_out_images_none_is_the_best() -> None:
+    features, labels = problem(100, 6, 4, 1)
+    bank = ProbeBank({"a": 6, "b": 6}, 4)
+    bank.step({"a": features, "b": features}, labels)
+    with pytest.raises(ValueError, match=r"no held-out image .* of a, b: give more"):
+        bank.best()
+    bank.step({"a": features, "b": features * torch.nan}, labels, torch.arange(100))
+    with pytest.raises(ValueError, match=r"no held-out image .* of b: give more"):
+        bank.scores({"a": features, "b": features})
+    assert bank.scores({"a": features, "b": features}, torch.tensor([0, 0])).shape == (2, 100, 4)
