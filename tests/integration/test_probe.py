@@ -13,6 +13,7 @@ from tests.integration.test_fit import options
 from tests.unit.test_datasets import pixels, save
 
 FEW = ["--linear_epochs=3", "--finetune_epochs=1", "--draws=2", "--label_fractions=[0.2, 1.0]", "--k=[5]"]
+FEW += ["--data.eval_batch_size=64"]
 ALL = "--evaluations=[layers, knn, linear, linear_augmented, labels, finetune]"
 
 
