@@ -461,7 +461,7 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
             "epochs": options.finetune_epochs,
             "learning_rate for 256 images": options.finetune_lr,
             "batch": data.batch_size,
-            "views": options.augment,
+            "training views": options.augment,
             "fractions": options.label_fractions,
         },
     }
@@ -479,8 +479,9 @@ def summary(data: DataModule, options: Any) -> str:
     """The protocol in one line, to stand with a table."""
     bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
     return (
-        f"Protocol: frozen network (but for fine-tuning) in evaluation mode, float32, averaged over space; {bank:,} "
-        f"clean training images, a fixed tenth of which chooses hyper-parameters; the whole test split, {test:,} images"
+        "Protocol: frozen network (but for fine-tuning) in evaluation mode, float32, averaged over space; "
+        f"{bank:,} clean training images, a fixed tenth of which chooses hyper-parameters (few labels: a tenth of each "
+        f"class); the whole test split, {test:,} images"
     )
 
 
@@ -664,11 +665,11 @@ def probe(args: Sequence[str]) -> Path:
                 progress.remove_task(task)
             told = "not measured" if name in failed else "    measured"
             console.print(f"{told}  {name}", highlight=False, soft_wrap=True)
-    if not protocol_of:
-        raise UserError(next(iter(failed.values())))
     groups = {name: group for name, group in groups.items() if name in protocol_of}
     frame = store.read()
     frame = frame[frame["model"].isin(groups)]
+    if frame.empty:
+        raise UserError(next(iter(failed.values())))
     judged = "mean average precision" if data.multi_label else "accuracy"
     said = summary(data, options)
     text = tables(frame, groups, protocol_of, out, said, judged, balanced=_is_balanced(data))
