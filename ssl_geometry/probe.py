@@ -578,12 +578,12 @@ def _check_fractions(options: Any, data: DataModule, console: Console) -> None:
         return len(draws[0]) < least or (labels.ndim == 1 and any(len(labels[rows].unique()) < 2 for rows in draws))
 
     small = [fraction for fraction in options.label_fractions if is_small(fraction)]
-    if small and not {"labels", "finetune"}.isdisjoint(options.evaluations):
+    for fraction in small if not {"labels", "finetune"}.isdisjoint(options.evaluations) else ():
         told = (
-            f"--label_fractions {small[0]:g}: {round(small[0] * n)} of {n} images for {data.num_classes} classes; at "
+            f"--label_fractions {fraction:g}: {round(fraction * n)} of {n} images for {data.num_classes} classes; at "
             "least two a class are needed, one to learn from and one to choose by, and two classes"
         )
-        if options.label_fractions != list(FRACTIONS):
+        if options.label_fractions != list(FRACTIONS) or len(small) == len(options.label_fractions):
             raise UserError(told)
         console.print(f"left out  {told}", highlight=False, soft_wrap=True)
     options.label_fractions = [fraction for fraction in options.label_fractions if fraction not in small]

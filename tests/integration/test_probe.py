@@ -20,13 +20,14 @@ from tests.unit.test_datasets import pixels, save
 
 FEW = ["--linear_epochs=3", "--draws=2", "--label_fractions=[0.2, 1.0]", "--k=[5]"]
 FEW += ["--data.eval_batch_size=64"]
+OFF = [f"--{name}.every_n_epochs=0" for name in ("cka", "neighbors", "spectrum")]
 ALL = "--evaluations=[layers, knn, linear, linear_augmented, labels]"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    probes = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=2", "--probes.logistic=true"]
+    probes = [*OFF, "--probes.every_n_epochs=2", "--probes.logistic=true"]
     for seed in (0, 1):
         fit(options(folder, f"simclr-{seed}", *probes, f"--seed_everything={seed}"))
     fit(options(folder, "supervised", *probes, method="Supervised"))
@@ -135,10 +136,9 @@ def test_fine_tuning_is_judged_by_the_network_that_learnt(
 
 
 def test_online_probes_come_near_to_ridge(tmp_path: Path) -> None:
-    off = [f"--{name}.every_n_epochs=0" for name in ("cka", "neighbors", "spectrum")]
     more = ["--probes.every_n_epochs=8", "--probes.layers=[pooled]", "--data.limit_train=768"]
     easy = ["--model.augment=none", "--model.lr=0.05", "--model.warmup_epochs=1"]
-    fit(options(tmp_path, "a", *off, *more, *easy, method="Supervised", epochs=8))
+    fit(options(tmp_path, "a", *OFF, *more, *easy, method="Supervised", epochs=8))
     frame = read_records(tmp_path / "e" / "a").query("epoch == 8").set_index("metric")["value"]
     assert frame["online_probe"] > 0.85
     assert frame["online_probe"] > frame["ridge_probe"] - 0.1
@@ -197,6 +197,7 @@ def test_pictures_of_several_classes_are_judged_by_map(runs: Path, tmp_path: Pat
         (["--evaluations=[layers, finetuning]"], ["--evaluations", "finetuning", "finetune"]),
         (["--label_fractions=[0.0]"], ["--label_fractions"]),
         (["--evaluations=[labels]", "--label_fractions=[0.001]"], ["--label_fractions 0.001", "classes"]),
+        (["--evaluations=labels", "--train_images=15"], ["--label_fractions 0.01", "of 15 images for 10 classes"]),
         (["--k=[0]"], ["--k"]),
         (["--layers=layer9"], ["layer9"]),
         (["--augment=simclrr"], ["simclrr", "simclr"]),
