@@ -70,7 +70,7 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 PIXEL_SIDE = 32
 """Raw pixels of larger pictures are averaged down to this side."""
 LEAST_STEPS = 10
-"""Of linear evaluation: the first two learn the mean and the deviation of the features alone."""
+"""Of linear evaluation: with fewer, nothing was learnt yet."""
 PICTURE = "linear_probes"
 UNBALANCED = 1.1
 """Classes are of unequal size where the largest has more than so many times the test images of the smallest."""
@@ -417,18 +417,21 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
+        failed = UserError(
+            f"--finetune_lr {options.finetune_lr:g}: the loss of {subject.name} became NaN or infinite on "
+            f"{100 * fraction:g}% of the labels; set less"
+        )
         try:
             trainer.fit(network, images)
         except UserError as error:
-            if "NaN" not in str(error):
-                raise
-            raise UserError(
-                f"--finetune_lr {options.finetune_lr:g}: the loss of {subject.name} became NaN or infinite on "
-                f"{100 * fraction:g}% of the labels; set less"
-            ) from error
+            raise (failed if "NaN" in str(error) else error) from error
         request = Request(("head",), pooled)
         with measuring(network.to(options.device)):
             parts = [reduced[request]["head"] for _, reduced in forward_pass(network, data.loader("test"), [request])]
+        if not all(
+            bool(part.isfinite().all()) for part in parts
+        ):  # spoilt by the last step, which has no loss after it
+            raise failed
         found[f"finetune_{100 * fraction:g}%"] = _numbers(torch.cat(parts), subject)
     return found
 
