@@ -10,8 +10,10 @@ tenth of the training images. An untrained network and the raw pixels stand in t
 
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,14 @@ from torch import Tensor, nn
 
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
-from ssl_geometry.callbacks.probes import LAYERS, layer_widths, probe_protocol, probe_rows
+from ssl_geometry.callbacks.probes import (
+    LAYERS,
+    check_images,
+    highest_decay,
+    layer_widths,
+    probe_protocol,
+    probe_rows,
+)
 from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
@@ -44,6 +53,7 @@ from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.records import Protocol, RecordStore
+from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import BLOCK, compare_curves, save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
 from ssl_geometry.runs import load_networks, network_names
@@ -59,6 +69,11 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates of linear evaluation, on features of the probe bank's scale."""
 PIXEL_SIDE = 32
 """Raw pixels of larger pictures are averaged down to this side."""
+LEAST_STEPS = 10
+"""Of linear evaluation: with fewer, nothing was learnt yet."""
+PICTURE = "linear_probes"
+UNBALANCED = 1.1
+"""Classes are of unequal size where the largest has more than so many times the test images of the smallest."""
 
 
 class RawPixels(Method):
@@ -75,6 +90,26 @@ class RawPixels(Method):
         self.backbone = nn.Sequential()  # in place of the small network that the base built
         self.backbone.add_module(POOLED, pixels)
         self.num_features = 3 * side**2
+
+
+class LabelledImages(DataModule):
+    """Trains on the first of the labelled training images, which hold the classes in proportion.
+
+    Args:
+        images: how many of them.
+        kwargs: of the data module.
+    """
+
+    def __init__(self, images: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.images = images
+        self.batch_size = min(self.batch_size, images)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data set, and leave images without a label out of training."""
+        super().setup(stage)
+        self._rows["train"] = self._rows["bank"][: self.images]
+        self.num_train = len(self._rows["train"])
 
 
 @dataclass
@@ -106,10 +141,10 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
     Raises:
         UserError: features that do not fit into memory, or are not finite.
     """
-    wanted = [POOLED] if isinstance(method, RawPixels) else [*_as_list(options.layers), POOLED]
+    wanted = [POOLED] if isinstance(method, RawPixels) else [*options.layers, POOLED]
     layers = tuple(layer_names(method, wanted, option="--layers"))
     widths = layer_widths(method, layers, data.image_shape)
-    _check_memory(sum(widths.values()), data, options)
+    _check_memory(name, widths, data, options)
     request = Request(layers, pooled)
     taken: dict[str, Any] = {}
     with measuring(method):
@@ -134,18 +169,29 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
     return Subject(name, method, epoch or 0, depths, train, labels, index, test, test_labels)
 
 
-def _check_memory(features: int, data: DataModule, options: Any) -> None:
-    images = len(data.loader("bank", options.train_images).sampler.rows) + len(data.loader("test").sampler.rows)
-    needed, free = 4 * features * images, _free_memory(options.device)
-    if needed > 0.6 * free:  # the classifiers need some as well
+def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, options: Any) -> None:
+    bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
+    features, images, free = sum(widths.values()), bank + test, _free_memory(options.device)
+    needed = 4 * features * images
+    if not {"layers", "labels"}.isdisjoint(options.evaluations):
+        needed += _logistic_memory(widths.values(), bank, data.num_classes)
+    if needed > 0.9 * free:
         raise UserError(
-            f"--train_images {options.train_images}: {features:,} features of {images:,} images take "
-            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on {options.device}; set fewer images, fewer "
-            "--layers (such as [stages]), or --device cpu"
+            f"--train_images {options.train_images}: {features:,} features of {images:,} images of {name} and the "
+            f"classifiers on them take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on "
+            f"{options.device}; {LESS_MEMORY}"
         )
 
 
-def _free_memory(device: str) -> int:
+LESS_MEMORY = "set fewer images, fewer --layers (such as [stages]), or another --device"
+
+
+def _logistic_memory(widths: Collection[int], images: int, classes: int) -> int:
+    """Bytes that logistic regression takes beyond the features: a copy, and about what was measured for a layer."""
+    return 4 * images * (sum(widths) + 6 * max(widths) + 14 * classes * len(L2))
+
+
+def _free_memory(device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -153,7 +199,43 @@ def _free_memory(device: str) -> int:
     if not meminfo.exists():  # no Linux: what is free, without the cache
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return min(int(lines["MemAvailable"].split()[0]) * 1024, _left_in_control_groups())
+
+
+def _left_in_control_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the control groups of this process still allow: those of a container, or of a job of SLURM.
+
+    A limit holds for all groups below it; inside a container, its own group is what is mounted at the top. Files that
+    the system keeps in memory are given back when they are in the way.
+    """
+    left = math.inf
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):  # version 2 names none
+            continue
+        names = ("memory.max", "memory.current", "inactive_file")
+        top = mounted
+        if controllers:
+            names, top = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), mounted / "memory"
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            limit, used, files = _memory_of(folder, *names)
+            left = min(left, limit - used + files)
+    return max(left, 0)
+
+
+def _memory_of(folder: Path, limit: str, used: str, files: str) -> tuple[float, int, int]:
+    """Limit, use, and how much of it are files, of one control group."""
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max":
+            return math.inf, 0, 0
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(most), int((folder / used).read_text()), int(kept.get(files, 0))
+    except OSError:  # the root has no limit; a path of outside is not there in a container
+        return math.inf, 0, 0
 
 
 # -- evaluations: each gives what it found, by metric ------------------------------------------------------------------
@@ -190,8 +272,13 @@ def evaluate_knn(subject: Subject, data: DataModule, options: Any, progress: Any
             predicted = knn_predict(
                 subject.test[POOLED], subject.train[POOLED], subject.train_labels, data.num_classes, k, temperature
             )
-            found[f"knn{k}{kind}"] = {"top1": [float((predicted == subject.test_labels).double().mean())]}
+            found[f"knn{k}{kind}"] = _numbers(one_hot(predicted, data.num_classes), subject)
     return found
+
+
+def _numbers(scores: Tensor, subject: Subject) -> dict[str, list[float]]:
+    """How right the scores of the test images are."""
+    return {key: [float(value)] for key, value in accuracies(scores, subject.test_labels).items()}
 
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
@@ -200,7 +287,7 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 def linear_evaluation(
     subject: Subject, batches: Batches, steps: int, data: DataModule, options: Any, progress: Any, title: str
-) -> float:
+) -> dict[str, list[float]]:
     """SGD on pooled features with a cosine schedule, all learning rates at once.
 
     Two banks learn side by side: one without the held-out tenth, which chooses the learning rate; one from all images,
@@ -220,8 +307,9 @@ def linear_evaluation(
             final.step({POOLED: features}, labels, None, rate)
             step += 1
             progress.advance(task)
-    (scores,) = final.scores({POOLED: subject.test[POOLED]}, choosing.best())
-    return float((scores.argmax(1) == subject.test_labels).double().mean())
+    best = choosing.best()
+    (scores,) = final.scores({POOLED: subject.test[POOLED]}, best)
+    return {**_numbers(scores, subject), "learning_rate": final.learning_rate[best].tolist()}
 
 
 def evaluate_linear(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
@@ -234,8 +322,7 @@ def evaluate_linear(subject: Subject, data: DataModule, options: Any, progress: 
             yield features[rows], subject.train_labels[rows], subject.train_index[rows]
 
     steps = math.ceil(n / size)
-    value = linear_evaluation(subject, batches, steps, data, options, progress, "linear evaluation")
-    return {"linear_eval": {"top1": [value]}}
+    return {"linear_eval": linear_evaluation(subject, batches, steps, data, options, progress, "linear evaluation")}
 
 
 def evaluate_linear_augmented(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
@@ -250,28 +337,53 @@ def evaluate_linear_augmented(subject: Subject, data: DataModule, options: Any, 
                 yield reduced[request][POOLED], batch["label"], batch["index"]
 
     title = f"linear evaluation, {options.augment} views"
-    value = linear_evaluation(subject, batches, len(loader), data, options, progress, title)
-    return {"linear_eval_augmented": {"top1": [value]}}
+    return {"linear_eval_augmented": linear_evaluation(subject, batches, len(loader), data, options, progress, title)}
 
 
 def evaluate_labels(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
-    """Logistic regression on a share of the labels, the classes in proportion; the mean over draws."""
-    found = {}
+    """Logistic regression on a share of the labels, the classes in proportion: mean and spread over draws."""
+    found: dict[str, dict[str, list[float]]] = {}
     n = len(subject.train_labels)
     task = progress.add_task(f"{subject.name}: few labels", total=len(options.label_fractions))
     for fraction in options.label_fractions:
         images = round(fraction * n)
-        values = []
+        values, chosen = [], {}
         for draw in range(options.draws if fraction < 1 else 1):
             rows = stratified(subject.train_labels.cpu(), draw)[:images].to(options.device)
-            held = torch.arange(images, device=options.device) >= images - max(data.num_classes, images // 10)
-            probes = converged_probes(*subject.share(rows), held, data.num_classes, L2)
-            (scores,) = probes[POOLED].scores(subject.test[POOLED])
-            values.append(accuracies(scores, subject.test_labels))
-        key = "mAP" if data.multi_label else "top1"
-        found[f"labels_{100 * fraction:g}%"] = {key: [sum(float(value[key]) for value in values) / len(values)]}
+            features, labels = subject.share(rows)
+            probe = converged_probes(features, labels, held_of_each_class(labels), data.num_classes, L2)[POOLED]
+            (scores,) = probe.scores(subject.test[POOLED])
+            values.append(_numbers(scores, subject))
+            chosen[f"l2_draw{draw + 1}"] = [float(probe.l2[0])]
+        several = {key: [value[key][0] for value in values] for key in values[0]}
+        numbers = {key: [statistics.mean(draws)] for key, draws in several.items()}
+        if len(values) > 1:
+            numbers["sd"] = [statistics.stdev(next(iter(several.values())))]
+        found[f"labels_{100 * fraction:g}%"] = {**numbers, **chosen}
         progress.advance(task)
     return found
+
+
+def held_of_each_class(labels: Tensor) -> Tensor:
+    """A tenth of the images of each class, one image at least; a class of one image is learnt from.
+
+    Args:
+        labels: class of each image, (N,) int64; where images show several, (N,C), a tenth of all images is held out.
+
+    Returns:
+        Which images are held out, (N,) bool: the last of each class.
+
+    Example:
+        >>> held_of_each_class(torch.tensor([0, 0, 1, 2, 1, 1])).tolist()
+        [False, True, False, False, False, True]
+    """
+    held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    parts = [labels == value for value in labels.unique()] if labels.ndim == 1 else [~held]
+    for part in parts:
+        rows = part.nonzero().squeeze(1)
+        if len(rows) > 1:
+            held[rows[-max(1, len(rows) // 10) :]] = True
+    return held
 
 
 def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
@@ -293,10 +405,7 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             **{key: given[key] for key in shared},
         )
         network.backbone.load_state_dict(subject.method.backbone.state_dict())
-        images = DataModule(
-            **{**options.data_options, "limit_train": max(2, round(fraction * len(subject.train_labels)))}
-        )
-        images.batch_size = min(images.batch_size, images.limit_train or images.batch_size)
+        images = LabelledImages(round(fraction * len(subject.train_labels)), **options.data_options)
         trainer = L.Trainer(
             max_epochs=options.finetune_epochs,
             accelerator="gpu" if options.device.startswith("cuda") else "cpu",
@@ -308,9 +417,22 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             limit_val_batches=0,
             use_distributed_sampler=False,
         )
-        trainer.fit(network, images)
-        (result,) = trainer.test(network, images, verbose=False)
-        found[f"finetune_{100 * fraction:g}%"] = {"top1": [result["test/acc"]]}
+        failed = UserError(
+            f"--finetune_lr {options.finetune_lr:g}: the loss of {subject.name} became NaN or infinite on "
+            f"{100 * fraction:g}% of the labels; set less"
+        )
+        try:
+            trainer.fit(network, images)
+        except UserError as error:
+            raise (failed if "NaN" in str(error) else error) from error
+        request = Request(("head",), pooled)
+        with measuring(network.to(options.device)):
+            parts = [reduced[request]["head"] for _, reduced in forward_pass(network, data.loader("test"), [request])]
+        if not all(
+            bool(part.isfinite().all()) for part in parts
+        ):  # spoilt by the last step, which has no loss after it
+            raise failed
+        found[f"finetune_{100 * fraction:g}%"] = _numbers(torch.cat(parts), subject)
     return found
 
 
@@ -342,17 +464,28 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
             "epochs": options.finetune_epochs,
             "learning_rate for 256 images": options.finetune_lr,
             "batch": data.batch_size,
-            "views": options.augment,
+            "training views": options.augment,
             "fractions": options.label_fractions,
         },
     }
     chosen["linear_augmented"] = {**chosen["linear"], "batch": data.eval_batch_size, "training views": options.augment}
     chosen["knn"]["selection"] = "none"
-    chosen["labels"]["selection"] = "accuracy on the last tenth of each subset (one image a class at least)"
-    chosen["finetune"] |= {"selection": "none", "encoder": "trained as well"}
-    bank = len(data.loader("bank", options.train_images).sampler.rows)
-    common = {"clean training images": bank, "test": f"the whole split, {len(data.loader('test').sampler.rows)} images"}
-    return {name: probe_protocol(name, data, method, **common, **chosen[name]) for name in options.evaluations}
+    chosen["labels"]["selection"] = (
+        "accuracy on a tenth of each class of a subset, one image at least; a class of one image is learnt from"
+    )
+    chosen["finetune"] |= {"selection": "none", "encoder": "trained as well, in training mode"}
+    bank = {"clean training images": len(data.loader("bank", options.train_images).sampler.rows)}
+    return {name: probe_protocol(name, data, method, "test", **bank, **chosen[name]) for name in options.evaluations}
+
+
+def summary(data: DataModule, options: Any) -> str:
+    """The protocol in one line, to stand with a table."""
+    bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
+    return (
+        "Protocol: frozen network (but for fine-tuning) in evaluation mode, float32, averaged over space; "
+        f"{bank:,} clean training images, a fixed tenth of which chooses hyper-parameters (few labels: a tenth of each "
+        f"class); the whole test split, {test:,} images"
+    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -369,7 +502,7 @@ def _parse(args: Sequence[str]) -> Any:
     )
     parser.add_argument(
         "--evaluations",
-        type=list[str],
+        type=str | list[str],
         default=[name for name in EVALUATIONS if name != "finetune"],
         help=f"which of {', '.join(EVALUATIONS)}",
     )
@@ -389,6 +522,8 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument("--finetune_epochs", type=int, default=30, help="epochs of fine-tuning")
     parser.add_argument("--finetune_lr", type=float, default=0.05, help="learning rate of fine-tuning for 256 images")
     options = parse_networks(parser, "probe", args)
+    options.evaluations = _as_list(options.evaluations)
+    options.layers = list(LAYERS) if options.layers is None else _as_list(options.layers)
     for name in options.evaluations:
         if name not in EVALUATIONS:
             raise UserError(f"--evaluations {name}: {nearest(name, EVALUATIONS)}")
@@ -398,6 +533,16 @@ def _parse(args: Sequence[str]) -> Any:
             raise UserError(f"--{name} {value}: expected at least {low}")
     if options.train_images is not None and options.train_images > BANK_SIZE:
         raise UserError(f"--train_images {options.train_images}: at most {BANK_SIZE:,} are read")
+    if not 0 < options.finetune_lr < math.inf:
+        raise UserError(f"--finetune_lr {options.finetune_lr}: expected above 0, such as 0.05")
+    if not 0 <= options.linear_weight_decay <= highest_decay(max(RATES)):
+        raise UserError(
+            f"--linear_weight_decay {options.linear_weight_decay}: expected 0 to {highest_decay(max(RATES)):.2g}, up "
+            f"to which a learning rate of {max(RATES):g} is stable"
+        )
+    for name, known in {"evaluations": EVALUATIONS, "label_fractions": FRACTIONS, "k": (20, 200)}.items():
+        if not getattr(options, name):
+            raise UserError(f"--{name} []: expected one at least, such as {known[0]}")
     if not all(0 < fraction <= 1 for fraction in options.label_fractions):
         raise UserError(f"--label_fractions {options.label_fractions}: expected shares above 0, at most 1")
     if not all(k >= 1 for k in options.k):
@@ -405,17 +550,43 @@ def _parse(args: Sequence[str]) -> Any:
     return options
 
 
+def _check_data(options: Any, data: DataModule) -> None:
+    """Training images that are too few for what was asked for stop the command before it measures."""
+    asked = set(options.evaluations)
+    n = len(data.loader("bank", options.train_images).sampler.rows)
+    choosing = not asked.isdisjoint({"layers", "linear", "linear_augmented"})
+    check_images(data, options.train_images, f"--train_images {options.train_images or n}", choosing)
+    if "knn" in asked and max(options.k) > n:
+        raise UserError(
+            f"--k {options.k}: {max(options.k)} neighbours cannot vote where there are {n} training images; set {n} at "
+            "most, or more images"
+        )
+    for name, batch in {"linear": data.batch_size, "linear_augmented": data.eval_batch_size}.items():
+        steps = math.ceil(n / batch) * options.linear_epochs
+        if name in asked and steps < LEAST_STEPS:
+            raise UserError(
+                f"--linear_epochs {options.linear_epochs}: {name} makes {steps} steps on {n} images in batches of "
+                f"{batch}; at least {LEAST_STEPS} are needed, set more epochs"
+            )
+
+
 def _check_fractions(options: Any, data: DataModule, console: Console) -> None:
     """Shares of the labels that are too small stop the command where they were asked for, else they are left out."""
-    n = len(data.loader("bank", options.train_images).sampler.rows)
-    least = max(10, 2 * data.num_classes)
-    small = [fraction for fraction in options.label_fractions if round(fraction * n) < least]
-    if small and not {"labels", "finetune"}.isdisjoint(options.evaluations):
+    loader = data.loader("bank", options.train_images)
+    labels = loader.images.labels[loader.sampler.rows].cpu()
+    n, least = len(labels), max(10, 2 * data.num_classes)
+
+    def is_small(fraction: float) -> bool:
+        draws = [stratified(labels, draw)[: round(fraction * n)] for draw in range(options.draws)]
+        return len(draws[0]) < least or (labels.ndim == 1 and any(len(labels[rows].unique()) < 2 for rows in draws))
+
+    small = [fraction for fraction in options.label_fractions if is_small(fraction)]
+    for fraction in small if not {"labels", "finetune"}.isdisjoint(options.evaluations) else ():
         told = (
-            f"--label_fractions {small[0]:g}: {round(small[0] * n)} of {n} images for {data.num_classes} classes; at "
-            "least two a class are needed, one to learn from and one to choose by"
+            f"--label_fractions {fraction:g}: {round(fraction * n)} of {n} images for {data.num_classes} classes; at "
+            "least two a class are needed, one to learn from and one to choose by, and two classes"
         )
-        if options.label_fractions != list(FRACTIONS):
+        if options.label_fractions != list(FRACTIONS) or len(small) == len(options.label_fractions):
             raise UserError(told)
         console.print(f"left out  {told}", highlight=False, soft_wrap=True)
     options.label_fractions = [fraction for fraction in options.label_fractions if fraction not in small]
@@ -439,6 +610,9 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
             named.append(f"{seed}={path}")
             groups[seed] = name
     networks = load_networks(named)
+    for seed, (_, epoch) in networks.items():
+        if groups[seed] == PIXELS or (groups[seed] == UNTRAINED and epoch is not None):
+            raise UserError(f"--models {groups[seed]}=…: a baseline that is measured too has that name; set another")
     trained = [method for method, epoch in networks.values() if epoch is not None]
     first = trained[0] if trained else next(iter(networks.values()))[0]
     if len(trained) == len(networks):
@@ -475,82 +649,181 @@ def probe(args: Sequence[str]) -> Path:
         options.evaluations = [name for name in options.evaluations if name in SEVERAL_CLASSES]
     if not options.evaluations:
         raise UserError(f"--evaluations: none is left; pictures of several classes allow {', '.join(SEVERAL_CLASSES)}")
+    _check_data(options, data)
     _check_fractions(options, data, console := Console())
-    shutil.rmtree(out / "records", ignore_errors=True)
+    _remove_results(out)
     store = RecordStore(out / "records")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    texts: dict[str, Protocol] = {}
+    protocol_of: dict[str, dict[str, Protocol]] = {}
+    failed: dict[str, str] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
-            subject = extract(name, method.to(options.device), epoch, data, options, progress)
-            chosen = protocols(data, method, options)
-            for evaluation in options.evaluations:
-                try:
-                    found = RUN[evaluation](subject, data, options, progress)
-                except ValueError as error:  # features or labels that no classifier can learn from
-                    raise UserError(f"--models {name}: {error}") from error
-                common = {
-                    "run": out.name,
-                    "model": name,
-                    "view": "clean",
-                    "split": "test",
-                    "epoch": subject.epoch,
-                    "protocol": chosen[evaluation].hash,
-                }
-                rows = []
-                for metric, numbers in found.items():
-                    depths = subject.depths if evaluation == "layers" else {POOLED: subject.depths[POOLED]}
-                    rows += probe_rows(metric, depths, numbers, len(subject.test_labels), **common)
-                store.write(f"{evaluation}/{name}", rows, [chosen[evaluation]])
-            texts = texts or chosen
-            del subject, method  # before the next one is on the device
+            try:
+                protocol_of[name] = measure(name, method.to(options.device), epoch, store, options, progress)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                failed[name] = _reason(name, error, options)
+            del method  # before the next one is on the device
             for task in progress.task_ids:
                 progress.remove_task(task)
-            console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
+            told = "not measured" if name in failed else "    measured"
+            console.print(f"{told}  {name}", highlight=False, soft_wrap=True)
+    groups = {name: group for name, group in groups.items() if name in protocol_of}
     frame = store.read()
+    frame = frame[frame["model"].isin(groups)]
+    if frame.empty:
+        raise UserError(next(iter(failed.values())))
     judged = "mean average precision" if data.multi_label else "accuracy"
-    text = tables(frame, groups, texts, out, judged)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if "layers" in options.evaluations and frame["layer"].str.fullmatch(f"{BLOCK}|head.*").any():
-        console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
+    said = summary(data, options)
+    text = tables(frame, groups, protocol_of, out, said, judged, balanced=_is_balanced(data))
+    console.print(f"{text}\n{said}", markup=False, highlight=False, soft_wrap=True)
+    if "layers" in options.evaluations:
+        _show_picture(frame, groups, out, judged, console)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)
+    if failed:
+        raise UserError(f"{', '.join(failed)}: not measured, the tables are without; {'; '.join(failed.values())}")
     return out
 
 
+def measure(
+    name: str, method: Method, epoch: int | None, store: RecordStore, options: Any, progress: Any
+) -> dict[str, Protocol]:
+    """Everything about one network, into the records.
+
+    Args:
+        name: of the network.
+        method: the network, on the device.
+        epoch: its completed epochs.
+        store: where records go.
+        options: of the command.
+        progress: of the command.
+
+    Returns:
+        Evaluation to protocol.
+
+    Raises:
+        ValueError: features or labels that no classifier can learn from.
+    """
+    data = options.data
+    subject = extract(name, method, epoch, data, options, progress)
+    chosen = protocols(data, method, options)
+    for evaluation in options.evaluations:
+        found = RUN[evaluation](subject, data, options, progress)
+        common = {
+            "run": options.out.name,
+            "model": name,
+            "view": "clean",
+            "split": "test",
+            "epoch": subject.epoch,
+            "protocol": chosen[evaluation].hash,
+        }
+        rows = []
+        for metric, numbers in found.items():
+            depths = subject.depths if evaluation == "layers" else {POOLED: subject.depths[POOLED]}
+            rows += probe_rows(metric, depths, numbers, len(subject.test_labels), **common)
+        store.write(f"{evaluation}/{name}", rows, [chosen[evaluation]])
+    return chosen
+
+
+def _reason(name: str, error: Exception, options: Any) -> str:
+    """Why a network was not measured; an error of the program is none."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return f"--models {name}: the memory of {options.device} is full; {LESS_MEMORY}"
+    if isinstance(error, ValueError):  # features or labels that no classifier can learn from
+        return f"--models {name}: {error}"
+    raise error
+
+
+def _remove_results(out: Path) -> None:
+    """What an earlier run of this command left; other files stay."""
+    shutil.rmtree(out / "records", ignore_errors=True)
+    for path in ("tables.md", "tables.tex", f"figures/{PICTURE}.png", f"figures/{PICTURE}.pdf"):
+        (out / path).unlink(missing_ok=True)
+
+
+def _is_balanced(data: DataModule) -> bool:
+    loader = data.loader("test")
+    labels = loader.images.labels[loader.sampler.rows]
+    if data.multi_label:  # judged class by class already
+        return True
+    counts = labels[labels >= 0].bincount()
+    return int(counts.max()) <= UNBALANCED * int(counts[counts > 0].min())
+
+
+def _show_picture(frame: pd.DataFrame, groups: Mapping[str, str], out: Path, judged: str, console: Console) -> None:
+    """Draw the networks whose layers the picture knows, and say which those are not."""
+    named = frame[frame["layer"].str.fullmatch(f"{BLOCK}|head.*")]
+    without = [name for name in groups if name != PIXELS and name not in set(named["model"])]
+    if without:
+        told = f"no picture  {', '.join(without)}: their --layers hold no block of a ResNet or ViT, and no head"
+        console.print(told, highlight=False, soft_wrap=True)
+    if len(named):
+        console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
+
+
 def tables(
-    frame: pd.DataFrame, groups: Mapping[str, str], texts: Mapping[str, Protocol], out: Path, judged: str = "accuracy"
+    frame: pd.DataFrame,
+    groups: Mapping[str, str],
+    protocol_of: Mapping[str, Mapping[str, Protocol]],
+    out: Path,
+    said: str,
+    judged: str = "accuracy",
+    balanced: bool = True,
 ) -> str:
-    """The tables of a probe from its records, as Markdown and LaTeX, each with its protocol.
+    """The tables of a probe from its records, as Markdown and LaTeX, each with its protocols.
 
     Args:
         frame: the records.
         groups: network to the name that was given for it.
-        texts: evaluation to protocol.
+        protocol_of: network to evaluation to protocol.
         out: folder of ``tables.md`` and ``tables.tex``.
+        said: the protocol in one line, which stands under each table.
         judged: what the numbers are.
+        balanced: whether the classes are of one size; if not, there are tables of the mean over classes.
 
     Returns:
-        The table of pooled features, in Markdown.
+        The tables of pooled features, in Markdown.
     """
     n = int(frame["n"].iloc[0])
-    images = f"{judged} in percent on {n:,} test images; mean and standard deviation over networks"
-    on_pooled = frame[frame["layer"] == POOLED]
-    metrics = sorted(on_pooled["metric"].unique(), key=_place)
-    columns = {metric: _title(metric) for metric in metrics if _title(metric)}
-    parts = [(f"Pooled features: {images}", seed_table(on_pooled, columns, groups))]
-    for metric, kind in (("logistic_probe", "Logistic regression"), ("ridge_probe", "Ridge regression")):
-        rows = frame[frame["metric"] == metric].sort_values("depth", kind="stable")
-        if len(rows):
-            by_layer = rows.assign(metric=rows["layer"])
-            layers = seed_table(by_layer, {layer: layer for layer in rows["layer"].unique()}, groups).T
-            parts.append((f"{kind} on each layer: {images}", layers))
-    lines = [f"## {title}\n\n{markdown(table)}\n" for title, table in parts]
-    lines += ["## Protocols\n", *(f"### {name}\n\n```json\n{protocol.text}\n```\n" for name, protocol in texts.items())]
-    (out / "tables.md").write_text("\n".join(lines))
-    (out / "tables.tex").write_text("\n".join(latex(table, title) for title, table in parts))
-    return lines[0]
+    images = f"in percent on {n:,} test images; mean and standard deviation over networks"
+    kinds = {"": judged} if balanced else {"": judged, "_mean_per_class": f"mean per-class {judged}"}
+    on_pooled, on_layers = [], []
+    for suffix, what in kinds.items():
+        mine = frame[frame["metric"].str.endswith(suffix)]
+        mine = mine.assign(metric=mine["metric"].str.removesuffix(suffix))
+        rows = mine[mine["layer"] == POOLED]
+        columns = {metric: _title(metric) for metric in sorted(rows["metric"].unique(), key=_place) if _title(metric)}
+        on_pooled.append((f"Pooled features: {what} {images}", seed_table(rows, columns, groups)))
+        for metric, kind in (("logistic_probe", "Logistic regression"), ("ridge_probe", "Ridge regression")):
+            rows = mine[mine["metric"] == metric].sort_values("depth", kind="stable")
+            if len(rows):
+                by_layer = rows.assign(metric=rows["layer"])
+                layers = seed_table(by_layer, {layer: layer for layer in rows["layer"].unique()}, groups).T
+                on_layers.append((f"{kind} on each layer: {what} {images}", layers))
+    parts = [*on_pooled, *on_layers]
+    shown = [f"## {title}\n\n{markdown(table)}\n" for title, table in parts]
+    texts = _distinct(protocol_of)
+    lines = [f"{part}\n{said}.\n" for part in shown]
+    lines += ["## Protocols\n", *(f"### {title}\n\n```json\n{text}\n```\n" for title, text in texts.items())]
+    write_whole(out / "tables.md", lambda path: path.write_text("\n".join(lines)))
+    comments = [f"% {line}" for title, text in texts.items() for line in (title, *text.splitlines(), "")]
+    latexes = [latex(table, f"{title}. {said}.") for title, table in parts]
+    write_whole(out / "tables.tex", lambda path: path.write_text("\n".join([*comments, *latexes])))
+    return "\n".join(shown[: len(on_pooled)])
+
+
+def _distinct(protocol_of: Mapping[str, Mapping[str, Protocol]]) -> dict[str, str]:
+    """Each protocol once: its evaluation, hash and networks to its text."""
+    networks: dict[tuple[str, str], list[str]] = {}
+    texts = {}
+    for network, by_evaluation in protocol_of.items():
+        for evaluation, protocol in by_evaluation.items():
+            networks.setdefault((evaluation, protocol.hash), []).append(network)
+            texts[protocol.hash] = protocol.text
+    return {f"{name} {digest} ({', '.join(who)})": texts[digest] for (name, digest), who in networks.items()}
 
 
 def _place(metric: str) -> int:
@@ -564,13 +837,18 @@ def _title(metric: str) -> str:
         "linear_eval": "linear",
         "linear_eval_augmented": "linear, augmented",
         "logistic_probe": "logistic",
-        "logistic_probe_mean_per_class": "logistic, mean per class",
         "ridge_probe": "ridge",
     }
-    kind, _, rest = metric.partition("_")
-    if kind.startswith("knn"):
-        return f"{kind.removeprefix('knn')}-NN{', majority' if rest else ''}"
-    return fixed.get(metric) or {"labels": f"{rest} labels", "finetune": f"fine-tuned, {rest} labels"}.get(kind, "")
+    for pattern, title in {
+        r"knn(\d+)": "{}-NN",
+        r"knn(\d+)_majority": "{}-NN, majority",
+        r"labels_([^_]+)": "{} labels",
+        r"labels_([^_]+)_sd": "{} labels, deviation over draws",
+        r"finetune_([^_]+)": "fine-tuned, {} labels",
+    }.items():
+        if match := re.fullmatch(pattern, metric):
+            return title.format(match[1])
+    return fixed.get(metric, "")
 
 
 def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: str = "accuracy") -> Path:
@@ -593,9 +871,9 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: s
         {name: group for name, group in groups.items() if name != PIXELS},
         f"Logistic regression on pooled features, {int(frame['n'].iloc[0]):,} test images",
         label=judged,
-        levels={PIXELS: float(pixels.iloc[0])},
+        levels={} if pixels.empty else {PIXELS: float(pixels.iloc[0])},
     )
-    return save_figure(figure, folder / "linear_probes")
+    return save_figure(figure, folder / PICTURE)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -8,17 +8,17 @@ Two kinds of classifiers, on averages over space of each layer's activations:
 * **converged**: at measuring moments, ridge regression (and, by choice, logistic regression) on clean training images,
   from the pass that all monitors share.
 
-Both choose their hyper-parameters on a fixed tenth of the training images and are judged once on the measurement
-images.
+Both choose their hyper-parameters on a fixed tenth of the training images and are judged on the measurement images, at
+every moment.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from ssl_geometry import __version__
@@ -26,6 +26,7 @@ from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.probes import held_out
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, WEIGHT_DECAYS
 from ssl_geometry.models.taps import Taps, layer_depths
@@ -36,6 +37,58 @@ logger = logging.getLogger(__name__)
 
 LAYERS = ("post_residual", "pooled", "head")
 SELECTION = "accuracy on a fixed tenth of the training images, chosen by index"
+HIGHEST_RATE = 7.0
+"""Up to this learning rate, SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`."""
+
+
+def highest_decay(learning_rate: float) -> float:
+    """The weight decay up to which SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`.
+
+    A step is stable where the learning rate times the curvature, at most 1/2 plus the decay, is below 2 (1 + 0.9).
+
+    Example:
+        >>> [round(highest_decay(rate), 2) for rate in (3.0, 7.0)]
+        [0.77, 0.04]
+    """
+    return 3.8 / learning_rate - 0.5
+
+
+def check_images(data: DataModule, images: int | None, option: str, choosing: bool = True, otherwise: str = "") -> None:
+    """Refuse training images that teach no classifier, before any work is done.
+
+    Args:
+        data: whose images.
+        images: how many of the labelled training images, at most.
+        option: that says so, for the message.
+        choosing: whether a fixed tenth of them is held out and chooses.
+        otherwise: what else could be done, for the message.
+
+    Raises:
+        UserError: fewer images to learn from than classes, images of one class only, or none that chooses.
+    """
+    loader = data.loader("bank", images)
+    rows = loader.sampler.rows
+    labels, index = loader.images.labels[rows], loader.images.index[rows]
+    held = held_out(index) & choosing
+    n, learnt = len(labels), labels[~held]
+    if data.multi_label:
+        few = not len(learnt)
+    else:
+        few = len(learnt) < data.num_classes
+        if n > 1 and len(labels.unique()) == 1:
+            raise UserError(
+                f"--data.dataset {data.dataset}: all {n} labelled training images are of one class; a classifier needs "
+                f"two at least{otherwise}"
+            )
+    if few:
+        raise UserError(
+            f"{option}: {len(learnt)} labelled training images to learn from for {data.num_classes} classes; a "
+            f"classifier needs one a class at least{otherwise}"
+        )
+    if choosing and not bool(held.any()):
+        raise UserError(
+            f"{option}: none of the {n} labelled training images is in the tenth that chooses; set more{otherwise}"
+        )
 
 
 def layer_widths(method: Any, layers: Sequence[str], image_shape: Sequence[int]) -> dict[str, int]:
@@ -63,7 +116,7 @@ class ProbeMonitor(Monitor):
         online: train classifiers on the activations of the training steps (where a picture shows one class).
         logistic: fit logistic regression at each measuring moment, beside the ridge regression.
         train_images: clean training images that converged classifiers learn from, at most.
-        learning_rates: of the online classifiers; below 7 they are stable.
+        learning_rates: of the online classifiers; up to 7 they are stable.
         weight_decays: of the online classifiers, each with every learning rate.
     """
 
@@ -80,6 +133,19 @@ class ProbeMonitor(Monitor):
         weight_decays: Sequence[float] = WEIGHT_DECAYS,
     ) -> None:
         super().__init__(every_n_epochs)
+        if train_images < 1:
+            raise UserError(f"--probes.train_images {train_images}: expected at least 1")
+        if not learning_rates or not all(0 < rate <= HIGHEST_RATE for rate in learning_rates):
+            raise UserError(
+                f"--probes.learning_rates {list(learning_rates)}: expected one at least, each above 0 and at most "
+                f"{HIGHEST_RATE:g}, up to which they are stable"
+            )
+        most = highest_decay(max(learning_rates))
+        if not weight_decays or not all(0 <= decay <= most for decay in weight_decays):
+            raise UserError(
+                f"--probes.weight_decays {list(weight_decays)}: expected one at least, each from 0 to {most:.2g}, up "
+                f"to which they are stable with a learning rate of {max(learning_rates):g}"
+            )
         self.layers, self.online, self.logistic, self.train_images = layers, online, logistic, train_images
         self.learning_rates, self.weight_decays = tuple(learning_rates), tuple(weight_decays)
         self.curves: list[Row] = []  # the accuracy of each layer over training
@@ -95,6 +161,8 @@ class ProbeMonitor(Monitor):
         if self.every_n_epochs <= 0 or not hasattr(pl_module, "measuring_view"):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
+        off = ", or switch probes off (--probes.every_n_epochs 0)"
+        check_images(data, self.train_images, f"--probes.train_images {self.train_images}", otherwise=off)
         names = self.layer_names(pl_module, LAYERS)
         self._widths = layer_widths(pl_module, names, data.image_shape)
         if self.online and not data.multi_label:
@@ -164,7 +232,8 @@ class ProbeMonitor(Monitor):
             name: kind(self._widths, data.num_classes, multi_label=data.multi_label).to(method.device)
             for name, kind in kinds.items()
         }
-        self._right = torch.zeros(len(self._widths) + 1, dtype=torch.float64, device=method.device)
+        shape = len(self._widths) + 1, data.num_classes  # of each layer and class; the last row counts images
+        self._right = torch.zeros(shape, dtype=torch.float64, device=method.device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch of training or of measurement images."""
@@ -175,10 +244,14 @@ class ProbeMonitor(Monitor):
         features, labels = reduced[self._test], batch["label"]
         for probe in self._probes.values():
             probe.update(features, labels)
-        self._right[-1] += len(labels)
+        if labels.ndim == 2:
+            self._right[-1, 0] += len(labels)
+            return
+        self._right[-1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         if self._online_is_judged:
             assert self.bank is not None
-            self._right[:-1] += (self.bank.scores(features).argmax(2) == labels).sum(1)
+            right = (self.bank.scores(features).argmax(2) == labels).double()
+            self._right[:-1].index_add_(1, labels, right)
 
     @property
     def _online_is_judged(self) -> bool:
@@ -188,7 +261,7 @@ class ProbeMonitor(Monitor):
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
         """A row for each layer and kind of classifier, and what it chose."""
         right = trainer.strategy.reduce(self._right, reduce_op="sum")
-        images = int(right[-1])
+        images = int(right[-1].sum())
         run = run_name(trainer)
         common = {
             "run": run,
@@ -202,7 +275,8 @@ class ProbeMonitor(Monitor):
         rows: list[dict[str, Any]] = []
         protocols = []
         for name, probe in self._probes.items():
-            protocol = probe_protocol(name, data, method, train_images=self.train_images, l2=list(probe.l2))
+            options: dict[str, Any] = {"train_images": self.train_images, "l2": list(probe.l2)}
+            protocol = probe_protocol(name, data, method, "measure", **options)
             try:
                 found = {key: value.reshape(-1).tolist() for key, value in probe.compute().items()}
             except ValueError as error:  # features or labels that no classifier can learn from
@@ -211,12 +285,22 @@ class ProbeMonitor(Monitor):
             protocols.append(protocol)
         if self._online_is_judged:
             assert self.bank is not None
-            views = {"training views": method.view.spec, "views an image": method.num_views}  # type: ignore[union-attr]
-            options = {**self._online_options, **views, "batch": data.batch_size, "momentum": self.bank.momentum}
-            protocol = probe_protocol("online_probe", data, method, **options)
+            options = {
+                "network": "learnt from: training mode, batch norm with the statistics of each batch, precision "
+                f"{trainer.precision}; judged: evaluation mode, {method.dtype}",
+                "selection": f"{SELECTION}, summed since the last moment",
+                "training views": method.view.spec,  # type: ignore[union-attr]
+                "views an image": method.num_views,
+                "batch": data.batch_size,
+                "momentum": self.bank.momentum,
+                **self._online_options,
+            }
+            protocol = probe_protocol("online_probe", data, method, "measure", **options)
             best = self.bank.best()
+            there = right[-1] > 0
             found = {
-                "top1": (right[:-1] / right[-1]).tolist(),
+                "top1": (right[:-1].sum(1) / right[-1].sum()).tolist(),
+                "mean_per_class": (right[:-1] / right[-1])[:, there].mean(1).tolist(),
                 "learning_rate": self.bank.learning_rate[best].tolist(),
                 "weight_decay": self.bank.weight_decay[best].tolist(),
             }
@@ -249,7 +333,7 @@ class ProbeMonitor(Monitor):
 def probe_rows(
     name: str, depths: Mapping[str, float], found: Mapping[str, Sequence[float]], images: int, **common: Any
 ) -> list[dict[str, Any]]:
-    """Rows for each layer: the accuracy with 95 % of a binomial error, and what else was found; live or not.
+    """Rows for each layer: the accuracy with Wilson's interval of 95 %, and what else was found; live or not.
 
     Args:
         name: metric of the accuracy (of mAP where images show several classes); other metrics are named after it.
@@ -257,34 +341,44 @@ def probe_rows(
         found: ``top1`` or ``mAP``, and what else there is for each layer (``mean_per_class``, ``l2``, ...).
         images: how many were classified.
         common: what all rows share.
+
+    References:
+        Wilson, *Probable inference, the law of succession, and statistical inference*, 1927.
     """
     rows = []
     for key, values in found.items():
         for (layer, depth), value in zip(depths.items(), values, strict=True):
-            error = 1.96 * math.sqrt(value * (1 - value) / images) if key == "top1" else None
-            bar = {} if error is None else {"low": value - error, "high": value + error}
+            bar = {}
+            if key == "top1":
+                interval = binomtest(round(value * images), images).proportion_ci(method="wilson")
+                bar = {"low": float(interval.low), "high": float(interval.high)}
             metric = name if key in ("top1", "mAP") else f"{name}_{key}"
             rows.append(record(**common, metric=metric, layer=layer, depth=depth, value=value, n=images, **bar))
     return rows
 
 
-def probe_protocol(name: str, data: DataModule, network: L.LightningModule, **options: Any) -> Protocol:
+def probe_protocol(
+    name: str, data: DataModule, method: L.LightningModule, split: Literal["measure", "test"], **options: Any
+) -> Protocol:
     """All that changes the accuracy of a classifier, the same live and afterwards.
 
     Args:
         name: kind of classifier.
         data: whose images were seen.
-        network: what was measured; its precision and its views count.
-        options: of the classifier.
+        method: what was measured; its precision and its views count.
+        split: which images were classified. The measurement images are the first of the test split.
+        options: of the classifier; they replace what is said here for most.
     """
+    tested: dict[str, Any] = {"split": split, "n": len(data.loader(split).sampler.rows)}
+    if split == "test":
+        tested |= {"limit_test": data.limit_test, "measurement images": data.measure_size}
     return Protocol(
         {
             "metric": name,
             "pooling": "average over space",
-            "network": f"evaluation mode, {network.dtype}",
-            "views": {"clean": network.clean_view.spec},  # type: ignore[union-attr]
-            "test images": data.measure_ids,
-            "n": data.measure_size,
+            "network": f"evaluation mode, {method.dtype}",
+            "views": {"clean": method.clean_view.spec},  # type: ignore[union-attr]
+            "test images": {**tested, "hash of the measurement images": data.measure_ids},
             "training images": {
                 "dataset": data.dataset,
                 "seed": data.seed,

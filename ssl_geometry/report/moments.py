@@ -16,8 +16,13 @@ Pictures = dict[str, Callable[[], Figure]]
 
 PROBES = {
     "ridge_probe": "ridge",
+    "ridge_probe_l2": "ridge_l2",
+    "ridge_probe_mean_per_class": "ridge_mean_per_class",
     "logistic_probe": "logistic",
+    "logistic_probe_l2": "logistic_l2",
+    "logistic_probe_mean_per_class": "logistic_mean_per_class",
     "online_probe": "online",
+    "online_probe_mean_per_class": "online_mean_per_class",
     "online_probe_learning_rate": "learning_rate",
     "online_probe_weight_decay": "weight_decay",
 }

@@ -112,7 +112,8 @@ def test_live_keys_are_the_documented_ones_over_epochs(run: Path) -> None:
         assert seen.axes[name] == {"step": wandb_files.STEP, "epoch": "epoch"}[schema[fits[0]][1]], name
         picture = any(line.startswith("picture") for line in map(_meaning, fits))
         assert (name in seen.pictures) == picture, name
-    assert set(schema) - used == {"probes/logistic/<layer>"}, "what this run was not asked for"
+    logistic = {f"probes/logistic{part}/<layer>" for part in ("", "_l2", "_mean_per_class")}
+    assert set(schema) - used == logistic, "what this run was not asked for"
     assert {name.partition("/")[0] for name in names} == {
         "train", "val", "test", "cka", "invariance", "probes", "neighbors", "spectrum",
     }  # fmt: skip
