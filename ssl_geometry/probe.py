@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ from ssl_geometry.geometry.probes import (
     L2,
     accuracies,
     converged_probes,
+    converged_probes_bytes,
     held_out,
-    knn_predict,
+    knn_search,
+    knn_vote,
     one_hot,
     ridge_probe,
     ridge_sums,
@@ -174,7 +176,10 @@ def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, option
     features, images, free = sum(widths.values()), bank + test, _free_memory(options.device)
     needed = 4 * features * images
     if not {"layers", "labels"}.isdisjoint(options.evaluations):
-        needed += _logistic_memory(widths.values(), bank, data.num_classes)
+        device = torch.device(options.device).type
+        needed += converged_probes_bytes(
+            bank, max(widths.values()), data.num_classes, multi_label=data.multi_label, device=device
+        )
     if needed > 0.9 * free:
         raise UserError(
             f"--train_images {options.train_images}: {features:,} features of {images:,} images of {name} and the "
@@ -184,11 +189,6 @@ def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, option
 
 
 LESS_MEMORY = "set fewer images, fewer --layers (such as [stages]), or another --device"
-
-
-def _logistic_memory(widths: Collection[int], images: int, classes: int) -> int:
-    """Bytes that logistic regression takes beyond the features: a copy, and about what was measured for a layer."""
-    return 4 * images * (sum(widths) + 6 * max(widths) + 14 * classes * len(L2))
 
 
 def _free_memory(device: str) -> float:
@@ -267,10 +267,11 @@ def evaluate_layers(subject: Subject, data: DataModule, options: Any, progress: 
 def evaluate_knn(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
     """Votes of the nearest training images, weighted (temperature 0.07) and by heads."""
     found = {}
+    similarity, neighbours = knn_search(subject.test[POOLED], subject.train[POOLED], max(options.k))
     for k in options.k:
         for temperature, kind in ((0.07, ""), (None, "_majority")):
-            predicted = knn_predict(
-                subject.test[POOLED], subject.train[POOLED], subject.train_labels, data.num_classes, k, temperature
+            predicted = knn_vote(
+                similarity[:, :k], neighbours[:, :k], subject.train_labels, data.num_classes, temperature
             )
             found[f"knn{k}{kind}"] = _numbers(one_hot(predicted, data.num_classes), subject)
     return found

@@ -36,7 +36,7 @@ from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 logger = logging.getLogger(__name__)
 
 LAYERS = ("post_residual", "pooled", "head")
-SELECTION = "accuracy on a fixed tenth of the training images, chosen by index"
+SELECTION = "accuracy on a fixed tenth of the training images, chosen by index; of equals, the loss there"
 HIGHEST_RATE = 7.0
 """Up to this learning rate, SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`."""
 
@@ -255,8 +255,8 @@ class ProbeMonitor(Monitor):
 
     @property
     def _online_is_judged(self) -> bool:
-        """Whether the online classifiers have learnt anything yet."""
-        return self.bank is not None and bool(self.bank.held.max() > 0)
+        """Whether the online classifiers of all layers have been held against images yet."""
+        return self.bank is not None and bool((self.bank.held > 0).all())
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
         """A row for each layer and kind of classifier, and what it chose."""
