@@ -41,6 +41,7 @@ from ssl_geometry.callbacks import (
     SpectrumMonitor,
     StopOnNaN,
     StopOnSignal,
+    finish_wandb,
     make_loggers,
 )
 from ssl_geometry.cli import Parser, mistake_behind, run_command
@@ -274,23 +275,27 @@ def fit(args: Sequence[str]) -> Run:
         cli = FitCLI(expand_bases([*_config_of_resumed(args), *args]))
     except ValueError as error:  # jsonargparse wraps what a constructor says
         raise mistake_behind(error) or error from None
+    exit_code = 1
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
         tested = is_overridden("test_step", cli.model, L.LightningModule)
         results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0] if tested else {}
+        speed = getattr(cli.trainer.progress_bar_callback, "images_per_second", None)
+        rate = {"images_per_second": round(speed, 1)} if speed else {}
+        cli.run.note(status="finished", results=results, **rate)
+        exit_code = 0
     except BaseException as error:
         with suppress(OSError):
             cli.run.note(status="stopped")
-        explained = explain(error, cli.run, cli.trainer, cli.checkpoint_at_start)
+        explained = explain(cli.stop_on_signal.stopped or error, cli.run, cli.trainer, cli.checkpoint_at_start)
+        exit_code = getattr(explained, "code", exit_code)
         if explained is error:
             raise
         raise explained from error
     finally:
+        finish_wandb(exit_code)  # last: a server that is away must not keep a job from the queue
         cli.stop_on_signal.restore()
         cli.run.release()
-    speed = getattr(cli.trainer.progress_bar_callback, "images_per_second", None)
-    rate = {"images_per_second": round(speed, 1)} if speed else {}
-    cli.run.note(status="finished", results=results, **rate)
     print_summary(cli.run, cli.trainer, results)
     return cli.run
 
