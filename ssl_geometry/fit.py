@@ -14,6 +14,7 @@ if __name__ == "__main__":  # the imports take seconds; a signal waits until Sto
     signal.signal(signal.SIGUSR1, lambda *_: None)  # nor does it fail a job that has finished and is about to exit
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
 
+import multiprocessing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -293,6 +294,8 @@ def fit(args: Sequence[str]) -> Run:
             raise
         raise explained from error
     finally:
+        for worker in multiprocessing.active_children():  # torch waits five seconds for each that nobody has ended
+            worker.terminate()
         finish_wandb(exit_code)  # last: a server that is away must not keep a job from the queue
         cli.stop_on_signal.restore()
         cli.run.release()

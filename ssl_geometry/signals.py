@@ -32,18 +32,20 @@ def obey_the_parent_alone(worker: int) -> None:
     """For the start of a data worker: SIGTERM ends it if its parent sends it, as torch does to what is left at the end.
 
     torch's own handler lets any SIGTERM end the worker, and so the run before it has saved. A worker whose parent was
-    killed ends by itself within seconds: torch's loop looks after it.
+    killed ends within seconds.
 
     Args:
         worker: number of the worker.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = parent_process()
+    assert parent is not None, "called in a worker"
 
     def listen() -> None:
-        while True:
-            received = signal.sigwaitinfo(SIGNALS)
-            if received.si_signo == signal.SIGTERM and parent and received.si_pid == parent.pid:
-                os._exit(0)
+        while parent.is_alive():  # torch looks after the process that forked the worker, which may be another
+            received = signal.sigtimedwait(SIGNALS, 2)
+            if received and received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
+                break
+        os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()

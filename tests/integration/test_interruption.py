@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def _run(args: list[str], output: str, prepare: Callable[[], None] | None) -> No
     os.dup2(file, 2)
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server
     if prepare is not None:
         prepare()
     main(args)
@@ -352,9 +354,16 @@ def test_a_signal_to_all_processes(tmp_path: Path, undisturbed: Path, number: in
 def assert_gone(processes: Iterable[int], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     for pid in processes:
-        while Path(f"/proc/{pid}").exists():
-            assert time.monotonic() < end, f"process {pid} is left: {Path(f'/proc/{pid}/comm').read_text()}"
+        while is_alive(pid):
+            assert time.monotonic() < end, f"process {pid} is left"
             time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, that has not ended unnoticed by its parent."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 class LoseWorkerAt(SignalAt):
@@ -362,7 +371,7 @@ class LoseWorkerAt(SignalAt):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.global_step == self.step:
-            (worker,) = mp.active_children()
+            worker = trainer.train_dataloader._reader._iterator._workers[0]  # type: ignore[union-attr]
             os.kill(worker.pid or 0, signal.SIGSTOP)
             threading.Timer(3, lambda: [os.kill(os.getpid(), self.number), worker.kill()]).start()
 
@@ -399,6 +408,7 @@ LEFT: list[Any] = []
 
 
 def _with_a_worker(pipe: Any, killed: bool) -> None:
+    mp.set_start_method("fork", force=True)
     images = Images(torch.arange(8), torch.zeros(8, 3, 4, 4, dtype=torch.uint8))
     batches = iter(Loader(images, BatchPlan(torch.arange(8), every_nth(8, 2)), num_workers=1, keep_workers=True))
     next(batches)

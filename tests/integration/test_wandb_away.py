@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 
 from ssl_geometry.callbacks import loggers
-from tests.integration.test_interruption import SignalAt, children, finish, options, start
+from tests.integration.test_interruption import SignalAt, assert_gone, children, finish, options, start
 from tests.integration.wandb_server import Server
 
 LEAN = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", "--trainer.check_val_every_n_epoch=100"]
@@ -86,7 +86,7 @@ def test_a_server_that_is_away_for_a_part_of_a_run(tmp_path: Path, server: Serve
     assert finish(process, 120) == 0, (tmp_path / "out").read_text()
     run = tmp_path / "e" / "away"
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
-    assert not [pid for pid in (run / "started").read_text().split() if Path(f"/proc/{pid}").exists()]
+    assert_gone(map(int, (run / "started").read_text().split()))
     said = (tmp_path / "out").read_text()
     assert "W&B's server is away: `wandb sync " in said
     assert "Traceback" not in said
