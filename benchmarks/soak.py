@@ -2,9 +2,11 @@
 
     python benchmarks/soak.py --hours 1
 
-Each training is started as a user starts it, struck at a random moment by SIGKILL, SIGUSR1 or SIGTERM (now and then one
-process of two), started again with --resume auto, and so on until it ends. Its weights must then be bit-identical to
-those of an undisturbed run, and its records the same rows. Prints a table, and stops at the first difference.
+Each training is started as a user starts it, struck at a random moment by SIGKILL, SIGUSR1 or SIGTERM (the first
+process alone, or all, with data workers and W&B's), started again with --resume auto, and so on until it ends. Its
+weights must then be bit-identical to those of an undisturbed run, its records the same rows, and W&B's offline files
+hold each number once. Prints a table, and stops at the first difference, an exit code that the strike does not explain,
+or a process that is left.
 """
 
 import argparse
@@ -16,12 +18,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from ssl_geometry.records import read_records
+from ssl_geometry.records import read_records, wandb_files
 from ssl_geometry.runs import read_checkpoint
 
 SMALL = [
@@ -42,41 +45,69 @@ SMALL = [
 ]
 CASES = {
     "SimCLR, 1 process": ["--model=ssl_geometry.methods.SimCLR"],
-    "supervised, 1 process, workers": [
+    "supervised, 1 process, workers, W&B": [
         "--model=ssl_geometry.methods.Supervised",
         "--data.storage=workers",
         "--data.num_workers=1",
+        "--loggers=[wandb]",
     ],
     "SimCLR, 2 processes": ["--model=ssl_geometry.methods.SimCLR", "--trainer.devices=2"],
 }
 STRIKES = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM]
-FINE = {0, 2, 75, 143, *(-number for number in STRIKES)}
-"""Exit codes that a strike explains: negative where it came before the command had begun to listen, 2 of a survivor of
-two processes that has no checkpoint to go on from."""
+FINE = {0, 75, 143, *(-number for number in STRIKES)}
+"""Exit codes that a strike explains: negative where it came before the command had begun to listen."""
+NO_CHECKPOINT = "no checkpoint was written since the start"
+"""What the survivor of two processes says, with exit code 2, where it has nothing to go on from."""
 
 
 def start(runs: Path, run_id: str, case: str) -> subprocess.Popen:
-    options = [*CASES[case], *SMALL, f"--runs={runs}", "--experiment=soak", f"--run_id={run_id}", "--resume=auto"]
+    options = [*SMALL, *CASES[case], f"--runs={runs}", "--experiment=soak", f"--run_id={run_id}", "--resume=auto"]
     output = open(runs / f"{run_id}.log", "a")  # noqa: SIM115
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "ssl_geometry.fit", *options]
     return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
 
 def end(process: subprocess.Popen, strike: int, alone: bool) -> int:
-    """Strike the whole group, or one process of it, and wait for all of it to end."""
-    if strike == signal.SIGKILL and not alone:
-        os.killpg(process.pid, strike)
-    else:
-        process.send_signal(strike)
+    """Strike the process alone, or all that it has started too, and wait for all of them to end."""
+    everyone = [process.pid, *descendants(process.pid)]
+    for pid in everyone[:1] if alone else everyone:
+        with suppress(ProcessLookupError):
+            os.kill(pid, strike)
     code = process.wait(timeout=120)
     for _ in range(240):  # children end by themselves within a minute
-        try:
+        left = [pid for pid in everyone[1:] if is_alive(pid)]
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, 0)
-        except ProcessLookupError:
+            left.append(process.pid)
+        if not left:
             return code
         time.sleep(0.25)
-    raise SystemExit(f"processes of group {process.pid} are left a minute after the first of them ended")
+    raise SystemExit(f"processes {left} are left a minute after the first of them ended")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, that has not ended unnoticed by its parent."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and these theirs."""
+    try:
+        lists = [(thread / "children").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return []
+    found = [int(child) for child in " ".join(lists).split()]
+    return [*found, *(grandchild for child in found for grandchild in descendants(child))]
+
+
+def numbers(run: Path) -> list[tuple[str, int, str]]:
+    """What W&B's offline files hold, without pictures."""
+    points = wandb_files.points(run)
+    pictures = {key.removesuffix("/_type") for key, _, _ in points if key.endswith("/_type")}
+    return sorted(point for point in points if point[0].rpartition("/")[0] not in pictures)
 
 
 def state(run: Path) -> tuple[dict, pd.DataFrame]:
@@ -100,7 +131,8 @@ def main() -> None:
         started = time.monotonic()
         assert start(args.runs, f"reference-{number}", case).wait(timeout=300) == 0, case
         durations[case] = time.monotonic() - started
-        references[case] = state(args.runs / "soak" / f"reference-{number}")
+        reference = args.runs / "soak" / f"reference-{number}"
+        references[case] = *state(reference), numbers(reference)
     struck: collections.Counter[str] = collections.Counter()
     finished: collections.Counter[str] = collections.Counter()
     number = 0
@@ -113,15 +145,19 @@ def main() -> None:
                 code = process.wait(timeout=chance.uniform(0, 1.3 * durations[case]))
             except subprocess.TimeoutExpired:
                 strike = chance.choice(STRIKES)
-                code = end(process, strike, alone=chance.random() < 0.5)
-                struck[f"{case}: {signal.Signals(strike).name}"] += 1
-            if code not in FINE:
+                alone = chance.random() < 0.5
+                code = end(process, strike, alone)
+                struck[f"{case}: {signal.Signals(strike).name} to {'the first process' if alone else 'all'}"] += 1
+            said = (args.runs / f"{run_id}.log").read_text()
+            survivor = code == 2 and "devices=2" in "".join(CASES[case]) and NO_CHECKPOINT in said.splitlines()[-1]
+            if (code not in FINE and not survivor) or "Traceback" in said:
                 raise SystemExit(f"{case}: exit code {code}, see {args.runs / run_id}.log")
-            if code == 0 and "test accuracy" in (args.runs / f"{run_id}.log").read_text():
+            if code == 0 and "test accuracy" in said:
                 break
         weights, records = state(args.runs / "soak" / run_id)
         torch.testing.assert_close(weights, references[case][0], rtol=0, atol=0)
         pd.testing.assert_frame_equal(records, references[case][1], check_exact=True)
+        assert numbers(args.runs / "soak" / run_id) == references[case][2], "W&B has other numbers, or one twice"
         finished[case] += 1
         print(f"{(time.monotonic() - began) / 60:5.1f} min  {case}: same after {attempt} strikes", flush=True)
         shutil.rmtree(args.runs / "soak" / run_id)

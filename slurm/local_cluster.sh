@@ -57,7 +57,7 @@ AuthInfo=cred_expire=5
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait=30
 OverTimeLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=${SLURM_LOCAL_NODE_TIMEOUT:-30}

@@ -1,22 +1,23 @@
 """What ends a run before its time: told in one line, and whether the run is started again."""
 
+import errno
 import os
 import re
 import sys
 import threading
 import time
-import traceback
 
 import lightning as L
-import wandb
 
-from ssl_geometry.callbacks import RESUMABLE, LostProcess
+from ssl_geometry.callbacks import RESUMABLE, LostProcess, a_reader_ended
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.runs import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.slurm import requeue, this_task
 
 LOST = r"Connection (closed|reset)|Broken pipe|NCCL.*(remote process|closed)|Timed out waiting"
 """In what torch says where another process is gone."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Faults of the disk, whose error may name no file."""
 GRACE_SECONDS = 20
 NEWLINE = "\n"
 
@@ -42,13 +43,12 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         return _lost(error.__cause__ or error, run, checkpoint_at_start)
     if isinstance(error, UserError):
         return error
-    frames = traceback.extract_tb(error.__traceback__)
-    reading = isinstance(error, ConnectionError) and any("torch/utils/data" in frame.filename for frame in frames)
-    if reading or re.search("DataLoader worker|Pin memory thread", words):
+    if a_reader_ended(error):
         said = f"a process that reads pictures ended ({words.partition(NEWLINE)[0]}): where memory ran out"
         return UserError(_how_to_continue(f"{said}, lower --data.num_workers", run))
-    if isinstance(error, OSError):
-        return UserError(_how_to_continue(f"{run.directory}: {error}", run))
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        ours = error.errno in DISK or str(error.filename).startswith(str(run.directory))
+        return UserError(_how_to_continue(f"{run.directory}: {error}" if ours else words, run))
     if "Error(s) in loading state_dict" in words:
         reason = words.splitlines()[1].strip()
         return UserError(f"--resume {run.resumed_from}: a checkpoint of another architecture ({reason})")
@@ -80,7 +80,6 @@ def _again(said: str, run: Run) -> Interrupted:
     task = this_task()
     if not task:
         return Interrupted(_how_to_continue(said, run), RESUMABLE)
-    wandb.finish()  # SLURM ends this process soon after
     try:
         (run.directory / f".requeued-{task.job}-{task.restarts}").touch(exist_ok=False)
     except FileExistsError:

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # the imports take seconds; a signal waits until Sto
     signal.signal(signal.SIGUSR1, lambda *_: None)  # nor does it fail a job that has finished and is about to exit
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
 
+import multiprocessing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ from ssl_geometry.callbacks import (
     SpectrumMonitor,
     StopOnNaN,
     StopOnSignal,
+    finish_wandb,
     make_loggers,
 )
 from ssl_geometry.cli import Parser, mistake_behind, run_command
@@ -306,23 +308,29 @@ def fit(args: Sequence[str]) -> Run:
         cli = FitCLI(expand_bases([*_config_of_resumed(args), *args]))
     except ValueError as error:  # jsonargparse wraps what a constructor says
         raise mistake_behind(error) or error from None
+    exit_code = 1
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
         tested = is_overridden("test_step", cli.model, L.LightningModule)
         results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0] if tested else {}
+        speed = getattr(cli.trainer.progress_bar_callback, "images_per_second", None)
+        rate = {"images_per_second": round(speed, 1)} if speed else {}
+        cli.run.note(status="finished", results=results, **rate)
+        exit_code = 0
     except BaseException as error:
         with suppress(OSError):
             cli.run.note(status="stopped")
-        explained = explain(error, cli.run, cli.trainer, cli.checkpoint_at_start)
+        explained = explain(cli.stop_on_signal.stopped or error, cli.run, cli.trainer, cli.checkpoint_at_start)
+        exit_code = getattr(explained, "code", exit_code)
         if explained is error:
             raise
         raise explained from error
     finally:
+        for worker in multiprocessing.active_children():  # torch waits five seconds for each that nobody has ended
+            worker.terminate()
+        finish_wandb(exit_code)  # last: a server that is away must not keep a job from the queue
         cli.stop_on_signal.restore()
         cli.run.release()
-    speed = getattr(cli.trainer.progress_bar_callback, "images_per_second", None)
-    rate = {"images_per_second": round(speed, 1)} if speed else {}
-    cli.run.note(status="finished", results=results, **rate)
     print_summary(cli.run, cli.trainer, results)
     return cli.run
 
@@ -370,4 +378,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while it exits, Python puts the system's handlers back

@@ -2,9 +2,9 @@
 
 from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
-from ssl_geometry.callbacks.interruption import RESUMABLE, LostProcess, StopOnSignal
+from ssl_geometry.callbacks.interruption import RESUMABLE, LostProcess, StopOnSignal, a_reader_ended
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
-from ssl_geometry.callbacks.loggers import LoggerName, make_loggers
+from ssl_geometry.callbacks.loggers import LoggerName, finish_wandb, make_loggers
 from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
 from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.callbacks.progress import FitProgress
@@ -27,5 +27,7 @@ __all__ = [
     "SpectrumMonitor",
     "StopOnNaN",
     "StopOnSignal",
+    "a_reader_ended",
+    "finish_wandb",
     "make_loggers",
 ]

@@ -1,8 +1,10 @@
 """SIGUSR1 and SIGTERM: finish the step, on all processes the same one, save, and stop."""
 
 import os
+import re
 import signal
 import threading
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_geometry.data.datamodule import Loader
 from ssl_geometry.errors import Interrupted, UserError
+from ssl_geometry.signals import SIGNALS
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 RESUMABLE = 75
 """Exit code after SIGUSR1 where no one put the job back into the queue: EX_TEMPFAIL, run it again."""
 TERMINATED = 128 + signal.SIGTERM
@@ -33,6 +36,9 @@ class StopOnSignal(L.Callback):
     after the same step. That reduction also fails within seconds where a process has died, so that the others do not
     hang. Lightning's own exchange, a broadcast that the host waits for in every step, is switched off.
 
+    It saves before the next step begins: by then the figures of the last one are logged, and so no checkpoint is ahead
+    of the records.
+
     Args:
         checkpoint: where to save.
     """
@@ -40,6 +46,8 @@ class StopOnSignal(L.Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.signal = 0
+        self.stopped: Interrupted | None = None
+        """Set where the run ended by something else after a signal: what to say instead."""
         self._process = os.getpid()
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self._group: Any = None
@@ -76,19 +84,36 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if a process was told to stop before this step; gradients that are summed up are no step yet."""
+        """Look whether a process was told to stop before this step; gradients that are summed up are no step yet."""
         self._told = self._told or self._agreed()
-        stepped = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self._told and stepped:
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stopping = self._told
-            if not trainer.is_last_batch:  # else the epoch is measured first; its own checkpoint follows
-                trainer.save_checkpoint(self.checkpoint)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop once the step's figures are logged, and where the step was an epoch's last, the epoch is measured."""
+        """Save and stop; where the step was an epoch's last, the epoch is measured and its own checkpoint written."""
+        if self._stopping and batch_idx:
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            progress.is_last_batch = False  # of the batch that is there and not trained on, as all that follows
+            for counted in (progress.total, progress.current):
+                counted.ready -= 1
+            trainer.train_dataloader.give_back()  # type: ignore[union-attr]
+            trainer.save_checkpoint(self.checkpoint)
         self._stop_if_told()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A data worker that ends after a signal ends the run as the signal would; saved, if that was between steps."""
+        told = self._stopping or self.signal
+        if not told or not a_reader_ended(exception):
+            return
+        self.stopped = _stop(told)
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        waiting = any(frame.name == Loader._batches.__name__ for frame in traceback.extract_tb(exception.__traceback__))
+        between = trainer.training and progress.current.completed == progress.current.ready > 0
+        stepped = progress.current.ready % trainer.accumulate_grad_batches == 0 and not progress.is_last_batch
+        if waiting and between and stepped and (self._stopping or trainer.world_size == 1):
+            trainer.save_checkpoint(self.checkpoint)
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop; training is over, and its last checkpoint is there."""
@@ -111,5 +136,16 @@ class StopOnSignal(L.Callback):
 
     def _stop_if_told(self) -> None:
         if self._stopping:
-            name = signal.Signals(self._stopping).name
-            raise Interrupted(f"stopped by {name}", RESUMABLE if self._stopping == signal.SIGUSR1 else TERMINATED)
+            raise _stop(self._stopping)
+
+
+def _stop(number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"stopped by {name}", RESUMABLE if number == signal.SIGUSR1 else TERMINATED)
+
+
+def a_reader_ended(error: BaseException) -> bool:
+    """Whether an error says that a data worker has ended."""
+    frames = traceback.extract_tb(error.__traceback__)
+    reading = isinstance(error, ConnectionError) and any("torch/utils/data" in frame.filename for frame in frames)
+    return reading or bool(re.search("DataLoader worker|Pin memory thread", str(error)))

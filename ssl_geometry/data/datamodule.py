@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_geometry.data.datasets import FIXED, Images, load, stratified, torchvision_class
 from ssl_geometry.errors import UserError
+from ssl_geometry.signals import obey_the_parent_alone, withheld
 
 Batch = dict[str, Tensor]
 
@@ -149,6 +150,7 @@ class Loader:
                 batch_sampler=plan,
                 num_workers=num_workers,
                 collate_fn=_as_it_is,
+                worker_init_fn=obey_the_parent_alone,
                 pin_memory=pin_memory,
                 persistent_workers=keep_workers and num_workers > 0,
                 generator=torch.Generator(),  # else each epoch draws its workers' seed from the global generator
@@ -171,7 +173,9 @@ class Loader:
             for part in plan.slices[plan.start :]:
                 yield self.images[rows[part]]
         else:
-            for batch in self._reader:
+            with withheld():  # the workers, which start here, keep it so
+                batches = iter(self._reader)
+            for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
@@ -179,6 +183,10 @@ class Loader:
     def state_dict(self) -> dict[str, int]:
         """Epoch, and batches of it that were given."""
         return self._position
+
+    def give_back(self) -> None:
+        """The batch given last was not trained on."""
+        self._position = {**self._position, "batch": self._position["batch"] - 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin that epoch after the batches that were given; other epochs begin at their first."""

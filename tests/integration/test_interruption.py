@@ -4,14 +4,18 @@ Runs live in processes forked from a server that has imported everything, so tha
 """
 
 import atexit
+import inspect
 import json
 import multiprocessing as mp
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,10 @@ import lightning as L
 import pandas as pd
 import pytest
 import torch
-import wandb
 from torch import nn
 
+from ssl_geometry.data.datamodule import BatchPlan, Loader, every_nth
+from ssl_geometry.data.datasets import Images
 from ssl_geometry.fit import main
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.records import read_records, wandb_files
@@ -69,12 +74,10 @@ def _run(args: list[str], output: str, prepare: Callable[[], None] | None) -> No
     os.dup2(file, 2)
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server
     if prepare is not None:
         prepare()
-    try:
-        main(args)
-    finally:
-        wandb.finish()  # a forked process does not run what is left for the end
+    main(args)
 
 
 def start(args: list[str], output: Path, prepare: Callable[[], None] | None = None) -> Any:
@@ -197,6 +200,11 @@ class SignalAt(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
+def at(name: str, step: int, number: int) -> str:
+    callback = {"class_path": f"{__name__}.{name}", "init_args": {"step": step, "number": int(number)}}
+    return f"--trainer.callbacks={json.dumps([callback])}"
+
+
 @pytest.mark.parametrize("step", [0, 5, 7], ids=["first step", "mid epoch", "last step of an epoch"])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(tmp_path: Path, undisturbed: Path, step: int, number: int) -> None:
@@ -245,11 +253,172 @@ def test_a_signal_before_the_command_listens_is_not_lost(tmp_path: Path) -> None
     command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "early", "--cka.every_n_epochs=0")]
     environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(1)  # it imports for some seconds
+    while not _withheld(process.pid) & {signal.SIGUSR1}:  # from then on it imports for some seconds
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     assert "stopped by SIGUSR1" in process.communicate(timeout=120)[1]
     assert process.returncode == 75
     assert read_checkpoint(tmp_path / "e" / "early" / "checkpoints" / "last.ckpt", "")["global_step"] == 1
+
+
+def _withheld(pid: int) -> set[int]:
+    """The signals that a process keeps waiting."""
+    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return {number for number in signal.valid_signals() if int(mask, 16) >> (number - 1) & 1}
+
+
+def test_what_is_replaced_in_lightning_is_there() -> None:
+    """Its own handling of signals is switched off by private names, which a new version may change unseen."""
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert callable(trainer._signal_connector.register_signal_handlers)
+    assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    assert "register_signal_handlers()" in inspect.getsource(L.Trainer._run)
+    assert "_broadcast_sigterm_tensor()" in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
+    assert {"is_last_batch", "total", "current"} <= set(vars(trainer.fit_loop.epoch_loop.batch_progress))
+
+
+class NaNAndSignal(SignalAt):
+    """A step spoils the weights; the signal comes before anyone has seen it."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.step + 1:
+            with torch.no_grad():
+                next(pl_module.parameters()).fill_(torch.nan)
+
+
+def test_a_signal_does_not_save_weights_that_are_spoilt(tmp_path: Path) -> None:
+    args = options(tmp_path, "nan", "--cka.every_n_epochs=0", "--trainer.log_every_n_steps=100")
+    assert finish(start([*args, at("NaNAndSignal", 5, signal.SIGUSR1)], tmp_path / "out")) == 2
+    said = (tmp_path / "out").read_text()
+    last = tmp_path / "e" / "nan" / "checkpoints" / "last.ckpt"
+    assert "the loss became NaN or infinite in epoch 2 (by step 6)" in said
+    assert f"the last good checkpoint is kept ({last})" in said
+    checkpoint = read_checkpoint(last, "")
+    assert checkpoint["global_step"] == 4
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_killed_once_it_has_saved_after_a_signal(tmp_path: Path, undisturbed: Path) -> None:
+    """The checkpoint is not ahead of the records: the figures of its last step are there."""
+    args = options(tmp_path, "told", *MONITORS, "--loggers=[wandb]")
+    prepare = partial(_signal_at, "ssl_geometry.errors.Interrupted.__init__", 1, signal.SIGKILL)
+    assert finish(start([*args, at("SignalAt", 5, signal.SIGUSR1)], tmp_path / "out", prepare)) == -signal.SIGKILL
+    run = tmp_path / "e" / "told"
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt", "")["global_step"] == 6
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+    assert sorted(numbers(run)) == sorted(numbers(undisturbed))
+
+
+WORKERS = ["--data.storage=workers", "--data.num_workers=1"]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, and these theirs."""
+    found = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return [*found, *(grandchild for child in found for grandchild in children(child))]
+
+
+class SignalToAllAt(SignalAt):
+    """As SLURM does it: every process of the job gets the signal."""
+
+    def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            started = children(os.getpid())
+            commands = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in started]
+            assert {"pt_data_worker", "wandb-core"} <= set(commands), commands
+            Path(trainer.default_root_dir, "started").write_text(" ".join(map(str, started)))
+            subprocess.run(["kill", f"-{self.number}", *map(str, started), str(os.getpid())], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_all_processes(tmp_path: Path, undisturbed: Path, number: int) -> None:
+    """Data workers and W&B's process go on until the run has saved, and end with it."""
+    args = options(tmp_path, "told", *MONITORS, *WORKERS, "--loggers=[wandb]")
+    code = finish(start([*args, at("SignalToAllAt", 5, number)], tmp_path / "out"))
+    said, run = (tmp_path / "out").read_text(), tmp_path / "e" / "told"
+    assert code == {signal.SIGUSR1: 75, signal.SIGTERM: 143}[number], said  # type: ignore[index]
+    assert "Traceback" not in said
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt", "")["global_step"] == 6
+    assert_gone(map(int, (run / "started").read_text().split()))
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+    assert sorted(numbers(run)) == sorted(numbers(undisturbed))
+
+
+def assert_gone(processes: Iterable[int], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    for pid in processes:
+        while is_alive(pid):
+            assert time.monotonic() < end, f"process {pid} is left"
+            time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, that has not ended unnoticed by its parent."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+class LoseWorkerAt(SignalAt):
+    """A data worker hangs; the signal comes, and then the worker is killed while it is waited for."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self.step:
+            worker = trainer.train_dataloader._reader._iterator._workers[0]  # type: ignore[union-attr]
+            os.kill(worker.pid or 0, signal.SIGSTOP)
+            threading.Timer(3, lambda: [os.kill(os.getpid(), self.number), worker.kill()]).start()
+
+    def on_before_backward(self, *args: Any) -> None:
+        pass
+
+
+def test_a_worker_that_is_killed_after_a_signal(tmp_path: Path, undisturbed: Path) -> None:
+    args = options(tmp_path, "told", *MONITORS, *WORKERS)
+    assert finish(start([*args, at("LoseWorkerAt", 5, signal.SIGTERM)], tmp_path / "out")) == 143
+    assert "stopped by SIGTERM" in (tmp_path / "out").read_text()
+    run = tmp_path / "e" / "told"
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt", "")["global_step"] > 5
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_worker_obeys_and_survives_nobody_but_its_parent(killed: bool) -> None:
+    here, there = PROCESSES.Pipe()
+    parent = PROCESSES.Process(target=_with_a_worker, args=(there, killed))
+    parent.start()
+    worker = here.recv()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(worker, number)
+    here.send("go on")
+    assert here.recv() == [2, 3]
+    assert finish(parent, 30) == (-signal.SIGKILL if killed else 0)
+    assert_gone([worker])
+
+
+LEFT: list[Any] = []
+
+
+def _with_a_worker(pipe: Any, killed: bool) -> None:
+    mp.set_start_method("fork", force=True)
+    images = Images(torch.arange(8), torch.zeros(8, 3, 4, 4, dtype=torch.uint8))
+    batches = iter(Loader(images, BatchPlan(torch.arange(8), every_nth(8, 2)), num_workers=1, keep_workers=True))
+    next(batches)
+    pipe.send(mp.active_children()[0].pid)
+    pipe.recv()
+    time.sleep(1)
+    pipe.send(next(batches)["label"].tolist())
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    LEFT.append(batches)  # an iterator that nobody closes
 
 
 class SignalAtExit(L.Callback):

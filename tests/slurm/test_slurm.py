@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -57,6 +58,8 @@ class Cluster:
             "MASTER_ADDR": "127.0.0.1",  # n1 and n2 are names of SLURM's alone
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
+            "WANDB_MODE": "offline",
+            "WANDB_SILENT": "true",
         }
 
     def __call__(self, *command: str) -> str:
@@ -105,6 +108,15 @@ def options(runs: Path, *more: str, epochs: int = 12) -> list[str]:
     model = "--model=ssl_geometry.methods.SimCLR"
     fast = ["--trainer.check_val_every_n_epoch=100", "--probes.every_n_epochs=6", "--cka.every_n_epochs=3"]
     return [model, *SMALL, *fast, f"--runs={runs}", "--experiment=e", f"--trainer.max_epochs={epochs}", *more]
+
+
+def _environments() -> dict[int, set[bytes]]:
+    """The variables of all processes."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found[int(process.name)] = set((process / "environ").read_bytes().split(b"\0"))
+    return found
 
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
@@ -166,30 +178,35 @@ def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
+    """SLURM signals every process: those that train, those that read pictures for them, and W&B's."""
     runs = cluster.directory / "cancel"
-    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, slow(0.4)))
+    more = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]", slow(0.4)]
+    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, *more))
     cluster.said(job, "epoch 2/")
     cluster("scancel", job)
     facts = cluster.ended(job, 60)
     assert facts["JobState"] == "CANCELLED"
     cluster.said(job, "stopped by SIGTERM", 30)
-    checkpoint = read_checkpoint(runs / "e" / f"slurm-{job}" / "checkpoints" / "last.ckpt", "")
-    assert checkpoint["global_step"] >= 8
+    cluster.said(job, "task 0: Exited with exit code 143", 60)
+    said = cluster.output(job)
+    assert "Traceback" not in said
+    assert not re.search("^error: ", said, re.MULTILINE), said
+    run = runs / "e" / f"slurm-{job}"
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt", "")
+    assert checkpoint["global_step"] > 8, "beyond the checkpoint of the second epoch"
+    assert losses(run).index.tolist() == list(range(checkpoint["global_step"]))
     time.sleep(8)
     assert cluster.facts(job)["Restarts"] == "0"
+    assert not [process for process, given in _environments().items() if f"SLURM_JOB_ID={job}".encode() in given]
 
 
 def test_a_node_dies_and_the_job_goes_on(cluster: Cluster, undisturbed: Path) -> None:
     runs = cluster.directory / "node"
     job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, slow(0.3)))
     cluster.said(job, "epoch 3/")
-    for process in Path("/proc").glob("[0-9]*"):  # all that runs on n2, at once
-        try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if {b"SLURMD_NODENAME=n2", f"SLURM_JOB_ID={job}".encode()} <= set(environment):
-            os.kill(int(process.name), signal.SIGKILL)
+    for process, environment in _environments().items():  # all that runs on n2, at once
+        if {b"SLURMD_NODENAME=n2", f"SLURM_JOB_ID={job}".encode()} <= environment:
+            os.kill(process, signal.SIGKILL)
     os.kill(int((cluster.directory / "slurmd.n2.pid").read_text()), signal.SIGKILL)
     try:
         cluster.wait(job, lambda facts: facts["JobState"] == "PENDING" and facts["Restarts"] == "1", 90)
