@@ -185,9 +185,12 @@ def finish_wandb(exit_code: int) -> None:
 
 def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogger:
     """A W&B run that is the run directory's own, found again on resume; it never asks and never stops training."""
-    if run.facts.get("wandb_id") is None:  # a new run, or one that was wound back
-        run.note(wandb_id=new_id(run.directory))
-    common = {"run_dir": run.directory, **wandb_options(run.directory, config, run.facts, project)}
+    identity = run.facts.get("wandb_id")
+    if identity is None:  # a new run, or one that was wound back
+        identity = new_id(run.directory)
+        run.note(wandb_id=identity)
+    facts = {**run.facts, "wandb_id": identity}
+    common = {"run_dir": run.directory, **wandb_options(run.directory, config, facts, project)}
     os.environ.setdefault("WANDB_SILENT", "true")  # what it would print is said here, or stands in run.json
     settings = wandb.Settings(init_timeout=TIMEOUT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
     if not is_first_process():
