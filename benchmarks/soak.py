@@ -61,7 +61,8 @@ NO_CHECKPOINT = "no checkpoint was written since the start"
 
 
 def start(runs: Path, run_id: str, case: str) -> subprocess.Popen:
-    options = [*SMALL, *CASES[case], f"--runs={runs}", "--experiment=soak", f"--run_id={run_id}", "--resume=auto"]
+    model, *more = CASES[case]
+    options = [model, *SMALL, *more, f"--runs={runs}", "--experiment=soak", f"--run_id={run_id}", "--resume=auto"]
     output = open(runs / f"{run_id}.log", "a")  # noqa: SIM115
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "ssl_geometry.fit", *options]

@@ -105,7 +105,11 @@ class StopOnSignal(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A data worker that ends after a signal ends the run as the signal would; saved, if that was between steps."""
         told = self._stopping or self.signal
-        if not told or not a_reader_ended(exception):
+        if not told:
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's raises wherever it finds a dead worker, here too
+        if not a_reader_ended(exception):
             return
         self.stopped = _stop(told)
         progress = trainer.fit_loop.epoch_loop.batch_progress
