@@ -304,6 +304,7 @@ def fit(args: Sequence[str]) -> Run:
     Raises:
         UserError: a mistake in the options, the data, or a run that cannot go on.
     """
+    others = multiprocessing.active_children()
     try:
         cli = FitCLI(expand_bases([*_config_of_resumed(args), *args]))
     except ValueError as error:  # jsonargparse wraps what a constructor says
@@ -326,8 +327,9 @@ def fit(args: Sequence[str]) -> Run:
             raise
         raise explained from error
     finally:
-        for worker in multiprocessing.active_children():  # torch waits five seconds for each that nobody has ended
-            worker.terminate()
+        for process in multiprocessing.active_children():
+            if process not in others:  # a data worker: torch waits five seconds for each that nobody has ended
+                process.terminate()
         finish_wandb(exit_code)  # last: a server that is away must not keep a job from the queue
         cli.stop_on_signal.restore()
         cli.run.release()

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,13 @@ def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, capsys:
         assert f"--resume {last}" in refused(capsys, f"--resume={run.directory}", "--trainer.max_epochs=2")
     last.write_bytes(whole)
     assert fit([f"--resume={run.directory}", "--trainer.max_epochs=2"]).resumed_from == last
+
+
+def test_processes_of_the_caller_are_left_alone(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        assert pool.submit(abs, -1).result() == 1
+        fit(options(tmp_path, "a", "--data.storage=workers", "--data.num_workers=1", epochs=1))
+        assert pool.submit(abs, -2).result() == 2
 
 
 def test_a_run_wound_back_has_one_past(tmp_path: Path) -> None:
