@@ -95,7 +95,8 @@ def monitor(args: argparse.Namespace) -> None:
                 parts.append(Images(torch.arange(n) % 10, pixels))
             self.num_classes, self.class_names, self.multi_label = 10, [str(i) for i in range(10)], False
             self.num_train, self.image_shape, self._on_device = args.epoch, (3, 32, 32), True
-            self._rows = {"train": torch.arange(args.epoch), "measure": torch.arange(args.images)}
+            train, measured = torch.arange(args.epoch), torch.arange(args.images)
+            self._rows = {"train": train, "bank": train, "val": train[:0], "measure": measured, "test": measured}
             return parts[0], parts[1]
 
     torch.manual_seed(0)
