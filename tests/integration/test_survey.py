@@ -203,7 +203,7 @@ def diameter(frame: pd.DataFrame, model: str, view: str) -> float:
 class TestKnownInvariances:
     def test_an_encoder_that_ignores_colour_has_points_for_colour_manifolds(self, known: pd.DataFrame) -> None:
         assert diameter(known, "Silhouette", "color") == 0
-        assert diameter(known, "Pixels", "color") > 0.03
+        assert diameter(known, "Pixels", "color") > 0.045
         assert min(diameter(known, "Silhouette", view) for view in ("crop", "rotate", "translate")) > 0.1
 
     def test_an_encoder_that_ignores_rotation_has_narrow_rotation_manifolds(self, known: pd.DataFrame) -> None:
