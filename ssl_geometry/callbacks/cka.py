@@ -43,7 +43,7 @@ class GramVector:
 
 @dataclass
 class FixedNetwork:
-    """A network that does not move: its layers, and the Gram vectors of each batch, a row a layer."""
+    """A network that does not move: its layers, and the Gram vectors of each batch on the host, a row per layer."""
 
     name: str
     depths: dict[str, float]
@@ -51,9 +51,10 @@ class FixedNetwork:
     images: str = ""
     """Which images in which batches: a resumed run may look at others."""
 
-    def batch(self, number: int) -> dict[str, Tensor]:
-        """Layer to Gram vector, as columns of the metric are named."""
-        return {f"{self.name}/{layer}": row for layer, row in zip(self.depths, self.vectors[number], strict=True)}
+    def batch(self, number: int, device: torch.device) -> dict[str, Tensor]:
+        """Layer to Gram vector, as columns of the metric are named, on a device by one copy."""
+        rows = self.vectors[number].to(device)
+        return {f"{self.name}/{layer}": row for layer, row in zip(self.depths, rows, strict=True)}
 
 
 class CKAMonitor(Monitor):
@@ -133,7 +134,7 @@ class CKAMonitor(Monitor):
             self.fixed["init"].vectors[batch_number] = torch.stack(list(rows.values())).cpu()
         cols = dict(rows)
         for fixed in self.fixed.values():
-            cols |= fixed.batch(batch_number)
+            cols |= fixed.batch(batch_number, batch["index"].device)
         self._metric.update(rows, cols, batch=batch_number)
         self._images += len(batch["index"])
 

@@ -148,6 +148,17 @@ def _measure_and_fail(net: nn.Module) -> None:
     raise RuntimeError
 
 
+def test_gram_vectors_kept_on_the_host_meet_the_network_where_it_is(tmp_path: Path) -> None:
+    monitor = CKAMonitor(layers=["stages"])
+    run(tmp_path, [monitor])
+    kept, request = monitor.fixed["init"], monitor._request
+    there = {layer: torch.empty(len(kept.vectors[0][0]), device="meta") for layer in request.layers}
+    monitor._metric.to("meta")
+    monitor._images = monitor._images.to("meta")
+    monitor.update(0, {request: there}, {"index": torch.empty(40, device="meta")})
+    assert monitor._metric.cross.is_meta
+
+
 class HostReads(TorchDispatchMode):
     """Notes operations that make the host wait for a device."""
 
