@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import wandb
-from lightly.loss import NTXentLoss
 from rich.console import Console
 from torch import Tensor, nn
 
 from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
 from ssl_geometry.slurm import this_task
@@ -190,7 +190,8 @@ def _numbers(rank: int, world_size: int) -> list[list[float]]:
         net = SyncBatchNormOnCPU().apply(net)
     share = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
     views = torch.cat([images[:12][share], images[12:][share]])
-    loss = NTXentLoss(gather_distributed=True)(*net(views).chunk(2))
+    first, second = net(views).chunk(2)
+    loss = nt_xent(first, second, temperature=0.5)
     loss.backward()
     averaged: list[Tensor] = [loss.detach().clone(), *(p.grad for p in net.parameters() if p.grad is not None)]
     if world_size > 1:

@@ -13,12 +13,12 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64, UInt8
-from lightly.utils.lars import LARS
 from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
+from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone
 

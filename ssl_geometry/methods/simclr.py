@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import Tensor
 
 from ssl_geometry.data.views import Augment
+from ssl_geometry.errors import UserError
 from ssl_geometry.methods.base import Batch, Method, Optimizer
+from ssl_geometry.methods.nt_xent import nt_xent
 
 
 class SimCLR(Method):
@@ -16,7 +17,7 @@ class SimCLR(Method):
     Negatives come from every process, with gradients through the gather.
 
     Args:
-        temperature: tau of the NT-Xent loss.
+        temperature: tau of the NT-Xent loss, above 0.
         hidden_dim: width of the projection head; None is the width of the backbone's features.
         output_dim: dimension of the unit vectors that the loss compares.
         augment: how both views are made.
@@ -43,8 +44,11 @@ class SimCLR(Method):
     ) -> None:
         super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
         self.head = SimCLRProjectionHead(self.num_features, hidden_dim or self.num_features, output_dim)
-        self.criterion = NTXentLoss(temperature, gather_distributed=True)
+        if not temperature > 0:
+            raise UserError(f"--model.temperature {temperature}: expected a number above 0")
+        self.temperature = temperature
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         """NT-Xent between the projections of the two views."""
-        return self.criterion(*outputs)
+        first, second = outputs
+        return nt_xent(first, second, self.temperature)

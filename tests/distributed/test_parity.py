@@ -159,16 +159,18 @@ def test_online_probes(ranks: Ranks) -> None:
             torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
 
 
-def loss_and_gradient(rank: int, world_size: int, method: str) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(rank: int, world_size: int, method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The loss averaged over ranks, and the gradient of the images' outputs as DDP would give it to shared weights."""
     generator = torch.Generator().manual_seed(2)
-    images, weights = torch.randn(2, 12, 6, generator=generator), torch.randn(6, 10, generator=generator)
+    images = torch.randn(2, 12, 6, generator=generator, dtype=dtype)
+    weights = torch.randn(6, 10, generator=generator, dtype=dtype)
     labels = torch.randint(10, (12,), generator=generator)
     share = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
     weights.requires_grad_(True)
     outputs = images[:, share] @ weights
     if method == "simclr":
-        loss = SimCLR(backbone="resnet10", width=0.25).loss(tuple(outputs), {})  # type: ignore[typeddict-item]
+        simclr = SimCLR(backbone="resnet10", width=0.25, temperature=0.1)
+        loss = simclr.loss(tuple(outputs), {})  # type: ignore[typeddict-item]
     else:
         supervised = Supervised(backbone="resnet10", width=0.25)
         supervised.log_mean = lambda *args: None  # type: ignore[method-assign,assignment]
@@ -183,13 +185,14 @@ def loss_and_gradient(rank: int, world_size: int, method: str) -> tuple[Tensor, 
     return value, gradient
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("method", ["simclr", "supervised"])
-def test_losses_and_gradients(ranks: Ranks, method: str) -> None:
-    loss, gradient = loss_and_gradient(0, 1, method)
+def test_losses_and_gradients(ranks: Ranks, method: str, dtype: torch.dtype, tolerance: float) -> None:
+    loss, gradient = loss_and_gradient(0, 1, method, dtype)
     assert gradient.abs().max() > 1e-3
-    for got_loss, got_gradient in ranks(loss_and_gradient, method):
-        torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(got_gradient, gradient, rtol=1e-4, atol=1e-6)
+    for got_loss, got_gradient in ranks(loss_and_gradient, method, dtype):
+        torch.testing.assert_close(got_loss, loss, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got_gradient, gradient, rtol=10 * tolerance, atol=tolerance)
 
 
 def batch_norm(rank: int, world_size: int, dims: int, affine: bool) -> list[Tensor]:
