@@ -2,6 +2,7 @@
 
     python benchmarks/probes.py                    # 17 layers x 10 strengths, 10,000 images x 512 features, 10 classes
     python benchmarks/probes.py --part online      # ResNet-18, 17 layers x 8 classifiers, step by step in turn
+    python benchmarks/probes.py --part ridge --widths 512 1024 2048   # Cholesky beside eigenvalues, in turn
 
 Features are like those of a network: class means in a few directions, a spectrum that decays like 1/i, and more class
 structure from layer to layer. scikit-learn runs its lbfgs with the loosest of a few tolerances that reaches the optimum
@@ -12,6 +13,7 @@ import argparse
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ssl_geometry.callbacks.measure import pooled
 from ssl_geometry.callbacks.probes import layer_widths
-from ssl_geometry.geometry.probes import logistic_regression, one_hot, ridge, ridge_sums
+from ssl_geometry.geometry.probes import L2, logistic_regression, one_hot, ridge, ridge_sums
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import Taps, layer_names
@@ -102,6 +104,39 @@ def converged(args: argparse.Namespace) -> None:
     print(f"\nLargest entry of any gradient: {worst:.1e}; ours over reading once: {ours_seconds / reading:.0f}")
 
 
+def by_eigenvalues(sums: Tensor, l2: Sequence[float]) -> Tensor:
+    """Ridge regression of standardised features at every strength from one decomposition, float64."""
+    width = len(sums) - 1
+    n = sums[-1, width]
+    covariance, cross = sums[:-1, :width] / n, sums[:-1, width + 1 :] / n
+    scale = covariance.diagonal().rsqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
+    shrinkage = values[:, None] + torch.tensor(l2, dtype=torch.float64)[:, None, None]
+    return scale[:, None] * (vectors @ (vectors.T @ (scale[:, None] * cross) / shrinkage))
+
+
+def regressions(args: argparse.Namespace) -> None:
+    print(f"float64, {args.classes} classes, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds\n")
+    print("| features | strengths | eigenvalues, s | Cholesky, s | ratio (median, range) | weights differ, relative |")
+    print("|---|---|---|---|---|---|")
+    for width in args.widths:
+        x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0))
+        sums = ridge_sums(x, one_hot(torch.arange(len(x)) % args.classes, args.classes))
+        for l2 in (L2, L2[:1]):  # a probe solves both: to choose, and again on all images
+            times = []
+            for _ in range(args.rounds):
+                started = time.perf_counter()
+                reference = by_eigenvalues(sums, l2)
+                middle = time.perf_counter()
+                found = ridge(sums, l2).weight
+                times.append((middle - started, time.perf_counter() - middle))
+            gap = ((found - reference).abs().amax((1, 2)) / reference.abs().amax((1, 2))).max()
+            slow, fast = (statistics.median(values) for values in zip(*times, strict=True))
+            ratios = [a / b for a, b in times]
+            ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})"
+            print(f"| {width:,} | {len(l2)} | {slow:.3f} | {fast:.3f} | {ratio} | {float(gap):.0e} |", flush=True)
+
+
 def online(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     method = SimCLR(
@@ -151,7 +186,7 @@ def online(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="converged", choices=["converged", "online"])
+    parser.add_argument("--part", default="converged", choices=["converged", "online", "ridge"])
     parser.add_argument("--layers", type=int, default=17)
     parser.add_argument("--strengths", type=int, default=10)
     parser.add_argument("--images", type=int, default=10_000)
@@ -163,13 +198,14 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0, help="online: of the ResNet-18")
     parser.add_argument("--batch", type=int, default=128, help="online: images in a step, two views each")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], help="ridge: features")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.classes < 3:
         parser.error(f"--classes {args.classes}: expected three at least")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="sklearn")
-    {"converged": converged, "online": online}[args.part](args)
+    {"converged": converged, "online": online, "ridge": regressions}[args.part](args)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,10 @@ def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int
                 [1., 0.]])
     """
     check_labels(labels, num_classes)
+    return _targets(labels, num_classes)
+
+
+def _targets(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
     if labels.ndim == 2:
         return labels.float()
     return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1)
@@ -167,14 +171,17 @@ def accuracies(
     check_labels(labels, scores.shape[1])
     if broken := int(scores.isnan().any(1).sum()):
         raise ValueError(f"scores of {broken} of {len(scores)} images are not numbers")
-    if labels.ndim == 1:
-        right = (scores.argmax(1) == labels).double()
-        number = torch.bincount(labels, minlength=scores.shape[1])
-        by_class = torch.zeros(len(number), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
-        return {"top1": right.mean(), "mean_per_class": (by_class / number)[number > 0].mean()}
+    if labels.ndim == 2:
+        return {"mAP": _mean_average_precision(scores, labels)}
+    right = (scores.argmax(1) == labels).double()
+    number = torch.bincount(labels, minlength=scores.shape[1])
+    by_class = torch.zeros(len(number), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
+    return {"top1": right.mean(), "mean_per_class": (by_class / number)[number > 0].mean()}
+
+
+def _mean_average_precision(scores: Float[Tensor, "N C"], labels: Int64[Tensor, "N C"]) -> Float[Tensor, ""]:
     pairs = zip(scores.unbind(1), labels.unbind(1), strict=True)
-    areas = torch.stack([_average_precision(column, truth) for column, truth in pairs])
-    return {"mAP": areas.nanmean()}
+    return torch.stack([_average_precision(column, truth) for column, truth in pairs]).nanmean()
 
 
 def _average_precision(scores: Float[Tensor, " N"], labels: Int64[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -244,7 +251,7 @@ def merge_sums(parts: Float[Tensor, "P D+1 D+1+C"]) -> Float[Tensor, "D+1 D+1+C"
 
 
 def ridge(sums: Float[Tensor, "D+1 D+1+C"], l2: Sequence[float] = L2) -> LinearProbe:
-    """Minimise (1/N) |y - x W - b|^2 + l2 |W|^2 on standardised features, in closed form for all strengths at once.
+    """Minimise (1/N) |y - x W - b|^2 + l2 |W|^2 on standardised features, in closed form.
 
     Args:
         sums: of the images, as of :func:`ridge_sums`.
@@ -268,32 +275,63 @@ def ridge(sums: Float[Tensor, "D+1 D+1+C"], l2: Sequence[float] = L2) -> LinearP
     _check_strengths(l2, zero=True)
     width = len(sums) - 1
     n = sums[-1, width]
-    if not bool(sums.isfinite().all()):
+    finite, some = torch.stack([sums.isfinite().all(), n > 0]).tolist()
+    if not finite:
         raise ValueError("ridge regression: features or targets are not finite")
-    if not bool(n > 0):
+    if not some:
         raise ValueError("ridge regression of no image: give some")
     mean, target_mean = sums[-1, :width], sums[-1, width + 1 :]
     covariance, cross = sums[:-1, :width] / n, sums[:-1, width + 1 :] / n
     variance = covariance.diagonal()
     varies = _varies(variance, mean)
     scale = torch.where(varies, variance.rsqrt(), 0)
-    values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
-    lost = values <= width * torch.finfo(torch.float64).eps * values[-1:]
-    if 0 in l2 and int(lost.sum()) > int((~varies).sum()):
-        raise ValueError(f"l2 0: {int(varies.sum())} features of {int(n)} images are collinear; set it above 0")
+    correlation, aim = scale[:, None] * covariance * scale, scale[:, None] * cross
     strengths = torch.tensor(l2, dtype=torch.float64, device=sums.device)
-    projected = vectors.T @ (scale[:, None] * cross)
-    shrinkage = values.clamp_min(0)[:, None] + strengths[:, None, None]
-    shrunk = projected / torch.where(lost[:, None] & (strengths[:, None, None] == 0), torch.inf, shrinkage)
-    standard = vectors @ shrunk  # (S, D, C), of standardised features
+    solved, dependent = _penalised(correlation, aim, l2)
+    if 0 in l2 and dependent > int((~varies).sum()):
+        raise ValueError(f"l2 0: {int(varies.sum())} features of {int(n)} images are collinear; set it above 0")
+    standard = torch.stack([solved[strength] for strength in l2])  # (S, D, C), of standardised features
     weight = scale[:, None] * standard
     bias = target_mean - mean @ weight
-    correlation, aim = scale[:, None] * covariance * scale, scale[:, None] * cross
-    gradient = 2 * (correlation @ standard + strengths[:, None, None] * standard - aim)
+    columns = standard.permute(1, 0, 2)  # one product for all strengths
+    product = (correlation @ columns.flatten(1)).view_as(columns).permute(1, 0, 2)
+    gradient = 2 * (product + strengths[:, None, None] * standard - aim)
     # |y|^2 is not among the sums: of one-hot targets it is their sum. The objective is reported up to that constant.
-    fit = (standard * (correlation @ standard - 2 * aim)).sum((1, 2))
+    fit = (standard * (product - 2 * aim)).sum((1, 2))
     objective = fit + strengths * standard.square().sum((1, 2))
     return LinearProbe(weight, bias, strengths, objective, gradient.abs().amax((1, 2)))
+
+
+def _penalised(
+    correlation: Float[Tensor, "D D"], aim: Float[Tensor, "D C"], l2: Sequence[float]
+) -> tuple[dict[float, Float[Tensor, "D C"]], int]:
+    """(correlation + l2)^-1 aim for each strength; and, where eigenvalues were computed, how many of them are zero.
+
+    A matrix of unit diagonal whose smallest eigenvalue is above D (D + 1) eps has a Cholesky factor in spite of
+    rounding (Demmel 1989): strengths above that are solved by one, each in the memory of one matrix and without a wait
+    of the host. Weaker ones, 0 among them, are solved by the eigenvalues of the correlation.
+    """
+    width, eps = len(correlation), torch.finfo(torch.float64).eps
+    solved, failed = {}, []
+    for strength in l2:
+        if strength > width * (width + 1) * eps:
+            matrix = correlation.clone()
+            matrix.diagonal().add_(strength)
+            root, failure = torch.linalg.cholesky_ex(matrix)
+            solved[strength] = torch.cholesky_solve(aim, root)
+            failed.append(failure)
+    if failed and bool(torch.stack(failed).any()):  # not the sums of any features
+        solved.clear()
+    if len(solved) == len(set(l2)):
+        return solved, 0
+    values, vectors = torch.linalg.eigh(correlation)
+    lost = values <= width * eps * values[-1:]
+    projected = vectors.T @ aim
+    for strength in l2:
+        if strength not in solved:
+            shrinkage = torch.where(lost, torch.inf, values) if strength == 0 else values.clamp_min(0) + strength
+            solved[strength] = vectors @ (projected / shrinkage[:, None])
+    return solved, int(lost.sum())
 
 
 def ridge_probe(
@@ -345,7 +383,7 @@ def squared_error(
         >>> float(squared_error(torch.zeros(1, 2), torch.tensor([1])))
         1.0
     """
-    return (scores - one_hot(labels, scores.shape[1])).square().sum(1).mean()
+    return (scores - _targets(labels, scores.shape[1])).square().sum(1).mean()
 
 
 def _choose(
@@ -354,11 +392,18 @@ def _choose(
     """The strength that is right most often; the loss decides among equals, and a few held-out images leave many."""
     if not len(labels):
         raise ValueError("no held-out image chooses the strength of the penalty: give more images")
-    places = []
-    for number, strength in enumerate(probe.l2.tolist()):
+    check_labels(labels, probe.weight.shape[2])
+    found = []
+    for number in range(len(probe.l2)):
         (scores,) = probe.chosen(number).scores(features)
-        right = next(iter(accuracies(scores, labels).values())).nan_to_num(0)  # no class of these images is present
-        places.append((float(right), -float(loss(scores, labels)), strength))
+        if labels.ndim == 1:
+            right = (scores.argmax(1) == labels).double().mean()
+        else:
+            right = _mean_average_precision(scores, labels).nan_to_num(0)  # no class of these images is present
+        found.append(torch.stack([scores.isnan().any(1).sum(), right, -loss(scores, labels), probe.l2[number]]))
+    places = torch.stack(found).tolist()  # of all strengths in one read
+    if broken := int(places[0][0]):
+        raise ValueError(f"scores of {broken} of {len(labels)} images are not numbers")
     return places.index(max(places))
 
 

@@ -20,14 +20,23 @@ def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
     """
     x = features.double()
     product = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    if not product.isfinite().all():
-        return torch.full_like(product[0], torch.nan)
-    values = torch.linalg.eigvalsh(product).flip(0)
+    finite = product.isfinite().all()
+    values = torch.linalg.eigvalsh(product.where(finite, 0)).flip(0)  # which would raise
     resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
-    return torch.where(values > resolution, values, 0).sqrt()
+    return torch.where(values > resolution, values, 0).sqrt().where(finite, torch.nan)
 
 
-def _entropy_rank(values: Float[Tensor, " M"], eps: float) -> Float[Tensor, ""]:
+def entropy_rank(values: Float[Tensor, " M"], eps: float = 0.0) -> Float[Tensor, ""]:
+    """The exponential of the entropy of the shares of a spectrum: :func:`rankme` of its singular values.
+
+    Args:
+        values: singular values, or other numbers of at least 0.
+        eps: added to each share.
+
+    Example:
+        >>> round(float(entropy_rank(torch.tensor([2.0, 2.0, 0.0]))), 3)
+        2.0
+    """
     p = values / values.sum() + eps
     return torch.special.entr(p).sum().exp()
 
@@ -50,7 +59,7 @@ def rankme(features: Float[Tensor, "N D"], eps: float = 1e-7) -> Float[Tensor, "
         >>> round(float(rankme(torch.eye(8))), 3)
         8.0
     """
-    return _entropy_rank(singular_values(features), eps)
+    return entropy_rank(singular_values(features), eps)
 
 
 def covariance_eigenvalues(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
@@ -72,7 +81,16 @@ def participation_ratio(features: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
         >>> round(float(participation_ratio(torch.eye(5))), 3)  # a simplex: four equal directions
         4.0
     """
-    values = covariance_eigenvalues(features)
+    return evenness(covariance_eigenvalues(features))
+
+
+def evenness(values: Float[Tensor, " M"]) -> Float[Tensor, ""]:
+    """The square of the sum over the sum of squares: :func:`participation_ratio` of the covariance's eigenvalues.
+
+    Example:
+        >>> float(evenness(torch.tensor([2.0, 2.0, 0.0])))
+        2.0
+    """
     return values.sum().square() / values.square().sum()
 
 
@@ -103,7 +121,18 @@ def alpha_req(
         >>> round(float(alpha), 3), round(float(fit), 3)
         (1.5, 1.0)
     """
-    values = covariance_eigenvalues(features)[:last]
+    return decay(covariance_eigenvalues(features), first, last)
+
+
+def decay(values: Float[Tensor, " M"], first: int = 11, last: int = 100) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """:func:`alpha_req` of the covariance's eigenvalues, in descending order.
+
+    Example:
+        >>> alpha, fit = decay(torch.arange(1, 121).double() ** -1.5)
+        >>> round(float(alpha), 3), round(float(fit), 3)
+        (1.5, 1.0)
+    """
+    values = values[:last]
     values = values[values > 0]
     index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
     values, index = values[first - 1 :], index[first - 1 :]
@@ -155,7 +184,7 @@ def lidar(
     root, failed = torch.linalg.cholesky_ex(within)  # delta is lost beside features of very large scale
     root = root.masked_fill((failed > 0) | ~within.isfinite().all(), torch.nan)
     whitened = torch.linalg.solve_triangular(root, centered.T / n**0.5, upper=False)
-    return _entropy_rank(singular_values(whitened).square(), eps)
+    return entropy_rank(singular_values(whitened).square(), eps)
 
 
 def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:

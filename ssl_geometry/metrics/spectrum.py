@@ -10,11 +10,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.spectrum import (
     alignment,
-    alpha_req,
+    covariance_eigenvalues,
+    decay,
+    entropy_rank,
+    evenness,
     lidar,
     mean_cosine,
-    participation_ratio,
-    rankme,
+    singular_values,
     uniformity,
     view_statistics,
 )
@@ -100,11 +102,12 @@ class Spectrum(LayerFeatures):
         rows = []
         for number, width in enumerate(self.widths.values()):
             features = self._features(number, order)
-            alpha, fit = alpha_req(features)
+            values, variances = singular_values(features), covariance_eigenvalues(features)  # decomposed once each
+            alpha, fit = decay(variances)
             row = {
-                "rankme": rankme(features),
-                "effective_rank": rankme(features, eps=0),
-                "participation_ratio": participation_ratio(features),
+                "rankme": entropy_rank(values, eps=1e-7),
+                "effective_rank": entropy_rank(values),
+                "participation_ratio": evenness(variances),
                 "alpha_req": alpha,
                 "alpha_req_fit": fit,
                 "uniformity": uniformity(features),

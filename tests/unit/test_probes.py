@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_geometry.geometry import probes
 from ssl_geometry.geometry.probes import (
@@ -255,6 +257,76 @@ def test_ridge_of_collinear_and_constant_features(constant: float) -> None:
     assert probe.weight[:, 10].abs().max() == 0
     single = ridge(ridge_sums(x, y), [l2 / 2 for l2 in L2])  # twice the same halves the penalty
     torch.testing.assert_close(probe.scores(more), single.scores(x), rtol=1e-6, atol=1e-6)
+
+
+HARD = {
+    "mean of 1e4": lambda x: x + 1e4,
+    "nearly collapsed": lambda x: 1 + 1e-5 * x,
+    "duplicates and a constant": lambda x: torch.cat([x, x, torch.full((len(x), 1), 0.3)], 1),
+    "inactive": lambda x: (x - 2).relu(),
+    "rank 3": lambda x: x[:, :3] @ x[:3],
+}
+
+
+@pytest.mark.parametrize("n", [400, 25], ids=["N > D", "N < D"])
+@pytest.mark.parametrize("kind", HARD)
+def test_ridge_is_scikit_learns_on_hard_features(kind: str, n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = HARD[kind](torch.randn(n + 50, 60, generator=generator))
+    (seen, unseen), y = x.split([n, 50]), one_hot(torch.arange(n) % 3, 3)
+    # A feature whose spread is below the rounding of float32 counts as constant, as in `ridge`.
+    center, deviation = seen.double().mean(0), seen.double().std(0, correction=0)
+    scale = torch.where(deviation > 2e-7 * center.abs(), deviation, torch.inf)
+    standard = [((part.double() - center) / scale).numpy() for part in (seen, unseen)]
+    probe = ridge(ridge_sums(seen, y), L2)
+    for number, l2 in enumerate(L2):
+        model = Ridge(alpha=n * l2, solver="svd").fit(standard[0], y.double().numpy())
+        np.testing.assert_allclose(probe.scores(seen)[number], model.predict(standard[0]), atol=1e-9)
+        # Along directions that no image of the bank takes, weights are the rounding of X'X over the strength.
+        np.testing.assert_allclose(
+            probe.scores(unseen)[number], model.predict(standard[1]), atol=1e-15 * 60 / l2 + 1e-9
+        )
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_strength_of_ridge_costs_eigenvalues_or_a_wait() -> None:
+    x, labels = problem(300, 20, 3, 0)
+    held = held_out(torch.arange(300))
+    sums = [ridge_sums(x[part], one_hot(labels[part], 3)) for part in (~held, held)]
+    waits = []
+    for l2 in (L2[:1], L2):
+        with Operations() as operations:
+            ridge_probe(*sums, x[held], labels[held], l2)
+        assert operations.count["_linalg_eigh"] == 0
+        assert operations.count["linalg_cholesky_ex"] == len(l2) + 1
+        waits.append(operations.count["_local_scalar_dense"])
+    assert waits[0] == waits[1]
+
+
+def test_strengths_too_weak_for_cholesky_are_solved_by_eigenvalues() -> None:
+    x, labels = problem(90, 5, 3, 3)
+    sums = ridge_sums(torch.cat([x, x[:, :1]], 1), one_hot(labels, 3))  # singular
+    with Operations() as operations:
+        weak = ridge(sums, [1e-16, 1e-3])
+    assert operations.count["_linalg_eigh"] == 1
+    assert operations.count["linalg_cholesky_ex"] == 1
+    assert weak.weight.isfinite().all()
+    assert weak.gradient_norm.max() < 1e-12
+    torch.testing.assert_close(weak.weight[1:], ridge(sums, [1e-3]).weight)
+    broken = sums.clone()
+    broken[0, 1] = broken[1, 0] = 10 * broken.diagonal()[:2].max()  # X'X of no features: not positive
+    assert ridge(broken, L2).weight.isfinite().all()
 
 
 def test_sums_of_parts_merge_to_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

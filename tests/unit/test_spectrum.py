@@ -1,5 +1,7 @@
 """Spectral numbers against closed forms, and against second implementations in NumPy and SciPy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.spectrum import (
@@ -151,6 +154,33 @@ def test_a_batch_that_does_not_fit_is_refused_whole(change: dict, message: str) 
         spectrum.update(**{**FITTING, "index": torch.arange(6, 12), **change})  # type: ignore[arg-type]
     for name, value in whole.compute().items():
         torch.testing.assert_close(spectrum.compute()[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_each_spectrum_is_computed_once_and_is_that_of_the_functions() -> None:
+    class Decompositions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.overloadpacket.__name__ == "_linalg_eigh"
+            return func(*args, **(kwargs or {}))
+
+    features, index = {"a": normal(150, 30) + 1, "b": normal(150, 5)}, torch.arange(150)
+    spectrum = Spectrum({"a": 30, "b": 5}, views=0)
+    spectrum.update(features, None, index)
+    with Decompositions() as decompositions:
+        found = spectrum.compute()
+    assert decompositions.count == 4  # of two layers, features as they are and centred
+    for number, x in enumerate(features.values()):
+        alpha, fit = alpha_req(x)
+        expected = {
+            "rankme": rankme(x),
+            "effective_rank": rankme(x, eps=0),
+            "participation_ratio": participation_ratio(x),
+            "alpha_req": alpha,
+            "alpha_req_fit": fit,
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name][number], value, rtol=1e-12, atol=0, equal_nan=True)
 
 
 def test_copies_where_none_are_compared_and_single_ones_are_refused() -> None:
