@@ -31,6 +31,7 @@ from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
 from ssl_geometry.geometry.neighbors import nearest
@@ -452,7 +453,7 @@ def compare(args: Sequence[str]) -> Path:
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: list[Network] = []
     protocols = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with memory_for_measuring(options), Progress(*columns, console=Console(stderr=True)) as progress:
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
             method.named_views = {**method.named_views, **others}

@@ -10,6 +10,7 @@ import time
 import lightning as L
 
 from ssl_geometry.callbacks import RESUMABLE, LostProcess, a_reader_ended
+from ssl_geometry.devices import less_memory, out_of_memory
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.runs import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.slurm import requeue, this_task
@@ -46,6 +47,10 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
     if a_reader_ended(error):
         said = f"a process that reads pictures ended ({words.partition(NEWLINE)[0]}): where memory ran out"
         return UserError(_how_to_continue(f"{said}, lower --data.num_workers", run))
+    if full := out_of_memory(error):
+        return UserError(
+            f"out of memory ({full}) {less_memory(error, trainer, f'continue with --resume {run.directory}')}"
+        )
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         ours = error.errno in DISK or str(error.filename).startswith(str(run.directory))
         return UserError(_how_to_continue(f"{run.directory}: {error}" if ours else words, run))

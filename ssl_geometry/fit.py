@@ -48,6 +48,7 @@ from ssl_geometry.callbacks import (
 )
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.devices import ManyDevices, check_strategy
 from ssl_geometry.endings import end_with_parent, explain
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
@@ -187,6 +188,7 @@ class FitCLI(LightningCLI):
         for option, instead in (("logger", "--loggers"), ("default_root_dir", "--runs, --experiment and --run_id")):
             if config["trainer"].get(option) is not None:
                 raise UserError(f"--trainer.{option} {config['trainer'][option]}: use {instead}")
+        check_strategy(config["trainer"].get("strategy"))
         self.settings = config
         self.run = open_run(config, config["runs"], config["experiment"], config["run_id"], self.config.resume)
         last = self.run.last_checkpoint
@@ -200,6 +202,7 @@ class FitCLI(LightningCLI):
         self.stop_on_signal = StopOnSignal(self.run.last_checkpoint)
         callbacks: list[Callback] = [
             SameStart(self.run.resumed_from is not None),
+            *([ManyDevices()] if self._takes_all_devices() else []),
             FitProgress(),  # first: its clock starts before the first measurement
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
@@ -235,6 +238,10 @@ class FitCLI(LightningCLI):
             more = trainer_options(task, trainer)
             trainer |= more | {"plugins": [*trainer["plugins"], *more["plugins"]]}
         return L.Trainer(**trainer)
+
+    def _takes_all_devices(self) -> bool:
+        """Whether nobody has said how many devices are to be used: in a SLURM job, its tasks say so."""
+        return str(self.settings["trainer"]["devices"]) in ("auto", "-1") and this_task() is None
 
     def _callbacks(self) -> list[Callback]:
         return [self._get(self.config_init, key) for key in self._parser(None).callback_keys]

@@ -38,6 +38,7 @@ from ssl_geometry.callbacks.probes import (
 from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
+from ssl_geometry.devices import out_of_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.probes import (
     L2,
@@ -731,8 +732,9 @@ def _reason(name: str, error: Exception, options: Any) -> str:
     """Why a network was not measured; an error of the program is none."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return f"--models {name}: the memory of {options.device} is full; {LESS_MEMORY}"
+    if out_of_memory(error):
+        batch = f"lower --data.eval_batch_size {options.data.eval_batch_size}"
+        return f"--models {name}: the memory of {options.device} is full; {batch}, {LESS_MEMORY}"
     if isinstance(error, ValueError):  # features or labels that no classifier can learn from
         return f"--models {name}: {error}"
     raise error

@@ -37,6 +37,7 @@ from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
 from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.prediction import group, leave_one_out, predictive_r2, rank_correlation
 from ssl_geometry.methods import Method
@@ -541,7 +542,8 @@ def survey(args: Sequence[str]) -> Path:
     known = json.loads(notes.read_text()) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=not fabric.is_global_zero)) as progress:
+    quiet = Console(stderr=True, quiet=not fabric.is_global_zero)
+    with memory_for_measuring(options), Progress(*columns, console=quiet) as progress:
         overall = progress.add_task("all models", total=len(networks))
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device

@@ -1,6 +1,7 @@
 """``python -m ssl_geometry.fit`` as a user runs it: what a run leaves, what it promises, what it says to mistakes."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import RecordsLogger
 from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.data.datamodule import DataModule
@@ -222,6 +224,7 @@ def test_a_longer_run_has_the_schedule_of_its_new_length(tmp_path: Path) -> None
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """The one line that says why, after exit code 2."""
     capsys.readouterr()
+    logging.getLogger("ssl_geometry").handlers.clear()  # what an earlier test captured is closed
     with pytest.raises(SystemExit) as exit_:
         main(args)
     assert exit_.value.code == 2
@@ -378,6 +381,62 @@ def test_a_method_is_one_file_anywhere_on_the_path(tmp_path: Path, monkeypatch: 
     assert method.hparams["strength"] == 2
     records = read_records(run.directory)
     assert "head" in set(records["layer"])
+
+
+class RunOutOfMemory(L.Callback):
+    """As a GPU whose memory is full, in the backward of a step."""
+
+    def on_before_backward(self, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …\nSee documentation")
+
+
+def _full(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_memory_that_is_full_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = f"--trainer.callbacks={__name__}.RunOutOfMemory"
+    said = refused(capsys, *options(tmp_path, "full", "--trainer.accumulate_grad_batches=2", callback))
+    assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …) in training" in said
+    for option in ("--data.batch_size 64", "--trainer.accumulate_grad_batches 4", "--trainer.precision bf16-mixed"):
+        assert option in said
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "words"),
+    [
+        ("ssl_geometry.callbacks.measure", "forward_pass", ["while measuring", "--data.eval_batch_size 100"]),
+        ("ssl_geometry.methods.base.Method", "evaluate", ["while measuring", "--data.eval_batch_size 100"]),
+        ("ssl_geometry.data.datasets.Images", "decode", ["--data.storage workers"]),
+    ],
+)
+def test_memory_that_is_full_at_other_times(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: str,
+    function: str,
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(f"{owner}.{function}", _full)
+    args = [*options(tmp_path, "full", epochs=1), "--data.eval_batch_size=100", "--trainer.check_val_every_n_epoch=1"]
+    said = refused(capsys, *args)
+    assert all(word in said for word in [*words, "DefaultCPUAllocator", f"--resume {tmp_path / 'e' / 'full'}"]), said
+    assert "--data.batch_size" not in said
+
+
+@pytest.mark.parametrize("command", [compare, survey, probe], ids=lambda module: module.__name__)
+def test_memory_that_is_full_in_commands_that_measure(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    capsys.readouterr()
+    monkeypatch.setattr("ssl_geometry.models.taps.Taps.__call__", _full)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--models", f"a={runs / 'simclr'}", f"--out={tmp_path / 'out'}", "--device=cpu"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "--data.eval_batch_size 256" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

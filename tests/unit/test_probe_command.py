@@ -262,10 +262,10 @@ def test_memory_that_a_container_or_a_job_leaves(tmp_path: Path) -> None:
 
 
 def test_why_a_network_was_not_measured() -> None:
-    options = SimpleNamespace(device="cuda:0")
+    options = SimpleNamespace(device="cuda:0", data=SimpleNamespace(eval_batch_size=256))
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("… can't allocate memory: you tried")):
         text = _reason("a", error, options)
-        assert "--models a: the memory of cuda:0 is full; set fewer images" in text
+        assert "--models a: the memory of cuda:0 is full; lower --data.eval_batch_size 256, set fewer images" in text
     assert _reason("a", ValueError("all 9 images are of class 0"), options) == "--models a: all 9 images are of class 0"
     assert _reason("a", UserError("--layers x"), options) == "--layers x"
     with pytest.raises(RuntimeError, match="else"):

@@ -1,0 +1,85 @@
+"""How much GPU memory the configurations in `configs/` ask for, derived from the tensors that autograd keeps.
+
+    python benchmarks/memory.py
+
+One step of each method is run on the CPU under bf16 autocast, with two sizes of batch; `saved_tensors_hooks` counts the
+bytes of distinct storages that the backward pass waits for, without those of parameters. The difference of the two is
+what one more view costs. To it come weights, gradients and the optimiser's states in float32. Allocator, cuDNN's
+workspaces and the views themselves are not in it: an estimate, from below.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_geometry.cli import Parser
+from ssl_geometry.fit import expand_bases
+from ssl_geometry.methods import Method
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FEW, MORE = 2, 4
+GIB = 2**30
+STATES = {"lars": 1, "sgd": 1, "adamw": 2}
+"""Tensors that an optimiser keeps for each weight."""
+
+
+def saved_bytes(method: Method, images: int, size: int) -> int:
+    """Bytes that the backward of one forward waits for, in distinct storages that are no parameters."""
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    views = torch.rand(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = method(views)
+    assert output.requires_grad  # it holds the graph, and so the storages, until here
+    return sum(seen.values())
+
+
+def bytes_a_view(method: Method, size: int) -> int:
+    """What one more view of an image costs until the backward pass."""
+    method.train()
+    few, more = (saved_bytes(method, images, size) for images in (FEW, MORE))
+    return (more - few) // (MORE - FEW)
+
+
+def options_of(config: Path) -> Any:
+    """Model and data of a configuration, as `fit` would read them."""
+    parser = Parser()
+    parser.add_argument("--config", action="config")
+    for option in ("--base", "--experiment", "--loggers"):
+        parser.add_argument(option, type=Any)
+    parser.add_subclass_arguments(Method, "model")
+    for group in ("data", "trainer", "cka", "invariance", "probes", "neighbors", "spectrum"):
+        parser.add_argument(f"--{group}", type=dict)
+    return parser.parse_args(expand_bases(["--config", str(config)]))
+
+
+def main() -> None:
+    print("| config | batch x views | MiB a view | activations, GiB | weights, gradients, optimiser, GiB | sum, GiB |")
+    print("|---|---|---|---|---|---|")
+    for config in sorted(CONFIGS.glob("*_resnet*.yaml")) + sorted(CONFIGS.glob("quickstart/s*.yaml")):
+        options = options_of(config)
+        given = vars(options.model.init_args)
+        module, _, name = options.model.class_path.rpartition(".")
+        method = getattr(__import__(module, fromlist=[name]), name)(**given)
+        each = bytes_a_view(method, given["image_size"])
+        batch = options.data["batch_size"]
+        weights = sum(parameter.numel() for parameter in nn.Module.parameters(method))
+        fixed = 4 * weights * (2 + STATES[given["optimizer"]])
+        activations = each * batch * method.num_views
+        print(
+            f"| {config.relative_to(CONFIGS)} | {batch:,} x {method.num_views} | {each / 2**20:.1f} | "
+            f"{activations / GIB:.1f} | {fixed / GIB:.2f} | {(activations + fixed) / GIB:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What a run asks of its devices: which strategies work, how many processes pay, and what to lower when memory is full.
+
+Every layer is measured whole, so each process holds the whole network: data parallelism alone is supported.
+"""
+
+import importlib
+import logging
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
+
+from ssl_geometry.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FEW_IMAGES = 32
+"""Images of a step for one process below which further GPUs cost more than they bring."""
+FEW_PIXELS = 10_000_000
+"""Pixels of the training split below which one GPU is enough: a fifth of CIFAR-10's."""
+FULL = r"out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator|can't allocate memory|bad_alloc|alloc fail"
+"""In what CUDA, cuDNN, cuBLAS, FAISS and torch on the CPU raise where memory is full."""
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse strategies that shard the network.
+
+    Args:
+        strategy: ``--trainer.strategy`` as plain data: a name, ``{class_path: ...}``, or None.
+
+    Raises:
+        UserError: FSDP, DeepSpeed, tensor parallelism, or a name that means nothing.
+
+    Example:
+        >>> check_strategy("ddp")
+        >>> check_strategy("fsdp")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: --trainer.strategy fsdp: it may split the network over the processes, ...
+    """
+    if strategy in (None, "auto"):
+        return
+    name = strategy["class_path"] if isinstance(strategy, Mapping) else str(strategy)
+    fix = "expected auto or ddp"
+    if isinstance(strategy, Mapping):
+        module, _, attribute = name.rpartition(".")
+        kind = getattr(importlib.import_module(module), attribute)
+    elif name.lower() in StrategyRegistry.available_strategies():
+        kind = StrategyRegistry[name.lower()]["strategy"]
+    else:
+        raise UserError(f"--trainer.strategy {name}: no such strategy; {fix}")
+    if not issubclass(kind, DDPStrategy | SingleDeviceStrategy) or issubclass(kind, DeepSpeedStrategy):
+        raise UserError(
+            f"--trainer.strategy {name}: it may split the network over the processes, but each must hold it whole to "
+            f"measure its layers; {fix} (for less memory per GPU: more --trainer.devices, which share each batch, or "
+            "--trainer.precision bf16-mixed)"
+        )
+
+
+class ManyDevices(L.Callback):
+    """One line where ``--trainer.devices auto`` has taken more GPUs than the training is worth."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Once the data module knows its images."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage != "fit" or data is None:
+            return
+        pixels = data.num_train * data.image_shape[-2] * data.image_shape[-1]
+        if line := too_many(trainer.world_size, trainer.num_nodes, data.batch_size, data.num_train, pixels):
+            logger.warning(line)
+
+
+def too_many(processes: int, nodes: int, batch_size: int, images: int, pixels: int) -> str:
+    """What to say where fewer processes would do as well.
+
+    Args:
+        processes: of the run.
+        nodes: that they run on.
+        batch_size: images of a step, over all processes.
+        images: of the training split.
+        pixels: of all of them.
+
+    Returns:
+        One line with the number of devices to ask for; "" where the number is fine.
+
+    Example:
+        >>> too_many(8, 1, 128, 1_617, 1_617 * 16 * 16)
+        '--trainer.devices auto takes all 8 devices, for 1,617 small training images: --trainer.devices 1 is
+        recommended'
+        >>> too_many(8, 1, 128, 50_000, 50_000 * 32 * 32)
+        '--trainer.devices auto takes all 8 devices, each with 16 of the 128 images of a step: --trainer.devices 4 is
+        recommended, with 32 each'
+        >>> too_many(8, 1, 512, 50_000, 50_000 * 32 * 32)
+        ''
+    """
+    each = processes // nodes
+    if each == 1:
+        return ""
+    taken = f"--trainer.devices auto takes all {each} devices"
+    if pixels < FEW_PIXELS:
+        return f"{taken}, for {images:,} small training images: --trainer.devices 1 is recommended"
+    if batch_size // processes >= FEW_IMAGES:
+        return ""
+    shares = {n: batch_size // (n * nodes) for n in range(1, each) if batch_size % (n * nodes) == 0}
+    better = max((n for n, share in shares.items() if share >= FEW_IMAGES), default=1)
+    return (
+        f"{taken}, each with {batch_size // processes} of the {batch_size} images of a step: "
+        f"--trainer.devices {better} is recommended, with {batch_size // (better * nodes)} each"
+    )
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What an allocator reported, in one line; "" where the error is another.
+
+    Example:
+        >>> out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory"
+        >>> out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+        ''
+    """
+    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return words
+    return words if isinstance(error, RuntimeError) and re.search(FULL, str(error)) else ""
+
+
+def less_memory(error: BaseException, trainer: L.Trainer, continued: str) -> str:
+    """What to lower where memory ran out in ``fit``.
+
+    Args:
+        error: of which :func:`out_of_memory` knows; its traceback shows what was under way.
+        trainer: of the run.
+        continued: how to go on with the run.
+
+    Returns:
+        Options with their values; those that change what is trained ask for a new run.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    frames = [(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    if ("datamodule.py", "setup") in frames:
+        return f"while the images were read: --data.storage workers leaves them on the disk; {continued}"
+    if {"measure.py", "evaluation_loop.py"} & {file for file, _ in frames}:
+        return f"while measuring: lower --data.eval_batch_size {data.eval_batch_size}; {continued}"
+    lower = (
+        f"in training: lower --data.batch_size {data.batch_size} (with --trainer.accumulate_grad_batches "
+        f"{2 * trainer.accumulate_grad_batches} half of it makes as large a step)"
+    )
+    if trainer.precision.startswith("32"):
+        lower += ", or set --trainer.precision bf16-mixed"
+    lower += ", in a new run, as these change what is trained"
+    if trainer.strategy.root_device.type == "cuda":
+        lower += f"; or share each batch among more GPUs than {trainer.world_size} (--trainer.devices) and {continued}"
+    return lower
+
+
+@contextmanager
+def memory_for_measuring(options: Any) -> Iterator[None]:
+    """Say in one line what to lower where memory runs out in ``compare``, ``probe`` or ``survey``.
+
+    Args:
+        options: of the command, with its data module.
+
+    Raises:
+        UserError: memory is full.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if words := out_of_memory(error):
+            raise UserError(f"out of memory while measuring ({words}): {less_to_measure(options)}") from error
+        raise
+
+
+def less_to_measure(options: Any) -> str:
+    """The options of a command that measures networks which need less memory, with their values."""
+    elsewhere = f", or measure on --device cpu instead of {options.device}" if options.device != "cpu" else ""
+    return f"lower --data.eval_batch_size {options.data.eval_batch_size}, or name fewer --layers{elsewhere}"

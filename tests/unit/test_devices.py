@@ -1,0 +1,143 @@
+"""Strategies that split the network, more GPUs than training is worth, and full memory."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.strategies import StrategyRegistry
+
+from ssl_geometry.devices import (
+    FEW_IMAGES,
+    FEW_PIXELS,
+    ManyDevices,
+    check_strategy,
+    memory_for_measuring,
+    out_of_memory,
+    too_many,
+)
+from ssl_geometry.errors import UserError
+from ssl_geometry.fit import main
+
+PLACE = "lightning.pytorch.strategies"
+SHARDED = [
+    "fsdp",
+    "FSDP",
+    "fsdp_cpu_offload",
+    *(name for name in StrategyRegistry.available_strategies() if name.startswith("deepspeed")),
+    {"class_path": f"{PLACE}.FSDPStrategy", "init_args": {"cpu_offload": True}},
+    {"class_path": f"{PLACE}.DeepSpeedStrategy"},
+    {"class_path": f"{PLACE}.ModelParallelStrategy", "init_args": {"tensor_parallel_size": 2}},
+    {"class_path": f"{PLACE}.fsdp.FSDPStrategy"},
+]
+WHOLE = [
+    None,
+    "auto",
+    "ddp",
+    "DDP",
+    "ddp_find_unused_parameters_true",
+    "single_device",
+    {"class_path": f"{PLACE}.DDPStrategy", "init_args": {"static_graph": True}},
+]
+
+
+def name_of(strategy: Any) -> str:
+    return strategy["class_path"].rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
+
+
+@pytest.mark.parametrize("strategy", SHARDED, ids=name_of)
+def test_strategies_that_split_the_network_are_refused(strategy: Any) -> None:
+    with pytest.raises(UserError) as error:
+        check_strategy(strategy)
+    said = str(error.value)
+    assert said.startswith(f"--trainer.strategy {strategy['class_path'] if isinstance(strategy, dict) else strategy}: ")
+    assert "expected auto or ddp" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("strategy", WHOLE, ids=name_of)
+def test_strategies_that_leave_it_whole_are_not(strategy: Any) -> None:
+    check_strategy(strategy)
+
+
+@pytest.mark.parametrize(
+    "value", ["fsdp", "deepspeed_stage_3", "fdsp", f"{PLACE}.FSDPStrategy", f"{PLACE}.ModelParallelStrategy"]
+)
+def test_fit_refuses_them_before_it_makes_a_folder(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    more = ["--data.dataset=digits", f"--runs={tmp_path / 'runs'}", f"--trainer.strategy={value}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["--model=ssl_geometry.methods.SimCLR", *more])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert f"--trainer.strategy {value}: " in line
+    assert not (tmp_path / "runs").exists()
+
+
+@given(nodes=st.integers(1, 4), each=st.integers(1, 16), share=st.integers(1, 200), images=st.integers(1, 10**6))
+def test_fewer_devices_are_recommended_only_where_they_serve(nodes: int, each: int, share: int, images: int) -> None:
+    batch = nodes * each * share
+    line = too_many(nodes * each, nodes, batch, images, images * 1024)
+    small = images * 1024 < FEW_PIXELS
+    assert bool(line) == (each > 1 and (small or share < FEW_IMAGES))
+    if line and not small:
+        better = int(line.rpartition("--trainer.devices ")[2].split()[0])
+        assert 1 <= better < each
+        assert batch % (better * nodes) == 0 or better == 1
+        assert better == 1 or batch // (better * nodes) >= FEW_IMAGES
+        for more in range(better + 1, each):
+            assert batch % (more * nodes) or batch // (more * nodes) < FEW_IMAGES, "the most that still serve"
+
+
+def test_eight_gpus_for_digits_are_not_taken_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    data = SimpleNamespace(num_train=1_617, image_shape=(3, 16, 16), batch_size=128)
+    for processes, said in ((8, 1), (1, 0)):
+        caplog.clear()
+        trainer: Any = SimpleNamespace(world_size=processes, num_nodes=1, datamodule=data)
+        ManyDevices().setup(trainer, None, "fit")  # type: ignore[arg-type]
+        ManyDevices().setup(trainer, None, "test")  # type: ignore[arg-type]
+        assert len(caplog.messages) == said
+    assert not caplog.messages or "--trainer.devices 1" in caplog.messages[0]
+
+
+FULL = [
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139 GiB\nmore"
+    ),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("Error in virtual void* faiss::gpu::StandardGpuResourcesImpl::allocMemory: alloc fail type"),
+    MemoryError(),
+    MemoryError("std::bad_alloc"),
+]
+OTHER = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 4x3)"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    ValueError("out of memory"),
+    KeyError("batch"),
+]
+
+
+def test_full_memory_is_known_by_what_allocators_raise() -> None:
+    for error in FULL:
+        said = out_of_memory(error)
+        assert said
+        assert "\n" not in said
+    assert [out_of_memory(error) for error in OTHER] == [""] * len(OTHER)
+
+
+@pytest.mark.parametrize("error", [*FULL, *OTHER], ids=lambda error: str(error)[:30])
+def test_commands_that_measure_say_what_to_lower(error: Exception) -> None:
+    options = SimpleNamespace(device="cuda", data=SimpleNamespace(eval_batch_size=256))
+    expected = UserError if error in FULL else type(error)
+    with pytest.raises(expected) as raised, memory_for_measuring(options):
+        raise error
+    if error in FULL:
+        assert "lower --data.eval_batch_size 256" in str(raised.value)
+        assert "--device cpu" in str(raised.value)
