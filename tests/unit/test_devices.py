@@ -1,10 +1,13 @@
 """Strategies that split the network, more GPUs than training is worth, and full memory."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import StrategyRegistry
@@ -19,7 +22,7 @@ from ssl_geometry.devices import (
     too_many,
 )
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import main
+from ssl_geometry.fit import expand_bases, main
 
 PLACE = "lightning.pytorch.strategies"
 SHARDED = [
@@ -101,6 +104,23 @@ def test_eight_gpus_for_digits_are_not_taken_without_a_word(caplog: pytest.LogCa
         ManyDevices().setup(trainer, None, "test")  # type: ignore[arg-type]
         assert len(caplog.messages) == said
     assert not caplog.messages or "--trainer.devices 1" in caplog.messages[0]
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    "config", [*CONFIGS.glob("*_resnet*.yaml"), *CONFIGS.glob("quickstart/s*.yaml")], ids=lambda path: path.stem
+)
+def test_configs_name_their_batch_memory_and_gpus(config: Path) -> None:
+    comment = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"\d GB \(estimate\)", comment)
+    assert "GPU" in comment
+    files = [Path(arg) for arg in expand_bases(["--config", str(config)]) if arg != "--config"]
+    (batch,) = {yaml.safe_load(file.read_text()).get("data", {}).get("batch_size") for file in files} - {None}
+    assert f"atch {batch:,}" in comment
+    devices = [yaml.safe_load(file.read_text()).get("trainer", {}).get("devices") for file in files]
+    assert (1 in devices) == ("quickstart" in config.parts)
 
 
 FULL = [
