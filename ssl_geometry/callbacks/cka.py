@@ -1,7 +1,7 @@
 """Layerwise CKA while a network trains: with itself, with its own initialisation, and with a reference.
 
 Protocol: unbiased minibatch CKA with a linear kernel on flattened activations, Gram matrices of ``gram_size``
-consecutive measurement images in a fixed order, network in evaluation mode, float32 with products summed in float64.
+measurement images in one fixed random order, network in evaluation mode, float32 with products summed in float64.
 Initialisation and reference do not move, so their Gram vectors are taken once and kept (a quarter of a MB a layer for
 2,048 images): every later moment costs one pass of one network, and all pairs of layers are one matrix product a
 batch.
@@ -63,7 +63,7 @@ class CKAMonitor(Monitor):
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these.
-        gram_size: images in a Gram matrix; the estimate is unbiased for every size, the cost grows with it.
+        gram_size: images in a Gram matrix; the cost grows with it.
         reference: a run directory or a checkpoint to compare with as well, such as the supervised twin.
     """
 
@@ -219,6 +219,7 @@ def cka_protocol(data: DataModule, gram_size: int, network: L.LightningModule, v
         {
             "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
             "gram_size": gram_size,
+            "order": "Gram matrices of consecutive images, which are in one fixed random order",
             # how batches fall into Gram matrices: no matter while they hold whole ones
             "batch": data.eval_batch_size if data.eval_batch_size % gram_size else "of whole Gram matrices",
             "network": f"evaluation mode, {network.dtype}",

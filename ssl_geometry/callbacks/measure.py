@@ -5,7 +5,7 @@ pass for all: it collects what each asks for (images, views, layers, reductions)
 view, and hands every monitor its part.
 
 The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the precision
-of training, on images in a fixed order, split over processes by whole batches. Nothing of the training changes:
+of training, on images in a fixed random order, split over processes by whole batches. Nothing of the training changes:
 modes, weights, optimiser and random number streams are left as they were found.
 """
 

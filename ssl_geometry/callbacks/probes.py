@@ -366,7 +366,7 @@ def probe_protocol(
         name: kind of classifier.
         data: whose images were seen.
         method: what was measured; its precision and its views count.
-        split: which images were classified. The measurement images are the first of the test split.
+        split: which images were classified. The measurement images are the first of its stratified order.
         options: of the classifier; they replace what is said here for most.
     """
     tested: dict[str, Any] = {"split": split, "n": len(data.loader(split).sampler.rows)}

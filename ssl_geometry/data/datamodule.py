@@ -7,7 +7,9 @@ function of (seed, epoch), and each process takes its slice. Evaluation never pa
 batches r, r + R, … of the one list.
 
 Splits: ``val_fraction`` of the training images is the validation split (stratified, by ``seed``). The test split has
-one fixed stratified order; ``limit_test`` and the measurement set take its beginning, the same in every run.
+one fixed stratified order; ``limit_test`` and the measurement set take its beginning, the same in every run. The
+measurement images then come in a fixed random order: a stratified one deals the classes out in rounds, and CKA takes
+images that follow each other for a random sample.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_geometry.data.datasets import FIXED, Images, load, stratified, torchvision_class
+from ssl_geometry.data.datasets import FIXED, Images, load, shuffled, stratified, torchvision_class
 from ssl_geometry.errors import UserError
 from ssl_geometry.signals import obey_the_parent_alone, withheld
 
@@ -378,7 +380,7 @@ class DataModule(L.LightningDataModule):
             "train": torch.arange(n_val, len(train)),
             "val": labelled[labelled < n_val],
             "test": torch.arange(len(test)),
-            "measure": torch.arange(self.measure_size),
+            "measure": shuffled(self.measure_size, FIXED, 1),
             "bank": labelled[labelled >= n_val][:BANK_SIZE],
         }
         self._on_device = self.storage == "device" or (self.storage == "auto" and self._fits(train, test))
@@ -461,18 +463,26 @@ class DataModule(L.LightningDataModule):
         Args:
             split: which images; measure is the part of the test split that measurements look at, bank the labelled
                 training images that probes learn from (at most 50,000).
-            images: the first so many of them, which hold the classes in proportion; None takes all.
+            images: the first so many of the stratified order, which hold the classes in proportion; None takes all.
             seed: shuffles them anew in each epoch (see :class:`BatchPlan`); None leaves them in their fixed order.
         """
-        n = len(self._rows[split][:images])
-        return self._loader(split, every_nth(n, self.eval_batch_size, self._rank, self._world_size), seed, images)
+        rows = self._first(split, images)
+        slices = every_nth(len(rows), self.eval_batch_size, self._rank, self._world_size)
+        return self._loader(split, slices, seed, images)
+
+    def _first(self, split: str, images: int | None) -> Int64[Tensor, " n"]:
+        """Rows of the first so many images of the split's stratified order, in the order of the split."""
+        rows = self._rows[split]
+        if images is None:
+            return rows
+        return rows[rows < images] if split == "measure" else rows[:images]
 
     def _evaluation(self, split: str) -> Loader:
         n = len(self._rows[split])
         return self._loader(split, evenly(n, self.eval_batch_size, self._rank, self._world_size))
 
     def _loader(self, split: str, slices: list[slice], seed: int | None = None, first: int | None = None) -> Loader:
-        images, plan = self._images(split), BatchPlan(self._rows[split][:first], slices, seed)
+        images, plan = self._images(split), BatchPlan(self._first(split, first), slices, seed)
         if self._on_device:
             return Loader(images, plan)
         workers = min(8, self._cores - 1) if self.num_workers is None else self.num_workers
@@ -485,7 +495,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def measure_ids(self) -> str:
-        """Hash of the measurement set: the name of the data set, the place of each image on disk, and all pixels."""
+        """Hash of the measurement images in their order: name of the data set, place of each on disk, all pixels."""
         if self._measure_ids is None:
             images, rows = self._images("measure"), self._rows["measure"]
             digest = hashlib.sha256(f"{Path(self.dataset).name} {self.image_shape}".encode())

@@ -3,7 +3,8 @@
 A layer's activations on a batch become the strict upper triangles of its U-centred Gram matrices, one small matrix
 for each ``gram_size`` consecutive images, laid end to end in one vector. With those vectors as rows, the unbiased
 HSIC of all pairs of layers is a single matrix product. Sums over batches are ratios of averages, not averages of
-ratios (Nguyen et al. 2021).
+ratios (Nguyen et al. 2021). The images of a Gram matrix must be a random sample: shuffle them first. Sorted by class,
+or dealt out evenly, they bias every sum, and with fewer images than classes class CKA is 0/0.
 
 Order of the steps, and why: the batch mean is subtracted from the features *before* the Gram matrix is formed,
 because in float32 a Gram matrix that is dominated by its mean loses what CKA measures (untrained and collapsed
@@ -72,13 +73,13 @@ def gram_vector(
 ) -> Float[Tensor, " P"]:
     """One layer's activations on a batch as the vector that enters CKA.
 
-    The batch is cut into groups of ``gram_size`` consecutive images. Each group gives the strict upper triangle of
-    its U-centred Gram matrix. A shorter last group counts with its own number of pairs; one of fewer than four
-    images is left out, because no unbiased HSIC of it exists.
+    The batch is cut into groups of ``gram_size`` consecutive images, which must come in random order. Each group gives
+    the strict upper triangle of its U-centred Gram matrix. A shorter last group counts with its own number of pairs;
+    one of fewer than four images is left out, because no unbiased HSIC of it exists.
 
     Args:
         activations: any shape with images first, computed in float32 (float64 stays float64).
-        gram_size: images in a Gram matrix. The estimate is unbiased for every size; cost grows with it.
+        gram_size: images in a Gram matrix. HSIC is unbiased for every size; cost grows with it.
         features: "flatten" over all that follows the images; "pool" (see :func:`pool`); "project" the flattened
             activations to 1,024 dimensions (see :func:`project`).
         kernel: "linear", or "rbf": exp(-d²/2s²) with s = ``bandwidth`` times the median distance in the group, over

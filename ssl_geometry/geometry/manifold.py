@@ -6,9 +6,10 @@ the directions towards them with those of a neighbouring query (1 where the mani
 semantic, the images of a class (:func:`same_class_ids`, :func:`manifold_metrics`), and augmentation, the augmented
 copies of an image (:func:`augmentation_metrics`). What is not defined for a query is NaN.
 
-The paper gives no formulas for these; the normalisation here is this project's: directions x_j - x_i are not
-re-centred, those of squared singular value below a tenth of the largest are left out, and the overlap of two
-subspaces is divided by the smaller of their dimensions. A polytope of one point has diameter 0 and no direction.
+The full text of the paper was not at hand, so its formulas are not known here; the normalisation is this project's:
+directions x_j - x_i are not re-centred, those of squared singular value below a tenth of the largest are left out, and
+the overlap of two subspaces is divided by the smaller of their dimensions. A polytope of one point has diameter 0 and
+no direction.
 """
 
 from typing import NamedTuple

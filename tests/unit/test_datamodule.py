@@ -203,9 +203,21 @@ def test_test_and_measurement_images_are_the_same_for_every_seed():
         assert indices(data.loader(split)) == indices(other.loader(split))
     whole = flat(indices(digits().loader("test")))
     assert flat(indices(data.loader("test"))) == whole[:200]
-    assert flat(indices(data.loader("measure"))) == whole[:120]
+    assert set(flat(indices(data.loader("measure")))) == set(whole[:120])
     first = next(iter(data.loader("measure")))["label"]
     assert set(first.tolist()) == set(range(10))
+
+
+def test_measurement_images_come_in_random_order_whoever_asks_for_how_many():
+    data = digits()
+    measured, stratified = flat(indices(data.loader("measure"))), flat(indices(data.loader("test")))
+    for n in (1, 40, 119):
+        assert flat(indices(data.loader("measure", n))) == [i for i in measured if i in set(stratified[:n])]
+        assert flat(indices(digits(measure_size=n).loader("measure"))) == flat(indices(data.loader("measure", n)))
+    labels = data.measure_labels
+    assert labels.tolist() == [label for batch in data.loader("measure") for label in batch["label"].tolist()]
+    # Ten classes in rounds share a class with the image before it at most where rounds meet; at random, one in ten.
+    assert 5 <= int((labels[1:] == labels[:-1]).sum()) <= 25
 
 
 def test_limits_keep_the_classes_in_proportion():

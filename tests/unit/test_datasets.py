@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from ssl_geometry.data import datasets
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.data.datasets import load, resize, stratified, to_rgb
+from ssl_geometry.data.datasets import load, resize, shuffled, stratified, to_rgb
 from ssl_geometry.errors import UserError
 
 
@@ -436,6 +436,28 @@ def test_a_stratified_order_depends_on_its_seed_alone():
     torch.manual_seed(1)
     assert torch.equal(stratified(labels, 1), first)
     assert not torch.equal(stratified(labels, 2), first)
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 2**40))
+def test_a_shuffled_order_of_fewer_is_that_of_more_with_the_others_left_out(n, fewer, seed):
+    order = shuffled(n, seed)
+    assert sorted(order.tolist()) == list(range(n))
+    assert torch.equal(order[order < fewer], shuffled(min(n, fewer), seed))
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 100, 1000])
+def test_a_shuffled_stratified_order_pairs_images_of_a_class_as_chance_does(n_classes):
+    n, size = 2048, 64
+    labels = torch.arange(n_classes).repeat(-(-10_000 // n_classes))
+    order = stratified(labels, 2101)[:n]
+    groups = labels[order[shuffled(n, 2101, 1)]].view(-1, size)
+    pairs = int((groups[:, :, None] == groups[:, None]).sum() - n) // 2
+    counts = labels[order].bincount().double()
+    chance = float((counts * (counts - 1)).sum()) / 2 * (size - 1) / (n - 1)
+    assert abs(pairs - chance) < 4 * chance**0.5
+    in_rounds = labels[order].view(-1, size)
+    rounds = int((in_rounds[:, :, None] == in_rounds[:, None]).sum() - n) // 2
+    assert rounds < chance - 4 * chance**0.5 or n_classes == 2
 
 
 def test_paths_are_kept_as_one_array_and_in_any_script(tmp_path):
