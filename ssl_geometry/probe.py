@@ -59,7 +59,7 @@ from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import BLOCK, compare_curves, save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
-from ssl_geometry.runs import load_networks, network_names
+from ssl_geometry.runs import load_networks, split_seeds
 
 EVALUATIONS = ("layers", "knn", "linear", "linear_augmented", "labels", "finetune")
 SEVERAL_CLASSES = ("layers", "labels")
@@ -604,13 +604,7 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
     Returns:
         Name to network and its completed epochs, and name to group: the name that was given, without a seed's number.
     """
-    named, groups = [], {}
-    for name, paths in network_names(options.models).items():
-        several = paths.split(",")
-        for number, path in enumerate(several):
-            seed = f"{name}-{number + 1}" if len(several) > 1 else name
-            named.append(f"{seed}={path}")
-            groups[seed] = name
+    named, groups = split_seeds(options.models)
     networks = load_networks(named)
     for seed, (_, epoch) in networks.items():
         if groups[seed] == PIXELS or (groups[seed] == UNTRAINED and epoch is not None):

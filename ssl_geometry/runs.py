@@ -487,6 +487,33 @@ def network_names(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
+def split_seeds(models: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """``NAME=RUN,RUN`` as one network per run: seeds of one recipe.
+
+    Args:
+        models: as of :func:`network_names`, a specification or several with commas between them.
+
+    Returns:
+        ``NAME=SPEC`` for each network, and for each the name that was given.
+
+    Raises:
+        UserError: as of :func:`network_names`.
+
+    Example:
+        >>> split_seeds(["simclr=runs/a,runs/b", "byol"])
+        (['simclr-1=runs/a', 'simclr-2=runs/b', 'byol=byol'],
+         {'simclr-1': 'simclr', 'simclr-2': 'simclr', 'byol': 'byol'})
+    """
+    named, given = [], {}
+    for name, specs in network_names(models).items():
+        several = specs.split(",")
+        for number, spec in enumerate(several, 1):
+            seed = f"{name}-{number}" if len(several) > 1 else name
+            named.append(f"{seed}={spec}")
+            given[seed] = name
+    return named, given
+
+
 def _name_of(spec: str) -> str:
     kind, _, rest = spec.partition(":")
     if kind in ("torchvision", "timm"):

@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
@@ -39,7 +40,14 @@ from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.geometry.prediction import group, leave_one_out, predictive_r2, rank_correlation
+from ssl_geometry.geometry.prediction import (
+    group,
+    least_p,
+    leave_one_out,
+    predictive_r2,
+    rank_correlation,
+    unit_means,
+)
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
@@ -57,7 +65,7 @@ from ssl_geometry.report.models import (
     prediction_scatter,
 )
 from ssl_geometry.report.tables import latex, markdown
-from ssl_geometry.runs import load_networks, network_names
+from ssl_geometry.runs import load_networks, network_names, split_seeds
 from ssl_geometry.slurm import this_task, trainer_options
 
 MANIFOLDS = ("semantic", *SETTINGS)
@@ -68,7 +76,7 @@ UNTRAINED = "untrained"
 LEAST_OF_A_CLASS = 3
 """Images of a class with fewer have no two neighbours, and no manifold."""
 LEAST_MODELS = 4
-"""Fewer cannot be predicted from each other."""
+"""Fewer are not mapped; fewer recipes cannot be predicted from each other."""
 PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
 
 
@@ -203,7 +211,32 @@ def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def read_targets(sources: Sequence[str], models: Mapping[str, str]) -> pd.DataFrame:
+def recipes_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -> dict[str, str]:
+    """Which models are seeds or versions of one recipe, and count once where something is predicted.
+
+    Args:
+        networks: name to network and its epochs.
+        options: of the command: ``recipes`` names those of some models, ``seeds`` the name that each was given.
+
+    Returns:
+        Model to the first model of its recipe: what ``--recipes`` says; else models given as ``NAME=RUN,RUN`` are one
+        recipe; else what the network says of itself (:attr:`Method.recipe`; untrained networks by architecture).
+
+    Raises:
+        UserError: a recipe of a model that is not there.
+    """
+    known: dict[str, str] = {}
+    for name, (method, epoch) in networks.items():
+        itself = method.recipe if epoch is not None else f"{UNTRAINED} {method.init_args.get('backbone')}"
+        given = options.seeds.get(name, name)
+        known[name] = options.recipes.get(name) or options.recipes.get(given) or (given if given != name else itself)
+    if strange := [name for name in options.recipes if name not in known and name not in options.seeds.values()]:
+        raise UserError(f"--recipes.{strange[0]}: no such model; {nearest(strange[0], known)}")
+    first = {recipe: name for name, recipe in reversed(known.items())}
+    return {name: first[recipe] for name, recipe in known.items()}
+
+
+def read_targets(sources: Sequence[str], models: Mapping[str, str], recipes: Mapping[str, str]) -> pd.DataFrame:
     """What models reached on tasks.
 
     Args:
@@ -211,12 +244,13 @@ def read_targets(sources: Sequence[str], models: Mapping[str, str]) -> pd.DataFr
             ``python -m ssl_geometry.probe`` wrote.
         models: those of the survey, each with the published checkpoint that it is, if it is one. Published results are
             of checkpoints, all others of the names that the survey gives; what is of other models is left out.
+        recipes: of :func:`recipes_of`.
 
     Returns:
         Columns task, dataset, model, value.
 
     Raises:
-        UserError: no such file, columns that are missing, or results of too few of the models.
+        UserError: no such file, columns that are missing, or results of too few of the recipes.
     """
     parts = []
     for source in sources:
@@ -247,27 +281,31 @@ def read_targets(sources: Sequence[str], models: Mapping[str, str]) -> pd.DataFr
     if known.empty:
         there = sorted(targets["model"].dropna().unique()) or ["other checkpoints"]
         raise UserError(f"--targets {' '.join(sources)}: results of none of these models; they have {', '.join(there)}")
-    if known.groupby(["task", "dataset"])["model"].nunique().max() < LEAST_MODELS:
+    most = known["model"].map(recipes).groupby([known["task"], known["dataset"]]).nunique().max()
+    if most < LEAST_MODELS:
         raise UserError(
-            f"--targets {' '.join(sources)}: no task has results of {LEAST_MODELS} of these models, which a prediction "
-            "of each from the others needs"
+            f"--targets {' '.join(sources)}: no task has results of {LEAST_MODELS} recipes, which a prediction of each "
+            f"from the others needs: {most} at most, since seeds and versions of one recipe count once (--recipes)"
         )
     return known
 
 
 def predict(
-    table: pd.DataFrame, targets: pd.DataFrame, baseline: Mapping[str, float]
+    table: pd.DataFrame, targets: pd.DataFrame, baseline: Mapping[str, float], recipes: Mapping[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Which metrics predict each task, and how well a ridge regression does, beside ImageNet accuracy.
+
+    Models of one recipe are averaged first: recipes are what is permuted and what is left out.
 
     Args:
         table: of :func:`metric_table`.
         targets: of :func:`read_targets`.
         baseline: ImageNet linear top-1 of the models for which it is known, percent.
+        recipes: of :func:`recipes_of`.
 
     Returns:
         One row a task and data set, and a mean over data sets where there are several; and the prediction of each
-        model from the others. Tasks with fewer than four models are left out.
+        recipe (under the name of its first model) from the others. Tasks with fewer than four recipes are left out.
     """
     found, predicted = [], []
     targets = targets.assign(title=targets["task"] + ": " + targets["dataset"])
@@ -278,12 +316,15 @@ def predict(
         title=complete["task"] + ": mean of " + complete["size"].astype(str), value=complete["mean"]
     )
     for title, rows in pd.concat([targets, means]).groupby("title", sort=False):
-        values = rows.groupby("model", sort=False)["value"].mean()
-        x, y = table.loc[values.index].to_numpy(), values.to_numpy()
+        of_models = rows.groupby("model", sort=False)["value"].mean()
+        units = [recipes[model] for model in of_models.index]
+        x = unit_means(table.loc[of_models.index].to_numpy(), units)
+        y = unit_means(of_models.to_numpy()[:, None], units)[:, 0]
         if len(y) < LEAST_MODELS or np.ptp(y) == 0:
             continue
         tested = rank_correlation(x, y)
-        row: dict[str, Any] = {"task": title, "n": len(y), "metrics": int(np.isfinite(tested.rho).sum())}
+        row: dict[str, Any] = {"task": title, "recipes": len(y), "models": len(of_models)}
+        row["metrics"] = int(np.isfinite(tested.rho).sum())
         if row["metrics"]:
             best = int(np.nanargmax(np.abs(tested.rho)))
             row |= {
@@ -298,15 +339,19 @@ def predict(
             row["ridge Q2"] = predictive_r2(guess, y)
             predicted += [
                 {"task": title, "model": model, "value": value, "predicted": g}
-                for model, value, g in zip(values.index, y, guess, strict=True)
+                for model, value, g in zip(dict.fromkeys(units), y, guess, strict=True)
             ]
-        accuracy = np.array([[baseline.get(model, np.nan)] for model in values.index])
-        base = rank_correlation(accuracy, y)  # side by side with the metrics on the same models, or not at all
+        accuracy = unit_means(np.array([[baseline.get(model, np.nan)] for model in of_models.index]), units)
+        base = rank_correlation(accuracy, y)  # side by side with the metrics on the same recipes, or not at all
         row |= {"ImageNet rho": base.rho[0], "ImageNet p": base.p[0], "ImageNet Q2": np.nan}
         if np.isfinite(accuracy).all():
             row["ImageNet Q2"] = predictive_r2(leave_one_out(accuracy, y), y)
         found.append(row)
-    return pd.DataFrame(found), pd.DataFrame(predicted, columns=["task", "model", "value", "predicted"])
+    tasks = pd.DataFrame(found)
+    if "p (Holm)" in tasks and (tested_tasks := tasks["p (Holm)"].notna()).any():
+        tasks.insert(list(tasks.columns).index("p (Holm)") + 1, "q (BH over tasks)", np.nan)
+        tasks.loc[tested_tasks, "q (BH over tasks)"] = false_discovery_control(tasks.loc[tested_tasks, "p (Holm)"])
+    return tasks, pd.DataFrame(predicted, columns=["task", "model", "value", "predicted"])
 
 
 def _write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Path, note: str) -> Path:
@@ -320,12 +365,13 @@ def _write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: P
     return path.with_suffix(".md")
 
 
-def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> list[Path]:
+def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[str, str], options: Any) -> list[Path]:
     """All tables and pictures, from the records alone.
 
     Args:
         out: folder of the survey.
         facts: model to its family, last layer, ...; in the order of the tables.
+        recipes: of :func:`recipes_of`.
         options: of the command.
 
     Returns:
@@ -346,39 +392,44 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], options: Any) -> l
     pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
     if len(facts) >= LEAST_MODELS:
         try:
-            tables, figures = _alike(table, families, n, options.clusters, out / "tables")
+            tables, figures = _alike(table, families, recipes, n, options.clusters, out / "tables")
             made, pictures = made + tables, pictures | figures
         except ValueError as error:  # all models are the same, or collapsed
             Console(stderr=True).print(f"no map of models: {error}", highlight=False)
     if options.targets:
-        targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()})
+        targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()}, recipes)
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
-        tasks, models = predict(table, targets, baseline)
+        tasks, predicted = predict(table, targets, baseline, recipes)
+        few, many = tasks["recipes"].min(), tasks["recipes"].max()
+        lowest = least_p(many)
         note = (
-            "Best single metric by Spearman's rho, with its permutation p and Holm's correction for the number of "
-            "metrics tried. Ridge regression on all metrics predicts each model from the others: Q2 = 1 - its squared "
-            "errors / those of the others' mean, so 0 and below is no better than that mean. ImageNet: the same with "
-            "linear accuracy on ImageNet alone, where it is known of all n models. With so few models, every figure "
-            "is a hint."
+            f"{few if few == many else f'{few} to {many}'} recipes ({tasks['models'].max()} models at most); models of "
+            "one recipe are averaged, and recipes are permuted and left out as a whole. Best single metric by "
+            "Spearman's rho, with its permutation p, Holm's correction for the number of metrics tried in this task, "
+            "and over tasks the Benjamini-Hochberg q of Holm's p. Ridge regression on all metrics predicts each recipe "
+            "from the others: Q2 = 1 - its squared errors / those of the others' mean, so 0 and below is no better "
+            "than that mean. ImageNet: the same with linear accuracy on ImageNet alone, where it is known of all of "
+            f"them. With {many} recipes no p can be below {lowest:.2g}, nor below "
+            f"{min(1, tasks['metrics'].max() * lowest):.2g} after Holm. With so few, every figure is a hint."
         )
         text = {"Prediction of transfer": _task_text(tasks)}
         made.append(_write_table(tasks.set_index("task"), text, out / "tables" / "prediction", note))
-        write_whole(out / "tables" / "predicted.parquet", models.to_parquet)
+        write_whole(out / "tables" / "predicted.parquet", predicted.to_parquet)
         shown = tasks[tasks["task"].str.contains("mean of")] if len(tasks) > 9 else tasks
         shown = shown if len(shown) else tasks.head(9)
         titles = {
-            row["task"]: f"{row['task']}\nQ² {row['ridge Q2']:.2f}, n = {row['n']}"
+            row["task"]: f"{row['task']}\nQ² {row['ridge Q2']:.2f}, {row['recipes']} recipes ({row['models']} models)"
             for row in shown.to_dict("records")
-            if row["task"] in set(models["task"])
+            if row["task"] in set(predicted["task"])
         }
         if titles:
-            pictures["prediction"] = prediction_scatter(models, families, titles)
+            pictures["prediction"] = prediction_scatter(predicted, families, titles)
     pictures |= _training(network_names(options.models))
     return made + [save_figure(figure, out / "figures" / name) for name, figure in pictures.items()]
 
 
 def _alike(
-    table: pd.DataFrame, families: Mapping[str, str], n: int, clusters: int, folder: Path
+    table: pd.DataFrame, families: Mapping[str, str], recipes: Mapping[str, str], n: int, clusters: int, folder: Path
 ) -> tuple[list[Path], dict[str, Figure]]:
     """Which models are alike, and which metrics say the same: tables and pictures."""
     found = group(table.to_numpy(), clusters)
@@ -393,15 +444,16 @@ def _alike(
     )
     made = [_write_table(place, {"Which models are alike": text}, folder / "map", note)]
     means = table.xs("mean", axis=1, level="statistic")
-    correlation = pd.DataFrame(means.to_numpy(), columns=means.columns.map(" ".join)).corr("spearman")
+    of_recipes = unit_means(means.to_numpy(), [recipes[model] for model in table.index])
+    correlation = pd.DataFrame(of_recipes, columns=means.columns.map(" ".join)).corr("spearman")
     text = correlation.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
-    note = f"Spearman correlations of means over {len(table)} models."
+    note = f"Spearman correlations of means over {len(of_recipes)} recipes ({len(table)} models)."
     made.append(_write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note))
     title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
     return made, {
         "tree": model_tree(found.merges, list(table.index), families, title),
         "map": model_map(found.place, found.explained, found.labels.tolist(), families, title),
-        "correlation": correlation_map(correlation, len(table), "Manifold graph metrics (means)"),
+        "correlation": correlation_map(correlation, len(of_recipes), "Manifold graph metrics (means)"),
     }
 
 
@@ -459,9 +511,17 @@ def _parse(args: Sequence[str]) -> Any:
         help="results to predict: published (of the benchmark's checkpoints), CSV files with the columns task, "
         "dataset, model, value, or folders that ssl_geometry.probe wrote",
     )
+    parser.add_argument(
+        "--recipes",
+        type=dict[str, str],
+        default={},
+        help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
+        "of one recipe count once where something is predicted",
+    )
     parser.add_argument("--devices", type=int, default=1, help="processes of this node that share the images")
     parser.add_argument("--num_nodes", type=int, default=1, help="nodes; under SLURM both follow from the job")
     options = parse_networks(parser, "survey", args)
+    options.models, options.seeds = split_seeds(options.models)
     if not options.manifolds:
         raise UserError(f"--manifolds []: expected some of {', '.join(MANIFOLDS)}")
     for name in options.manifolds:
@@ -526,10 +586,9 @@ def survey(args: Sequence[str]) -> Path:
     with fabric.rank_zero_first(local=True):  # downloads
         networks = load_networks(options.models)
         data.prepare_data()
-    if options.targets:
-        read_targets(
-            options.targets, {name: _source(method) for name, (method, _) in networks.items()}
-        )  # tell mistakes
+    recipes = recipes_of(networks, options)
+    if options.targets:  # tell mistakes
+        read_targets(options.targets, {name: _source(method) for name, (method, _) in networks.items()}, recipes)
     for method, _ in networks.values():
         backbone_layers(method, options.layers)
     data.setup("test")
@@ -563,7 +622,7 @@ def survey(args: Sequence[str]) -> Path:
             del method
             progress.advance(overall)
     if fabric.is_global_zero:
-        for path in report(out, facts, options):
+        for path in report(out, facts, recipes, options):
             kind = "table" if path.suffix == ".md" else "picture"
             console.print(f"{kind:>12}  {path}", highlight=False, soft_wrap=True)
         console.print(f"     records  {out / 'records'}", highlight=False, soft_wrap=True)

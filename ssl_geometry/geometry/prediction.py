@@ -3,13 +3,19 @@
 Rows are models, columns are numbers measured of each (manifold graph metrics). There are few models, so every figure
 is made to be honest about that: tests are permutation tests, corrected for the number of columns that were tried, and
 predictions are of models that the fit has not seen.
+
+**Rows of a test or a prediction must be independent.** Seeds of one recipe are not: a fit that has seen one seed has
+seen the other, and an order that keeps them together is no random one (seven recipes of two seeds each give a median
+Q² of 0.96 where nothing predicts anything). Average them first: :func:`unit_means`.
 """
 
+from collections.abc import Sequence
 from itertools import permutations
 from math import factorial
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray as Array
 from scipy.cluster.hierarchy import fcluster, linkage
@@ -82,6 +88,24 @@ def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
     return Groups(merges, first.argsort().argsort()[cluster] + 1, place, explained)
 
 
+def unit_means(x: Float[Array, "n p"], units: Sequence[str]) -> Float[Array, "u p"]:
+    """Rows of one unit averaged: what is left is independent.
+
+    Args:
+        x: models x numbers; a gap stays one unless another model of the unit has the number.
+        units: of each model, such as its recipe.
+
+    Returns:
+        Units x numbers, in the order in which units first come.
+
+    Example:
+        >>> unit_means(np.array([[1.0], [5.0], [3.0]]), ["a", "b", "a"])
+        array([[2.],
+               [5.]])
+    """
+    return pd.DataFrame(x).groupby(np.asarray(units), sort=False).mean().to_numpy()
+
+
 class Correlation(NamedTuple):
     """Rank correlation of each column with the target."""
 
@@ -97,7 +121,7 @@ def rank_correlation(x: Float[Array, "n p"], y: Float[Array, " n"], draws: int =
     """Spearman's correlation of every column with a target, tested by permuting the target.
 
     Args:
-        x: models x numbers, float64.
+        x: models x numbers, float64; models that are independent (:func:`unit_means`).
         y: what is to be predicted of each model.
         draws: random orders; up to 8 models all orders are taken instead.
         seed: of the random orders.
@@ -124,6 +148,16 @@ def rank_correlation(x: Float[Array, "n p"], y: Float[Array, " n"], draws: int =
     extreme = (np.abs(target[orders] @ ranks) >= np.abs(rho) - 1e-12).sum(0)
     p = np.where(np.isnan(rho), np.nan, (extreme + count) / total)
     return Correlation(rho, p, holm(p))
+
+
+def least_p(n: int, draws: int = 10_000) -> float:
+    """The smallest p that :func:`rank_correlation` can give: of n! orders, two are as extreme as a perfect one.
+
+    Example:
+        >>> [round(least_p(n), 4) for n in (4, 5, 7, 14)]
+        [0.0833, 0.0167, 0.0004, 0.0001]
+    """
+    return 2 / factorial(n) if n <= ALL_PERMUTATIONS else 1 / (draws + 1)
 
 
 def _unit_ranks(x: Float[Array, "n p"]) -> Float[Array, "n p"]:
@@ -155,7 +189,8 @@ def leave_one_out(
     Columns are standardised, and the penalty is chosen (by leaving out one more), without the predicted model.
 
     Args:
-        x: models x numbers, float64; columns with a gap are left out.
+        x: models x numbers, float64, of models that are independent (:func:`unit_means`); columns with a gap are left
+            out.
         y: what is to be predicted of each model.
         strengths: penalties to choose from.
 

@@ -5,6 +5,7 @@ in ONE forward (so batch norm sees them together); ``loss`` gets the head's outp
 step waits for the device: metrics stay tensors until a logger reads them.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
@@ -35,6 +36,9 @@ SINGLE: dict[str, Augment] = {
 A colour or a blur acts on every image; a flip and a grey on half of them, because two copies that are both flipped, or
 both grey, do not differ.
 """
+
+NOT_THE_RECIPE = {"seed", "channels_last", "compile"}
+"""Options of a method that seeds of one recipe may differ in."""
 
 Optimizer = Literal["lars", "sgd", "adamw"]
 
@@ -199,6 +203,15 @@ class Method(L.LightningModule):
     def group(self) -> str:
         """Under what figures and tables put this network together with others: its method."""
         return type(self).__name__
+
+    @property
+    def recipe(self) -> str:
+        """What was trained, apart from the seed: the class and all options that change the network.
+
+        Networks of one recipe are not independent evidence: statistics over networks take them as one unit.
+        """
+        options = {name: value for name, value in self.init_args.items() if name not in NOT_THE_RECIPE}
+        return f"{type(self).__module__}.{type(self).__qualname__} {json.dumps(options, sort_keys=True, default=str)}"
 
     @property
     def init_args(self) -> dict[str, Any]:

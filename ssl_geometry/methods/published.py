@@ -51,6 +51,13 @@ class Published(Method):
         """Supervised networks are one method; any other checkpoint is its own."""
         return "Supervised" if self.family == "supervised" else self.source
 
+    @property
+    def recipe(self) -> str:
+        """Versions of one published method are one recipe; untrained networks of one architecture are."""
+        if self.family == "untrained":
+            return f"untrained {self.init_args['backbone']}"
+        return TABLE[self.source].recipe if self.source in TABLE else self.source
+
     def setup(self, stage: str) -> None:
         """Refuse training.
 

@@ -123,11 +123,11 @@ def _place_names(axes: Any, place: np.ndarray, texts: Sequence[str]) -> None:
 
 
 def correlation_map(table: pd.DataFrame, n: int, title: str) -> Figure:
-    """Rank correlations of metrics over models.
+    """Rank correlations of metrics over recipes.
 
     Args:
         table: square, columns and rows named after the metrics.
-        n: models behind each correlation.
+        n: recipes behind each correlation.
         title: written above.
     """
     with mpl.rc_context(STYLE):
@@ -139,7 +139,7 @@ def correlation_map(table: pd.DataFrame, n: int, title: str) -> Figure:
         axes.set_xticks(range(len(table)), table.columns, rotation=90, fontsize=6)
         axes.set_yticks(range(len(table)), table.index, fontsize=6)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label=f"Spearman correlation over {n} models", shrink=0.8)
+        figure.colorbar(image, ax=axes, label=f"Spearman correlation over {n} recipes", shrink=0.8)
         axes.set_title(title)
     return figure
 
@@ -201,7 +201,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
     """What a task gave against what was predicted of each model, a panel a task.
 
     Args:
-        frame: columns task, model, value, predicted (each from the other models alone).
+        frame: columns task, model (the first of a recipe), value, predicted (each from the other recipes alone).
         families: model to family.
         titles: task to what stands above its panel.
     """
@@ -218,7 +218,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
             ends = [shown[["value", "predicted"]].min(axis=None), shown[["value", "predicted"]].max(axis=None)]
             axes.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
             axes.set_title(title, fontsize=7)
-            axes.set_xlabel("predicted without the model", fontsize=7)
+            axes.set_xlabel("predicted without the recipe", fontsize=7)
             axes.set_ylabel("measured", fontsize=7)
         for axes in panels:  # what is left of the grid
             axes.set_axis_off()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from ssl_geometry import survey as command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.fit import fit
-from ssl_geometry.methods import Method
+from ssl_geometry.methods import Method, Published
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
-from ssl_geometry.survey import MANIFOLDS, main, metric_table, predict, read_targets, survey
+from ssl_geometry.survey import MANIFOLDS, main, metric_table, predict, read_targets, recipes_of, survey
 from tests.integration.test_fit import ROOT, clean_environment, options
 from tests.unit.test_datasets import pixels, save
 
@@ -241,7 +242,8 @@ def test_what_predicts_is_found_and_what_does_not_is_not() -> None:
     rows += [{"task": "noise", "dataset": "d", "model": name, "value": generator.normal()} for name in names]
     rows += [{"task": "few", "dataset": "d", "model": name, "value": 1.0 * i} for i, name in enumerate(names[:3])]
     baseline = {name: 70 - value / 10 for name, value in zip(names, truth, strict=True)}
-    tasks, predicted = predict(table_of(values, names), pd.DataFrame(rows), baseline)
+    alone = {name: name for name in names}
+    tasks, predicted = predict(table_of(values, names), pd.DataFrame(rows), baseline, alone)
     tasks = tasks.set_index("task")
     assert list(tasks.index) == ["linear: cars", "linear: pets", "noise: d", "linear: mean of 2"]
     for task in ("linear: cars", "linear: mean of 2"):
@@ -250,7 +252,8 @@ def test_what_predicts_is_found_and_what_does_not_is_not() -> None:
         assert tasks.loc[task, "ridge Q2"] > 0.8
         assert tasks.loc[task, "ImageNet rho"] == pytest.approx(-1)
         assert tasks.loc[task, "ImageNet Q2"] > 0.95
-        assert tasks.loc[task, "n"] == 14
+        assert tasks.loc[task, "recipes"] == tasks.loc[task, "models"] == 14
+        assert tasks.loc[task, "p (Holm)"] <= tasks.loc[task, "q (BH over tasks)"] < 0.01
     assert tasks.loc["noise: d", "p (Holm)"] > 0.05
     assert tasks.loc["noise: d", "ridge Q2"] < 0.3
     assert len(predicted) == 4 * 14
@@ -258,12 +261,13 @@ def test_what_predicts_is_found_and_what_does_not_is_not() -> None:
 
 def test_published_targets_name_models_and_say_where_they_come_from() -> None:
     names = {"mine": "byol", "swav": "swav", "m": "moco-v2", "s": "supervised", "p": "pcl-v1", "pirl": ""}
-    found = read_targets(["published"], names)
+    alone = {name: name for name in names}
+    found = read_targets(["published"], names, alone)
     assert {"mine", "swav", "m", "p"} <= set(found["model"]), "checkpoints, whatever they are called here"
     assert "pirl" not in set(found["model"]), "a run of that name is not that checkpoint"
     assert {"segmentation (mIoU)", "segmentation (pixel accuracy)"} <= set(found["task"])
     columns = table_of(np.random.default_rng(0).normal(size=(len(names), 3)), list(names))
-    tasks, _ = predict(columns, found, {})
+    tasks, _ = predict(columns, found, {}, alone)
     assert not any("segmentation" in task and "mean of" in task for task in tasks["task"]), "no mean of two metrics"
     assert "many-shot fine-tune: mean of 11" in set(tasks["task"])
     assert tasks["ImageNet Q2"].isna().all()
@@ -274,10 +278,66 @@ def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path) -> N
     spec = [f"{name}={runs / name}" for name in ("simclr", "supervised")]
     arguments = ["--models", *spec, "untrained=random", "other=random:1"]
     out = probe([*arguments, f"--out={tmp_path / 'digits'}", "--evaluations=[knn]", "--k=[5]"])
-    survey([*models(runs), f"--out={surveyed}", *SMALL, f"--targets=[{out}]"])
+    arguments, before = [*models(runs), f"--out={surveyed}", *SMALL, f"--targets=[{out}]"], times(surveyed)
+    with pytest.raises(command.UserError, match=r"no task has results of 4 recipes.*: 3 at most"):
+        survey(arguments)  # two untrained networks of one architecture
+    survey([*arguments, "--recipes={other: another}"])
     text = (surveyed / "tables" / "prediction.md").read_text()
-    assert "knn5: digits | 4 |" in text
+    assert "knn5: digits | 4 | 4 |" in text
+    assert "With 4 recipes no p can be below 0.083, nor below 1 after Holm." in text
     assert (surveyed / "figures" / "prediction.png").exists()
+    assert times(surveyed) == before, "a recipe is no reason to measure again"
+
+
+def test_seeds_of_a_recipe_are_one_unit() -> None:
+    """Seven recipes of two seeds are the seven means: the twin of a model says nothing of it."""
+    generator = np.random.default_rng(0)
+    names = [f"recipe{i}-{seed}" for i in range(7) for seed in (1, 2)]
+    recipes = {name: f"{name[:-1]}1" for name in names}
+    values = np.repeat(generator.normal(size=(7, 54)), 2, 0) + 0.1 * generator.normal(size=(14, 54))
+    truth = np.repeat(generator.normal(size=7), 2) + 0.1 * generator.normal(size=14)
+    tasks, predicted = predict(table_of(values, names), rows_of(names, truth), {}, recipes)
+    means = table_of(values.reshape(7, 2, 54).mean(1), names[::2])
+    expected, alone = predict(means, rows_of(names[::2], truth.reshape(7, 2).mean(1)), {}, recipes)
+    pd.testing.assert_frame_equal(tasks, expected.assign(models=14))
+    pd.testing.assert_frame_equal(predicted, alone)
+    assert predicted["model"].tolist() == names[::2]
+    assert tasks["ridge Q2"].item() < 0.3
+    apart, _ = predict(table_of(values, names), rows_of(names, truth), {}, {name: name for name in names})
+    assert apart["ridge Q2"].item() > 0.8, "which is what taking them apart would show"
+
+
+def rows_of(names: list[str], values: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"task": "t", "dataset": "d", "model": names, "value": values})
+
+
+def test_what_is_one_recipe() -> None:
+    def untrained(spec: str) -> tuple[Method, None]:
+        return command.load_networks([f"x={spec}"])["x"][0], None
+
+    networks = {
+        "seed0": (Pixels(seed=0), 3),
+        "seed1": (Pixels(seed=1, channels_last=True), 9),
+        "other": (Rings(), 3),
+        "options": (Pixels(lr=0.3), 3),
+        "u1": untrained("random:resnet10@32:1"),
+        "u2": untrained("random:resnet10@16:2"),
+        "wide-1": (Pixels(lr=7.0), 1),
+        "wide-2": (Pixels(lr=8.0), 1),
+        **{name: (Published("resnet10", source=name), 1) for name in ("moco-v1", "moco-v2", "byol", "timm:x-v1")},
+    }
+    given = SimpleNamespace(recipes={"other": "mine", "options": "mine"}, seeds={"wide-1": "wide", "wide-2": "wide"})
+    assert recipes_of(networks, given) == {
+        **dict.fromkeys(("seed0", "seed1"), "seed0"),
+        **dict.fromkeys(("other", "options"), "other"),
+        **dict.fromkeys(("u1", "u2"), "u1"),
+        **dict.fromkeys(("wide-1", "wide-2"), "wide-1"),
+        **dict.fromkeys(("moco-v1", "moco-v2"), "moco-v1"),
+        "byol": "byol",
+        "timm:x-v1": "timm:x-v1",
+    }
+    with pytest.raises(command.UserError, match=r"--recipes.sed0: no such model; did you mean 'seed0'"):
+        recipes_of(networks, SimpleNamespace(recipes={"sed0": "x"}, seeds={}))
 
 
 def test_the_median_and_the_order_of_models() -> None:
@@ -340,7 +400,8 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
-        (["--targets=[{tmp}/few.csv]"], "no task has results of 4 of these models"),
+        (["--targets=[{tmp}/few.csv]"], "no task has results of 4 recipes"),
+        (["--recipes.simcrl=x"], "--recipes.simcrl: no such model; did you mean 'simclr'"),
         (["--layers=layer9"], "--layers='layer9' matches no layer"),
     ],
 )

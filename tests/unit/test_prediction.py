@@ -15,10 +15,12 @@ from ssl_geometry.geometry.prediction import (
     STRENGTHS,
     group,
     holm,
+    least_p,
     leave_one_out,
     predictive_r2,
     rank_correlation,
     standardized,
+    unit_means,
 )
 
 SHAPES = {"n": st.integers(4, 20), "p": st.integers(1, 30), "seed": st.integers(0, 1000)}
@@ -74,6 +76,39 @@ def test_noise_is_found_no_more_often_than_the_level_says() -> None:
         for _ in range(100)
     ]
     assert np.mean(found) < 0.2
+
+
+def test_seeds_of_recipes_predict_nothing_under_the_null() -> None:
+    """Metrics and results that have nothing to do with each other, of seven recipes of two seeds each."""
+    q2, single, best, apart = [], [], [], []
+    for number in range(150):
+        generator = np.random.default_rng(number)
+        x = np.repeat(generator.normal(size=(7, 54)), 2, 0) + 0.1 * generator.normal(size=(14, 54))
+        y = np.repeat(generator.normal(size=7), 2) + 0.1 * generator.normal(size=14)
+        units = [str(model // 2) for model in range(14)]
+        means, results = unit_means(x, units), unit_means(y[:, None], units)[:, 0]
+        tested = rank_correlation(means, results)
+        single.append(tested.p[0] < 0.05)
+        best.append(tested.adjusted.min() < 0.05)
+        if number < 40:
+            q2.append(predictive_r2(leave_one_out(means, results), results))
+        if number < 10:
+            apart.append(predictive_r2(leave_one_out(x, y), y))
+    assert np.median(q2) <= 0
+    assert np.mean(single) < 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / 150)
+    assert np.mean(best) < 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / 150)
+    assert np.median(apart) > 0.9, "so it is the averaging that does it"
+
+
+def test_units_are_averaged_in_the_order_in_which_they_come() -> None:
+    x = np.array([[1.0, np.nan], [4.0, 1.0], [3.0, 2.0], [np.nan, np.nan]])
+    np.testing.assert_array_equal(unit_means(x, ["b", "a", "b", "c"]), [[2, 2], [4, 1], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize("n", [4, 5, 6, 12])
+def test_no_p_is_below_the_least(n: int) -> None:
+    column = np.arange(float(n))
+    assert rank_correlation(column[:, None], column, draws=500).p[0] == pytest.approx(least_p(n, 500))
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,5 +1,6 @@
 """The published checkpoints that this package knows by name."""
 
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
@@ -50,6 +51,16 @@ class Checkpoint:
     def image_size(self) -> int:
         """Side in pixels of the pictures that it was trained on."""
         return 224
+
+    @property
+    def recipe(self) -> str:
+        """Its method without the version: SimCLR v1 and v2 are not independent evidence.
+
+        Example:
+            >>> TABLE["moco-v2"].recipe, TABLE["dino-vits16"].recipe
+            ('moco', 'dino-vits16')
+        """
+        return re.sub(r"-v\d$", "", self.name)
 
     @property
     def file_names(self) -> tuple[str, ...]:
