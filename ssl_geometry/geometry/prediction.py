@@ -6,7 +6,7 @@ predictions are of models that the fit has not seen.
 
 **Rows of a test or a prediction must be independent.** Seeds of one recipe are not: a fit that has seen one seed has
 seen the other, and an order that keeps them together is no random one (seven recipes of two seeds each give a median
-Q² of 0.96 where nothing predicts anything). Average them first: :func:`unit_means`.
+Q² of 0.97 where nothing predicts anything). Average them first: :func:`unit_means`.
 """
 
 from collections.abc import Sequence
