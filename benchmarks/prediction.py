@@ -1,4 +1,4 @@
-"""What a survey finds where there is nothing to find, and where there is: seeds of a recipe taken as one unit, or apart.
+"""What a survey finds where there is nothing to find, and where there is: seeds of a recipe as one unit, or apart.
 
     python benchmarks/prediction.py --draws 1000
 
