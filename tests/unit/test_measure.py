@@ -1,6 +1,7 @@
 """A measuring moment is one pass for all monitors and changes nothing; a step never waits for the device."""
 
-from collections.abc import Mapping, Sequence
+import multiprocessing as mp
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, SpectrumMonitor
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring, pooled
+from ssl_geometry.callbacks.measure import (
+    FLOAT32_SWITCHES,
+    Findings,
+    Moment,
+    Monitor,
+    Reduced,
+    Request,
+    measuring,
+    pooled,
+)
 from ssl_geometry.callbacks.probes import ProbeMonitor, layer_widths
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
@@ -157,6 +167,60 @@ def test_gram_vectors_kept_on_the_host_meet_the_network_where_it_is(tmp_path: Pa
     monitor._images = monitor._images.to("meta")
     monitor.update(0, {request: there}, {"index": torch.empty(40, device="meta")})
     assert monitor._metric.cross.is_meta
+
+
+def _switches() -> dict[str, str]:
+    """All that can be read, in the present state and in those that torch would be in if the top were set."""
+    found, top = {}, torch.backends.fp32_precision  # type: ignore[attr-defined]
+    for above in (top, "ieee", "tf32"):
+        torch.backends.fp32_precision = above  # type: ignore[attr-defined]
+        found |= {f"{above} {number}": switch.fp32_precision for number, switch in enumerate(FLOAT32_SWITCHES)}
+    torch.backends.fp32_precision = top  # type: ignore[attr-defined]
+    older: dict[str, Callable[[], object]] = {
+        "matmul": torch.get_float32_matmul_precision,
+        "cudnn": lambda: torch.backends.cudnn.allow_tf32,
+    }
+    for name, read in older.items():
+        try:
+            found[name] = str(read())
+        except RuntimeError:  # torch does not say where its two interfaces disagree
+            found[name] = "unreadable"
+    return found
+
+
+def _measure_with(settings: Sequence[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in settings:
+        setattr(owner, name, value) if name else owner(value)
+    before = _switches()
+    with measuring(nn.Linear(2, 2)):
+        inside = [switch.fp32_precision for switch in FLOAT32_SWITCHES]
+        readable = before["matmul"] != "unreadable"
+        products = torch.get_float32_matmul_precision() if readable else "highest"
+    assert inside == ["ieee"] * len(FLOAT32_SWITCHES), inside
+    assert products == "highest"
+    assert _switches() == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        [(torch.backends, "fp32_precision", "tf32")],
+        [(torch.backends.cudnn, "fp32_precision", "tf32")],
+        [(torch.backends.cudnn.conv, "fp32_precision", "tf32"), (torch.backends.cudnn, "fp32_precision", "ieee")],
+        [(torch.backends.cuda.matmul, "fp32_precision", "tf32")],
+        [(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")],
+        [(torch.set_float32_matmul_precision, "", "high")],
+        [(torch.set_float32_matmul_precision, "", "medium"), (torch.backends, "fp32_precision", "tf32")],
+        [(torch.backends.cudnn, "allow_tf32", False)],
+    ],
+    ids=lambda settings: ", ".join(f"{name} {value}" for _, name, value in settings) or "as torch starts",
+)
+def test_measuring_is_in_full_float32_whichever_switch_was_set(settings: Sequence[tuple[Any, str, Any]]) -> None:
+    process = mp.get_context("fork").Process(target=_measure_with, args=(settings,))  # torch's first state is lost else
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 class HostReads(TorchDispatchMode):
