@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ssl_geometry.geometry.duplicates import first_rows, row_keys
 from ssl_geometry.geometry.nnk import NNK, centered, over_chunks, products, solve
 
 DIRECTIONS = 0.1
@@ -125,7 +126,7 @@ def augmentation_metrics(
     if images == 0 or m < 3:
         raise ValueError(f"augmentation manifolds need images of at least 3 copies each, got {images} images of {m}")
     points = centered(copies.flatten(0, 1))[0].view_as(copies)
-    codes = _codes(copies.flatten(0, 1)).view(images, m)
+    codes = row_keys(copies.flatten(0, 1).float()).view(images, m)
     partners = _others(images, m, seed, copies.device)
     step = max(1, DISTANCES // m**3)
     parts = [
@@ -207,14 +208,14 @@ def same_class_ids(
     if k < 1 or len(labels) != len(features):
         raise ValueError(f"k >= 1 and a label for each image are needed, got k={k}, {len(labels)} of {len(features)}")
     points, _ = centered(features)
-    codes = _codes(features)
+    codes = row_keys(features.float())
     ids = torch.full((len(features), k), -1, device=features.device)
     by_class = labels.argsort(stable=True)
     sizes = labels.unique(return_counts=True)[1].tolist()
     with torch.autocast(features.device.type, enabled=False):
         for members in by_class.split(sizes):
             own = points[members] - points[members].mean(0)
-            first = _firsts(codes[members])
+            first = first_rows(codes[members])
             others, candidates = own[first], members[first]
             half = others.square().sum(1) / 2
             for part in torch.arange(len(members), device=ids.device).split(chunk):
@@ -295,22 +296,3 @@ def _others(groups: int, n: int, seed: int, device: torch.device) -> Int64[Tenso
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(1, max(n, 2), (groups, n), generator=generator)
     return ((torch.arange(n) + steps) % n).to(device)
-
-
-def _codes(features: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
-    """Equal for rows that are equal in float32; for others almost never (a 64-bit hash)."""
-    generator = torch.Generator().manual_seed(0)
-    odd = (torch.randint(2**62, (features.shape[1],), generator=generator) * 2 + 1).to(features.device)
-    codes = []
-    for part in features.split(1024):
-        bits = (part.float() + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0 equal to 0
-        codes.append(((bits ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are all zero
-    return torch.cat(codes)
-
-
-def _firsts(codes: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """Which stand for all of the same code."""
-    ordered, order = codes.sort(stable=True)
-    first = torch.ones_like(codes, dtype=torch.bool)
-    first[order[1:]] = ordered.diff() != 0
-    return first

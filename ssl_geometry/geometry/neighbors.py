@@ -2,32 +2,28 @@
 
 Protocol: the image itself and exact copies of it are no neighbours, and of equal points the first stands for all.
 Cosine similarity is searched, and told, as the distance of unit vectors, and all points are moved by the mean of the
-queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours nearer
-than float32 products can rank (classes collapsed onto their means) are searched again in float64. Of points at
-distances that come out equal the smaller id is first (cosine and l2, on a CPU). On a CUDA device the exact search runs
-there, tensors in and out.
+queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours that
+float32 products cannot rank (classes collapsed onto their means) are ranked in float64; of equally near points the
+smaller id is first. The exact search runs where the features are; see :mod:`ssl_geometry.geometry.exact`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import faiss
-import faiss.contrib.torch_utils  # FAISS takes and gives tensors
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.duplicates import first_rows, row_blocks, row_keys
+from ssl_geometry.geometry.exact import NEAR, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
+
 Metric = Literal["cosine", "inner", "l2"]
-Index = Literal["auto", "exact", "ivf", "hnsw"]
+Index = Literal["auto", "exact", "ivf", "hnsw", "cagra"]
 
 EXACT_ROWS = 200_000  # "auto" searches larger banks on a CPU approximately
 SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate search
 LINKS = 32  # of a point in an HNSW graph
-NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
-GPU_MAX_K = 2048  # FAISS keeps no longer lists on a GPU
-GPU_WORKSPACE = 2**28  # bytes; FAISS would take 1.5 GB, which training may not have left
 
 
 class Neighbors(NamedTuple):
@@ -59,8 +55,8 @@ def nearest(
             None searches among the queries, each without itself.
         k: neighbours.
         metric: "cosine", "inner" (product) or "l2".
-        index: "exact", "ivf" (inverted lists), "hnsw" (a graph), or "auto": exact but for banks of more than 200,000
-            rows on a CPU, which take ivf. Approximate searches run on the CPU.
+        index: "exact", "ivf" (inverted lists) or "hnsw" (a graph), both on the CPU, "cagra" (a graph on a CUDA device;
+            needs faiss-gpu-cuvs), or "auto": exact but for banks of more than 200,000 rows on a CPU, which take ivf.
         duplicates: whether points that are equal are all neighbours, copies of the query among them. By default one
             stands for all, and a copy of the query is none.
 
@@ -71,7 +67,7 @@ def nearest(
 
     Raises:
         ValueError: k that is not between 1 and the number of other points, features that are not finite, zero vectors
-            under cosine, shapes that do not fit, or an unknown metric or index.
+            under cosine, shapes that do not fit, an unknown metric or index, or cagra without a GPU or cuVS.
 
     References:
         Douze et al., *The Faiss library*, 2024.
@@ -83,7 +79,11 @@ def nearest(
         ([[1, 2], [0, 2], [1, 0], [2, 1]], 0.995)
     """
     if metric not in get_args(Metric) or index not in get_args(Index):
-        raise ValueError(f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf or hnsw")
+        raise ValueError(
+            f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf, hnsw or cagra"
+        )
+    if index == "cagra" and not (features.is_cuda and has_gpu() and hasattr(faiss, "GpuIndexCagra")):
+        raise ValueError("index 'cagra' needs features on a CUDA device and faiss-gpu-cuvs: choose exact, ivf or hnsw")
     itself = bank is None
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     lengths = _lengths(features, metric, "queries", features.shape[-1])
@@ -101,15 +101,15 @@ def nearest(
     queries = _points(features, divisors(lengths), center)
     # Points of the same key are the same point: of equal bits, or of the same number where copies count.
     number = torch.arange(len(features), device=features.device)
-    keys = (number if itself else -1 - number) if duplicates else _keys(features)
+    keys = (number if itself else -1 - number) if duplicates else row_keys(features)
     found, first, seen = None, 0, keys[:0]
     for block in blocks:
         points, block_keys = queries, keys
         if not itself:
             block = block.to(features)
             points = _points(block, divisors(_lengths(block, metric, "bank", features.shape[1])), center)
-            block_keys = torch.arange(first, first + len(block), device=block.device) if duplicates else _keys(block)
-        rows = _new(block_keys, seen)
+            block_keys = torch.arange(first, first + len(block), device=block.device) if duplicates else row_keys(block)
+        rows = first_rows(block_keys, seen)
         if len(rows):
             some = _others(queries, keys, points, block_keys, rows, k, metric, index)
             some = some._replace(ids=torch.where(some.ids < 0, -1, some.ids + first))
@@ -177,37 +177,9 @@ def _points(features: Tensor, divisors: Tensor, center: Tensor | None) -> Float[
     if center is None:
         return features.float().contiguous()
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-    for part in _parts(features):
+    for part in row_blocks(features):
         points[part] = features[part].double() / divisors[part] - center
     return points
-
-
-def _keys(features: Tensor) -> Int64[Tensor, " N"]:
-    """Equal for equal rows; for others almost never (a 64-bit hash)."""
-    size = 8 // features.itemsize  # numbers in 64 bits
-    words = -(-features.shape[1] // size)
-    odd = torch.randint(2**62, (words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    odd = odd.to(features.device)
-    keys = []
-    for part in _parts(features):
-        rows = F.pad(features[part] + 0.0, (0, size * words - features.shape[1]))  # -0 becomes 0
-        bits = rows.contiguous().view(torch.int64)
-        keys.append(((bits ^ (bits >> 32) ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are 0
-    return torch.cat(keys)
-
-
-def _parts(features: Tensor) -> Iterator[slice]:
-    """Few rows at once: on a CPU they stay in the cache, and below what torch spreads over threads."""
-    step = max(1, (2**24 if features.is_cuda else 2**14) // features.shape[1])
-    return (slice(start, start + step) for start in range(0, len(features), step))
-
-
-def _new(keys: Int64[Tensor, " M"], seen: Int64[Tensor, " S"]) -> Int64[Tensor, " m"]:
-    """The first row of each key that was not seen before."""
-    values, inverse = keys.unique(return_inverse=True)
-    firsts = torch.full((len(values),), len(keys), device=keys.device)
-    firsts.scatter_reduce_(0, inverse, torch.arange(len(keys), device=keys.device), "amin")
-    return firsts[~torch.isin(values, seen)].sort().values
 
 
 def _others(
@@ -218,7 +190,10 @@ def _others(
     if index == "auto":
         index = "exact" if points.is_cuda or len(points) <= EXACT_ROWS else "ivf"
     n = min(k + 1, len(points))
-    values, ids = (_exact if index == "exact" else _approximate)(queries, points, n, metric, index)
+    if index == "exact":
+        values, ids = exact_search(queries, points, n, inner=metric == "inner")
+    else:
+        values, ids = _approximate(queries, points, n, metric, index)
     if n <= k:
         values, ids = F.pad(values, (0, k + 1 - n)), F.pad(ids, (0, k + 1 - n), value=-1)
     known, order = bank_keys[rows].sort()
@@ -229,7 +204,7 @@ def _others(
     values, ids = values.gather(1, column), ids.gather(1, column)
     missing = ids < 0
     if metric != "inner":  # the nearest may be too near for float32 products where no other is
-        near = (values[:, 0] < NEAR * _squares(queries)).nonzero()[:, 0]
+        near = (values[:, 0] < NEAR * queries.square().sum(1)).nonzero()[:, 0]
         values[near, 0] = (queries[near].double() - points[ids[near, 0]]).square().sum(1).to(values.dtype)
     found = Neighbors(rows[ids].masked_fill_(missing, -1), values.masked_fill_(missing, torch.nan))
     if index == "exact":
@@ -240,42 +215,10 @@ def _others(
     return found._replace(recall=float(hits[true >= 0].double().mean()))  # NaN where nobody has a neighbour
 
 
-def _exact(queries: Tensor, points: Tensor, k: int, metric: Metric, _: Index) -> tuple[Tensor, Tensor]:
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
-    if points.is_cuda and k <= GPU_MAX_K:
-        with torch.cuda.device(points.device):  # whose stream FAISS joins
-            resources = faiss.StandardGpuResources()  # not kept: training wants its memory back
-            resources.setTempMemory(GPU_WORKSPACE)
-            values, ids = faiss.knn_gpu(resources, queries, points, k, metric=kind, device=points.device.index)
-    else:
-        with _threads():
-            values, ids = faiss.knn(queries.cpu(), points.cpu(), k, metric=kind)
-        values, ids = values.to(points.device), ids.to(points.device)
-    if metric != "inner":
-        _rank_in_float64(queries, points, values, ids)
-    return values, ids
-
-
-def _rank_in_float64(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor) -> None:
-    """Search again, in place, for queries whose neighbours are too near for |x|² + |y|² - 2xy in float32."""
-    second = values[:, min(1, values.shape[1] - 1)]  # the first may be the query itself
-    rows = (second < NEAR * _squares(queries)).nonzero()[:, 0]
-    if not len(rows):
-        return
-    wide = points.double()
-    half = wide.square().sum(1) / 2
-    for part in rows.split(max(1, 2**24 // len(points))):
-        query = queries[part].double()
-        near, ids[part] = (query @ wide.T).sub_(half).topk(values.shape[1], dim=1)
-        values[part] = (query.square().sum(1, keepdim=True) - 2 * near).clamp_min(0).to(values.dtype)
-
-
-def _squares(points: Tensor) -> Float[Tensor, " N"]:
-    return torch.linalg.vector_norm(points, dim=1).square()
-
-
 def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index: Index) -> tuple[Tensor, Tensor]:
     kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
+    if index == "cagra":
+        return _by_cagra(queries, points, k, kind)
     n, width = points.shape
     device, points = points.device, points.cpu()
     searcher: Any
@@ -286,19 +229,28 @@ def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index:
         lists = max(1, min(n // 39, round(4 * n**0.5)))  # FAISS wants 39 training points a list
         searcher = faiss.index_factory(width, f"IVF{lists},Flat", kind)
         searcher.nprobe = max(1, lists // 8)
-    with _threads():
+    with faiss_threads():
         searcher.train(points)
         searcher.add(points)
         values, ids = searcher.search(queries.cpu(), k)
     return values.to(device), ids.to(device)
 
 
-@contextmanager
-def _threads() -> Iterator[None]:
-    """FAISS uses as many threads as torch does, and is left as it was."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+def _by_cagra(queries: Tensor, points: Tensor, k: int, kind: int) -> tuple[Tensor, Tensor]:
+    """A graph that is built and searched on the device (not run on a GPU yet)."""
+    device = points.device.index
+    config, options = faiss.GpuIndexCagraConfig(), faiss.SearchParametersCagra()
+    config.device = device
+    options.itopk_size = max(64, -(-2 * k // 32) * 32)  # candidates that are kept, in steps of 32
+    with torch.cuda.device(device):
+        searcher = faiss.GpuIndexCagra(gpu_resources(device), points.shape[1], kind, config)
+        searcher.train(points)
+        # FAISS's own wrapper for tensors takes no options.
+        values = queries.new_empty(len(queries), k)
+        ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+        tensors = faiss.contrib.torch_utils
+        pointers = [tensors.swig_ptr_from_FloatTensor(x) for x in (queries, values)]
+        pointers.append(tensors.swig_ptr_from_IndicesTensor(ids))
+        with tensors.using_stream(searcher.getResources()):
+            searcher.search_ex(len(queries), pointers[0], faiss.Float32, k, *pointers[1:], options)
+    return values, ids

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.exact import faiss
 from ssl_geometry.geometry.neighbors import Neighbors, merge, nearest
 
 KINDS = {"cosine": "cosine", "l2": "sqeuclidean"}
@@ -255,7 +255,12 @@ def test_a_cuda_device_finds_the_same(metric: str) -> None:
         (torch.ones(4, 2).cumsum(0), {"k": 0}, "k=0"),
         (torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]), {"k": 1}, "1 of 3 vectors are zero"),
         (torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [torch.inf, 1.0]]), {"k": 1}, "2 of 3 vectors are not finite"),
-        (torch.ones(4, 2), {"k": 1, "metric": "cos"}, "cosine, inner or l2"),
+        (torch.ones(4, 2), {"k": 1, "metric": "cos"}, "cosine, inner or l2; auto, exact, ivf, hnsw or cagra"),
+        (
+            torch.ones(4, 2),
+            {"k": 1, "index": "cagra"},
+            "'cagra' needs features on a CUDA device and faiss-gpu-cuvs: choose",
+        ),
         (torch.ones(0, 2), {"k": 1}, r"queries: expected .* got shape \(0, 2\)"),
         (torch.ones(4, 2), {"k": 1, "bank": torch.ones(4, 3)}, r"bank: expected \(N, 2\) .* got shape \(4, 3\)"),
         (torch.ones(4, 2), {"k": 5, "bank": torch.ones(4, 2)}, "1 <= k <= 4"),

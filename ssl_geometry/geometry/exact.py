@@ -1,0 +1,277 @@
+"""Exact search: the k nearest of all points, by whichever of FAISS and torch is the faster.
+
+Protocol: points are float32 and so are their products, TF32 and autocast off. Whatever float32 products cannot order is
+ordered by float64 differences, equal points by their ids. So all backends give the same neighbours, and which one ran
+is no part of a protocol.
+
+FAISS is imported here and nowhere else, with the kernels of this CPU.
+"""
+
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy  # noqa: F401 - its own OpenBLAS is loaded before the kernels of FAISS's are chosen
+import torch
+from jaxtyping import Float, Int64
+from threadpoolctl import threadpool_info
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["backend", "exact_search", "faiss", "faiss_blas", "faiss_threads", "gpu_resources", "has_gpu", "kernels"]
+
+Backend = Literal["faiss", "faiss-gpu", "torch"]
+
+NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
+SPARE = 4  # neighbours more than asked for: almost always some of them is farther than float32 errors reach
+ERROR = {"cpu": 8.0, "cuda": 32.0}
+"""Largest error of a float32 distance |x|² + |y|² - 2xy, in units of eps (|x|² + |y|²).
+
+On CPUs at most 5.4 was measured, for 2 to 8,192 features (benchmarks/results/neighbors.md). BLAS sums some hundreds of
+products there before it rounds a block; kernels of a GPU may sum all in one row, and are allowed four times as much.
+"""
+TORCH_FROM_K = 50  # users measured torch's product and top-k ahead of FAISS on CUDA at this k
+PRODUCTS = {"cpu": 2**24, "cuda": 2**27}  # float32 products of one block: 64 and 512 MiB
+GPU_WORKSPACE = 2**28  # bytes that FAISS keeps on each GPU that it searched on; it would take 1.5 GB
+FALLBACKS = {"Prescott", "armv8"}  # OpenBLAS's kernels for CPUs that it does not know: several times slower
+
+
+def kernels(machine: str, cpuinfo: str) -> str | None:
+    r"""The fastest kernels of OpenBLAS for a CPU, by its flags.
+
+    OpenBLAS chooses by family and model, and takes those of 2004 for a CPU that is newer than itself: exact search by
+    the OpenBLAS of FAISS's wheels (0.3.15) is then six times slower.
+
+    Args:
+        machine: architecture, as of :func:`platform.machine`.
+        cpuinfo: text of /proc/cpuinfo.
+
+    Returns:
+        A value of OPENBLAS_CORETYPE; None where OpenBLAS had better choose itself.
+
+    Example:
+        >>> kernels("x86_64", "vendor_id : AuthenticAMD\nflags : sse4_2 fma avx2")
+        'Zen'
+    """
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    if machine.lower() not in ("x86_64", "amd64") or flags is None:
+        return None
+    known = set(flags[1].split())
+    if known >= {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"}:
+        return "SkylakeX"  # on AMD's as well: on a Zen 5 1.9 s where Zen's take 3.6
+    if known >= {"avx2", "fma"}:
+        return "Zen" if re.search(r"^vendor_id\s*:\s*AuthenticAMD", cpuinfo, re.MULTILINE) else "Haswell"
+    return None
+
+
+@contextmanager
+def _kernels_of_this_cpu() -> Iterator[None]:
+    """For the OpenBLAS that is loaded inside; NumPy's is there already, SciPy's is not loaded by FAISS."""
+    name = "OPENBLAS_CORETYPE"
+    info = Path("/proc/cpuinfo")
+    chosen = kernels(platform.machine(), info.read_text(errors="replace")) if info.is_file() else None
+    if chosen is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = chosen
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+with _kernels_of_this_cpu():
+    import faiss
+    import faiss.contrib.torch_utils  # FAISS takes and gives tensors
+
+
+@cache
+def faiss_blas() -> tuple[str, str] | None:
+    """Version and kernels of the OpenBLAS that FAISS brought; None where it uses another library."""
+    for library in threadpool_info():
+        if library["internal_api"] == "openblas" and "faiss" in library["filepath"]:
+            return library["version"], library["architecture"]
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether this FAISS was built for GPUs (faiss-cpu was not)."""
+    return hasattr(faiss, "StandardGpuResources")
+
+
+def backend(device: torch.device, k: int) -> Backend:
+    """What an exact search runs on: the one rule.
+
+    Args:
+        device: of the points.
+        k: neighbours.
+
+    Returns:
+        On a CPU FAISS, but torch where FAISS's OpenBLAS does not know the CPU. On CUDA FAISS for short lists; torch for
+        lists of 50 and more, and where FAISS has no GPU support.
+    """
+    if device.type == "cuda":
+        return "faiss-gpu" if has_gpu() and k < TORCH_FROM_K else "torch"
+    blas = faiss_blas()
+    return "torch" if blas is not None and blas[1] in FALLBACKS else "faiss"
+
+
+@cache
+def gpu_resources(device: int) -> Any:
+    """FAISS's on one GPU, made once (0.1 to 0.2 s) and kept: 256 MiB there, none pinned on the host."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(GPU_WORKSPACE)
+    resources.setPinnedMemory(0)  # for copies from the host, of which there are none
+    return resources
+
+
+def exact_search(
+    queries: Float[Tensor, "N D"], points: Float[Tensor, "M D"], k: int, *, inner: bool = False
+) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"]]:
+    """The k nearest points of every query, of equally near ones the smaller id first.
+
+    Args:
+        queries: float32, on the device of the points.
+        points: float32, of about the lengths of the queries.
+        k: neighbours, at most M.
+        inner: whether by the largest inner product, and not by the smallest squared distance.
+
+    Returns:
+        Squared distances or inner products, float32, and ids.
+
+    Example:
+        >>> exact_search(torch.tensor([[0.0]]), torch.tensor([[2.0], [1.0], [-1.0]]), k=2)
+        (tensor([[1., 1.]]), tensor([[1, 2]]))
+    """
+    n = min(k + SPARE, len(points))
+    search = {"faiss": _by_faiss, "faiss-gpu": _by_faiss_gpu, "torch": _by_torch}[backend(points.device, k)]
+    values, ids = search(queries, points, n, inner)
+    values, ids = _settle(queries, points, -values if inner else values, ids, k, inner)
+    return (-values if inner else values)[:, :k], ids[:, :k]
+
+
+def _by_faiss(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
+    with faiss_threads():
+        values, ids = faiss.knn(queries.cpu(), points.cpu(), k, metric=_metric(inner))
+    return values.to(points.device), ids.to(points.device)
+
+
+def _by_faiss_gpu(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
+    device = points.device.index
+    with torch.cuda.device(device):  # whose stream FAISS joins
+        return faiss.knn_gpu(gpu_resources(device), queries, points, k, metric=_metric(inner), device=device)
+
+
+def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
+    """In blocks of at most 64 MiB of products on a CPU, 512 MiB on a GPU, and the lists of top-k beside."""
+    half = points.new_zeros(()) if inner else _squares(points) / 2
+    rows = max(1, PRODUCTS.get(points.device.type, PRODUCTS["cpu"]) // len(points))
+    with _float32(points.device.type):
+        found = [torch.addmm(half, part, points.T, beta=-1).topk(k, dim=1) for part in queries.split(rows)]
+    values, ids = torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
+    return values if inner else (_squares(queries)[:, None] - 2 * values).clamp_min_(0), ids
+
+
+def _metric(inner: bool) -> int:
+    return faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2
+
+
+@contextmanager
+def _float32(device: str) -> Iterator[None]:
+    """Products as float32 has them: no TF32 or bfloat16, whatever is switched on around."""
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+@contextmanager
+def faiss_threads() -> Iterator[None]:
+    """FAISS uses as many threads as torch does, and is left as it was."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+# -- what float32 cannot order -----------------------------------------------------------------------------------------
+
+
+def _settle(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
+    """Lists (values, the smallest first, and ids) in the order that float64 gives.
+
+    An entry is computed again where the next one is within the errors of both, or where it is too near for float32 to
+    have its digits. Where points beyond the list might belong among the k nearest, the query is searched in float64.
+    """
+    squares, others = _squares(queries)[:, None], _squares(points)
+    eps = ERROR.get(points.device.type, ERROR["cpu"]) * torch.finfo(torch.float32).eps
+    if inner:
+        error = eps * (squares * others.max()).sqrt()
+        beyond = error[:, 0]
+    else:
+        error = eps * (squares + others[ids])
+        beyond = eps * (3 * squares[:, 0] + 2 * values[:, -1])  # |y|² <= 2 |x|² + 2 |x - y|²
+    error = error.expand_as(values)
+    close = values.diff(dim=1) <= error[:, 1:] + error[:, :-1]
+    unsure = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
+    if not inner:  # the first may be the query itself, whose distance nobody asks for
+        unsure[:, 1:] |= values[:, 1:] < NEAR * squares
+    if len(others) > values.shape[1]:
+        searched = (values[:, -1] - values[:, k - 1] <= error[:, k - 1] + beyond).nonzero()[:, 0]
+        ids[searched] = _ids_in_float64(queries[searched], points, ids.shape[1], inner)
+        unsure[searched] = True
+    rows = unsure.any(1).nonzero()[:, 0]
+    if not len(rows):
+        return values, ids
+    lists, wide = ids[rows], values[rows].double()
+    row, column = unsure[rows].nonzero(as_tuple=True)
+    wide[row, column] = _distances_in_float64(queries, points, rows[row], lists[row, column], inner)
+    order = lists.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds equal distances
+    order = order.gather(1, wide.gather(1, order).argsort(dim=1, stable=True))
+    values[rows], ids[rows] = wide.gather(1, order).to(values.dtype), lists.gather(1, order)
+    return values, ids
+
+
+def _ids_in_float64(queries: Tensor, points: Tensor, n: int, inner: bool) -> Int64[Tensor, "N n"]:
+    """The n nearest, in the order of their ids; of equally near ones the smaller ids."""
+    if not len(queries):
+        return torch.empty(0, n, dtype=torch.int64, device=points.device)
+    wide = points.double()
+    half = wide.new_zeros(()) if inner else wide.square().sum(1) / 2
+    found = []
+    for part in queries.split(max(1, PRODUCTS["cpu"] // 2 // len(points))):
+        far = torch.addmm(half, part.double(), wide.T, alpha=-1)
+        last = far.topk(n, dim=1, largest=False).values[:, -1:]
+        nearer, equal = far < last, far == last
+        chosen = nearer | (equal & (equal.cumsum(1) <= n - nearer.sum(1, keepdim=True)))
+        found.append(chosen.nonzero()[:, 1].view(-1, n))
+    return torch.cat(found)
+
+
+def _distances_in_float64(
+    queries: Tensor, points: Tensor, rows: Tensor, ids: Tensor, inner: bool
+) -> Float[Tensor, " P"]:
+    """Squared distances, or the negated inner products, of pairs."""
+    found = []
+    step = max(1, PRODUCTS["cpu"] // 64 // queries.shape[1])
+    for row, other in zip(rows.split(step), ids.split(step), strict=True):
+        x, y = queries[row].double(), points[other].double()
+        found.append(-(x * y).sum(1) if inner else (x - y).square_().sum(1))
+    return torch.cat(found)
+
+
+def _squares(points: Tensor) -> Float[Tensor, " N"]:
+    return torch.linalg.vector_norm(points, dim=1).square()
