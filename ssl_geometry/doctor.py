@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.errors import Interrupted, UserError
+from ssl_geometry.geometry import exact
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
@@ -79,17 +80,22 @@ def gpu() -> Iterator[Finding]:
 
 
 def faiss() -> Iterator[Finding]:
-    """FAISS, and whether it fits the GPUs."""
-    try:
-        import faiss as library
-    except ImportError as error:
-        yield Finding("FAISS", f"does not import ({error})", "pip install faiss-gpu-cuvs, or faiss-cpu without a GPU")
-        return
-    gpus = library.get_num_gpus() if hasattr(library, "get_num_gpus") else 0
+    """What neighbours are searched on."""
+    gpus = exact.faiss.get_num_gpus() if exact.has_gpu() else 0
+    blas = exact.faiss_blas()
+    said = [
+        exact.faiss.__version__,
+        f"GPU support, {gpus} GPU(s)" if exact.has_gpu() else "no GPU support",
+        "its BLAS is not OpenBLAS" if blas is None else f"OpenBLAS {blas[0]} with kernels for {blas[1]}",
+        f"{torch.get_num_threads()} threads",
+    ]
     to_do = ""
     if torch.cuda.is_available() and not gpus:
-        to_do = "neighbours are searched on the CPU: pip uninstall faiss-cpu && pip install faiss-gpu-cuvs"
-    yield Finding("FAISS", f"{library.__version__}, {gpus} GPU(s)", to_do)
+        to_do = "exact searches take torch on the GPU, ivf and hnsw the CPU: install faiss-gpu-cuvs for FAISS's own"
+        to_do = "" if platform.machine() == "aarch64" else to_do  # there is no such wheel
+    if blas is not None and blas[1] in exact.FALLBACKS:
+        to_do = "ivf and hnsw are slow on kernels for an old CPU: set OPENBLAS_CORETYPE to Haswell or NEOVERSEN1"
+    yield Finding("FAISS", ", ".join(said), to_do)
 
 
 def slurm() -> Iterator[Finding]:

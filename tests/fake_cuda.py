@@ -174,7 +174,9 @@ class FakeCuda:
         self._patch(torch, "compile", lambda model=None, **_: model if model is not None else lambda f: f)
         self._patch(nn.Module, "compile", lambda *_, **__: None)
         self._patch(torch.autocast, "__init__", _autocast(torch.autocast.__init__))
-        self._patch(faiss, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=_nothing))
+        self._patch(
+            faiss, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=_nothing, setPinnedMemory=_nothing)
+        )
         self._patch(faiss, "knn_gpu", self._knn)
         self._patch_collectives()
         functions, backward = _Functions(self), BackwardCFunction.apply

@@ -184,7 +184,7 @@ def _metric(inner: bool) -> int:
 @contextmanager
 def _float32(device: str) -> Iterator[None]:
     """Products as float32 has them: no TF32 or bfloat16, whatever is switched on around."""
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"

@@ -239,11 +239,12 @@ def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index:
 def _by_cagra(queries: Tensor, points: Tensor, k: int, kind: int) -> tuple[Tensor, Tensor]:
     """A graph that is built and searched on the device (not run on a GPU yet)."""
     device = points.device.index
-    config, options = faiss.GpuIndexCagraConfig(), faiss.SearchParametersCagra()
+    library: Any = faiss  # whose types leave cuVS out
+    config, options = library.GpuIndexCagraConfig(), library.SearchParametersCagra()
     config.device = device
     options.itopk_size = max(64, -(-2 * k // 32) * 32)  # candidates that are kept, in steps of 32
     with torch.cuda.device(device):
-        searcher = faiss.GpuIndexCagra(gpu_resources(device), points.shape[1], kind, config)
+        searcher = library.GpuIndexCagra(gpu_resources(device), points.shape[1], kind, config)
         searcher.train(points)
         # FAISS's own wrapper for tensors takes no options.
         values = queries.new_empty(len(queries), k)

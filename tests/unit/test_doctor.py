@@ -53,3 +53,29 @@ def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch, capsys
     )
     (finding,) = doctor.parity()
     assert "do not train with several processes" in finding.to_do
+
+
+def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = doctor.exact
+    (finding,) = doctor.faiss()
+    support = "GPU support, 0 GPU(s)" if exact.has_gpu() else "no GPU support"
+    assert finding.said.startswith(exact.faiss.__version__)
+    if not doctor.torch.cuda.is_available():
+        assert support in finding.said
+    monkeypatch.setattr(exact, "has_gpu", lambda: False)
+    for blas, words in (
+        (("0.3.15", "SkylakeX"), "no GPU support, OpenBLAS 0.3.15 with kernels for SkylakeX, 5 threads"),
+        (None, "no GPU support, its BLAS is not OpenBLAS, 5 threads"),
+    ):
+        monkeypatch.setattr(exact, "faiss_blas", lambda blas=blas: blas)
+        monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 5)
+        (finding,) = doctor.faiss()
+        assert words in finding.said
+        assert not finding.to_do or doctor.torch.cuda.is_available()
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    (finding,) = doctor.faiss()
+    assert "faiss-gpu-cuvs" in finding.to_do
+    monkeypatch.setattr(exact, "faiss_blas", lambda: ("0.3.15", "Prescott"))
+    (finding,) = doctor.faiss()
+    assert "OPENBLAS_CORETYPE" in finding.to_do
