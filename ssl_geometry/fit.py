@@ -230,6 +230,8 @@ class FitCLI(LightningCLI):
             "logger": make_loggers(self.settings["loggers"], self.run, self.settings, self.settings["wandb_project"]),
             "default_root_dir": self.run.directory,
         }
+        if trainer["benchmark"] is None:
+            trainer["benchmark"] = not trainer["deterministic"]  # a step's shapes are always the same
         trainer["plugins"] = [*(trainer.get("plugins") or []), WholeCheckpointIO()]
         if trainer["sync_batchnorm"] and (not torch.cuda.is_available() or trainer["accelerator"] == "cpu"):
             trainer["sync_batchnorm"] = False  # that is torch's, for GPUs alone

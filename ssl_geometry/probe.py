@@ -404,6 +404,7 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             lr=options.finetune_lr,
             weight_decay=0.0,
             warmup_epochs=0,
+            compile=False,  # a new network for each share of the labels: compiling takes longer than it saves
             **{key: given[key] for key in shared},
         )
         network.backbone.load_state_dict(subject.method.backbone.state_dict())

@@ -242,7 +242,7 @@ def forward_pass(
 
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, full float32; everything is put back afterwards, module by module.
+    """Evaluation mode, no gradients, full float32, kernels that no timing chooses; all is put back, module by module.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen
@@ -252,12 +252,15 @@ def measuring(module: nn.Module) -> Iterator[None]:
         [False, True]
     """
     modes = {part: part.training for part in module.modules()}
+    benchmark = torch.backends.cudnn.benchmark
     module.eval()
+    torch.backends.cudnn.benchmark = False  # the last batch is shorter, and would be timed for one use
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     try:
         with torch.no_grad(), torch.autocast(device, enabled=False), _full_float32():
             yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         for part, training in modes.items():
             part.training = training
 

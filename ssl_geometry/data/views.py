@@ -13,9 +13,11 @@ acts with its identity parameters: shapes never depend on random numbers, and no
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -74,12 +76,22 @@ def uniform(
         >>> torch.equal(both[1:], one)
         True
     """
-    key = hashlib.blake2b(f"{seed}/{epoch}/{view}/{stream}".encode(), digest_size=8).digest()
-    number = torch.arange(n, device=index.device)
+    counter = torch.arange(n, device=index.device) * _PER_NUMBER + _key(seed, epoch, view, stream)
+    return _hashed(index[:, None] * _PER_SAMPLE + counter)
+
+
+_PER_SAMPLE, _PER_NUMBER = -0x61C8864680B583EB, -0x3B314601E57A13AD
+
+
+def _key(seed: int, epoch: int, view: int, stream: str | int) -> int:
+    """Where the counter of these numbers starts: 64 bits, signed."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{view}/{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _hashed(bits: Int64[Tensor, "B n"]) -> Float[Tensor, "B n"]:
+    """Counters -> uniform numbers."""
     # int64 multiplication wraps around; a right shift copies the sign, which the mask takes away again.
-    bits = (
-        index[:, None] * -0x61C8864680B583EB + number * -0x3B314601E57A13AD + int.from_bytes(key, "little", signed=True)
-    )
     bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     bits = bits ^ (bits >> 31 & 0x1FFFFFFFF)
@@ -434,10 +446,13 @@ def _shift_hue_(images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]) ->
     the distance on the circle between h and the hue opposite to the channel's own.
     """
     red, green, blue = images.split(1, dim=1)
-    value = torch.maximum(red, green).maximum(blue)
+    largest = torch.maximum(green, blue)
+    value = largest.maximum(red)
     chroma = value - torch.minimum(red, green).minimum(blue)
-    # 0 or 1, and lerp instead of where: a branch for each pixel costs a CPU thirty times as much
-    not_red, not_green = (value - red).sign_(), (value - green).sign_()
+    # 0 or 1, and lerp instead of where: a branch for each pixel costs a CPU thirty times as much. Channels are compared
+    # with each other and not with the largest value, which compiled code may round in another way than the channel.
+    not_red = largest.sub_(red).sign_().clamp_(min=0)
+    not_green = (blue - green).sign_().clamp_(min=0)
     green_or_blue = torch.lerp((blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4), not_green)
     hue = torch.lerp(green - blue, green_or_blue, not_red)
     # grey: chroma 0, and any hue will do
@@ -765,26 +780,39 @@ class View:
         return View(**spec)
 
     @_float32_by_default()
-    def params(self, index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int) -> dict[str, Params]:
+    def params(
+        self, index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int | Sequence[int]
+    ) -> dict[str, Params]:
         """The random parameters of views, without the views.
 
         Args:
             index: sample indices, int64 (B,), on the device of the images.
             seed: seed of the run.
             epoch: epoch.
-            view: number of the view.
+            view: number of the view, or numbers of several.
 
         Returns:
-            Operation -> parameter -> tensor with one row an image; a second rotate is called ``rotate#1``.
+            Operation -> parameter -> tensor with one row per view, in the order of :meth:`__call__`; a second rotate is
+            called ``rotate#1``.
 
         Example:
             >>> View(["flip", "rotate"], size=32).params(torch.arange(3), seed=0, epoch=0, view=0)["flip"]["flip"].shape
             torch.Size([3])
         """
-        return {
-            stream: op.sample(uniform(index, seed=seed, epoch=epoch, view=view, stream=stream, n=op.n))
-            for stream, op in self.ops.items()
-        }
+        if not self.ops:
+            return {}
+        # the numbers of all operations and views at once: a GPU waits longer for launches than for the sums
+        lengths = [op.n for op in self.ops.values()]
+        numbers = torch.arange(max(lengths), device=index.device) * _PER_NUMBER
+        counters = torch.cat(
+            [
+                numbers[: op.n] + _key(seed, epoch, number, stream)
+                for number in _numbers(view)
+                for stream, op in self.ops.items()
+            ]
+        ).view(-1, 1, sum(lengths))
+        u = _hashed((index[:, None] * _PER_SAMPLE + counters).flatten(0, 1)).split(lengths, dim=1)
+        return {stream: op.sample(part) for (stream, op), part in zip(self.ops.items(), u, strict=True)}
 
     @_float32_by_default()
     def replay(self, images: UInt8[Tensor, "B 3 H W"], params: dict[str, Params]) -> Float[Tensor, "B 3 S S"]:
@@ -813,31 +841,52 @@ class View:
         return views
 
     def _make(self, images: UInt8[Tensor, "B 3 H W"], params: dict[str, Params]) -> Float[Tensor, "B 3 S S"]:
+        return _act(self._steps, images, params)
+
+    @property
+    def _steps(self) -> "list[Step]":
+        """What happens to the pixels, in order."""
+        return [("first", self._first), *((stream, op.apply) for stream, op in self.ops.items()), ("last", self._last)]
+
+    def _first(self, images: UInt8[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 h w"]:
         images = images / 255
-        if not any(isinstance(op, Crop) for op in self.ops.values()):
-            images = self._centered(images)
-        for stream, op in self.ops.items():
-            images = op.apply(images, params[stream])
+        return images if any(isinstance(op, Crop) for op in self.ops.values()) else self._centered(images)
+
+    def _last(self, images: Float[Tensor, "B 3 S S"], params: Params) -> Float[Tensor, "B 3 S S"]:
         for channel, mean, std in zip(images.unbind(1), self.mean, self.std, strict=True):
             channel.sub_(mean).div_(std)
         return images
 
     def __call__(
-        self, images: UInt8[Tensor, "B 3 H W"], index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int
-    ) -> Float[Tensor, "B 3 S S"]:
-        """One view of each image.
+        self,
+        images: UInt8[Tensor, "B 3 H W"],
+        index: Int64[Tensor, " B"],
+        *,
+        seed: int,
+        epoch: int,
+        view: int | Sequence[int],
+    ) -> Float[Tensor, "V*B 3 S S"]:
+        """One view of each image, or several.
 
         Args:
             images: uint8 (B, 3, H, W), on any device.
             index: sample indices, int64 (B,), on the same device.
             seed: seed of the run.
             epoch: epoch.
-            view: number of the view.
+            view: number of the view; or numbers of V views, which are made together, with as many launches as one.
 
         Returns:
-            float32 (B, 3, size, size), on the device of the images.
+            float32 (V * B, 3, size, size), on the device of the images: the first view of all images, then the second.
         """
-        return self.replay(images, self.params(index, seed=seed, epoch=epoch, view=view))
+        params = self.params(index, seed=seed, epoch=epoch, view=view)
+        return self.replay(images.expand(len(_numbers(view)), *images.shape).flatten(0, 1), params)
+
+    def compiled(self) -> "View":
+        """The same view, its pixels made by code of ``torch.compile``: for a GPU, where launches take longer than sums.
+
+        Not the same bits: views are up to 1e-5 apart. Measurements and whoever compares bits take the view as it is.
+        """
+        return _CompiledView(self)
 
     def _centered(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 S S"]:
         height, width = images.shape[-2:]
@@ -847,6 +896,40 @@ class View:
         if side == self.size:
             return images
         return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+
+
+Step = tuple[str, Callable[[Tensor, Params], Tensor]]
+"""The name that an operation's parameters have, and what it does to images."""
+
+
+def _act(steps: Sequence[Step], images: Tensor, params: dict[str, Params]) -> Tensor:
+    for stream, act in steps:
+        images = act(images, params.get(stream, {}))
+    return images
+
+
+class _CompiledView(View):
+    """A view of which all but the blur is compiled: a compiler that fuses both passes computes the first one again for
+    each tap of the second.
+    """
+
+    def __init__(self, view: View) -> None:
+        super().__init__(**view.spec)
+        self._runs: list[Callable[[Tensor, dict[str, Params]], Tensor]] = []
+        blurs = {stream for stream, op in self.ops.items() if isinstance(op, Blur)}
+        for is_blur, steps in groupby(self._steps, key=lambda step: step[0] in blurs):
+            run = partial(_act, list(steps))
+            # one graph for each shape of images: training has one
+            self._runs.append(run if is_blur else torch.compile(run, dynamic=False))
+
+    def _make(self, images: UInt8[Tensor, "B 3 H W"], params: dict[str, Params]) -> Float[Tensor, "B 3 S S"]:
+        for run in self._runs:
+            images = run(images, params)
+        return images
+
+
+def _numbers(view: int | Sequence[int]) -> Sequence[int]:
+    return [view] if isinstance(view, int) else view
 
 
 def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
+from ssl_geometry.methods.compilation import is_compiled
 from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone
@@ -72,7 +73,8 @@ class Method(L.LightningModule):
         momentum: of lars and sgd.
         warmup_epochs: epochs in which the learning rate rises linearly, before the cosine to zero.
         channels_last: keep convolutions in the channels-last memory format.
-        compile: compile the backbone with torch.compile.
+        compile: compile the backbone with torch.compile while it trains, on CUDA the pixels of the training views as
+            well; None does on CUDA, unless the trainer is deterministic. What is evaluated or measured runs eagerly.
         seed: of the random views; fit sets it to ``--seed_everything``.
 
     """
@@ -107,7 +109,7 @@ class Method(L.LightningModule):
         momentum: float = 0.9,
         warmup_epochs: int = 10,
         channels_last: bool = True,
-        compile: bool = False,
+        compile: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -116,12 +118,11 @@ class Method(L.LightningModule):
         self.num_features = self.backbone.num_features  # type: ignore[assignment]
         self.head = nn.Identity()
         self.view = View(augment, size=image_size, normalize=normalize, center_crop=center_crop)
+        self._compiled_view: View | None = None  # of training steps alone: its bits are not those of the view
         self.clean_view = View("none", size=image_size, normalize=normalize, center_crop=center_crop)
         self.knn = KNNAccuracy()
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
-        if compile:
-            self.backbone.compile()
 
     # -- what a method gives -------------------------------------------------------------------------------------------
 
@@ -145,7 +146,11 @@ class Method(L.LightningModule):
 
     def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Pooled backbone features of clean images, float32, without gradients; evaluation mode is the caller's."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),  # the same numbers, compiled or not; and no second graph
+        ):
             index = torch.arange(len(images), device=images.device)
             views = self.clean_view(images, index, seed=0, epoch=0, view=0)
             return self.backbone(self._in_format(views)).float()
@@ -168,16 +173,25 @@ class Method(L.LightningModule):
             self.named_views.get(name, name), **{key: spec[key] for key in ("size", "normalize", "center_crop")}
         )
 
+    def on_fit_start(self) -> None:
+        """Compile what training steps run; the first of them does it, on the device and with the monitors' hooks."""
+        if is_compiled(self.hparams["compile"], self.device):
+            self.backbone.compile(dynamic=False)
+            if self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+                self._compiled_view = self.view.compiled()
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """All views in one forward, then the method's loss."""
         with torch.autocast(self.device.type, enabled=False):
-            views = [
-                self.view(
-                    batch["image"], batch["index"], seed=self.hparams["seed"], epoch=self.current_epoch, view=number
-                )
-                for number in range(self.num_views)
-            ]
-        loss = self.loss(self(torch.cat(views)).chunk(self.num_views), batch)
+            view = self._compiled_view or self.view
+            views = view(
+                batch["image"],
+                batch["index"],
+                seed=self.hparams["seed"],
+                epoch=self.current_epoch,
+                view=range(self.num_views),
+            )
+        loss = self.loss(self(views).chunk(self.num_views), batch)
         self.log_mean("train/loss", loss)
         return loss
 

@@ -12,8 +12,8 @@ class LARS(torch.optim.Optimizer):
     """The numbers and the state of ``lightly.utils.lars.LARS``, without its loop and its waits.
 
     lightly reads two norms of each parameter on the host; here they stay on the device, all parameters of a group go
-    through one ``foreach`` operation at a time, and ``torch.where`` stands for the branch. (One product a decayed
-    parameter is left: torch has no ``foreach`` kernel for a factor of its own for each tensor.)
+    through one ``foreach`` operation at a time, and a fill stands for the branch. (One product per decayed parameter is
+    left: torch has no ``foreach`` kernel for a factor on the device for each tensor.)
 
     With decay w, trust coefficient c, momentum m and learning rate l, a parameter p with gradient g takes
     ``d = c |p| / (|g| + w |p| + eps) (g + w p)``, ``v = m v + (1 - dampening) d``, ``p = p - l v``. Where p is zero,
@@ -99,7 +99,7 @@ class LARS(torch.optim.Optimizer):
         if decay := group["weight_decay"]:
             p_norm, g_norm = _norms(parameters), _norms(updates)
             rate = p_norm / (g_norm + p_norm * decay + group["eps"]) * group["trust_coefficient"]
-            rate = torch.where(g_norm == 0, 0.0, torch.where(p_norm == 0, 1.0, rate))
+            rate = rate.masked_fill(p_norm == 0, 1.0).masked_fill(g_norm == 0, 0.0)
             updates = list(torch._foreach_add(updates, parameters, alpha=decay))
             torch._foreach_mul_(updates, list(rate.unbind()))
         if momentum := group["momentum"]:

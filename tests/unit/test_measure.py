@@ -26,6 +26,7 @@ from ssl_geometry.callbacks.probes import ProbeMonitor, layer_widths
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods import Method, SimCLR, Supervised
+from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import Taps, layer_names
 from ssl_geometry.records import Protocol
@@ -140,12 +141,15 @@ def test_moments(tmp_path: Path, every: int, epochs: int, expected: list[int]) -
 def test_measuring_puts_every_mode_back(tmp_path: Path) -> None:
     net = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Dropout(), nn.BatchNorm1d(3))
     torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True
     state, rng = [v.clone() for v in net.state_dict().values()], torch.get_rng_state()
     try:
         with pytest.raises(RuntimeError), measuring(net):
             _measure_and_fail(net)
         assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.benchmark
     finally:
+        torch.backends.cudnn.benchmark = False
         torch.set_float32_matmul_precision("highest")
     assert [part.training for part in net] == [False, True, True]
     assert all(torch.equal(a, b) for a, b in zip(state, net.state_dict().values(), strict=True))
@@ -154,6 +158,7 @@ def test_measuring_puts_every_mode_back(tmp_path: Path) -> None:
 
 def _measure_and_fail(net: nn.Module) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.benchmark
     net(torch.randn(5, 3, generator=torch.Generator()))
     raise RuntimeError
 
@@ -251,9 +256,7 @@ def test_the_watch_sees_what_waits() -> None:
 def test_a_training_step_of_ours_never_waits_for_the_device(method_class: type[Method]) -> None:
     method = method_class(**SMALL, augment=["simclr", "blur", "solarize", "rotate", "translate"])
     method.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
-    loss = nn.CrossEntropyLoss()
-    if isinstance(method, SimCLR):  # lightly's NT-Xent picks the negatives with a mask; that wait is not ours
-        method.loss = lambda z, batch: loss(z[0] @ z[1].T, torch.arange(8))  # type: ignore[method-assign,assignment]
+    optimizer = LARS([{"params": method.parameters(), "weight_decay": 1e-4}], lr=0.1, momentum=0.9)
     batch = {
         "image": torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8),
         "label": torch.randint(10, (8,)),
@@ -264,6 +267,7 @@ def test_a_training_step_of_ours_never_waits_for_the_device(method_class: type[M
     with Taps(method, names, lambda _, output: pooled(output)) as taps, HostReads() as reads:
         taps.captured = {}
         method.training_step(batch, 0).backward()  # type: ignore[arg-type]
+        optimizer.step()
         bank.step(taps.captured, batch["label"], batch["index"])
     assert reads.found == []
     assert bank.seen.min() == 8 * method.num_views

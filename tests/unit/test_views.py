@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -449,6 +451,37 @@ def test_replay_of_parameters_gives_the_view_and_another_epoch_another():
     assert torch.equal(view.replay(images, view.params(index, **AT)), first)
     for change in ({"seed": 4}, {"epoch": 6}, {"view": 0}):
         assert not torch.allclose(view(images, index, **(AT | change)), first)
+
+
+def test_several_views_at_once_are_the_views_one_by_one():
+    images, index, view = pictures(9, 20, 20), torch.arange(9) * 5, View([*EVERYTHING, "rotate"], size=16)
+    at = {"seed": 3, "epoch": 5}
+    alone = torch.cat([view(images, index, **at, view=number) for number in (1, 0, 7)])
+    assert torch.equal(view(images, index, **at, view=(1, 0, 7)), alone)
+    params = view.params(index, **at, view=7)
+    for (stream, op), got in zip(view.ops.items(), params.values(), strict=True):
+        drawn = op.sample(uniform(index, **at, view=7, stream=stream, n=op.n))
+        assert all(torch.equal(got[name], drawn[name]) for name in drawn)
+    assert View(size=16).params(index, **at, view=0) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiled_views_differ_by_rounding_alone_and_are_two_graphs_around_the_blur():
+    images, index = pictures(16, 20, 20), torch.arange(16)
+    images[1] = 0
+    view = View({"simclr": {"blur": True, "solarize": 0.5}}, size=16, normalize="imagenet")
+    compiled = view.compiled()
+    torch.compiler.reset()
+    counters.clear()
+    for epoch in range(3):
+        for numbers in ((0, 1), (2, 3)):
+            at = {"seed": 3, "epoch": epoch, "view": numbers}
+            difference = (compiled(images, index, **at) - view(images, index, **at)).abs().max()
+            assert 0 < difference < 5e-5, "of values up to 2.6, in units of the standard deviation"
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert compiled.spec == view.spec
 
 
 def test_spec_is_plain_and_makes_the_same_view():
