@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_geometry.geometry.duplicates import first_rows, row_keys
-from ssl_geometry.geometry.nnk import NNK, centered, over_chunks, products, solve
+from ssl_geometry.geometry.nnk import NNK, RESOLUTION, centered, over_chunks, products, solve_cosine, vector_lengths
 
 DIRECTIONS = 0.1
 """Directions of at least this share of the largest squared singular value span a neighbourhood."""
@@ -111,8 +111,9 @@ def augmentation_metrics(
         chunk: copies (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
 
     Returns:
-        For each image, float64, under the same names. Where all copies are equal, the diameter is 0 as well: the
-        network is invariant; what else no copy has an answer for is NaN.
+        For each image, float64, under the same names. Where all copies are equal (unit vectors less than 8 eps of
+        their dtype apart, 9.5e-7 in float32), the diameter is 0 as well: the network is invariant; what else no copy
+        has an answer for is NaN.
 
     Raises:
         ValueError: no images, fewer than three copies, features that are not finite, or zero vectors.
@@ -125,39 +126,47 @@ def augmentation_metrics(
     images, m = copies.shape[:2]
     if images == 0 or m < 3:
         raise ValueError(f"augmentation manifolds need images of at least 3 copies each, got {images} images of {m}")
-    points = centered(copies.flatten(0, 1))[0].view_as(copies)
+    lengths = vector_lengths(copies.flatten(0, 1), unit=True).view(images, m, 1)
     codes = row_keys(copies.flatten(0, 1).float()).view(images, m)
     partners = _others(images, m, seed, copies.device)
     step = max(1, DISTANCES // m**3)
     parts = [
-        _of_copies(*part, chunk)
-        for part in zip(points.split(step), codes.split(step), partners.split(step), strict=True)
+        _of_copies(copies[r], lengths[r], codes[r], partners[r], chunk)
+        for r in (slice(start, start + step) for start in range(0, images, step))
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _of_copies(
-    points: Float[Tensor, "B m D"], codes: Int64[Tensor, "B m"], partners: Int64[Tensor, "B m"], chunk: int | None
+    copies: Float[Tensor, "B m D"],
+    lengths: Float[Tensor, "B m 1"],
+    codes: Int64[Tensor, "B m"],
+    partners: Int64[Tensor, "B m"],
+    chunk: int | None,
 ) -> dict[str, Float[Tensor, " B"]]:
     """:func:`augmentation_metrics` of some images, of all their distances at once."""
-    (images, m), device = codes.shape, points.device
+    (images, m), device = codes.shape, copies.device
+    dtype = torch.promote_types(copies.dtype, torch.float32)
 
     def distances(r: slice) -> Float[Tensor, "b m m"]:
-        part = points[r] - points[r].mean(1, keepdim=True)  # the copies of an image may be close among themselves
-        inner = (part @ part.mT).double()
+        unit = copies[r] / lengths[r]  # float64: the copies of an image may be close among themselves
+        unit -= unit.mean(1, keepdim=True)
+        inner = unit @ unit.mT
         own = inner.diagonal(dim1=1, dim2=2)
         return own.unsqueeze(1) + own.unsqueeze(2) - inner - inner.mT
 
     squares = torch.cat(over_chunks(distances, images, device, chunk))  # all that follows is a function of these
     equal = codes.unsqueeze(1) == codes.unsqueeze(2)
     first = ~equal.tril(-1).any(2)
-    candidates = (~equal & first.unsqueeze(1)).flatten(0, 1)  # nor is a copy its own candidate
+    varies = squares.flatten(1).amax(1) > (RESOLUTION * torch.finfo(dtype).eps) ** 2
+    candidates = ~equal & first.unsqueeze(1) & varies.view(-1, 1, 1)  # nor is a copy its own candidate
+    candidates = candidates.flatten(0, 1)
     to_query = squares.flatten(0, 1)
     between = squares.unsqueeze(1).expand(images, m, m, m).flatten(0, 1)
-    result = solve(1 - between / 4, 1 - to_query / 4, valid=candidates)
+    local = (to_query.unsqueeze(2) + to_query.unsqueeze(1) - between) / 2  # (x_a - x_i) · (x_b - x_i)
+    result = solve_cosine(local, valid=candidates)
 
     queries = len(to_query)
-    local = (to_query.unsqueeze(2) + to_query.unsqueeze(1) - between) / 2  # (x_a - x_i) · (x_b - x_i)
     shapes = _joined(over_chunks(lambda r: _shapes(local[r], result.active[r]), queries, device, chunk))
     image = torch.arange(images, device=device).repeat_interleave(m)
 

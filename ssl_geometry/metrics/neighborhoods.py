@@ -137,7 +137,7 @@ class Neighborhoods(LayerFeatures):
             **{f"nnk_{name}": value for name, value in graph_statistics(nnk_ids, labels).items()},
             "two_nn": float(two_nn(euclidean.values)),
             "levina_bickel": float(levina_bickel(euclidean.values)),
-            "nnk_residual": float(solved.residual.max()),
+            "nnk_residual": float(solved.residual.nan_to_num(0).max()),  # of those that are solved
         }
 
         def of_all(ids: Int64[Tensor, "M k"]) -> Int64[Tensor, "N K"]:

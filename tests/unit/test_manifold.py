@@ -168,6 +168,16 @@ def test_invariant_networks_have_small_augmentation_diameters_whatever_their_sca
     torch.testing.assert_close(tight["neighbors"], wide["neighbors"], rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 3e-6])
+def test_copies_of_a_nearly_invariant_network_have_the_neighbours_of_float64(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    copies = 1 + torch.randn(20, 1, 32, generator=generator) + spread * torch.randn(20, 12, 32, generator=generator)
+    others = torch.tensor([[other for other in range(12) if other != query] for query in range(12)])
+    expected = [nnk(image.double(), others).active.sum(1).double().mean() for image in copies]
+    got = augmentation_metrics(copies)["neighbors"]
+    assert (got == torch.stack(expected)).double().mean() > 0.9
+
+
 def test_copies_that_are_equal_are_no_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
     copies = torch.randn(3, 6, 8, generator=generator)
@@ -241,12 +251,12 @@ def test_memory_is_bounded_and_the_parts_change_no_number(monkeypatch: pytest.Mo
     copies = torch.randn(50, 6, 8, generator=torch.Generator().manual_seed(0))
     whole, sizes = augmentation_metrics(copies), []
 
-    def solve(gram: Tensor, target: Tensor, **options: Tensor) -> NNK:
-        sizes.append(gram.numel())
-        return exact(gram, target, **options)
+    def solve(local: Tensor, **options: Tensor) -> NNK:
+        sizes.append(local.numel())
+        return exact(local, **options)
 
-    exact = module.solve
-    monkeypatch.setattr(module, "solve", solve)
+    exact = module.solve_cosine
+    monkeypatch.setattr(module, "solve_cosine", solve)
     monkeypatch.setattr(module, "DISTANCES", 7 * 6**3 + 1)
     parts = augmentation_metrics(copies)
     assert sizes == 7 * [7 * 6**3] + [6**3]

@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from ssl_geometry.geometry import nnk as module
-from ssl_geometry.geometry.nnk import interpolate, nnk, nnk_graph, over_chunks, solve
+from ssl_geometry.geometry.nnk import interpolate, nnk, nnk_graph, over_chunks, solve, solve_cosine
 
 KINDS = ["isotropic", "correlated", "positive", "duplicates", "near duplicates", "ties", "tight"]
 
@@ -118,6 +118,89 @@ def test_directions_whose_cosines_round_to_one_are_told_apart(spread: float) -> 
             return float(np.square(unit[0] - theta @ unit[1:]).sum() + (1 - theta.sum()) ** 2)
 
         assert objective(result.weights[i].numpy()) <= 1.0001 * objective(expected)
+
+
+def in_differences(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The cosine kernel's problem for vectors that are close together, SciPy's solution and its neighbours.
+
+    |x_i - X theta|² + (1 - sum theta)², where x_i - X theta is split into its parts across x_i and along it.
+    """
+    unit = x.astype(np.longdouble)
+    unit /= np.sqrt(np.square(unit).sum(1, keepdims=True))
+    apart = (unit[1:] - unit[0]).astype(np.float64)
+    near = np.square(apart).sum(1)
+    across = apart + np.outer(near / 2, unit[0].astype(np.float64))
+    radius = np.sqrt(near.max())
+    matrix = np.vstack([across.T, 1 - near / 2, np.ones(len(near))]) / radius
+    side = np.append(np.zeros(x.shape[1]), [1, 1]) / radius
+    theta = nnls(matrix, side, maxiter=100 * len(x))[0]
+    return theta, theta > 1e-6 * theta.max()
+
+
+def close_together(spread: float, center: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(300, 6, generator=generator) @ torch.randn(6, 64, generator=generator)
+    return center + spread * (latent + 0.1 * torch.randn(300, 64, generator=generator))
+
+
+@pytest.mark.parametrize("kind", ["nnk", "differences"])
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5, 1e-6])
+def test_neighbours_are_right_however_close_all_are(spread: float, kind: str) -> None:
+    features = close_together(spread, torch.ones(64))
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    ids = (torch.cdist(unit, unit) + 9 * torch.eye(300)).topk(50, largest=False).indices[::10]
+    if kind == "nnk":
+        result = nnk(features, ids, features[::10])
+    else:
+        apart = unit[ids] - unit[::10].unsqueeze(1)
+        result = solve_cosine(apart @ apart.mT)
+    for i, row in enumerate(ids.tolist()):
+        weights, support = in_differences(features[[10 * i, *row]].numpy())
+        np.testing.assert_array_equal(result.active[i], support)
+        np.testing.assert_allclose(result.weights[i], weights, atol=1e-4 if kind == "nnk" else 1e-9)
+    assert float(result.residual.max()) < 1e-9
+
+
+def test_small_clusters_far_apart_are_solved_in_float64() -> None:
+    centers = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    features = torch.cat([close_together(1e-5, center)[:100] for center in centers])
+    groups = torch.arange(300).view(3, 1, 100).expand(3, 100, 100).reshape(300, 100)
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    distance = torch.cdist(unit, unit) + 9 * torch.eye(300)
+    ids = groups.gather(1, distance.gather(1, groups).topk(30, largest=False).indices)
+    result = nnk(features, ids)
+    for i in range(0, 300, 10):
+        weights, support = in_differences(features[[i, *ids[i].tolist()]].numpy())
+        np.testing.assert_array_equal(result.active[i], support)
+        np.testing.assert_allclose(result.weights[i], weights, atol=1e-6)
+
+
+def test_what_rounding_alone_tells_apart_is_unknown_and_warned_of() -> None:
+    features = torch.cat([close_together(1e-7, torch.ones(64))[:40], torch.randn(60, 64)])
+    distance = torch.cdist(*(2 * [torch.nn.functional.normalize(features.double(), dim=1)])) + 9 * torch.eye(100)
+    with pytest.warns(
+        UserWarning, match="40 of 100 NNK problems are NaN: rounding alone tells candidates from queries"
+    ):
+        result = nnk(features, distance.topk(10, largest=False).indices)
+    assert result.weights[:40].isnan().all()
+    assert result.error[:40].isnan().all()
+    assert result.residual.isnan().tolist() == [True] * 40 + [False] * 60
+    assert result.active.any(1).tolist() == [False] * 40 + [True] * 60
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-6])
+def test_the_certificate_is_relative_to_the_spread(spread: float) -> None:
+    """The nearest candidate alone is far from an optimum: however close all are, the residual says so."""
+    features = close_together(spread, torch.ones(64)).double()
+    unit = torch.nn.functional.normalize(features, dim=1)
+    apart = unit[1:51] - unit[0]
+    problem = module._Differences.of((apart @ apart.T)[None], torch.ones(1, 50, dtype=torch.bool))
+    nearest = torch.zeros(1, 50, dtype=torch.float64)
+    nearest[0, problem.near.argmin()] = 1 - problem.near.min() / 4
+    assert float(problem.certified(nearest).residual) > 1e-3
+    best = solve_cosine((apart @ apart.T)[None]).weights
+    assert float(problem.certified(best).residual) < 1e-9
+    assert float(problem.certified(best * 1.001).residual) == pytest.approx(1e-3, rel=0.01)
 
 
 @settings(max_examples=100, deadline=None)
@@ -317,10 +400,11 @@ def test_features_may_come_from_inference_mode_and_carry_gradients() -> None:
 def test_a_spoilt_answer_is_sought_again_and_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     x = cloud("correlated", 20, 30, 10, np.random.default_rng(0))
     expected = nnk(*as_tensors(x))
-    monkeypatch.setattr(module, "_lawson_hanson", lambda gram, target: torch.full_like(target, 0.1))
+    wrong = lambda table, inside: torch.full(inside.shape, 0.1, dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr(module, "_lawson_hanson", wrong)
     again = nnk(*as_tensors(x))  # a warning would be an error here
     torch.testing.assert_close(again.weights, expected.weights, rtol=1e-6, atol=1e-8)
-    monkeypatch.setattr(module, "_scipy", lambda gram, target: torch.zeros_like(target))
+    monkeypatch.setattr(module, "_scipy", lambda matrix, side: torch.zeros_like(matrix[0]))
     with pytest.warns(UserWarning, match=r"20 of 20 NNK problems miss the tolerance of 1e-06"):
         assert float(nnk(*as_tensors(x)).residual.min()) > 1e-6
 
