@@ -251,7 +251,8 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
     views = {name: network.measuring_view(view).spec for name, view in SETTINGS.items()}
     return Protocol(
         {
-            "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact in differences), after Cosentino et al. 2022",
+            "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
+            "nnk": "posed in the differences between a query and its candidates",
             "pooling": "average over space",
             "network": f"evaluation mode, {network.dtype}",
             "views": {"clean": network.clean_view.spec, **views},
