@@ -29,6 +29,7 @@ FREE_OPTIONS = {
     "data.storage",
     "model.channels_last",
     "model.compile",
+    "model.eval_precision",
 }
 """Options of the method and the data that change where and how fast it is trained, or what is looked at meanwhile."""
 CONTENT = {

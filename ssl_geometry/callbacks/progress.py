@@ -100,9 +100,10 @@ class FitProgress(ProgressBar):
         shown = [f"{self._rate(trainer):,.0f} images/s"]
         if measuring:
             shown.append(f"measuring {measuring / elapsed:.0%}")
-        for name in ("train/loss", "train/acc", "val/knn", "val/acc"):
-            if name in trainer.callback_metrics:
-                shown.append(f"{name} {float(trainer.callback_metrics[name]):.3f}")
+        for name, value in trainer.callback_metrics.items():
+            validation = name.partition("_")[0] in ("val/knn", "val/acc")  # behind the _: --model.eval_precision
+            if validation or name in ("train/loss", "train/acc"):
+                shown.append(f"{name} {float(value):.3f}")
         return "  ".join(shown)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64, UInt8
 from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
@@ -42,6 +43,7 @@ NOT_THE_RECIPE = {"seed", "channels_last", "compile"}
 """Options of a method that seeds of one recipe may differ in."""
 
 Optimizer = Literal["lars", "sgd", "adamw"]
+Precision = Literal["float32", "training"]
 
 
 class Batch(TypedDict):
@@ -75,6 +77,8 @@ class Method(L.LightningModule):
         channels_last: keep convolutions in the channels-last memory format.
         compile: compile the backbone with torch.compile while it trains, on CUDA the pixels of the training views as
             well; None does on CUDA, unless the trainer is deterministic. What is evaluated or measured runs eagerly.
+        eval_precision: of the features of validation: float32; or training, which is faster, and where that precision
+            is mixed stands in the name, such as ``val/knn_bf16-mixed``. Tests are in float32.
         seed: of the random views; fit sets it to ``--seed_everything``.
 
     """
@@ -110,6 +114,7 @@ class Method(L.LightningModule):
         warmup_epochs: int = 10,
         channels_last: bool = True,
         compile: bool | None = None,
+        eval_precision: Precision = "float32",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -144,16 +149,25 @@ class Method(L.LightningModule):
         """Backbone and head on images that are views already."""
         return self.head(self.backbone(self._in_format(images)))
 
-    def features(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Pooled backbone features of clean images, float32, without gradients; evaluation mode is the caller's."""
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),  # the same numbers, compiled or not; and no second graph
-        ):
+    def features(self, images: UInt8[Tensor, "B 3 H W"], precision: Precision = "float32") -> Float[Tensor, "B D"]:
+        """Pooled backbone features of clean images, without gradients; evaluation mode is the caller's.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            precision: that the backbone computes in; "training" is that of the trainer.
+
+        Returns:
+            float32 (B, D).
+        """
+        autocast_off = torch.autocast(self.device.type, enabled=False)
+        # eagerly: the same numbers, compiled or not, and no second graph
+        with torch.no_grad(), autocast_off, torch.compiler.set_stance("force_eager"):
             index = torch.arange(len(images), device=images.device)
-            views = self.clean_view(images, index, seed=0, epoch=0, view=0)
-            return self.backbone(self._in_format(views)).float()
+            views = self._in_format(self.clean_view(images, index, seed=0, epoch=0, view=0))
+            if precision == "float32":
+                return self.backbone(views).float()
+            with self.trainer.precision_plugin.forward_context():
+                return self.backbone(views).float()
 
     def measuring_view(self, name: str) -> View:
         """How images are seen by a measurement; parameters are the same for every network (common random numbers).
@@ -279,31 +293,44 @@ class Method(L.LightningModule):
 
     # -- evaluation: nearest neighbours for every method, the classifier where the head is one -------------------------
 
-    def _fill_bank(self) -> None:
+    def _fill_bank(self, precision: Precision) -> None:
         """Features of the clean training images that vote on the images to be classified."""
         self.knn.reset()
         if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
             return  # neighbours vote for one class
         for batch in self.trainer.datamodule.bank_dataloader():  # type: ignore[attr-defined]
-            self.knn.update_bank(self.features(batch["image"].to(self.device)), batch["label"].to(self.device))
+            features = self.features(batch["image"].to(self.device), precision)
+            self.knn.update_bank(features, batch["label"].to(self.device))
 
     def on_validation_epoch_start(self) -> None:
         """The bank is filled anew: the backbone has moved."""
-        self._fill_bank()
+        self._fill_bank(self.hparams["eval_precision"])
 
     def on_test_epoch_start(self) -> None:
         """As for validation."""
-        self._fill_bank()
+        self._fill_bank("float32")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of held-out training images."""
         with torch.autocast(self.device.type, enabled=False):
-            self.evaluate(self.features(batch["image"]), batch, "val")
+            self.evaluate(self.features(batch["image"], self.hparams["eval_precision"]), batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of test images."""
         with torch.autocast(self.device.type, enabled=False):
             self.evaluate(self.features(batch["image"]), batch, "test")
+
+    def log_evaluated(self, split: str, name: str, value: Metric) -> None:
+        """Log what was computed from features; its name says so where they were not float32.
+
+        Args:
+            split: "val" or "test".
+            name: such as ``knn``, logged as ``val/knn``, or ``val/knn_bf16-mixed``.
+            value: the metric.
+        """
+        precision = str(self.trainer.precision)
+        mixed = split == "val" and self.hparams["eval_precision"] == "training" and precision.endswith("mixed")
+        self.log(f"{split}/{name}_{precision}" if mixed else f"{split}/{name}", value)
 
     def evaluate(self, features: Float[Tensor, "B D"], batch: Batch, split: str) -> None:
         """Log what frozen features of clean images are worth; a method may add to it.
@@ -315,4 +342,4 @@ class Method(L.LightningModule):
         """
         if batch["label"].ndim == 1:
             self.knn.update(features, batch["label"])
-            self.log(f"{split}/knn", self.knn)
+            self.log_evaluated(split, "knn", self.knn)

@@ -55,4 +55,4 @@ class Supervised(Method):
         """The classifier's accuracy beside that of the nearest neighbours."""
         super().evaluate(features, batch, split)
         self.accuracy.update(self.head(features.to(self.dtype)), batch["label"])
-        self.log(f"{split}/acc", self.accuracy)
+        self.log_evaluated(split, "acc", self.accuracy)
