@@ -1,8 +1,9 @@
 """What every method shares: backbone, views, optimiser, schedule, evaluation. A method adds a loss.
 
 One training step: the batch's images become ``num_views`` views on the device; all views go through backbone and head
-in ONE forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor a view. Nothing in the
-step waits for the device: metrics stay tensors until a logger reads them.
+in ONE forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor per view. Nothing in the
+step waits for the device: metrics stay tensors until a logger reads them, once in ``log_every_n_steps``. On CUDA it is
+compiled.
 """
 
 import json
