@@ -92,7 +92,7 @@ def measure_network(
     requests = [clean, features, *invariance_requests(method, names, options.gram_size, views)]
     distinct = distinct_views(method, views)
     invariance = {view: InvarianceCKA(names, options.gram_size) for view in set(distinct.values())}
-    classes = ClassCKA(names, data.num_classes, options.gram_size)
+    classes = ClassCKA(names, data.num_classes, options.gram_size, sizes=data.measure_sizes)
     vectors, kept = [], defaultdict(list)
     task = progress.add_task(name, total=len(data.loader("measure")))
     with measuring(method):
@@ -145,7 +145,7 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
             batch=number,
         )
     shape = len(a.depths), len(b.depths)
-    values, errors = cka.compute().reshape(shape), cka.standard_error().reshape(shape)
+    found = torch.stack([matrix.reshape(shape) for matrix in (cka.compute(), *cka.interval())], 2).tolist()
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
     knn_protocol = Protocol({**protocol.what, "metric": f"mutual kNN, k={options.k}, cosine, pooled features"})
@@ -159,8 +159,7 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
                 "depth": depth,
                 "depth_other": depth_other,
             }
-            value, error = float(values[i, j]), 1.96 * float(errors[i, j])
-            similarity = {"value": value, "low": value - error, "high": value + error}
+            similarity = dict(zip(("value", "low", "high"), found[i][j], strict=True))
             rows.append(record(**common, **pair, metric="cka", **similarity, protocol=protocol.hash))
             shared = float(overlap[i, j])
             rows.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))

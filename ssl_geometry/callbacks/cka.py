@@ -143,7 +143,7 @@ class CKAMonitor(Monitor):
         if self._keep_initial:
             self.fixed["init"].vectors = _over_all_ranks(self.fixed["init"].vectors)
         shape = self._metric.cross.shape[1:]
-        matrix, error = (m.reshape(shape).cpu() for m in (self._metric.compute(), self._metric.standard_error()))
+        matrix = torch.stack([m.reshape(shape) for m in (self._metric.compute(), *self._metric.interval())], 2).cpu()
         images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
         views = {"clean": method.clean_view.spec}  # type: ignore[union-attr]
         protocol = cka_protocol(trainer.datamodule, self.gram_size, method, views)  # type: ignore[attr-defined]
@@ -163,9 +163,9 @@ class CKAMonitor(Monitor):
         rows: list[dict[str, Any]] = []
         column = 0
         for other, depths in others.items():
-            block, errors = (m[:, column : column + len(depths)].tolist() for m in (matrix, 1.96 * error))
+            block = matrix[:, column : column + len(depths)].tolist()
             column += len(depths)
-            for layer, values, spreads in zip(self._depths, block, errors, strict=True):
+            for layer, line in zip(self._depths, block, strict=True):
                 rows += [
                     record(
                         **common,
@@ -175,10 +175,10 @@ class CKAMonitor(Monitor):
                         depth=self._depths[layer],
                         depth_other=depths[layer_other],
                         value=value,
-                        low=value - spread,
-                        high=value + spread,
+                        low=low,
+                        high=high,
                     )
-                    for layer_other, value, spread in zip(depths, values, spreads, strict=True)
+                    for layer_other, (value, low, high) in zip(depths, line, strict=True)
                 ]
         self.curves += curve_rows(rows)
         return Findings(rows, scalars(rows), pictures(rows, self.curves), [protocol])
@@ -219,6 +219,7 @@ def cka_protocol(data: DataModule, gram_size: int, network: L.LightningModule, v
         {
             "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
             "gram_size": gram_size,
+            "error bars": "95 %, Student's t on a jackknife over 16 blocks of Gram matrices",
             "order": "Gram matrices of consecutive images, which are in one fixed random order",
             # how batches fall into Gram matrices: no matter while they hold whole ones
             "batch": data.eval_batch_size if data.eval_batch_size % gram_size else "of whole Gram matrices",

@@ -70,11 +70,11 @@ class InvarianceMonitor(Monitor):
     def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
         """Fresh sums."""
         layers = list(self._depths)
-        classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
         self._invariance = {
             view: InvarianceCKA(layers, self.gram_size).to(method.device) for view in set(self._distinct.values())
         }
-        self._classes = ClassCKA(layers, classes, self.gram_size).to(method.device)
+        self._classes = ClassCKA(layers, data.num_classes, self.gram_size, sizes=data.measure_sizes).to(method.device)
         self._images = torch.zeros((), dtype=torch.long, device=method.device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
@@ -86,7 +86,7 @@ class InvarianceMonitor(Monitor):
         self._images += len(batch["index"])
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
-        """A row for each layer and view, with an error bar from the jackknife over batches."""
+        """A row for each layer and view, with an error bar from the jackknife over Gram matrices."""
         images = int(trainer.strategy.reduce(self._images, reduce_op="sum"))
         common = {
             "run": run_name(trainer),
@@ -121,7 +121,7 @@ def layer_records(
     classes: ClassCKA,
     **common: Any,
 ) -> tuple[list[dict[str, Any]], list[Protocol]]:
-    """Rows for each layer, its invariance under each view and its class CKA, with 95 % of a normal error; live or not.
+    """Rows for each layer, its invariance under each view and its class CKA, with its error bar; live or not.
 
     Args:
         method: the network that was measured.
@@ -139,10 +139,13 @@ def layer_records(
     rows, protocols = [], []
     for name, view, metric in measured:
         protocol = cka_protocol(data, gram_size, method, {name: method.measuring_view(view).spec})
+        if metric is classes and metric.sizes is not None:
+            weighed = "one-hot; pairs of images of a class of n_c images count n_c/(n_c - 1) times"
+            protocol = Protocol({**protocol.what, "classes": weighed})
         protocols.append(protocol)
-        values, errors = (tensor.reshape(-1).tolist() for tensor in (metric.compute(), metric.standard_error()))
-        for (layer, depth), value, error in zip(depths.items(), values, errors, strict=True):
-            bar = {"value": value, "low": value - 1.96 * error, "high": value + 1.96 * error}
+        found = (tensor.reshape(-1).tolist() for tensor in (metric.compute(), *metric.interval()))
+        for (layer, depth), value, low, high in zip(depths.items(), *found, strict=True):
+            bar = {"value": value, "low": low, "high": high}
             place = {"layer": layer, "depth": depth, "view": view}
             rows.append(record(**common, **place, **bar, metric=name, protocol=protocol.hash))
     return rows, protocols

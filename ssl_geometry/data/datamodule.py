@@ -494,6 +494,11 @@ class DataModule(L.LightningDataModule):
         return self._images("measure").labels[self._rows["measure"]].cpu()
 
     @property
+    def measure_sizes(self) -> Int64[Tensor, " C"] | None:
+        """Measurement images of each class, which were drawn class by class; None where pictures show several."""
+        return None if self.multi_label else self.measure_labels.bincount(minlength=self.num_classes)
+
+    @property
     def measure_ids(self) -> str:
         """Hash of the measurement images in their order: name of the data set, place of each on disk, all pixels."""
         if self._measure_ids is None:

@@ -9,7 +9,8 @@ or dealt out evenly, they bias every sum, and with fewer images than classes cla
 Order of the steps, and why: the batch mean is subtracted from the features *before* the Gram matrix is formed,
 because in float32 a Gram matrix that is dominated by its mean loses what CKA measures (untrained and collapsed
 networks); then U-centring (Song et al. 2012; Székely & Rizzo 2014), whose inner product is n(n-3) times the unbiased
-HSIC; then products in float64. Nothing is clamped and no epsilon enters a ratio: what cannot be computed is NaN.
+HSIC; then products in float64. Nothing is clamped and no epsilon enters a ratio: what cannot be computed is NaN. A
+U-centred matrix that is rounding alone counts as 0.
 
 Default protocol: flattened activations, linear kernel, 64 images in a Gram matrix. Pooling, a random projection, an
 RBF kernel and leaving out leading principal components are options; each gives another number.
@@ -19,7 +20,8 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +31,10 @@ Estimator = Literal["unbiased", "biased"]
 
 MIN_GRAM_SIZE = 4
 """The unbiased HSIC divides by n(n-3): it needs four images."""
+
+DUST = 8
+"""A U-centred Gram matrix is 0 below so many roundings of its Gram matrix; what is exactly 0 leaves up to 2.3 of them
+(one active image in groups of 4 to 256, widths of 1 to 32,768), Gaussian features of width 32,768 45,000."""
 
 
 def u_center(gram: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
@@ -89,9 +95,11 @@ def gram_vector(
             rests on a few dominant directions.
 
     Returns:
-        P values: n(n-1)/2 for each group of n images. All zero for a group that is constant to the resolution of its
-        dtype (or has nothing left without its leading components); NaN where the median distance of an RBF kernel
-        is 0.
+        P values: n(n-1)/2 for each group of n images. All zero for a group whose U-centred Gram matrix is 0 but for
+        rounding: one that is constant, that has a single active image (its unbiased HSIC is exactly 0), whose
+        differences underflow when squared (below 1e-19 in float32), or of which nothing is left without its leading
+        components. NaN where activations are not finite or overflow when squared (1e19), and where the median distance
+        of an RBF kernel is 0.
 
     Raises:
         ValueError: ``gram_size`` < 4, ``drop_top`` < 0, or an unknown kind of features or kernel.
@@ -103,10 +111,21 @@ def gram_vector(
     if gram_size < MIN_GRAM_SIZE:
         raise ValueError(f"gram_size must be at least {MIN_GRAM_SIZE}, got {gram_size}")
     x = _features(activations, features)
+    options = kernel, bandwidth, drop_top
+    return torch.cat([_triangle(_centred_gram(group, *options)).flatten() for group in _grouped(x, gram_size)])
+
+
+def _grouped(x: Tensor, gram_size: int) -> list[Tensor]:
+    """The images of whole Gram matrices, (G, n, ...), and of the short last one."""
     whole = len(x) // gram_size
     groups = x[: whole * gram_size].unflatten(0, (whole, gram_size)), x[whole * gram_size :].unsqueeze(0)
-    options = kernel, bandwidth, drop_top
-    return torch.cat([_triangle(group, *options).flatten() for group in groups if group.shape[1] >= MIN_GRAM_SIZE])
+    return [group for group in groups if group.shape[1] >= MIN_GRAM_SIZE]
+
+
+def _triangle(matrices: Shaped[Tensor, "G n n"]) -> Shaped[Tensor, "G n*(n-1)/2"]:
+    n = matrices.shape[1]
+    rows, cols = torch.triu_indices(n, n, 1, device=matrices.device)
+    return matrices[:, rows, cols]
 
 
 def class_vector(labels: Int64[Tensor, " B"], num_classes: int, gram_size: int = 64) -> Float[Tensor, " P"]:
@@ -128,6 +147,48 @@ def class_vector(labels: Int64[Tensor, " B"], num_classes: int, gram_size: int =
         True
     """
     return gram_vector((F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).float(), gram_size)
+
+
+def class_weights(labels: Int64[Tensor, " B"], sizes: Int64[Tensor, " C"], gram_size: int = 64) -> Float[Tensor, " P"]:
+    """What makes up for images that were drawn class by class: the weight of each entry of a Gram vector.
+
+    N images that hold the classes in proportion hold fewer pairs of one class than N images drawn at random: for class
+    c with n_c of them (n_c - 1)/n_c times as many (half, for two images of each of a thousand classes). A pair of
+    images of class c therefore counts n_c/(n_c - 1) times. Both Gram vectors of a product take the root of that.
+
+    Args:
+        labels: class of each image of the batch.
+        sizes: images of each class in all that is measured.
+        gram_size: images in a Gram matrix.
+
+    Returns:
+        P values, as of :func:`gram_vector`: 1 for images of two classes.
+
+    Example:
+        >>> class_weights(torch.tensor([0, 0, 1, 2]), sizes=torch.tensor([2, 2, 9])).square()
+        tensor([2.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000])
+    """
+    weights = torch.where(sizes > 1, sizes / (sizes - 1).clamp_min(1), 1.0).sqrt()
+    groups = _grouped(labels, gram_size)
+    matrices = [torch.where(_same_class(group), weights[group].unsqueeze(2), 1.0) for group in groups]
+    return torch.cat([weights.new_zeros(0), *(_triangle(matrix).flatten() for matrix in matrices)])
+
+
+def same_class_pairs(labels: Int64[Tensor, " B"] | Int64[Tensor, "B C"], gram_size: int = 64) -> Int64[Tensor, ""]:
+    """Pairs of images that share a class in the Gram matrices of a batch: what class CKA rests on.
+
+    Example:
+        >>> same_class_pairs(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]), gram_size=4)  # 0 0 0 1 and 1 2 2 2
+        tensor(6)
+    """
+    counts = [_triangle(_same_class(group)).sum() for group in _grouped(labels, gram_size)]
+    return torch.stack([labels.new_zeros(()), *counts]).sum()
+
+
+def _same_class(labels: Int64[Tensor, "G n"] | Int64[Tensor, "G n C"]) -> Bool[Tensor, "G n n"]:
+    if labels.ndim == 2:
+        return labels.unsqueeze(2) == labels.unsqueeze(1)
+    return labels.float() @ labels.float().mT > 0
 
 
 def pool(activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
@@ -202,12 +263,17 @@ def _features(activations: Float[Tensor, "B ..."], kind: Features) -> Float[Tens
     raise ValueError(f"features must be 'flatten', 'pool' or 'project', got {kind!r}")
 
 
-def _triangle(
-    x: Float[Tensor, "G n D"], kernel: Kernel, bandwidth: float, drop_top: int
-) -> Float[Tensor, "G n*(n-1)/2"]:
-    n = x.shape[1]
-    rows, cols = torch.triu_indices(n, n, 1, device=x.device)
-    return u_center(_gram(x, kernel, bandwidth, drop_top))[:, rows, cols]
+def _centred_gram(
+    x: Float[Tensor, "G n D"], kernel: Kernel, bandwidth: float, drop_top: int, dtype: torch.dtype | None = None
+) -> Float[Tensor, "G n n"]:
+    gram = _gram(x, kernel, bandwidth, drop_top)
+    centred = u_center(gram.to(dtype or gram.dtype))
+    # Entry ij of a Gram matrix is known to eps |x_i| |x_j|. Where nothing beyond that is left, such as of one active
+    # image (a dead ReLU), dust would be divided by itself and read 1.
+    own = gram.diagonal(dim1=1, dim2=2).double()
+    rounding = torch.finfo(gram.dtype).eps * (own.sum(1).square() - own.square().sum(1)).clamp_min(0).sqrt()
+    norm = torch.linalg.vector_norm(centred, dim=(1, 2), dtype=torch.float64)
+    return centred.masked_fill((norm <= DUST * rounding)[:, None, None], 0)
 
 
 def _gram(x: Float[Tensor, "G n D"], kernel: Kernel, bandwidth: float, drop_top: int) -> Float[Tensor, "G n n"]:
@@ -232,7 +298,9 @@ def _gram(x: Float[Tensor, "G n D"], kernel: Kernel, bandwidth: float, drop_top:
     # What rounding leaves of identical rows is not variation: such a group carries no information about the images.
     resolution = 8 * torch.finfo(dtype).eps
     own = gram.diagonal(dim1=1, dim2=2)
-    constant = own.mean(1) <= resolution**2 * level.flatten()
+    tiny = torch.finfo(dtype).tiny  # squares below it have lost their digits
+    spread = own.mean(1)
+    constant = spread.isfinite() & (spread <= (resolution**2 * level.flatten()).clamp_min(tiny))
     if drop_top < 0:
         raise ValueError(f"drop_top must be at least 0, got {drop_top}")
     if drop_top:
@@ -326,7 +394,11 @@ def cka(
         >>> round(float(cka(x, 3 * x + 1)), 4)
         1.0
     """
-    k, l = (_gram(part.flatten(1)[None], kernel, bandwidth, drop_top)[0] for part in (x, y))  # noqa: E741
+    options = kernel, bandwidth, drop_top
+    if estimator == "unbiased":
+        k, l = (_centred_gram(part.flatten(1)[None], *options, torch.float64) for part in (x, y))  # noqa: E741
+        return _ratio((k * l).sum(), k.square().sum(), l.square().sum())
+    k, l = (_gram(part.flatten(1)[None], *options)[0] for part in (x, y))  # noqa: E741
     return _ratio(hsic(k, l, estimator), hsic(k, k, estimator), hsic(l, l, estimator))
 
 
@@ -338,7 +410,7 @@ def feature_cka(x: Float[Tensor, "N D"], y: Float[Tensor, "N E"]) -> Float[Tenso
         y: another one of the same N >= 4 images.
 
     Returns:
-        CKA, float64; NaN where a representation does not vary.
+        CKA, float64; NaN where a representation does not vary, or in one image alone.
 
     Raises:
         ValueError: N < 4.
@@ -359,7 +431,9 @@ def feature_cka(x: Float[Tensor, "N D"], y: Float[Tensor, "N E"]) -> Float[Tenso
     def products(a: Tensor, b: Tensor) -> Tensor:
         """n(n-3) times HSIC_1."""
         a2, b2 = a.square().sum(1), b.square().sum(1)
-        return (a.T @ b).square().sum() - n / (n - 2) * (a2 @ b2) + a2.sum() * b2.sum() / ((n - 1) * (n - 2))
+        whole = (a.T @ b).square().sum()
+        value = whole - n / (n - 2) * (a2 @ b2) + a2.sum() * b2.sum() / ((n - 1) * (n - 2))
+        return value.where(value.abs() > DUST * n * torch.finfo(value.dtype).eps * whole, 0)
 
     return _ratio(products(x, y), products(x, x), products(y, y))
 
@@ -398,31 +472,66 @@ def cka_matrix(
 
 
 def jackknife(
-    cross: Float[Tensor, "J L M"], rows: Float[Tensor, "J L"], cols: Float[Tensor, "J M"]
-) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
-    """CKA and its standard error over the choice of images, by leaving out one block of batches at a time.
+    cross: Float[Tensor, "J ... L M"],
+    rows: Float[Tensor, "J ... L"],
+    cols: Float[Tensor, "J ... M"],
+    weights: Float[Tensor, " J"],
+) -> tuple[Float[Tensor, "... L M"], Float[Tensor, "... L M"]]:
+    """CKA and its standard error over the choice of images, by leaving out one block of Gram matrices at a time.
+
+    A block of share 1/h of all weights gives the pseudo-value h CKA - (h - 1) CKA without it; their variance, each
+    divided by h - 1, is the squared error. With equal blocks this is the ordinary jackknife.
 
     Args:
-        cross: the sums that :func:`cka_matrix` takes, for each of J disjoint blocks of about the same number of images.
+        cross: the sums that :func:`cka_matrix` takes, for each of J disjoint blocks of Gram matrices.
         rows: the same of each row layer with itself.
         cols: the same of each column layer with itself.
+        weights: what a block counts in these sums: of each of its Gram matrices of n images, n (n - 3). 0 for a block
+            without any, which is left out.
 
     Returns:
         CKA of all blocks together, and its standard error; NaN where fewer than two blocks hold anything.
 
     References:
-        Efron & Stein, *The jackknife estimate of variance*, 1981.
+        Busing, Meijer & van der Leeden, *Delete-m jackknife for unequal m*, 1999, eq. 8.
 
     Example:
         >>> vectors = torch.stack([gram_vector(torch.randn(640, d)) for d in (3, 5)])
         >>> blocks = vectors.view(2, 10, -1).transpose(0, 1)  # ten Gram matrices, a block each
         >>> own = blocks.square().sum(2)
-        >>> value, error = jackknife(blocks @ blocks.mT, own, own)
+        >>> value, error = jackknife(blocks @ blocks.mT, own, own, torch.ones(10))
         >>> value.shape, error.shape
         (torch.Size([2, 2]), torch.Size([2, 2]))
     """
-    used = (rows != 0).any(1)
+    used = weights > 0
+    cross, rows, cols, weights = cross[used], rows[used], cols[used], weights[used].to(cross)
     total = cross.sum(0), rows.sum(0), cols.sum(0)
-    without = cka_matrix(total[0] - cross, total[1] - rows, total[2] - cols)[used]
-    variance = (len(without) - 1) * (without - without.mean(0)).square().mean(0)
-    return cka_matrix(*total), variance.sqrt()
+    value = cka_matrix(*total)
+    without = cka_matrix(total[0] - cross, total[1] - rows, total[2] - cols)
+    h = (weights.sum() / weights).view(-1, *[1] * (cross.ndim - 1))
+    pseudo = h * value - (h - 1) * without
+    center = ((1 - 1 / h) * (value - without)).sum(0) + value
+    return value, ((pseudo - center).square() / (h - 1)).mean(0).sqrt()
+
+
+def interval(
+    value: Float[Tensor, "..."], error: Float[Tensor, "..."], blocks: int, level: float = 0.95
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """The error bar of a jackknife: Student's t with as many degrees of freedom as blocks, less one.
+
+    Args:
+        value: the estimate.
+        error: its standard error, as of :func:`jackknife`.
+        blocks: that hold anything.
+        level: how often the bar is to cover the truth.
+
+    Returns:
+        Both ends; NaN with fewer than two blocks.
+
+    Example:
+        >>> low, high = interval(torch.tensor(0.5), torch.tensor(0.1), blocks=4)
+        >>> round(float(low), 2), round(float(high), 2)  # 3.18 standard errors: four blocks know their spread badly
+        (0.18, 0.82)
+    """
+    reach = float(stdtrit(blocks - 1, (1 + level) / 2)) * error if blocks > 1 else torch.full_like(error, torch.nan)
+    return value - reach, value + reach

@@ -1,7 +1,8 @@
 """CKA between layers, views and classes, accumulated over batches and ranks.
 
 The state is a matrix of sums for each of a few blocks of Gram matrices: it does not grow with the number of images,
-ranks add theirs up, and leaving out one block at a time gives a standard error. torchmetrics hands out a result of
+ranks add theirs up, and leaving out one block at a time gives an error bar. Images must come in random order: the ones
+of a Gram matrix are taken for a random sample. torchmetrics hands out a result of
 one number as a scalar: ``compute()`` of a single pair of layers has no dimensions.
 """
 
@@ -14,7 +15,29 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torchmetrics import Metric
 
-from ssl_geometry.geometry.cka import cka_matrix, class_vector, jackknife
+from ssl_geometry.geometry.cka import (
+    cka_matrix,
+    class_vector,
+    class_weights,
+    interval,
+    jackknife,
+    same_class_pairs,
+)
+
+FLAT = (
+    "no Gram matrix tells its images apart beyond rounding (a layer is constant, active for one image of each, or "
+    "varies by less than 1e-19 in float32; of classes, no two images share one, or all do)"
+)
+INFINITE = "activations are not finite, or above 1e19, whose squares float32 does not hold"
+FEW_PAIRS = 100
+"""Pairs of images of one class below which class CKA is only known to about a tenth."""
+LONELY = 0.1
+"""Share that classes of a single image may have in all pairs of one class: CKA then reads low by half of that share."""
+
+
+def _images(pairs: int) -> int:
+    """How many images have so many pairs."""
+    return (1 + math.isqrt(1 + 8 * pairs)) // 2
 
 
 class LayerwiseCKA(Metric):
@@ -27,7 +50,7 @@ class LayerwiseCKA(Metric):
         rows: names of the row layers.
         cols: names of the column layers; None compares the row layers with themselves.
         gram_size: images in a Gram matrix, as the vectors were made.
-        blocks: number of blocks that Gram matrices are dealt into in turn, for the standard error.
+        blocks: number of blocks that Gram matrices are dealt into in turn, for the error bar.
 
     Raises:
         KeyError: a batch lacks one of the layers.
@@ -49,12 +72,14 @@ class LayerwiseCKA(Metric):
         ...         cka.update(a(images), b(images))
         >>> cka.compute().shape
         torch.Size([8, 16])
-        >>> cka.standard_error().shape
+        >>> low, high = cka.interval()  # 95 %, over the choice of images
+        >>> low.shape
         torch.Size([8, 16])
     """
 
     full_state_update = False
     is_differentiable = False
+    weights: Tensor
     cross: Tensor
     rows_self: Tensor
     cols_self: Tensor
@@ -71,6 +96,7 @@ class LayerwiseCKA(Metric):
             ("cross", (len(self.rows), width)),
             ("rows_self", (len(self.rows),)),
             ("cols_self", (width,)),
+            ("weights", ()),
         ):
             self.add_state(name, torch.zeros((blocks, *shape), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -105,12 +131,14 @@ class LayerwiseCKA(Metric):
             self.cross.index_add_(0, block, a @ b.mT)
             self.rows_self.index_add_(0, block, a.square().sum(2))
             self.cols_self.index_add_(0, block, b.square().sum(2))
+            pairs = a.shape[2]
+            self.weights.index_add_(0, block, self.weights.new_full((len(a),), 2 * (pairs - _images(pairs))))
 
     def _groups(self, vectors: Float[Tensor, "L P"], batch: int) -> tuple[list[int], list[Float[Tensor, "G L p"]]]:
         """The whole Gram matrices of a batch and its short last one, and the number of the first of each kind."""
         length = self.gram_size * (self.gram_size - 1) // 2
         whole, rest = divmod(vectors.shape[1], length)
-        last = (1 + math.isqrt(1 + 8 * rest)) // 2
+        last = _images(rest)
         if rest and last * (last - 1) // 2 != rest:
             raise ValueError(
                 f"Gram vectors of length {vectors.shape[1]:,} were not made with gram_size={self.gram_size}"
@@ -125,16 +153,15 @@ class LayerwiseCKA(Metric):
         return starts, groups
 
     def compute(self) -> Float[Tensor, "L M"]:
-        """The matrix of CKA, float64; NaN (with one warning that names the layers) where a layer does not vary."""
+        """The matrix of CKA, float64; NaN (with a warning that names layers and reason) where there is none."""
         rows, cols = self.rows_self.sum(0), self.cols_self.sum(0)
         owns = [*zip(self.rows, rows.tolist(), strict=True)]
         owns += zip(self.cols or [], cols.tolist(), strict=False)
-        flat = dict.fromkeys(name for name, own in owns if not own > 0)
-        if flat:
-            warnings.warn(
-                f"CKA is NaN for layers that do not vary over the images, or are not finite: {', '.join(flat)}",
-                stacklevel=2,
-            )
+        flat = dict.fromkeys(name for name, own in owns if own == 0)
+        infinite = dict.fromkeys(name for name, own in owns if not math.isfinite(own))
+        for names, reason in ((flat, FLAT), (infinite, INFINITE)):
+            if names:
+                warnings.warn(f"CKA is NaN, because {reason}: {', '.join(names)}", stacklevel=2)
         return cka_matrix(self.cross.sum(0), rows, cols)
 
     def standard_error(self) -> Float[Tensor, "L M"]:
@@ -143,7 +170,21 @@ class LayerwiseCKA(Metric):
         Like ``compute`` it sums over ranks: every rank must call it. NaN with fewer than two Gram matrices.
         """
         with self.sync_context():
-            return jackknife(self.cross, self.rows_self, self.cols_self)[1]
+            return self._jackknife()[1]
+
+    def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
+        """Both ends of the error bar of :meth:`compute` over the choice of images.
+
+        Student's t on the jackknife, see :func:`ssl_geometry.geometry.cka.interval`. Every rank must call it.
+
+        Args:
+            level: how often the bar is to cover the truth.
+        """
+        with self.sync_context():
+            return interval(*self._jackknife(), int((self.weights > 0).sum()), level)
+
+    def _jackknife(self) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
+        return jackknife(self.cross, self.rows_self, self.cols_self, self.weights)
 
 
 class InvarianceCKA(LayerwiseCKA):
@@ -185,9 +226,9 @@ class InvarianceCKA(LayerwiseCKA):
         """CKA of each layer, float64; NaN where it does not vary."""
         return super().compute().diagonal()
 
-    def standard_error(self) -> Float[Tensor, " L"]:
-        """Its standard error; every rank must call it."""
-        return super().standard_error().diagonal()
+    def _jackknife(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+        value, error = super()._jackknife()
+        return value.diagonal(), error.diagonal()
 
 
 class ClassCKA(LayerwiseCKA):
@@ -199,8 +240,11 @@ class ClassCKA(LayerwiseCKA):
     Args:
         layers: names of the layers.
         num_classes: number of classes.
-        gram_size: as of :class:`LayerwiseCKA`.
+        gram_size: as of :class:`LayerwiseCKA`. A Gram matrix of n images holds n(n - 1)/2C pairs of images of one of C
+            classes, which carry the number: for many classes take it larger.
         blocks: as of :class:`LayerwiseCKA`.
+        sizes: images of each class in all that is measured, where they were drawn class by class (see
+            :func:`ssl_geometry.geometry.cka.class_weights`); None where they are a random sample.
 
     References:
         Grigg et al., *Do self-supervised and supervised methods learn similar visual representations?*, 2021.
@@ -214,9 +258,20 @@ class ClassCKA(LayerwiseCKA):
         True
     """
 
-    def __init__(self, layers: Sequence[str], num_classes: int, gram_size: int = 64, blocks: int = 16) -> None:
+    pairs: Tensor
+    """Pairs of images of one class in all Gram matrices."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        num_classes: int,
+        gram_size: int = 64,
+        blocks: int = 16,
+        sizes: Int64[Tensor, " C"] | None = None,
+    ) -> None:
         super().__init__(layers, ["classes"], gram_size, blocks)
-        self.num_classes = num_classes
+        self.num_classes, self.sizes = num_classes, sizes
+        self.add_state("pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(  # type: ignore[override]
         self, x: Mapping[str, Float[Tensor, " P"]], labels: Int64[Tensor, " B"], batch: int | None = None
@@ -228,12 +283,40 @@ class ClassCKA(LayerwiseCKA):
             labels: class of each image.
             batch: as of :meth:`LayerwiseCKA.update`.
         """
-        super().update(x, {"classes": class_vector(labels, self.num_classes, self.gram_size)}, batch)
+        classes = class_vector(labels, self.num_classes, self.gram_size)
+        self.pairs += same_class_pairs(labels, self.gram_size)
+        if self.sizes is not None:
+            self.sizes = self.sizes.to(labels.device)
+            weights = class_weights(labels, self.sizes, self.gram_size)
+            classes, x = classes * weights, {layer: x[layer] * weights for layer in self.rows}
+        super().update(x, {"classes": classes}, batch)
 
     def compute(self) -> Float[Tensor, " L"]:
-        """CKA of each layer with the classes, float64; NaN where it does not vary."""
-        return super().compute().squeeze(1)
+        """CKA of each layer with the classes, float64; NaN where there is none; a warning where few pairs carry it."""
+        alone = self._alone
+        if 0 < self.pairs < FEW_PAIRS and not alone:
+            warnings.warn(
+                f"class CKA rests on {int(self.pairs)} pairs of images of one class, so its error bar is wide: measure "
+                f"more images, or take more for a Gram matrix (gram_size {self.gram_size})",
+                stacklevel=2,
+            )
+        if alone:
+            warnings.warn(
+                "class CKA is NaN, because it rests on pairs of images of one class, and "
+                f"{alone} of {self.num_classes} classes have a single image: measure more",
+                stacklevel=2,
+            )
+        value = super().compute().squeeze(1)
+        return torch.full_like(value, torch.nan) if alone else value
 
-    def standard_error(self) -> Float[Tensor, " L"]:
-        """Its standard error; every rank must call it."""
-        return super().standard_error().squeeze(1)
+    def _jackknife(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
+        value, error = (part.squeeze(1) for part in super()._jackknife())
+        return (value, torch.full_like(error, torch.nan)) if self._alone else (value, error)
+
+    @property
+    def _alone(self) -> int:
+        """Classes of a single image, where they are too many for a number."""
+        if self.sizes is None:
+            return 0
+        alone = (self.sizes == 1).sum()
+        return int(alone) if alone > LONELY * self.sizes.square().sum() else 0

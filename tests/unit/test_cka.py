@@ -18,14 +18,17 @@ from ssl_geometry.geometry.cka import (
     cka,
     cka_matrix,
     class_vector,
+    class_weights,
     feature_cka,
     gram_vector,
     hsic,
+    interval,
     jackknife,
     pool,
     project,
     u_center,
 )
+from ssl_geometry.geometry.cka import same_class_pairs as pairs_of_a_class
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 
 
@@ -140,6 +143,60 @@ def test_a_constant_layer_is_nan_and_named(level: float) -> None:
     assert matrix[0, 0] == pytest.approx(1)
     assert torch.isnan(matrix[1]).all()
     assert torch.isnan(matrix[:, 1]).all()
+
+
+def one_active(size: int, width: int, groups: int = 4) -> torch.Tensor:
+    """Zero but for one image of each group: what a dead ReLU leaves."""
+    x = torch.zeros(groups, size, width)
+    x[torch.arange(groups), torch.randint(size, (groups,))] = torch.randn(groups, width)
+    return x.flatten(0, 1)
+
+
+@pytest.mark.parametrize("width", [1, 16, 512, 32768])
+@pytest.mark.parametrize("size", [4, 7, 64])
+def test_a_layer_with_one_active_image_is_nan_and_not_what_rounding_leaves(size: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, y = one_active(size, width), one_active(size, width)
+    k = x[:size].double() @ x[:size].double().T
+    assert hsic1(k.numpy(), k.numpy()) == pytest.approx(0, abs=1e-12 * float(k.max()) ** 2), "it is 0 exactly"
+    metric = LayerwiseCKA(["x", "y", "fine"], gram_size=size)
+    metric.update(
+        {"x": gram_vector(x, size), "y": gram_vector(y, size), "fine": gram_vector(torch.randn(len(x), 3), size)}
+    )
+    with pytest.warns(UserWarning, match="one image of each.*: x, y$"):
+        matrix = metric.compute()
+    assert matrix.isnan().tolist() == [[True] * 3, [True] * 3, [True, True, False]]
+    for one, other in ((x, x), (x, y), (x.double(), y.double())):
+        assert cka(one[:size], other[:size]).isnan()
+        if width <= 512:  # D x D
+            assert feature_cka(one[:size], other[:size]).isnan()
+
+
+@pytest.mark.parametrize("size", [5, 48, 64, 100])
+def test_a_gram_matrix_without_two_images_of_a_class_says_nothing_of_classes(size: int) -> None:
+    assert not class_vector(torch.arange(size), size, size).any()
+    assert class_vector(torch.arange(size) % (size - 1), size, size).any()
+
+
+def test_a_second_active_image_and_one_far_away_are_no_dust() -> None:
+    x = one_active(64, 512, groups=1)
+    x[int((x == 0).all(1).nonzero()[0])] = torch.randn(512)
+    assert float(cka(x, x)) == pytest.approx(1)
+    assert gram_vector(x).any()
+    far = torch.randn(64, 512)
+    far[3] *= 1e4
+    exact, got = gram_vector(far.double()), gram_vector(far).double()
+    assert float(exact @ got / (exact.norm() * got.norm())) == pytest.approx(1, abs=1e-2)
+
+
+def test_what_float32_cannot_square_is_named_with_its_reason() -> None:
+    x = torch.randn(64, 9)
+    vectors = {"fine": x, "large": 1e20 * x, "small": 1e-25 * x, "infinite": x / 0}
+    metric = LayerwiseCKA(list(vectors))
+    metric.update({name: gram_vector(value) for name, value in vectors.items()})
+    with pytest.warns(UserWarning, match="less than 1e-19.*: small$"), pytest.warns(match="1e19.*: large, infinite$"):
+        assert metric.compute().isfinite().sum() == 1
+    assert float(cka(1e-25 * x.double(), x.double())) == pytest.approx(1), "float64 can"
 
 
 def test_nearly_collapsed_features_still_give_a_number() -> None:
@@ -436,6 +493,60 @@ def test_class_cka_is_layerwise_cka_with_the_one_hot_classes() -> None:
     assert torch.equal(class_vector(labels, 4, 32), gram_vector(torch.eye(4)[labels], 32))
 
 
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(2, 6), min_size=2, max_size=5), seed=st.integers(0, 10**6))
+def test_weights_give_images_drawn_class_by_class_the_pairs_of_a_random_sample(sizes: list[int], seed: int) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    weights = class_weights(labels[order], torch.tensor(sizes), len(labels)).square()
+    same = (labels[order][:, None] == labels[order])[tuple(torch.triu_indices(len(labels), len(labels), 1))]
+    n = len(labels)
+    share = float(weights[same].sum()) / (n * (n - 1) / 2)
+    # Of two images drawn at random from all that there are, n_c/N of each class, so many are of one class.
+    assert share * (n - 1) / n == pytest.approx(sum((size / n) ** 2 for size in sizes))
+    assert (weights[~same] == 1).all()
+    assert int(pairs_of_a_class(labels[order], n)) == int(same.sum())
+
+
+def test_weights_follow_the_groups_of_the_gram_vector() -> None:
+    labels = torch.randint(3, (150,))
+    weights = class_weights(labels, torch.tensor([2, 3, 40]))
+    one_by_one = [class_weights(part, torch.tensor([2, 3, 40])) for part in labels.split(64)]
+    assert torch.equal(weights, torch.cat(one_by_one))
+    assert weights.shape == class_vector(labels, 3).shape
+    multi = torch.eye(3, dtype=torch.long)[labels]
+    assert int(pairs_of_a_class(multi)) == int(pairs_of_a_class(labels))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_classes_collapsed_to_a_simplex_have_class_cka_one_whatever_their_sizes(order: int) -> None:
+    sizes = torch.tensor([2, 3, 90, 33])
+    labels = torch.repeat_interleave(torch.arange(4), sizes)
+    labels = labels[torch.randperm(128, generator=torch.Generator().manual_seed(order))]
+    metric = ClassCKA(["a"], num_classes=4, gram_size=32, sizes=sizes)
+    for part in labels.split(64):
+        metric.update({"a": gram_vector(3 * torch.eye(4)[part] + 7, 32)}, part)
+    assert float(metric.compute()) == pytest.approx(1, abs=1e-6)
+
+
+def test_class_cka_names_how_few_pairs_it_rests_on() -> None:
+    metric = ClassCKA(["a"], num_classes=40, gram_size=32, sizes=torch.full((40,), 2))
+    for part in torch.arange(80).div(2, rounding_mode="floor").flip(0).split(40):
+        metric.update({"a": gram_vector(torch.randn(40, 3), 32)}, part)
+    with pytest.warns(UserWarning, match="rests on 40 pairs .*gram_size 32"):
+        assert metric.compute().isfinite().all()
+
+
+def test_class_cka_of_classes_of_one_image_is_nan_with_its_reason() -> None:
+    sizes = torch.tensor([2] + 30 * [1])
+    metric = ClassCKA(["a"], num_classes=31, gram_size=32, sizes=sizes)
+    for _ in range(2):
+        metric.update({"a": gram_vector(torch.randn(32, 3), 32)}, torch.repeat_interleave(torch.arange(31), sizes))
+    with pytest.warns(UserWarning, match="30 of 31 classes have a single image"):
+        assert metric.compute().isnan().all()
+    assert torch.stack(metric.interval()).isnan().all()
+
+
 def test_groups_of_one_class_alone_are_nan_and_named() -> None:
     metric = ClassCKA(["a"], num_classes=3)
     metric.update({"a": gram_vector(torch.randn(64, 3))}, torch.ones(64, dtype=torch.long))
@@ -460,7 +571,7 @@ def test_a_collapsed_layer_is_named_once_in_the_warning_on_invariance() -> None:
     metric = InvarianceCKA(["fine", "collapsed"])
     vectors = {"fine": gram_vector(torch.randn(64, 3)), "collapsed": gram_vector(torch.ones(64, 3))}
     metric.update(vectors, vectors)
-    with pytest.warns(UserWarning, match=r"not finite: collapsed$"):
+    with pytest.warns(UserWarning, match=r"one image of each.*: collapsed$"):
         assert metric.compute().isnan().tolist() == [False, True]
 
 
@@ -482,7 +593,7 @@ def test_the_jackknife_agrees_with_leaving_blocks_out_one_by_one(blocks: int, em
         without.append(reference(x[keep].flatten(0, 1).numpy(), y[keep].flatten(0, 1).numpy(), 40))
     expected = np.sqrt((blocks - 1) * np.var(without))
     assert float(metric.standard_error()) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-    value, _ = jackknife(metric.cross, metric.rows_self, metric.cols_self)
+    value, _ = jackknife(metric.cross, metric.rows_self, metric.cols_self, metric.weights)
     torch.testing.assert_close(value.squeeze(), metric.compute())
 
 
@@ -492,12 +603,49 @@ def test_the_standard_error_is_the_spread_over_repetitions() -> None:
     x = torch.randn(repetitions * blocks * n, 6, generator=generator)
     y = torch.randn(x.shape, generator=generator) + x
     v, w = (gram_vector(part, n).view(repetitions, blocks, -1).double() for part in (x, y))
-    cross, rows, cols = ((a * b).sum(2).unsqueeze(2) for a, b in ((v, w), (v, v), (w, w)))
-    results = [jackknife(c.unsqueeze(2), r, s) for c, r, s in zip(cross, rows, cols, strict=True)]
-    values, errors = (torch.stack(part).flatten() for part in zip(*results, strict=True))
+    cross, rows, cols = ((a * b).sum(2).T.unsqueeze(2) for a, b in ((v, w), (v, v), (w, w)))
+    values, errors = (part.flatten() for part in jackknife(cross.unsqueeze(3), rows, cols, torch.ones(blocks)))
     assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.25)
     covered = ((values - values.mean()).abs() < 2.13 * errors).double().mean()  # Student's t with 15 degrees of freedom
     assert 0.90 < float(covered) < 0.99
+
+
+@settings(max_examples=20, deadline=None)
+@given(groups=st.integers(3, 9), rest=st.sampled_from([0, 1, 4, 19]), seed=st.integers(0, 10**6))
+def test_uneven_blocks_count_by_their_gram_matrices(groups: int, rest: int, seed: int) -> None:
+    blocks, size = 3, 20
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups * size + rest, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(len(x), 2, generator=generator, dtype=torch.float64) + x[:, :1]
+    metric = LayerwiseCKA(["x"], ["y"], gram_size=size, blocks=blocks)
+    metric.update({"x": gram_vector(x, size)}, {"y": gram_vector(y, size)})
+    parts = [slice(start, start + size) for start in range(0, len(x) - 3, size)]
+    # Busing et al. 1999, written out: a block of share 1/h has the pseudo-value h CKA - (h - 1) CKA without it.
+    sums = np.zeros((blocks, 4))
+    for number, part in enumerate(parts):
+        k, l = (feature[part].numpy() @ feature[part].numpy().T for feature in (x, y))  # noqa: E741
+        weight = len(k) * (len(k) - 3)
+        sums[number % blocks] += weight * np.array([hsic1(k, l), hsic1(k, k), hsic1(l, l), 1])
+    whole = sums.sum(0)
+    value = whole[0] / np.sqrt(whole[1] * whole[2])
+    left = whole - sums
+    without = left[:, 0] / np.sqrt(left[:, 1] * left[:, 2])
+    h = whole[3] / sums[:, 3]
+    estimate = blocks * value - ((1 - 1 / h) * without).sum()
+    error = np.sqrt(np.mean((h * value - (h - 1) * without - estimate) ** 2 / (h - 1)))
+    assert float(metric.standard_error()) == pytest.approx(error, rel=1e-6)
+    low, high = (float(end) for end in metric.interval())
+    assert (low, high) == pytest.approx((value - 4.302653 * error, value + 4.302653 * error), abs=1e-6)
+
+
+def test_the_error_bar_is_students_t() -> None:
+    value, error = torch.tensor([0.5, 0.1]), torch.tensor([0.1, 0.0])
+    for blocks, quantile in ((2, 12.7062), (4, 3.1824), (16, 2.1314), (10**6, 1.96)):
+        low, high = interval(value, error, blocks)
+        torch.testing.assert_close(high - value, quantile * error, rtol=1e-4, atol=0)
+        torch.testing.assert_close(value - low, quantile * error, rtol=1e-4, atol=0)
+    assert float(interval(value, error, 10**6, level=0.5)[1][0]) == pytest.approx(0.5 + 0.067449, rel=1e-4)
+    assert interval(value, error, 1)[0].isnan().all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -507,6 +655,7 @@ def test_fewer_than_two_batches_have_no_standard_error(batches: int) -> None:
     for _ in range(batches):
         metric.update({name: gram_vector(torch.randn(64, 3)) for name in ("a", "b")})
     assert metric.standard_error().isnan().all()
+    assert torch.stack(metric.interval()).isnan().all()
 
 
 def test_blocks_do_not_change_the_value_and_forward_counts_like_update() -> None:
