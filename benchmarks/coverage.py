@@ -10,27 +10,30 @@ CKA is known in closed form. Two layers are compared, and one layer with the cla
 
 import argparse
 import math
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssl_geometry.data.datasets import FIXED, shuffled, stratified
-from ssl_geometry.geometry.cka import gram_vector
-from ssl_geometry.metrics import ClassCKA, LayerwiseCKA
+from ssl_geometry.geometry.cka import (
+    MIN_GRAM_SIZE,
+    class_vector,
+    class_weights,
+    gram_vector,
+    interval,
+    jackknife,
+)
 
 TEST_IMAGES = 10_000
 WIDTH = 16
+BLOCKS = 16
+CHUNK = 50
+"""Repetitions that are in memory at the same time."""
 
-
-class Bar(NamedTuple):
-    """What one measurement gives."""
-
-    value: float
-    low: float
-    high: float
+Order = Literal["random", "rounds"]
 
 
 @dataclass
@@ -79,45 +82,66 @@ class Population:
         layers = cross.square().sum() / (own.norm() * other.norm())
         return float(layers), float(classes.square().sum() / (own.norm() * hot.norm()))
 
-    def draw(self, images: int, seed: int, order: Literal["random", "rounds"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of two layers and labels, in the order in which they are measured."""
-        labels = self.labels[:images]
+    def draw(self, images: int, seeds: range, order: Order) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of two layers (R, N, D) and labels (R, N), in the order in which they are measured."""
+        labels = self.labels[:images].expand(len(seeds), -1)
         if order == "random":
-            labels = labels[shuffled(images, seed, 1)]
-        x = self.means[labels] + self.spread * self._normal(images, WIDTH)
+            labels = torch.stack([row[shuffled(images, seed, 1)] for row, seed in zip(labels, seeds, strict=True)])
+        shape = len(seeds), images, WIDTH
+        x = self.means[labels] + self.spread * self._normal(*shape)
         if self.tails is not None:
-            chi2 = 2 * torch._standard_gamma(torch.full((images, 1), self.tails / 2).double(), generator=self.generator)
+            chi2 = 2 * torch._standard_gamma(torch.full((*shape[:2], 1), self.tails / 2).double(), self.generator)
             x = x * (self.tails / chi2).sqrt()
-        y = x @ self.mixing + self.noise * self._normal(images, WIDTH)
+        y = x @ self.mixing + self.noise * self._normal(*shape)
         return x.float(), y.float(), labels
 
 
 def measure(
     population: Population,
     images: int,
-    seed: int,
+    seeds: range,
     gram_size: int = 64,
-    order: Literal["random", "rounds"] = "random",
+    order: Order = "random",
     bars: Literal["t", "normal"] = "t",
-) -> tuple[Bar, Bar]:
-    """CKA of the two layers, and of the first with the classes, with their error bars."""
-    x, y, labels = population.draw(images, seed, order)
-    vectors = {"x": gram_vector(x, gram_size), "y": gram_vector(y, gram_size)}
-    layers = LayerwiseCKA(["x"], ["y"], gram_size)
-    layers.update(vectors, vectors)
-    sizes = labels.bincount(minlength=population.classes)
-    classes = ClassCKA(["x"], population.classes, gram_size, sizes=sizes if order == "random" else None)
-    classes.update(vectors, labels)
-    found = []
-    for metric in (layers, classes):
-        value = float(metric.compute())
-        if bars == "normal":
-            reach = 1.96 * float(metric.standard_error())
-            found.append(Bar(value, value - reach, value + reach))
-        else:
-            low, high = metric.interval()
-            found.append(Bar(value, float(low), float(high)))
-    return found[0], found[1]
+) -> tuple[Tensor, Tensor]:
+    """CKA of the two layers and of the first with the classes: value, low and high of each repetition, (R, 3).
+
+    What the metrics do for one set of images, for many at once.
+    """
+    x, y, labels = population.draw(images, seeds, order)
+    sizes = labels[0].bincount(minlength=population.classes)
+
+    def vectors(make: Callable[[Tensor], Tensor], parts: Tensor) -> Tensor:
+        if images % gram_size:
+            return torch.stack([make(part) for part in parts])
+        return make(parts.flatten(0, 1)).view(len(parts), -1)
+
+    v, w = (vectors(lambda part: gram_vector(part, gram_size), layer) for layer in (x, y))
+    hot = torch.stack([class_vector(part, population.classes, gram_size) for part in labels])
+    weights = torch.ones_like(hot)
+    if order == "random":
+        weights = vectors(lambda part: class_weights(part, sizes, gram_size), labels)
+    return _bars(v, w, images, gram_size, bars), _bars(v * weights, hot * weights, images, gram_size, bars)
+
+
+def _bars(v: Tensor, w: Tensor, images: int, gram_size: int, kind: str) -> Tensor:
+    counts = [min(gram_size, images - start) for start in range(0, images, gram_size)]
+    counts = [n for n in counts if n >= MIN_GRAM_SIZE]
+    block = torch.arange(len(counts)) % BLOCKS
+
+    def sums(a: Tensor, b: Tensor) -> Tensor:
+        products = (a.double() * b.double()).split([n * (n - 1) // 2 for n in counts], 1)
+        groups = torch.stack([part.sum(1) for part in products])
+        return groups.new_zeros(BLOCKS, len(a)).index_add_(0, block, groups).unsqueeze(2)
+
+    counted = torch.tensor([float(n * (n - 3)) for n in counts], dtype=torch.float64)
+    weights = counted.new_zeros(BLOCKS).index_add_(0, block, counted)
+    value, error = jackknife(sums(v, w).unsqueeze(3), sums(v, v), sums(w, w), weights)
+    if kind == "normal":
+        low, high = value - 1.96 * error, value + 1.96 * error
+    else:
+        low, high = interval(value, error, int((weights > 0).sum()))
+    return torch.stack([value, low, high], -1).view(-1, 3)
 
 
 class Coverage(NamedTuple):
@@ -139,25 +163,26 @@ class Coverage(NamedTuple):
         return (self.mean - self.truth) / self.spread
 
 
-def coverage(bars: list[Bar], truth: float) -> Coverage:
-    """Of the repetitions of one measurement."""
-    found = [bar for bar in bars if math.isfinite(bar.low)]
+def coverage(bars: Tensor, truth: float) -> Coverage:
+    """Of the repetitions of one measurement, value, low and high of each."""
+    found = bars[bars.isfinite().all(1)]
+    undefined = 1 - len(found) / len(bars)
     if len(found) < 2:
-        return Coverage(truth, *[math.nan] * 4, undefined=1 - len(found) / len(bars))
-    value, low, high = torch.tensor(found, dtype=torch.float64).T
+        return Coverage(truth, *[math.nan] * 4, undefined=undefined)
+    value, low, high = found.T
     covered = ((low <= truth) & (truth <= high)).double().mean()
     spread = value.std()
     width = (high - low).mean() / spread
-    undefined = 1 - len(found) / len(bars)
     return Coverage(truth, float(value.mean()), float(spread), float(covered), float(width), undefined)
 
 
-def simulate(population: Population, images: int, repetitions: int, **options: object) -> tuple[Coverage, Coverage]:
+def simulate(population: Population, images: int, repetitions: int, **options: Any) -> tuple[Coverage, Coverage]:
     """Of two layers, and of a layer with the classes."""
-    bars = [measure(population, images, seed, **options) for seed in range(repetitions)]  # type: ignore[arg-type]
-    layers, classes = zip(*bars, strict=True)
+    seeds = [range(first, min(first + CHUNK, repetitions)) for first in range(0, repetitions, CHUNK)]
+    parts = zip(*(measure(population, images, some, **options) for some in seeds), strict=True)
+    layers, classes = (torch.cat(part) for part in parts)
     truth = population.truth()
-    return coverage(list(layers), truth[0]), coverage(list(classes), truth[1])
+    return coverage(layers, truth[0]), coverage(classes, truth[1])
 
 
 def main() -> None:
@@ -174,7 +199,6 @@ def main() -> None:
     parser.add_argument("--order", choices=("random", "rounds"), default="random")
     parser.add_argument("--bars", choices=("t", "normal"), default="t")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # few pairs of one class, no number at all: the table shows it
     print("| classes | images | of | truth | mean | bias in standard errors | covered | width of the bars | NaN |")
     print("|---|---|---|---|---|---|---|---|---|")
     for classes in args.classes:
