@@ -26,6 +26,7 @@ from ssl_geometry.geometry.cka import (
     interval,
     jackknife,
 )
+from ssl_geometry.metrics.cka import LONELY
 
 TEST_IMAGES = 10_000
 WIDTH = 16
@@ -121,7 +122,11 @@ def measure(
     weights = torch.ones_like(hot)
     if order == "random":
         weights = vectors(lambda part: class_weights(part, sizes, gram_size), labels)
-    return _bars(v, w, images, gram_size, bars), _bars(v * weights, hot * weights, images, gram_size, bars)
+    layers = _bars(v, w, images, gram_size, bars)
+    classes = _bars(v * weights, hot * weights, images, gram_size, bars)
+    if order == "random" and (sizes == 1).sum() > LONELY * sizes.square().sum():
+        classes = torch.full_like(classes, torch.nan)  # too many classes of a single image, says the metric
+    return layers, classes
 
 
 def _bars(v: Tensor, w: Tensor, images: int, gram_size: int, kind: str) -> Tensor:
