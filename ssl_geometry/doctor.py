@@ -26,7 +26,7 @@ from ssl_geometry.geometry import exact
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
-from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
+from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.slurm import this_task
 
 PROGRAM = "python -m ssl_geometry.doctor"
@@ -193,7 +193,7 @@ def _numbers(rank: int, world_size: int) -> list[list[float]]:
         for parameter in net.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     if world_size > 1:
-        net = SyncBatchNormOnCPU().apply(net)
+        net = SyncBatchNormPlugin().apply(net)
     share = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
     views = torch.cat([images[:12][share], images[12:][share]])
     first, second = net(views).chunk(2)

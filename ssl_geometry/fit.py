@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -51,7 +50,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import ManyDevices, check_strategy
 from ssl_geometry.endings import end_with_parent, explain
 from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
+from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
 from ssl_geometry.slurm import this_task, trainer_options
 
@@ -233,9 +232,9 @@ class FitCLI(LightningCLI):
         if trainer["benchmark"] is None:
             trainer["benchmark"] = not trainer["deterministic"]  # a step's shapes are always the same
         trainer["plugins"] = [*(trainer.get("plugins") or []), WholeCheckpointIO()]
-        if trainer["sync_batchnorm"] and (not torch.cuda.is_available() or trainer["accelerator"] == "cpu"):
-            trainer["sync_batchnorm"] = False  # that is torch's, for GPUs alone
-            trainer["plugins"].append(SyncBatchNormOnCPU())
+        if trainer["sync_batchnorm"]:
+            trainer["sync_batchnorm"] = False  # of torch's, which waits for the device in every layer
+            trainer["plugins"].append(SyncBatchNormPlugin())
         if task := this_task():
             more = trainer_options(task, trainer)
             trainer |= more | {"plugins": [*trainer["plugins"], *more["plugins"]]}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.geometry.neighbors import merge, nearest
@@ -25,7 +25,6 @@ from ssl_geometry.metrics import (
     RidgeProbe,
     Spectrum,
 )
-from ssl_geometry.models.sync_batchnorm import SyncBatchNormOnCPU
 from tests.distributed.conftest import Ranks
 
 LAYERS = ["a", "b", "c"]
@@ -193,36 +192,6 @@ def test_losses_and_gradients(ranks: Ranks, method: str, dtype: torch.dtype, tol
     for got_loss, got_gradient in ranks(loss_and_gradient, method, dtype):
         torch.testing.assert_close(got_loss, loss, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got_gradient, gradient, rtol=10 * tolerance, atol=tolerance)
-
-
-def batch_norm(rank: int, world_size: int, dims: int, affine: bool) -> list[Tensor]:
-    """Output, gradients and running statistics of a batch norm layer, the image's share gathered in place."""
-    generator = torch.Generator().manual_seed(6)
-    x = 3 + torch.randn([12, 5, *[4] * (dims - 2)], generator=generator, dtype=torch.float64)
-    target = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    share = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
-    layer: nn.Module = (nn.BatchNorm2d if dims == 4 else nn.BatchNorm1d)(5, affine=affine).double()
-    if world_size > 1:
-        layer = SyncBatchNormOnCPU().apply(layer)
-    x.requires_grad_(True)
-    y = layer(x[share])
-    (y * target[share]).sum().backward()
-    assert x.grad is not None
-    whole = torch.zeros_like(x)
-    whole[share] = y.detach()
-    sums = [whole, x.grad, *(parameter.grad for parameter in layer.parameters())]
-    if world_size > 1:
-        for tensor in sums:
-            dist.all_reduce(tensor)
-    return [*sums, *layer.buffers()]
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("dims", [2, 4])
-def test_batch_norm(ranks: Ranks, dims: int, affine: bool) -> None:
-    expected = batch_norm(0, 1, dims, affine)
-    for got in ranks(batch_norm, dims, affine):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def shards(rank: int, world_size: int, metric: str) -> tuple[Tensor, Tensor]:

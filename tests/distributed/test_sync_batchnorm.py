@@ -1,0 +1,261 @@
+"""Batch norm over several processes is that of one on the whole batch: plain, compiled, and with CUDA's kernels.
+
+The kernels of CUDA are stood in for by what their documentation says that they compute.
+"""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssl_geometry.models import sync_batchnorm
+from ssl_geometry.models.sync_batchnorm import SyncBatchNorm, SyncBatchNormPlugin
+from ssl_geometry.models.taps import Taps
+from tests.distributed.conftest import Ranks
+
+KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def share(rank: int, world_size: int, images: int, empty: bool = False) -> slice:
+    """Unequal shares of the images; none for the first process if so wanted."""
+    ends = [round(images * (i / world_size) ** 1.5) for i in range(world_size + 1)]
+    if empty and world_size > 1:
+        ends[1] = 0
+    return slice(ends[rank], ends[rank + 1])
+
+
+def over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors
+
+
+def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA's kernels compute, in float64; the layer takes the way of a GPU."""
+
+    def shaped(x: Tensor, *values: Tensor | None) -> list[Any]:
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        return [1.0 if value is None else value.double().view(shape) for value in values]
+
+    def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        variance, mean = torch.var_mean(x.double(), [0, *range(2, x.ndim)], correction=0)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return mean.to(dtype), (variance + eps).rsqrt().to(dtype)
+
+    def elemt(x: Tensor, weight: Any, bias: Any, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+        mean, invstd, scale = shaped(x, mean, invstd, weight)
+        shift = 0.0 if bias is None else shaped(x, bias)[0]
+        return ((x.double() - mean) * invstd * scale + shift).to(x.dtype)
+
+    def reduce(g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, *needed: bool) -> tuple[Tensor, ...]:
+        over = [0, *range(2, x.ndim)]
+        first, second = g.double().sum(over), (g.double() * (x.double() - shaped(x, mean)[0])).sum(over)
+        return tuple(value.to(mean.dtype) for value in (first, second, second * invstd, first))
+
+    def backward(
+        g: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, first: Tensor, second: Tensor, count: Tensor
+    ) -> Tensor:
+        assert count.dtype == torch.int32
+        n = count.sum()
+        mean, s, scale, first, second = shaped(x, mean, invstd, weight, first / n, second / n)
+        return ((g.double() - first - (x.double() - mean) * s.square() * second) * s * scale).to(x.dtype)
+
+    for name, kernel in {
+        "batch_norm_stats": stats,
+        "batch_norm_elemt": elemt,
+        "batch_norm_backward_reduce": reduce,
+        "batch_norm_backward_elemt": backward,
+    }.items():
+        monkeypatch.setattr(torch, name, kernel)
+    monkeypatch.setattr(sync_batchnorm, "_normalized", sync_batchnorm._Fused.apply)
+
+
+def layer(
+    rank: int, world_size: int, way: str, dims: int, options: dict[str, Any], empty: bool, offset: float = 3.0
+) -> list[Tensor]:
+    """Output, gradients and running statistics of two steps, the shares of the images gathered in place."""
+    generator = torch.Generator().manual_seed(6)
+    norm: nn.Module = KINDS[dims](5, **options).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if world_size > 1:
+            norm = SyncBatchNormPlugin().apply(norm)
+            if way == "kernels":
+                kernels_on_the_cpu(monkeypatch)
+        found: list[Tensor] = []
+        for _ in range(2):
+            x = offset + torch.randn([12, 5, *[4] * (dims - 2)], generator=generator, dtype=torch.float64)
+            target = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            mine = share(rank, world_size, 12, empty)
+            x.requires_grad_(True)
+            y = norm(x[mine])
+            norm.zero_grad()
+            (y * target[mine]).sum().backward()
+            assert x.grad is not None
+            whole = torch.zeros_like(x)
+            whole[mine] = y.detach()
+            gradients = [
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                for parameter in norm.parameters()
+            ]
+            found += over_processes([whole, x.grad, *gradients])
+    return [*found, *norm.buffers()]
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["uneven", "a process without images"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False, "eps": 0.1}],
+    ids=lambda options: "".join(options),
+)
+@pytest.mark.parametrize("way", ["plain", "kernels"])
+def test_it_is_the_batch_norm_of_one_process(ranks: Ranks, way: str, options: dict[str, Any], empty: bool) -> None:
+    for dims in KINDS:
+        expected = layer(0, 1, way, dims, options, empty)
+        for got in ranks(layer, way, dims, options, empty):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_cancels_around_a_large_mean(ranks: Ranks) -> None:
+    """Squares of 1e8 leave no digit of a variance of 1 in float64."""
+    expected = layer(0, 1, "plain", 4, {}, empty=False, offset=1e8)
+    for got in ranks(layer, "plain", 4, {}, False, 1e8):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_processes_are_put_together_in_float32_without_cancelling() -> None:
+    """Means near 1e4, variances near 1e-4: in float32, E(x^2) - E(x)^2 is noise of order 10."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [1e4 + 1e-2 * torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (7, 50, 11)]
+    rows = [
+        torch.cat([part.mean(0), part.var(0, correction=0), part.new_tensor([len(part)])]).float() for part in parts
+    ]
+    mean, variance, n = sync_batchnorm._combined(torch.stack([*rows, torch.zeros_like(rows[0])]))
+    whole = torch.cat(parts)
+    assert n.tolist() == [68]
+    torch.testing.assert_close(mean.double(), whole.mean(0), rtol=2e-7, atol=0)
+    torch.testing.assert_close(variance.double(), whole.var(0, correction=0), rtol=0.05, atol=0)  # means are rounded
+    naive = sum((part.float().square().sum(0) for part in parts), torch.zeros(6)) / 68 - whole.float().mean(0).square()
+    assert (naive / whole.var(0) - 1).abs().median() > 1e3
+
+
+def half(rank: int, world_size: int, way: str) -> list[Tensor]:
+    """bfloat16 activations in channels-last, parameters in float32."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 8, 4, 4, generator=generator).to(torch.bfloat16, memory_format=torch.channels_last)
+    norm = nn.BatchNorm2d(8)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if world_size > 1:
+            SyncBatchNormPlugin().apply(norm)
+            if way == "kernels":
+                kernels_on_the_cpu(monkeypatch)
+        mine = x[share(rank, world_size, 6)].requires_grad_(True)
+        y = norm(mine)
+        y.float().square().mul(y.detach()).sum().backward()
+    assert y.dtype == mine.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert mine.grad.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
+    assert norm.running_mean.dtype == norm.weight.grad.dtype == torch.float32  # type: ignore[union-attr]
+    outputs = torch.zeros(6, 8, 4, 4), torch.zeros(6, 8, 4, 4)
+    for whole, value in zip(outputs, (y.detach(), mine.grad), strict=True):
+        whole[share(rank, world_size, 6)] = value.float()
+    return [*over_processes([*outputs, norm.weight.grad, norm.bias.grad]), *norm.buffers()]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("way", ["plain", "kernels"])
+def test_bfloat16_and_channels_last_stay(ranks: Ranks, way: str) -> None:
+    expected = half(0, 1, way)
+    for got in ranks(half, way):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(got[4:], expected[4:], rtol=1e-5, atol=1e-6)
+
+
+def compiled(rank: int, world_size: int, backend: str | None, wrapped: bool) -> tuple[list[Tensor], int, int]:
+    """Gradients and statistics of a small network after two steps on unequal shares; its graphs, and their breaks."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    generator = torch.Generator().manual_seed(2)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5), nn.BatchNorm1d(5),
+    )  # fmt: skip
+    net.double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    if world_size > 1:
+        SyncBatchNormPlugin().apply(net)
+    if backend:
+        net.compile(backend=backend)
+    outer: nn.Module = nn.parallel.DistributedDataParallel(net) if wrapped and world_size > 1 else net
+    for _ in range(2):
+        x = torch.randn(9, 3, 8, 8, generator=generator, dtype=torch.float64)
+        mine = share(rank, world_size, 9)
+        net.zero_grad()
+        outer(x[mine]).pow(3).sum().backward()
+    gradients = [parameter.grad for parameter in net.parameters()]
+    if wrapped:
+        gradients = [world_size * gradient for gradient in gradients]  # type: ignore[operator]
+    else:
+        over_processes(gradients)  # type: ignore[arg-type]
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    torch._dynamo.reset()
+    return [*gradients, *net.buffers()], graphs, breaks  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("backend", "wrapped"), [(None, True), ("aot_eager", False), ("aot_eager", True), ("inductor", True)]
+)
+def test_compiled_it_is_one_graph_with_the_right_gradients(ranks: Ranks, backend: str | None, wrapped: bool) -> None:
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    expected, _, _ = compiled(0, 1, None, wrapped)
+    for got, graphs, breaks in ranks(compiled, backend, wrapped):
+        assert (graphs, breaks) == (1 if backend else 0, 0)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def alone(rank: int, world_size: int) -> list[bool]:
+    """What needs no other process: the first one does it by itself."""
+    if rank:
+        return []
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 4, 3, 3, generator=generator)
+    same = []
+    for options in ({}, {"track_running_stats": False}):
+        ours, torchs = nn.BatchNorm2d(4, **options), nn.BatchNorm2d(4, **options)  # type: ignore[arg-type]
+        SyncBatchNormPlugin().apply(ours)
+        before = [buffer.clone() for buffer in ours.buffers()]
+        same.append(torch.equal(ours.eval()(x), torchs.eval()(x)))
+        same.append(all(map(torch.equal, before, ours.buffers())))
+    return same
+
+
+def test_a_frozen_layer_asks_no_other_process(ranks: Ranks) -> None:
+    assert ranks(alone)[0] == [True] * 4
+
+
+def test_layers_change_in_place_and_back() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4), nn.SyncBatchNorm(4))
+    state, parameters = net.state_dict(), list(net.parameters())
+    plugin = SyncBatchNormPlugin()
+    with Taps(net, ["1"], lambda _, output: output.shape) as taps:
+        assert plugin.apply(net) is net
+        assert [type(module) for module in net] == [nn.Conv2d, SyncBatchNorm, SyncBatchNorm, nn.SyncBatchNorm]
+        assert taps_hear(taps, net)
+    assert list(net.state_dict()) == list(state)
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    plugin.revert(net)
+    assert [type(module) for module in net] == [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm]
+
+
+def taps_hear(taps: Taps, net: nn.Sequential) -> bool:
+    taps.captured = {}
+    net[:2](torch.randn(2, 3, 5, 5))
+    return taps.captured == {"1": (2, 4, 5, 5)}
