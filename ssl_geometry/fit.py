@@ -198,7 +198,8 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
         given = self._get(self.config_init, "trainer.callbacks") or []
-        self.stop_on_signal = StopOnSignal(self.run.last_checkpoint)
+        losses = StopOnNaN()
+        self.stop_on_signal = StopOnSignal(self.run.last_checkpoint, losses)
         callbacks: list[Callback] = [
             SameStart(self.run.resumed_from is not None),
             *([ManyDevices()] if self._takes_all_devices() else []),
@@ -206,7 +207,7 @@ class FitCLI(LightningCLI):
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
             SeedSteps(self.settings["seed_everything"]),
-            StopOnNaN(),
+            losses,
             self.stop_on_signal,
             FlushRecords(),
             ModelCheckpoint(

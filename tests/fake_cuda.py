@@ -215,6 +215,7 @@ class FakeCuda:
             **dict.fromkeys(["current_stream", "default_stream", "Stream"], lambda *_, **__: stream),
             **dict.fromkeys(["stream", "device"], lambda *_: nowhere()),
             **dict.fromkeys(["memory_allocated", "max_memory_allocated", "memory_reserved"], lambda *_: 0),
+            "Event": lambda *_, **__: SimpleNamespace(record=_nothing, query=lambda: True),
             "device_count": lambda: self.devices,
             "current_device": lambda: self.index,
             "get_device_name": lambda *_: facts.name,
@@ -330,6 +331,7 @@ class _Functions(TorchFunctionMode):
         return self._call(func, *args, **kwargs) if answer is None else answer(func, *args, **kwargs)
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
         if (device := kwargs.get("device")) is not None:
             there = is_cuda(device)
             with self.gpu.within(lambda: there):

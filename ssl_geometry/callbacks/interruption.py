@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.data.datamodule import Loader
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.signals import SIGNALS
@@ -31,20 +32,23 @@ class LostProcess(Exception):
 class StopOnSignal(L.Callback):
     """Watches for SIGUSR1 (SLURM's warning before the time limit) and SIGTERM (a preemption, a cancelled job).
 
-    The handler only remembers the signal. After each step the processes tell each other in a reduction of one number
-    over a CPU group of their own, which is read one step later: nobody waits for it, nor for the device, and all stop
-    after the same step. That reduction also fails within seconds where a process has died, so that the others do not
-    hang. Lightning's own exchange, a broadcast that the host waits for in every step, is switched off.
+    The handler only remembers the signal. After each step the processes exchange what they know (a signal, a bad loss)
+    in one reduction of few numbers over a CPU group of their own, which is read one step later: nobody waits for it,
+    nor for the device, and all stop after the same step. That reduction also fails within seconds where a process has
+    died, so that the others do not hang. Lightning's own exchange, a broadcast that the host waits for in every step,
+    is switched off.
 
     It saves before the next step begins: by then the figures of the last one are logged, and so no checkpoint is ahead
     of the records.
 
     Args:
         checkpoint: where to save.
+        losses: whose finding is shared with the other processes, so that all stop.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, losses: StopOnNaN | None = None) -> None:
         self.checkpoint = checkpoint
+        self.losses = losses
         self.signal = 0
         self.stopped: Interrupted | None = None
         """Set where the run ended by something else after a signal: what to say instead."""
@@ -85,7 +89,10 @@ class StopOnSignal(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look whether a process was told to stop before this step; gradients that are summed up are no step yet."""
-        self._told = self._told or self._agreed()
+        told, bad = self._agreed()
+        if bad and self.losses is not None:
+            self.losses.stop(trainer)
+        self._told = self._told or told
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stopping = self._told
 
@@ -121,22 +128,23 @@ class StopOnSignal(L.Callback):
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop; training is over, and its last checkpoint is there."""
-        self._stopping = self._stopping or self._agreed()
+        self._stopping = self._stopping or self._agreed()[0]
         self._stop_if_told()
 
-    def _agreed(self) -> int:
-        """The signal that some process had got before the last step; 0 for none."""
+    def _agreed(self) -> list[int]:
+        """What some process knew before the last step: a signal (0 for none), a bad loss (1)."""
+        known = [self.signal, int(self.losses is not None and self.losses.seen)]
         if self._group is None:
-            return self.signal
-        earlier, mine = self._pending, torch.tensor([self.signal])
+            return known
+        earlier, mine = self._pending, torch.tensor(known)
         try:
             self._pending = dist.all_reduce(mine, dist.ReduceOp.MAX, self._group, async_op=True), mine
             if earlier is None:
-                return 0
+                return [0] * len(known)
             earlier[0].wait()
         except RuntimeError as error:
             raise LostProcess from error
-        return int(earlier[1])
+        return earlier[1].tolist()
 
     def _stop_if_told(self) -> None:
         if self._stopping:

@@ -122,8 +122,7 @@ class _Fused(torch.autograd.Function):
         if not x.numel():
             return torch.zeros_like(x), None, None, None
         first, second = sums.chunk(2)
-        count = n.to(torch.int32)  # torch's stubs do not know of it
-        of_x = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, scale, first, second, count)  # type: ignore[call-arg]
+        of_x = torch.batch_norm_backward_elemt(gradient, x, mean, inverse, scale, first, second, n.to(torch.int32))
         return of_x, of_weight if for_weight else None, of_bias if for_bias else None, None
 
 

@@ -1,6 +1,8 @@
 """Several processes give the numbers of one: losses and their gradients, metrics."""
 
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_geometry.callbacks import StopOnNaN, StopOnSignal
+from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.geometry.neighbors import merge, nearest
 from ssl_geometry.methods import SimCLR, Supervised
@@ -192,6 +196,42 @@ def test_losses_and_gradients(ranks: Ranks, method: str, dtype: torch.dtype, tol
     for got_loss, got_gradient in ranks(loss_and_gradient, method, dtype):
         torch.testing.assert_close(got_loss, loss, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got_gradient, gradient, rtol=10 * tolerance, atol=tolerance)
+
+
+def last_step(rank: int, world_size: int, bad_rank: int) -> tuple[int, str]:
+    """How many steps a process took whose loss, or that of another, was NaN from the third on; and what it said."""
+    trainer: Any = SimpleNamespace(
+        world_size=world_size,
+        log_every_n_steps=2,
+        checkpoint_callback=None,
+        current_epoch=0,
+        global_step=0,
+        is_last_batch=False,
+        accumulate_grad_batches=1,
+    )
+    losses = StopOnNaN()
+    stop = StopOnSignal(Path("unused"), losses)
+    stop._group = dist.new_group(backend="gloo")
+    losses.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    try:
+        for step in range(20):
+            trainer.global_step = step + 1
+            loss = torch.tensor(torch.nan if rank == bad_rank and step >= 2 else 1.0)
+            for callback in (losses, stop):
+                callback.on_train_batch_end(trainer, None, loss, None, step)  # type: ignore[arg-type]
+    except UserError as error:
+        return step, str(error)
+    finally:
+        stop.restore()
+    return step, "went on"
+
+
+def test_a_bad_loss_of_one_process_stops_all_after_the_same_step(ranks: Ranks) -> None:
+    """NaN at step 3 on one process alone; at step 4, a logging step, it knows, and at step 5 all do."""
+    (found,) = set(ranks(last_step, 1))
+    assert found[0] == 4
+    assert "the loss became NaN or infinite in epoch 1 (by step 5)" in found[1]
+    assert set(ranks(last_step, -1)) == {(19, "went on")}
 
 
 def shards(rank: int, world_size: int, metric: str) -> tuple[Tensor, Tensor]:
