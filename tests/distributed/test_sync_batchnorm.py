@@ -4,6 +4,8 @@ The kernels of CUDA are stood in for by what their documentation says that they 
 """
 
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssl_geometry.callbacks import StopOnNaN, StopOnSignal
+from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models import sync_batchnorm
 from ssl_geometry.models.sync_batchnorm import SyncBatchNorm, SyncBatchNormPlugin
 from ssl_geometry.models.taps import Taps
 from tests.distributed.conftest import Ranks
+from tests.fake_cuda import FakeCuda
 
 KINDS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -259,3 +264,62 @@ def taps_hear(taps: Taps, net: nn.Sequential) -> bool:
     taps.captured = {}
     net[:2](torch.randn(2, 3, 5, 5))
     return taps.captured == {"1": (2, 4, 5, 5)}
+
+
+def pretended(rank: int, world_size: int) -> tuple[str, str, dict[str, tuple[int, int]]]:
+    """Faults and waits of two training steps on a pretended GPU; launches and collectives of a layer and of a bank."""
+    with FakeCuda(world_size) as gpu:
+        gpu.nccl.add(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+        generator = torch.Generator().manual_seed(4)
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+            nn.BatchNorm1d(5, momentum=None),
+        ).to("cuda")  # fmt: skip
+        SyncBatchNormPlugin().apply(net)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        bank = ProbeBank({"wide": 6, "narrow": 5}, num_classes=3, sent_in=torch.bfloat16).to("cuda")
+        losses = StopOnNaN()
+        stop = StopOnSignal(Path("unused"), losses)
+        stop._group = dist.new_group(backend="gloo")
+        trainer: Any = SimpleNamespace(
+            world_size=world_size, log_every_n_steps=1, is_last_batch=False, accumulate_grad_batches=1
+        )
+        losses.on_train_start(trainer, SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
+        try:
+            for step in range(3):
+                x = torch.randn(4 + rank, 3, 8, 8, generator=generator).cuda(non_blocking=True)
+                labels = torch.arange(4 + rank, device="cuda") % 3
+                with gpu.scope("step" if step else "first"):  # the bank and the optimiser begin in the first
+                    with torch.autocast("cuda", torch.bfloat16):
+                        y = wrapped(x)
+                    loss = nn.functional.cross_entropy(y.float(), labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    with gpu.scope("bank" if step else "first"):
+                        bank.step({"wide": y.new_ones(len(y), 6), "narrow": y.detach()}, labels, labels)
+                    for callback in (losses, stop):
+                        callback.on_train_batch_end(trainer, None, loss, None, step)  # type: ignore[arg-type]
+        finally:
+            stop.restore()
+        norm, x = net[1], torch.randn(4, 6, 8, 8, device="cuda").bfloat16().requires_grad_()
+        with gpu.scope("forward"):
+            y = norm(x)
+        gradient = torch.ones_like(y)
+        with gpu.scope("backward"):
+            torch.autograd.grad(y, [x, norm.weight, norm.bias], gradient)
+        report = gpu.report()
+        waits = [str(note) for note in gpu.waits if note.scope in ("step", "bank", "forward", "backward")]
+        counts = {scope: (gpu.launches[scope], gpu.collectives[scope]) for scope in ("bank", "forward", "backward")}
+    return "".join(map(str, gpu.faults)), "".join(waits) and report, counts
+
+
+def test_on_a_gpu_no_step_waits(ranks: Ranks) -> None:
+    """DDP, batch norm, probes, the check of the loss and the exchange of signals; budgets that must not creep up."""
+    budgets = {"bank": (188, 4), "forward": (24, 1), "backward": (6, 1)}  # launches, collectives; two steps of the bank
+    for faults, waits, counts in ranks(pretended):
+        assert (faults, waits) == ("", "")
+        for scope, (launches, collectives) in budgets.items():
+            assert counts[scope][0] <= launches, counts
+            assert counts[scope][1] == collectives, counts

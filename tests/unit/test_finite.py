@@ -99,5 +99,6 @@ def test_before_a_save_the_host_waits_once() -> None:
     with FakeCuda() as gpu:
         callback, module = StopOnNaN(), Module("cuda").to("cuda")
         callback.on_train_start(trainer(), module)  # type: ignore[arg-type]
+        gpu.waits.clear()
         callback.on_save_checkpoint(trainer(), module, {})  # type: ignore[arg-type]
         assert [note.what for note in gpu.waits] == ["_local_scalar_dense"], gpu.report()
