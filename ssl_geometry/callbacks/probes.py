@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 LAYERS = ("post_residual", "pooled", "head")
 SELECTION = "accuracy on a fixed tenth of the training images, chosen by index; of equals, the loss there"
+MOST_IN_FLOAT32 = 32 * 2**20
+"""Bytes of gradients that processes send each other in float32 by default; more go in bfloat16."""
 HIGHEST_RATE = 7.0
 """Up to this learning rate, SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`."""
 
@@ -114,6 +116,9 @@ class ProbeMonitor(Monitor):
         layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, as far as the
             network has them.
         online: train classifiers on the activations of the training steps (where a picture shows one class).
+        online_sent_in: dtype in which processes send each other the gradients of the online classifiers in every step:
+            float32, bfloat16 (half the bytes; accuracies then depend on the number of processes, within rounding), or
+            auto: bfloat16 where they are above 32 MiB in float32.
         logistic: fit logistic regression at each measuring moment, beside the ridge regression.
         train_images: clean training images that converged classifiers learn from, at most.
         learning_rates: of the online classifiers; up to 7 they are stable.
@@ -127,6 +132,7 @@ class ProbeMonitor(Monitor):
         every_n_epochs: int = 5,
         layers: str | list[str] | None = None,
         online: bool = True,
+        online_sent_in: Literal["auto", "float32", "bfloat16"] = "auto",
         logistic: bool = False,
         train_images: int = 10_000,
         learning_rates: Sequence[float] = LEARNING_RATES,
@@ -147,6 +153,7 @@ class ProbeMonitor(Monitor):
                 f"to which they are stable with a learning rate of {max(learning_rates):g}"
             )
         self.layers, self.online, self.logistic, self.train_images = layers, online, logistic, train_images
+        self.online_sent_in = online_sent_in
         self.learning_rates, self.weight_decays = tuple(learning_rates), tuple(weight_decays)
         self.curves: list[Row] = []  # the accuracy of each layer over training
         self.bank: ProbeBank | None = None
@@ -166,7 +173,11 @@ class ProbeMonitor(Monitor):
         names = self.layer_names(pl_module, LAYERS)
         self._widths = layer_widths(pl_module, names, data.image_shape)
         if self.online and not data.multi_label:
-            bank = ProbeBank(self._widths, data.num_classes, self.learning_rates, self.weight_decays)
+            heads = len(self.learning_rates) * len(self.weight_decays)
+            sent = heads * data.num_classes * sum(self._widths.values())
+            few = self.online_sent_in == "auto" and 4 * sent <= MOST_IN_FLOAT32
+            sent_in = torch.float32 if few or self.online_sent_in == "float32" else torch.bfloat16
+            bank = ProbeBank(self._widths, data.num_classes, self.learning_rates, self.weight_decays, sent_in=sent_in)
             if self._bank_state is not None and self._bank_of != self._bank_options(data.num_classes):
                 logger.info("online probes start anew: their layers or options are others than in the checkpoint")
             elif self._bank_state is not None:
@@ -174,8 +185,10 @@ class ProbeMonitor(Monitor):
             self._bank_of = self._bank_options(data.num_classes)
             self.bank = bank.to(pl_module.device)
             megabytes = 3 * bank.weight.numel() * bank.weight.element_size() / 2**20
+            each_step = f", {sent * sent_in.itemsize / 2**20:,.0f} MB between processes in every step"
             logger.info(
-                f"online probes: {len(names)} layers x {len(bank.learning_rate)} classifiers, {megabytes:,.0f} MB"
+                f"online probes: {len(names)} layers x {heads} classifiers, {megabytes:,.0f} MB"
+                + each_step * (trainer.world_size > 1)
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -295,6 +308,8 @@ class ProbeMonitor(Monitor):
                 "momentum": self.bank.momentum,
                 **self._online_options,
             }
+            if self.bank.sent_in != torch.float32 and trainer.world_size > 1:
+                options["gradients"] = f"sent between {trainer.world_size} processes in {self.bank.sent_in}"
             protocol = probe_protocol("online_probe", data, method, "measure", **options)
             best = self.bank.best()
             there = right[-1] > 0

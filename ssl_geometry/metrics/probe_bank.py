@@ -3,8 +3,8 @@
 Protocol: logistic regression by SGD with momentum on standardised features (running mean and variance of the features
 seen before, at the first step of that batch), started at zero. A fixed tenth of the images (see
 :func:`ssl_geometry.geometry.probes.held_out`) trains no classifier: the accuracy on it chooses, for each layer, among
-the hyper-parameters. Over several processes, all sums of a step are reduced as one flat tensor: every process holds the
-classifiers that one process would have.
+the hyper-parameters. Over several processes, the sums of a step are reduced: every process holds the classifiers that
+one process would have, up to the rounding of the gradients where they are sent in bfloat16.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributed import all_reduce, is_available, is_initialized
+from torch.distributed import all_reduce, get_world_size, is_available, is_initialized
 
 from ssl_geometry.geometry.probes import held_out
 
@@ -35,6 +35,9 @@ class ProbeBank(nn.Module):
         learning_rates: of SGD, on features of that scale.
         weight_decays: every learning rate is tried with every weight decay; biases are not decayed.
         momentum: of SGD.
+        sent_in: dtype in which processes send each other the gradients of the weights, all but all that they send:
+            ``classifiers x classes x sum of widths`` numbers per step. The sums behind biases, statistics and choice
+            go in float32 whatever it is.
 
     Example:
         >>> labels = torch.arange(64) % 4
@@ -68,11 +71,12 @@ class ProbeBank(nn.Module):
         learning_rates: Sequence[float] = LEARNING_RATES,
         weight_decays: Sequence[float] = WEIGHT_DECAYS,
         momentum: float = 0.9,
+        sent_in: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.widths = dict(widths)
         self.num_classes = num_classes
-        self.momentum = momentum
+        self.momentum, self.sent_in = momentum, sent_in
         layers, width, heads = len(widths), max(widths.values()), len(learning_rates) * len(weight_decays)
         grid = torch.cartesian_prod(torch.tensor(learning_rates), torch.tensor(weight_decays)).view(heads, 2)
         for name, value in {
@@ -128,8 +132,8 @@ class ProbeBank(nn.Module):
         errors = scores.softmax(3)
         errors[:, torch.arange(len(labels), device=labels.device), :, labels] -= 1
         errors *= training[..., None, None]
+        gradient = self._gradient_over_processes(inputs.mT @ errors.flatten(2))
         sums = [
-            inputs.mT @ errors.flatten(2),  # gradient of the weights
             errors.sum(1),
             centered.sum(1),
             centered.square().sum(1),
@@ -138,13 +142,23 @@ class ProbeBank(nn.Module):
         ]
         flat = torch.cat([part.flatten() for part in sums])
         parts = _over_processes(flat).split([part.numel() for part in sums])
-        gradient, bias_gradient, first, second, correct, count = (
+        bias_gradient, first, second, correct, count = (
             part.view(shaped.shape) for part, shaped in zip(parts, sums, strict=True)
         )
         self._descend(gradient.view_as(self.weight), bias_gradient, count[0].clamp_min(1), rate)
         self._move_statistics(first.unsqueeze(1), second.unsqueeze(1), count[2])
         self.correct += correct
         self.held += count[1]
+
+    def _gradient_over_processes(self, gradient: Float[Tensor, "L D HC"]) -> Float[Tensor, "L D HC"]:
+        if not _several_processes():
+            return gradient
+        used = [part[:width] for part, width in zip(gradient, self.widths.values(), strict=True)]  # the rest is zero
+        sent = torch.cat([part.flatten() for part in used]).to(self.sent_in)
+        all_reduce(sent)
+        parts = sent.split([part.numel() for part in used])
+        torch._foreach_copy_(used, [part.view_as(shaped) for part, shaped in zip(parts, used, strict=True)])
+        return gradient
 
     def _descend(self, gradient: Tensor, bias_gradient: Tensor, count: Tensor, scale: float) -> None:
         decay, rate = self.weight_decay[:, None], self.learning_rate[:, None]
@@ -229,8 +243,12 @@ class ProbeBank(nn.Module):
         self.held.zero_()
 
 
+def _several_processes() -> bool:
+    return is_available() and is_initialized() and get_world_size() > 1
+
+
 def _over_processes(sums: Tensor) -> Tensor:
-    if is_available() and is_initialized():
+    if _several_processes():
         all_reduce(sums)
     return sums
 

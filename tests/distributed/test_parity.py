@@ -144,22 +144,49 @@ def test_converged_probes(ranks: Ranks, kind: str, batch: int) -> None:
             torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-12)
 
 
-def probe_bank(rank: int, world_size: int) -> dict[str, Tensor]:
+def probe_bank(rank: int, world_size: int, dtype: torch.dtype, resumed: bool = False) -> tuple[dict[str, Tensor], int]:
+    """The classifiers after eleven steps, and how many bytes of gradients a process sent in the last of them."""
     x = activations()
     labels = x["a"][:, :3].argmax(1)
-    bank = ProbeBank({name: value.shape[1] for name, value in x.items()}, num_classes=3)
-    for part in torch.arange(330).split(30):
-        mine = part[rank * 30 // world_size : (rank + 1) * 30 // world_size]
-        bank.step({name: value[mine] for name, value in x.items()}, labels[mine], mine)
-    return dict(bank.state_dict())
+    sent: list[Tensor] = []
+
+    def bank() -> ProbeBank:
+        return ProbeBank({name: value.shape[1] for name, value in x.items()}, num_classes=3, sent_in=dtype)
+
+    def noted(tensor: Tensor) -> None:
+        sent.append(tensor)
+        dist.all_reduce(tensor)
+
+    probes = bank()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("ssl_geometry.metrics.probe_bank.all_reduce", noted)
+        for step, part in enumerate(torch.arange(330).split(30)):
+            if resumed and step == 5:
+                state = {name: value.clone() for name, value in probes.state_dict().items()}
+                probes = bank()
+                probes.load_state_dict(state)
+            sent.clear()
+            mine = part[rank * 30 // world_size : (rank + 1) * 30 // world_size]
+            probes.step({name: value[mine] for name, value in x.items()}, labels[mine], mine)
+    return dict(probes.state_dict()), sent[0].nbytes if sent else 0
 
 
-def test_online_probes(ranks: Ranks) -> None:
-    expected = probe_bank(0, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_online_probes(ranks: Ranks, dtype: torch.dtype) -> None:
+    """And they send what the layers have, not what fills them up to the widest: (12 + 12 + 3) x 8 x 3 numbers."""
+    expected, _ = probe_bank(0, 1, dtype)
     assert expected["correct"].max() > 0.5 * expected["held"].max()
-    for got in ranks(probe_bank):
+    first, *_ = found = ranks(probe_bank, dtype)
+    for got, sent in found:
+        assert sent == 27 * 8 * 3 * dtype.itemsize
         for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+            if dtype == torch.float32 or name in ("mean", "variance", "steps", "seen", "held"):
+                torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+            elif name != "correct":
+                assert (got[name] - value).norm() < 0.02 * value.norm(), name
+            assert torch.equal(got[name], first[0][name]), "the same in all processes"
+    again = ranks(probe_bank, dtype, True)
+    assert all(torch.equal(value, first[0][name]) for name, value in again[0][0].items())
 
 
 def loss_and_gradient(rank: int, world_size: int, method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
