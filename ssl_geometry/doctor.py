@@ -93,8 +93,10 @@ def faiss() -> Iterator[Finding]:
     if torch.cuda.is_available() and not gpus:
         to_do = "exact searches take torch on the GPU, ivf and hnsw the CPU: install faiss-gpu-cuvs for FAISS's own"
         to_do = "" if platform.machine() == "aarch64" else to_do  # there is no such wheel
-    if blas is not None and blas[1] in exact.FALLBACKS:
-        to_do = "ivf and hnsw are slow on kernels for an old CPU: set OPENBLAS_CORETYPE to Haswell or NEOVERSEN1"
+    if not exact.knows_cpu():
+        chosen = os.environ.get("OPENBLAS_CORETYPE")
+        fix = f"unset OPENBLAS_CORETYPE={chosen}" if chosen else "set OPENBLAS_CORETYPE to newer ones that it can run"
+        to_do = f"ivf and hnsw are slow on kernels that are older than this CPU: {fix}"
     yield Finding("FAISS", ", ".join(said), to_do)
 
 

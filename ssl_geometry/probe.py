@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +41,13 @@ from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
 from ssl_geometry.devices import out_of_memory
 from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
 from ssl_geometry.geometry.probes import (
     L2,
     accuracies,
     converged_probes,
     converged_probes_bytes,
     held_out,
-    knn_search,
-    knn_vote,
     one_hot,
     ridge_probe,
     ridge_sums,
@@ -268,13 +268,18 @@ def evaluate_layers(subject: Subject, data: DataModule, options: Any, progress: 
 def evaluate_knn(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
     """Votes of the nearest training images, weighted (temperature 0.07) and by heads."""
     found = {}
-    similarity, neighbours = knn_search(subject.test[POOLED], subject.train[POOLED], max(options.k))
+    classes, vary = data.num_classes, directions_vary(subject.train[POOLED])
+    distances, neighbours = knn_search(subject.test[POOLED], subject.train[POOLED], max(options.k))
     for k in options.k:
         for temperature, kind in ((0.07, ""), (None, "_majority")):
-            predicted = knn_vote(
-                similarity[:, :k], neighbours[:, :k], subject.train_labels, data.num_classes, temperature
-            )
-            found[f"knn{k}{kind}"] = _numbers(one_hot(predicted, data.num_classes), subject)
+            predicted = knn_vote(distances[:, :k], neighbours[:, :k], subject.train_labels, classes, temperature)
+            # One column more than classes: of the images that have no neighbour.
+            numbers = _numbers(one_hot(predicted % (classes + 1), classes + 1), subject)
+            found[f"knn{k}{kind}"] = numbers if vary else {key: [math.nan] for key in numbers}
+    if not vary:
+        warnings.warn(
+            f"{subject.name}: kNN accuracy is NaN: features of all training images point one way", stacklevel=2
+        )
     return found
 
 
@@ -453,7 +458,7 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
     """For each evaluation, all that changes its numbers."""
     chosen = {
         "layers": {"l2": list(L2)},
-        "knn": {"similarity": "cosine", "k": options.k, "temperature": 0.07},
+        "knn": {"similarity": "cosine, float64 where float32 cannot rank", "k": options.k, "temperature": 0.07},
         "linear": {
             "epochs": options.linear_epochs,
             "batch": data.batch_size,

@@ -93,12 +93,10 @@ def nearest(
         raise ValueError(_too_few(k, others))
     # A power of two changes no digit, and keeps squares within float32.
     scale = float(lengths.amax().log2().floor().exp2()) if metric == "l2" and bool(lengths.any()) else 1.0
-
-    def divisors(lengths: Tensor) -> Tensor:
-        return lengths if metric == "cosine" else torch.full_like(lengths, scale)
-
-    center = None if metric == "inner" else _mean(features, divisors(lengths))
-    queries = _points(features, divisors(lengths), center)
+    divisors = lengths if metric == "cosine" else torch.full_like(lengths, scale)
+    center = None if metric == "inner" else _mean(features, divisors)
+    divisor = None if metric == "cosine" else scale
+    queries = _points(features, divisor, center)
     # Points of the same key are the same point: of equal bits, or of the same number where copies count.
     number = torch.arange(len(features), device=features.device)
     keys = (number if itself else -1 - number) if duplicates else row_keys(features)
@@ -107,7 +105,8 @@ def nearest(
         points, block_keys = queries, keys
         if not itself:
             block = block.to(features)
-            points = _points(block, divisors(_lengths(block, metric, "bank", features.shape[1])), center)
+            _lengths(block, metric, "bank", features.shape[1])
+            points = _points(block, divisor, center)
             block_keys = torch.arange(first, first + len(block), device=block.device) if duplicates else row_keys(block)
         rows = first_rows(block_keys, seen)
         if len(rows):
@@ -153,10 +152,9 @@ def _too_few(k: int, others: int | None) -> str:
 
 
 def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[Tensor, "N 1"]:
-    """Refuses what cannot be searched."""
+    """In float32's digits; refuses what cannot be searched."""
     if features.ndim != 2 or features.shape[1] != width or not features.numel():
         raise ValueError(f"{what}: expected (N, {width}) numbers, N at least 1, got shape {tuple(features.shape)}")
-    # Float32 will do: the error of a length moves a unit vector across all differences of near ones.
     lengths = features.norm(dim=1, keepdim=True)
     if not bool(((lengths > 1e-15) & (lengths < 1e15)).all()):  # but squares must not leave its range
         lengths = features.double().norm(dim=1, keepdim=True)
@@ -172,13 +170,14 @@ def _mean(features: Tensor, divisors: Tensor) -> Float[Tensor, " D"]:
     return (features.T @ (1 / divisors[:, 0]).to(features.dtype)).double() / len(features)
 
 
-def _points(features: Tensor, divisors: Tensor, center: Tensor | None) -> Float[Tensor, "N D"]:
-    """The points as FAISS is to see them: float32, differences taken in float64."""
+def _points(features: Tensor, divisor: float | None, center: Tensor | None) -> Float[Tensor, "N D"]:
+    """The points to search: float32, lengths (where no divisor is given) and differences taken in float64."""
     if center is None:
         return features.float().contiguous()
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
     for part in row_blocks(features):
-        points[part] = features[part].double() / divisors[part] - center
+        rows = features[part].double()
+        points[part] = rows / (rows.norm(dim=1, keepdim=True) if divisor is None else divisor) - center
     return points
 
 

@@ -1,5 +1,7 @@
 """Accuracy of a nearest-neighbour classifier on frozen features, over batches and ranks."""
 
+import warnings
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -7,7 +9,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.probes import check_labels, knn_predict
+from ssl_geometry.geometry.duplicates import row_keys
+from ssl_geometry.geometry.knn import directions_vary, knn_predict
+from ssl_geometry.geometry.probes import check_labels
 
 
 class KNNAccuracy(Metric):
@@ -54,7 +58,9 @@ class KNNAccuracy(Metric):
         self.query_labels.append(labels)
 
     def compute(self) -> Float[Tensor, ""]:
-        """The share of queries whose class is predicted, in [0, 1].
+        """The share of queries whose class is predicted, in [0, 1]; NaN, with one warning, for a bank of one direction.
+
+        Images are ordered by their features: the number does not depend on which rank held them.
 
         Raises:
             UserError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
@@ -71,7 +77,20 @@ class KNNAccuracy(Metric):
             raise ValueError(f"nearest neighbours: {len(labels)} images in the bank and {len(truth)} to classify")
         num_classes = int(torch.maximum(labels.max(), truth.max())) + 1
         check_labels(truth, num_classes)
-        predicted = knn_predict(
-            dim_zero_cat(self.queries), dim_zero_cat(self.bank), labels, num_classes, self.k, self.temperature
-        )
+        bank, labels = _in_order(dim_zero_cat(self.bank), labels)
+        queries, truth = _in_order(dim_zero_cat(self.queries), truth)
+        predicted = knn_predict(queries, bank, labels, num_classes, self.k, self.temperature)
+        if not directions_vary(bank):
+            warnings.warn(
+                f"accuracy of {self.k} nearest neighbours is NaN: features of all {len(bank)} images point one way",
+                stacklevel=3,
+            )
+            return torch.full((), torch.nan, device=bank.device)
         return (predicted == truth).double().mean().float()
+
+
+def _in_order(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """By a hash of the features, equal ones by their labels."""
+    order = labels.argsort(stable=True)
+    order = order[row_keys(features[order]).argsort(stable=True)]
+    return features[order], labels[order]

@@ -77,5 +77,9 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     (finding,) = doctor.faiss()
     assert "faiss-gpu-cuvs" in finding.to_do
     monkeypatch.setattr(exact, "faiss_blas", lambda: ("0.3.15", "Prescott"))
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     (finding,) = doctor.faiss()
-    assert "OPENBLAS_CORETYPE" in finding.to_do
+    assert "set OPENBLAS_CORETYPE to newer ones" in finding.to_do
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
+    (finding,) = doctor.faiss()
+    assert "unset OPENBLAS_CORETYPE=Prescott" in finding.to_do

@@ -122,14 +122,23 @@ def test_torch_works_in_blocks_and_in_float32(monkeypatch: pytest.MonkeyPatch) -
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(exact, "faiss_blas", lambda: ("0.3.15", "SkylakeX"))
+    monkeypatch.setattr(exact.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(exact, "has_gpu", lambda: True)
     assert [backend(cpu, 50), backend(cuda, 49), backend(cuda, 50)] == ["faiss", "faiss-gpu", "torch"]
     monkeypatch.setattr(exact, "has_gpu", lambda: False)
     assert backend(cuda, 10) == "torch"
     monkeypatch.setattr(exact, "faiss_blas", lambda: None)
     assert backend(cpu, 10) == "faiss", "MKL, say"
-    monkeypatch.setattr(exact, "faiss_blas", lambda: ("0.3.15", "Prescott"))
-    assert backend(cpu, 10) == "torch"
+    for machine, core, expected in (
+        ("x86_64", "Prescott", "torch"),
+        ("x86_64", "Barcelona", "torch"),
+        ("x86_64", "Zen", "faiss"),
+        ("aarch64", "armv8", "torch"),
+        ("aarch64", "neoversen1", "faiss"),
+    ):
+        monkeypatch.setattr(exact.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(exact, "faiss_blas", lambda core=core: ("0.3.15", core))
+        assert backend(cpu, 10) == expected
 
 
 INTEL, AMD = "vendor_id\t: GenuineIntel\n", "vendor_id\t: AuthenticAMD\n"
