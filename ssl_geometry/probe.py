@@ -277,9 +277,8 @@ def evaluate_knn(subject: Subject, data: DataModule, options: Any, progress: Any
             numbers = _numbers(one_hot(predicted % (classes + 1), classes + 1), subject)
             found[f"knn{k}{kind}"] = numbers if vary else {key: [math.nan] for key in numbers}
     if not vary:
-        warnings.warn(
-            f"{subject.name}: kNN accuracy is NaN: features of all training images point one way", stacklevel=2
-        )
+        reason = "features of all training images point one way"
+        warnings.warn(f"{subject.name}: accuracy of nearest neighbours is NaN: {reason}", stacklevel=2)
     return found
 
 

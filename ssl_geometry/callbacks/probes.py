@@ -13,6 +13,7 @@ every moment.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -364,7 +365,7 @@ def probe_rows(
     for key, values in found.items():
         for (layer, depth), value in zip(depths.items(), values, strict=True):
             bar = {}
-            if key == "top1":
+            if key == "top1" and not math.isnan(value):
                 interval = binomtest(round(value * images), images).proportion_ci(method="wilson")
                 bar = {"low": float(interval.low), "high": float(interval.high)}
             metric = name if key in ("top1", "mAP") else f"{name}_{key}"

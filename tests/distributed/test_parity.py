@@ -105,7 +105,8 @@ def test_mutual_knn(ranks: Ranks, images: int) -> None:
 
 def knn(rank: int, world_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    bank, queries = torch.randn(101, 8, generator=generator), torch.randn(53, 8, generator=generator)
+    # Of few values: many are equally near, and the ranks hold them in another order than one process.
+    bank, queries = (torch.randn(n, 3, generator=generator).round() + 5 for n in (101, 53))
     labels, truth = torch.randint(4, (101,), generator=generator), torch.randint(4, (53,), generator=generator)
     metric = KNNAccuracy(k=5)
     for part in list(torch.arange(101).split(10))[rank::world_size]:
@@ -117,7 +118,7 @@ def knn(rank: int, world_size: int) -> Tensor:
 
 def test_knn(ranks: Ranks) -> None:
     expected = knn(0, 1)
-    assert [float(value) for value in ranks(knn)] == [pytest.approx(float(expected), abs=1e-7)] * len(ranks(knn))
+    assert {float(value) for value in ranks(knn)} == {float(expected)}
 
 
 def converged_probe(rank: int, world_size: int, kind: str, batch: int) -> dict[str, Tensor]:

@@ -83,6 +83,24 @@ def test_neighbours_vote_as_in_scikit_learn(subject: Subject, name: str, tempera
     assert found[name]["mean_per_class"] == pytest.approx([np.mean(by_class)], abs=1.5 / N)
 
 
+def test_neighbours_of_features_that_point_one_way_give_no_accuracy(subject: Subject) -> None:
+    one_way = {POOLED: torch.rand(len(subject.train_labels), 1) + torch.zeros(WIDTH)}
+    with pytest.warns(UserWarning, match="a: accuracy of nearest neighbours is NaN") as seen:
+        found = evaluate_knn(replace(subject, train=one_way), DATA, SimpleNamespace(k=[5, 9]), MagicMock())
+    assert len(seen) == 1
+    assert all(math.isnan(value) for numbers in found.values() for (value,) in numbers.values())
+    (row,) = probe_rows("knn5", {POOLED: 1.0}, {"top1": found["knn5"]["top1"]}, N)
+    assert math.isnan(row["value"])
+    assert row.get("low") is None
+
+
+def test_an_image_of_zeros_is_not_classified(subject: Subject) -> None:
+    test = subject.test[POOLED].clone()
+    test[subject.test_labels == 0] = 0
+    dark = evaluate_knn(replace(subject, test={POOLED: test}), DATA, SimpleNamespace(k=[5]), MagicMock())["knn5"]
+    assert 0 < dark["top1"][0] <= float((subject.test_labels != 0).double().mean())
+
+
 def plain_sgd(subject: Subject, rate: float, epochs: int) -> float:
     x, test = (part / math.sqrt(WIDTH) for part in standard(subject))
     linear = torch.nn.Linear(WIDTH, CLASSES)
