@@ -9,11 +9,10 @@ beside it, because CKA alone can be moved by a few outlying images. The numbers 
 with the same protocol hash.
 """
 
-import math
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,9 @@ from ssl_geometry.cli import networks_parser, parse_networks, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
+from ssl_geometry.findings import UNTRAINED, findings, views_of
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
+from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
@@ -44,7 +45,6 @@ from ssl_geometry.records import Protocol, RecordStore, record
 from ssl_geometry.report.figures import (
     BLOCK,
     compare_curves,
-    diag_and_max,
     neighbor_pictures,
     pair_panels,
     save_figure,
@@ -53,7 +53,6 @@ from ssl_geometry.report.figures import (
 )
 from ssl_geometry.runs import load_networks, network_names
 
-UNTRAINED = "untrained"
 CANDIDATES = 50
 """Nearest images of which NNK chooses, where neighbours are shown."""
 MANIFOLDS = ("neighbors", "diameter", "affinity")
@@ -69,6 +68,8 @@ class Network:
     name: str
     group: str
     """The method, by which seeds are put together."""
+    learns_from_labels: bool | None
+    """None where that is not known, or it was not trained."""
     epoch: int | None
     depths: dict[str, float]
     vectors: list[Tensor]
@@ -77,6 +78,8 @@ class Network:
     """Of each layer and image, the k nearest images, (L, N, k)."""
     alike: Tensor
     """Layers whose direction does not vary, (L,): they have no neighbours."""
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """The records of its invariance and class CKA, and their jackknife deviations over blocks of images."""
     features: Tensor | None = None
     """Of the last layer of the backbone, (N, D), where neighbours are to be shown."""
 
@@ -113,16 +116,14 @@ def measure_network(
     alike = torch.tensor([all_alike(value) for value in by_layer.values()])
     shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
     kept_features = by_layer[shown[0]] if options.show_neighbors else None
-    network = Network(name, group, epoch, depths, vectors, neighbors, alike, kept_features)
+    labels = None if epoch is None else method.learns_from_labels
+    network = Network(name, group, labels, epoch, depths, vectors, neighbors, alike, features=kept_features)
     seen = {view: invariance[distinct[view]] for view in views}
     rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
     store.write(f"layers/{name}", rows, protocols)
+    errors = torch.cat([metric.deviations().T for metric in (classes, *seen.values())])  # in the order of the rows
+    network.layers = pd.DataFrame(rows).assign(deviations=list(errors.cpu().numpy()))
     return network
-
-
-def views_of(name: str) -> str:
-    """The name, in the records, of the views that a network of the comparison was trained on."""
-    return f"views of {name}"
 
 
 def _common(network: Network, options: Any) -> dict[str, Any]:
@@ -135,8 +136,12 @@ def _common(network: Network, options: Any) -> dict[str, Any]:
     }
 
 
-def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store: RecordStore) -> None:
-    """All pairs of layers of two networks: CKA with error bars, and overlap of neighbours."""
+def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store: RecordStore) -> pd.DataFrame:
+    """All pairs of layers of two networks: CKA with error bars, and overlap of neighbours.
+
+    Returns:
+        The records of CKA, with their jackknife deviations over blocks of images.
+    """
     cka = LayerwiseCKA([f"a/{layer}" for layer in a.depths], [f"b/{layer}" for layer in b.depths], options.gram_size)
     for number, (x, y) in enumerate(zip(a.vectors, b.vectors, strict=True)):
         cka.update(
@@ -149,7 +154,7 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
     knn_protocol = Protocol({**protocol.what, "metric": f"mutual kNN, k={options.k}, cosine, pooled features"})
-    rows, common = [], {**_common(a, options), "view": "clean"}
+    rows, overlaps, common = [], [], {**_common(a, options), "view": "clean"}
     for i, (layer, depth) in enumerate(a.depths.items()):
         for j, (layer_other, depth_other) in enumerate(b.depths.items()):
             pair = {
@@ -162,16 +167,18 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
             similarity = dict(zip(("value", "low", "high"), found[i][j], strict=True))
             rows.append(record(**common, **pair, metric="cka", **similarity, protocol=protocol.hash))
             shared = float(overlap[i, j])
-            rows.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))
-    store.write(f"pairs/{a.name}--{b.name}", rows, [protocol, knn_protocol])
+            overlaps.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))
+    store.write(f"pairs/{a.name}--{b.name}", rows + overlaps, [protocol, knn_protocol])
+    return pd.DataFrame(rows).assign(deviations=list(cka.deviations().flatten(1).T.numpy()))
 
 
-def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path]:
+def draw(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None], out: Path) -> list[Path]:
     """All pictures, from the records alone, as PNG and PDF.
 
     Args:
         frame: the records of a comparison.
         groups: network to method.
+        labels: network to whether it learned from labels, where that is known.
         out: folder.
 
     Returns:
@@ -185,7 +192,7 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], out: Path) -> list[Path
     even = layers[layers["layer"].str.fullmatch(f"{BLOCK}|head.*")]
     classes = even[even["metric"] == "class_cka"]
     invariance = even[even["metric"] == "invariance"]
-    self_supervised = [name for name, group in groups.items() if group not in ("Supervised", UNTRAINED)]
+    self_supervised = [name for name in groups if labels[name] is False]
     seen = [view for view in map(views_of, self_supervised) if view in set(invariance["view"])]
     shown = {view: f"Invariance under the {view}" for view in seen[:1]}
     shown["own"] = "Invariance under its own training views"
@@ -269,128 +276,6 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
     )
 
 
-def findings(frame: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
-    """What the records say about the findings of Grigg et al. 2021, each with the numbers behind it.
-
-    Args:
-        frame: the records of a comparison.
-        groups: network to method.
-
-    Returns:
-        One row a finding: the claim, the figures, and whether they support or contradict it by the rule that stands
-        beside them. A claim whose networks or layers are not there is left out.
-    """
-    found: list[dict[str, str]] = []
-
-    def say(claim: str, rule: str, figures: Mapping[str, float], supports: bool) -> None:
-        if not all(map(math.isfinite, figures.values())):  # no verdict without numbers
-            return
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        found.append(
-            {"claim": claim, "figures": shown, "rule": rule, "says": "supports" if supports else "contradicts"}
-        )
-
-    ssl = [model for model, group in groups.items() if group not in ("Supervised", UNTRAINED)]
-    supervised = [model for model, group in groups.items() if group == "Supervised"]
-    untrained = [model for model, group in groups.items() if group == UNTRAINED]
-    cka = frame[frame["metric"] == "cka"]
-    between = cka[
-        (cka["model"].isin(ssl) & cka["model_other"].isin(supervised))
-        | (cka["model"].isin(supervised) & cka["model_other"].isin(ssl))
-    ]
-    pairs = [rows for _, rows in between.groupby(["model", "model_other"])]
-    even = [_middle_and_last(rows[_is_block(rows["layer"]) & _is_block(rows["layer_other"])]) for rows in pairs]
-    branches = [
-        rows["layer"].str.endswith(".residual") & rows["layer_other"].str.endswith(".residual") for rows in pairs
-    ]
-    odd = [_middle_and_last(rows[chosen]) for rows, chosen in zip(pairs, branches, strict=True)]
-    if pairs:
-        middle, last = (float(np.mean(values)) for values in zip(*even, strict=True))
-        inside = float(np.mean([values[0] for values in odd]))
-        say(
-            "intermediate representations are similar, and diverge in the last layers",
-            "mean CKA of the middle half of the blocks, same layer, is above that of the last block",
-            {"middle blocks": middle, "last block": last},
-            middle > last,
-        )
-        say(
-            "they become similar by dissimilar means",
-            "in the middle half, residual branches are less alike than the blocks' outputs",
-            {"residual branches": inside, "block outputs": middle},
-            inside < middle,
-        )
-    layers = frame[frame["model_other"].isna()]
-
-    def value(models: Sequence[str], metric: str, view: str, where: str) -> float:
-        rows = layers[layers["model"].isin(models) & (layers["metric"] == metric) & (layers["view"] == view)]
-        rows = rows.sort_values("depth")
-        chosen = rows if where == "head" else rows[_is_block(rows["layer"])]
-        picks: dict[str, Any] = {
-            "first": lambda v: v.iloc[0],
-            "last": lambda v: v.iloc[-1],
-            "head": lambda v: v.iloc[-1],
-            "max": max,
-        }
-        return float(chosen.groupby("model")["value"].agg(picks[where]).mean()) if len(chosen) else math.nan
-
-    known = [view for view in map(views_of, ssl) if view in set(layers["view"])]
-    seen = known[0] if known else ""  # what the supervised network may or may not become invariant to
-    if ssl and supervised:
-        ours, theirs = value(ssl, "invariance", seen, "head"), value(supervised, "invariance", seen, "head")
-        say(
-            "the last layer of SimCLR fits augmentation invariance",
-            f"the last layer's invariance under the {seen} is above the supervised network's",
-            {"self-supervised": ours, "supervised": theirs},
-            ours > theirs,
-        )
-        ours, theirs = value(ssl, "class_cka", "clean", "last"), value(supervised, "class_cka", "clean", "last")
-        say(
-            "the last layers of the supervised network fit the classes",
-            "the last block's CKA with the classes is above that of the self-supervised network's",
-            {"supervised": theirs, "self-supervised": ours},
-            theirs > ours,
-        )
-    if ssl:
-        best, first = value(ssl, "class_cka", "clean", "max"), value(ssl, "class_cka", "clean", "first")
-        figures = {"best block": best, "first block": first}
-        if untrained:
-            figures["untrained, best block"] = value(untrained, "class_cka", "clean", "max")
-        say(
-            "SimCLR fits the classes implicitly in intermediate layers",
-            "a block's CKA with the classes is above the first block's and the untrained network's",
-            figures,
-            best > max(list(figures.values())[1:]),
-        )
-    if ssl and supervised:
-        first, last = (
-            value(supervised, "invariance", seen, "first"),
-            value(supervised, "invariance", seen, "last"),
-        )
-        figures = {"first block": first, "last block": last}
-        if untrained:
-            figures["untrained, last block"] = value(untrained, "invariance", seen, "last")
-        say(
-            "the supervised network does not become augmentation invariant",
-            f"the last block is not more invariant under the {seen} than the others named",
-            figures,
-            last <= max(value for name, value in figures.items() if name != "last block"),
-        )
-    return pd.DataFrame(found, columns=["claim", "figures", "rule", "says"])
-
-
-def _middle_and_last(rows: pd.DataFrame) -> tuple[float, float]:
-    """Of one pair of networks, same layers: the mean of the middle half of the layers, and the last one."""
-    if rows.empty:
-        return math.nan, math.nan
-    diag = diag_and_max(rows)["same layer (diag)"]
-    place = (diag.index - diag.index.min()) / max(diag.index.max() - diag.index.min(), 1e-9)
-    return float(diag[(place > 0.25) & (place < 0.75)].mean()), float(diag.iloc[-1])
-
-
-def _is_block(names: pd.Series) -> pd.Series:
-    return names.str.fullmatch(BLOCK)
-
-
 def _parse(args: Sequence[str]) -> Any:
     parser = networks_parser(
         "compare",
@@ -458,16 +343,19 @@ def compare(args: Sequence[str]) -> Path:
             method.named_views = {**method.named_views, **others}
             protocols[name] = cka_protocol(data, options.gram_size, method, {"clean": method.clean_view.spec})
             measured.append(measure_network(name, method.to(options.device), epoch, data, options, store, progress))
+    pairs = []
     for a, b in combinations_with_replacement(measured, 2):
         protocol, other = protocols[a.name], protocols[b.name].what["views"]["clean"]
         if other != protocol.what["views"]["clean"]:
             protocol = Protocol({**protocol.what, "views of the other": other})
-        compare_pair(a, b, protocol, options, store)
+        pairs.append(compare_pair(a, b, protocol, options, store))
     groups = {network.name: network.group for network in measured}
+    labels = {network.name: network.learns_from_labels for network in measured}
     frame = store.read()
-    table = findings(frame, groups)
+    table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), groups, labels)
+    table.to_parquet(out / "findings.parquet")
     (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
-    pictures = draw(frame, groups, out / "figures")
+    pictures = draw(frame, groups, labels, out / "figures")
     pictures += [
         save_figure(
             show_neighbors(network, data, options.show_neighbors), out / "figures" / f"neighbors_{network.name}"
@@ -476,28 +364,44 @@ def compare(args: Sequence[str]) -> Path:
         if options.show_neighbors
     ]
     pictures += draw_training(options.models, out / "figures")
-    for row in table.to_dict("records"):
-        console.print(
-            f"[bold]{row['says']:>11}[/bold]  {row['claim']}: {row['figures']}", highlight=False, soft_wrap=True
-        )
+    for claim, rows in table.groupby("claim", sort=False):
+        decided, baseline = rows["verdict"].iloc[0], rows["baseline"].iloc[0]
+        aside = "" if baseline else " (without baseline)"
+        console.print(f"[bold]{decided:>11}[/bold]  {claim}{aside}", highlight=False, soft_wrap=True)
+        for row in rows.to_dict("records"):
+            console.print(f"{'':>13}{row['contrast']}: {_effect(row)}", markup=False, highlight=False, soft_wrap=True)
     for picture in pictures:
         console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     return out
 
 
+def _effect(row: Mapping[Hashable, Any]) -> str:
+    """A contrast and its interval, as text."""
+    if not np.isfinite(row["effect"]):
+        return "–"
+    if not np.isfinite(row["low"]):
+        return f"{row['effect']:+.3f}, no interval"
+    return f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] over {row['over']}"
+
+
 def _markdown(table: pd.DataFrame, options: Any, n: int) -> str:
     lines = [
-        "# What this comparison says about the findings of Grigg et al. 2021",
+        "# What this comparison decides about the findings of Grigg et al. 2021",
         "",
-        f"Networks: {', '.join(options.models)}; {n} images. These are figures of these runs, not of the paper.",
+        f"Networks: {', '.join(options.models)}; {n} images. These are numbers of these runs, not the paper's. A claim "
+        f"is supported if the {LEVEL:.0%} intervals of all of its contrasts lie above {SMALLEST}, and contradicted if "
+        f"one of k lies below -{SMALLEST} at a level of {LEVEL:.0%} for all k; else it is undecided. An interval over "
+        "images alone speaks of these networks, not of their methods. The criteria: docs/cka.md.",
         "",
-        "| claim | figures | rule | says |",
-        "|---|---|---|---|",
+        "| claim | contrast (positive where the claim holds) | numbers | effect, 95 % interval | baseline | verdict |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {row['claim']} | {row['figures']} | {row['rule']} | {row['says']} |" for row in table.to_dict("records")
-    ]
+    for claim, rows in table.groupby("claim", sort=False):
+        for place, row in enumerate(rows.to_dict("records")):
+            ends = (claim, row["baseline"] or "none", row["verdict"]) if place == 0 else ("", "", "")
+            cells = (ends[0], row["contrast"], row["numbers"], _effect(row), *ends[1:])
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 

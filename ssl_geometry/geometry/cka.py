@@ -503,6 +503,28 @@ def jackknife(
         >>> value.shape, error.shape
         (torch.Size([2, 2]), torch.Size([2, 2]))
     """
+    value, moves = deviations(cross, rows, cols, weights)
+    return value, (len(moves) * moves.square().mean(0)).sqrt()
+
+
+def deviations(
+    cross: Float[Tensor, "J ... L M"],
+    rows: Float[Tensor, "J ... L"],
+    cols: Float[Tensor, "J ... M"],
+    weights: Float[Tensor, " J"],
+) -> tuple[Float[Tensor, "... L M"], Float[Tensor, "K ... L M"]]:
+    """CKA, and what each block makes of its standard error.
+
+    Args:
+        cross: as of :func:`jackknife`.
+        rows: the same of each row layer with itself.
+        cols: the same of each column layer with itself.
+        weights: as of :func:`jackknife`.
+
+    Returns:
+        CKA, and a deviation for each of the K blocks that hold anything: their squares sum up to the squared standard
+        error, and the deviations of a sum or difference are the sums or differences of the deviations.
+    """
     used = weights > 0
     cross, rows, cols, weights = cross[used], rows[used], cols[used], weights[used].to(cross)
     total = cross.sum(0), rows.sum(0), cols.sum(0)
@@ -511,7 +533,7 @@ def jackknife(
     h = (weights.sum() / weights).view(-1, *[1] * (cross.ndim - 1))
     pseudo = h * value - (h - 1) * without
     center = ((1 - 1 / h) * (value - without)).sum(0) + value
-    return value, ((pseudo - center).square() / (h - 1)).mean(0).sqrt()
+    return value, (pseudo - center) / ((h - 1) * len(h)).sqrt()
 
 
 def interval(

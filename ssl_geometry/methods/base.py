@@ -86,6 +86,8 @@ class Method(L.LightningModule):
 
     named_views: Mapping[str, Augment] = SINGLE
     """What :meth:`measuring_view` knows by name, beside policies and operations."""
+    learns_from_labels: bool | None = None
+    """Whether training reads the labels; None is unknown, and takes part in no verdict of ``compare``."""
     num_views = 1
     """Views of each image that the loss compares."""
     backbone: nn.Module

@@ -44,6 +44,7 @@ class Published(Method):
         )
         self.family = family
         self.source = source
+        self.learns_from_labels = None if family in ("untrained", "unknown") else family == "supervised"
         self.eval()
 
     @property

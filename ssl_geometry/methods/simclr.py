@@ -29,6 +29,7 @@ class SimCLR(Method):
         Chen et al., *A simple framework for contrastive learning of visual representations*, 2020.
     """
 
+    learns_from_labels = False
     num_views = 2
 
     def __init__(

@@ -22,6 +22,8 @@ class Supervised(Method):
         weight_decay: not applied to biases and normalisation layers.
     """
 
+    learns_from_labels = True
+
     def __init__(
         self,
         num_classes: int = 10,

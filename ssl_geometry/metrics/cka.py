@@ -19,6 +19,7 @@ from ssl_geometry.geometry.cka import (
     cka_matrix,
     class_vector,
     class_weights,
+    deviations,
     interval,
     jackknife,
     same_class_pairs,
@@ -186,6 +187,15 @@ class LayerwiseCKA(Metric):
     def _jackknife(self) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
         return jackknife(self.cross, self.rows_self, self.cols_self, self.weights)
 
+    def deviations(self) -> Float[Tensor, "K L M"]:
+        """What each of K blocks of Gram matrices contributes to :meth:`standard_error`; every rank must call it.
+
+        Metrics that saw the same images in the same batches have the same blocks: the deviations of a difference of
+        their results are the differences of theirs, and its standard error the root of the sum of their squares.
+        """
+        with self.sync_context():
+            return deviations(self.cross, self.rows_self, self.cols_self, self.weights)[1]
+
 
 class InvarianceCKA(LayerwiseCKA):
     """CKA of each layer with itself when the same images are seen under another augmentation: 1 is invariant.
@@ -229,6 +239,10 @@ class InvarianceCKA(LayerwiseCKA):
     def _jackknife(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
         value, error = super()._jackknife()
         return value.diagonal(), error.diagonal()
+
+    def deviations(self) -> Float[Tensor, "K L"]:
+        """What each block of Gram matrices contributes to it; every rank must call it."""
+        return super().deviations().diagonal(dim1=1, dim2=2)
 
 
 class ClassCKA(LayerwiseCKA):
@@ -308,6 +322,10 @@ class ClassCKA(LayerwiseCKA):
             )
         value = super().compute().squeeze(1)
         return torch.full_like(value, torch.nan) if alone else value
+
+    def deviations(self) -> Float[Tensor, "K L"]:
+        """What each block of Gram matrices contributes to it; every rank must call it."""
+        return super().deviations().squeeze(2)
 
     def _jackknife(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
         value, error = (part.squeeze(1) for part in super()._jackknife())

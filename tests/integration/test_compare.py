@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ssl_geometry.compare import Network, _parse, compare, findings, main, show_neighbors
+from ssl_geometry.compare import Network, _parse, compare, main, show_neighbors
 from ssl_geometry.fit import fit
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
-from ssl_geometry.records import read_records, record
+from ssl_geometry.methods import Method, Published, SimCLR, Supervised
+from ssl_geometry.records import read_records
 from tests.integration.test_fit import options
 
 
@@ -72,7 +73,7 @@ def test_it_writes_every_picture_and_the_table(compared: Path) -> None:
     names = {path.name for path in (compared / "figures").iterdir()}
     for stem in ("layers_simclr_supervised", "layers_simclr_simclr", "invariance_and_classes", "invariance_untrained"):
         assert {f"{stem}.png", f"{stem}.pdf"} <= names
-    assert "| claim | figures | rule | says |" in (compared / "findings.md").read_text()
+    assert "| claim | contrast (positive where the claim holds) |" in (compared / "findings.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_one_picture_or_several_are_shown_each_once(given: list[str], numbers: l
 @pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
 def test_a_picture_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
     features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
-    network = Network("net", "SimCLR", 1, {}, [], torch.empty(0), torch.empty(0), features)
+    network = Network("net", "SimCLR", False, 1, {}, [], torch.empty(0), torch.empty(0), features=features)
     batch = {"image": torch.zeros(80, 3, 4, 4, dtype=torch.uint8), "label": torch.zeros(80, dtype=torch.long)}
     data: Any = SimpleNamespace(loader=lambda split: [batch], class_names=["zero"])
     figure = show_neighbors(network, data, [5])
@@ -129,43 +130,28 @@ def test_results_are_not_overwritten(runs: Path, compared: Path, capsys: pytest.
     assert "--overwrite" in capsys.readouterr().err
 
 
-def made_up(diag: list[float], invariance: dict[str, list[float]], classes: dict[str, list[float]]) -> pd.DataFrame:
-    """Records of a SimCLR and a supervised network of five blocks with the given values."""
-    rows: list[dict[str, Any]] = []
-    layers = [f"layer1.{i}" for i in range(5)]
-    for i, layer in enumerate(layers):
-        for j, other in enumerate(layers):
-            value = diag[i] if i == j else 0.0
-            pair = {"model": "s", "model_other": "t", "layer": layer, "layer_other": other}
-            rows.append(record(**pair, metric="cka", depth=i / 5, depth_other=j / 5, value=value, view="clean"))
-    for metric, values in (("invariance", invariance), ("class_cka", classes)):
-        view = "views of s" if metric == "invariance" else "clean"
-        for model, numbers in values.items():
-            for i, value in enumerate(numbers):
-                layer = layers[i] if i < 5 else "head"
-                rows.append(record(model=model, metric=metric, view=view, layer=layer, depth=i / 5, value=value))
-    return pd.DataFrame(rows)
+def test_findings_are_contrasts_with_intervals(compared: Path) -> None:
+    table = pd.read_parquet(compared / "findings.parquet")
+    assert table["claim"].nunique() == 6
+    assert set(table["verdict"]) <= {"supports", "contradicts", "undecided"}
+    assert set(table["over"]) == {"images alone"}
+    assert (table["low"] < table["effect"]).all()
+    text = (compared / "findings.md").read_text()
+    assert all(claim in text for claim in table["claim"])
+    frame = read_records(compared)
+    at = frame[(frame["metric"] == "class_cka") & frame["layer"].isin(["layer4.0", "layer4.1"])]
+    means = at.groupby("model")["value"].mean()
+    (row,) = table[table["contrast"] == "last blocks: nearer to the classes than those of SimCLR"].to_dict("records")
+    assert row["effect"] == pytest.approx(means["supervised"] - means["simclr"])
 
 
-def test_findings_follow_the_numbers() -> None:
-    groups = {"s": "SimCLR", "t": "Supervised"}
-    as_published = findings(
-        made_up(
-            [0.9, 0.9, 0.8, 0.8, 0.2],
-            {"s": [0.1, 0.2, 0.3, 0.5, 0.8, 0.9], "t": [0.3, 0.2, 0.2, 0.2, 0.2, 0.2]},
-            {"s": [0.1, 0.2, 0.3, 0.4, 0.3, 0.2], "t": [0.1, 0.2, 0.3, 0.5, 0.9, 0.9]},
-        ),
-        groups,
-    )
-    assert set(as_published["says"]) == {"supports"}
-    assert len(as_published) == 5
-    otherwise = findings(
-        made_up(
-            [0.2, 0.2, 0.2, 0.2, 0.9],
-            {"s": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1], "t": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]},
-            {"s": [0.9, 0.5, 0.5, 0.5, 0.5, 0.5], "t": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1]},
-        ),
-        groups,
-    )
-    assert set(otherwise["says"]) == {"contradicts"}
-    assert "last block 0.900" in otherwise["figures"][0]
+class Mine(Supervised):
+    """Somebody's variant."""
+
+
+def test_whether_a_network_learned_from_labels_is_its_own_property() -> None:
+    assert Mine.learns_from_labels
+    assert SimCLR.learns_from_labels is False
+    assert Method.learns_from_labels is None
+    for family, learned in (("supervised", True), ("prototype", False), ("untrained", None), ("unknown", None)):
+        assert Published("resnet10", family=family).learns_from_labels is learned

@@ -685,3 +685,21 @@ def test_the_standard_error_is_over_gram_matrices_however_they_come_in_batches()
         for start in range(0, 404, size):
             metric.update({name: gram_vector(value[start : start + size]) for name, value in x.items()})
     torch.testing.assert_close(single.standard_error(), double.standard_error(), rtol=0, atol=1e-12)
+
+
+def test_deviations_of_a_difference_are_the_differences_of_deviations() -> None:
+    """Two comparisons of the same images: the error of their difference, what they share included."""
+    x = torch.randn(480, 6, generator=torch.Generator().manual_seed(0))  # the last Gram matrix is half a one
+    y, labels = x + 0.5 * torch.randn(480, 6, generator=torch.Generator().manual_seed(1)), (x[:, 0] > 0).long()
+    pair, classes = InvarianceCKA(["a"], blocks=8), ClassCKA(["a"], num_classes=2, blocks=8)
+    for number, (a, b, label) in enumerate(zip(x.split(64), y.split(64), labels.split(64), strict=True)):
+        pair.update({"a": gram_vector(a)}, {"a": gram_vector(b)}, batch=number)
+        classes.update({"a": gram_vector(a)}, label, batch=number)
+    for metric in (pair, classes):
+        torch.testing.assert_close(metric.deviations().square().sum(0).sqrt(), metric.standard_error().reshape(1))
+    both = LayerwiseCKA(["a", "b"], ["a", "b"], blocks=8)
+    for number, (a, b) in enumerate(zip(x.split(64), y.split(64), strict=True)):
+        both.update({"a": gram_vector(a), "b": gram_vector(b)}, batch=number)
+    nothing = (both.deviations()[:, 0, 1] - pair.deviations()[:, 0]).norm()
+    assert float(nothing) < 1e-12, "the same number twice has no error of its difference"
+    assert float((pair.deviations() - classes.deviations()).norm()) > 1e-3

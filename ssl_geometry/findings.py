@@ -1,0 +1,351 @@
+"""The findings of Grigg et al. 2021 as contrasts of measured numbers, and what these decide: see docs/cka.md.
+
+Every contrast is a weighted sum of rows: means over networks (or pairs of networks) and layers, minus other such means.
+So its error over images follows from the rows' own jackknife deviations, block by block, with all that both sides have
+in common; and no layer is chosen by its value: a largest one has no such interval.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy import ndarray as Array
+
+from ssl_geometry.geometry.contrast import Contrast, deviations, interval, verdict
+from ssl_geometry.report.figures import BLOCK
+
+UNTRAINED = "untrained"
+"""Method of networks that were not trained."""
+GAIN = 0.1
+"""CKA of two views by which a network becomes invariant: from first to last blocks, or over an untrained network."""
+LEAST_RUNS = 3
+"""Of a method, for the similarity of its runs to be a level: of two, how far it depends on the runs is not known."""
+NO_LEVEL = f"no level to hold it against: add untrained=random, or {LEAST_RUNS} runs of one method"
+COLUMNS = ["claim", "contrast", "numbers", "effect", "low", "high", "over", "baseline", "verdict"]
+
+
+def views_of(name: str) -> str:
+    """The name, in the records, of the views that a network of the comparison was trained on."""
+    return f"views of {name}"
+
+
+class Mean(NamedTuple):
+    """A mean over rows, and how it enters a difference."""
+
+    rows: Array
+    """Their numbers; none where there is nothing to average."""
+    weights: Array
+    factor: float = 1.0
+
+    def of(self, values: Array) -> Array:
+        """The mean of values of all rows, (N,) or (N, J)."""
+        return self.weights @ values[self.rows] if len(self.rows) else np.full(values.shape[1:], np.nan)
+
+
+class Difference(NamedTuple):
+    """A sum of means that a claim says is positive."""
+
+    claim: str
+    says: str
+    parts: Mapping[str, Mean]
+    baseline: str = ""
+    """What the networks that the claim names are held against; without it the difference is left out."""
+    margin: float = 0.0
+    """Added to the sum."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are rows for all of it."""
+        return all(len(part.rows) for part in self.parts.values())
+
+    def of(self, values: Array) -> float:
+        """The difference, of values of the rows, (N,)."""
+        return float(self.margin + sum(part.factor * part.of(values) for part in self.parts.values()))
+
+    def error(self, deviations: Array) -> Array:
+        """The jackknife deviations of the difference, (J,), of those of the rows, (N, J)."""
+        return sum((part.factor * part.of(deviations) for part in self.parts.values()), np.zeros(deviations.shape[1]))
+
+
+def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None]) -> pd.DataFrame:
+    """What the records decide about the findings of Grigg et al. 2021, for each self-supervised method.
+
+    Args:
+        frame: the records of a comparison, with a column ``deviations``: for each row the jackknife deviations over
+            blocks of images, (J,), whose squares sum up to its squared standard error. Without it nothing is decided.
+        groups: network to method; networks of one method are its runs.
+        labels: network to whether it learned from labels; None is unknown (it takes part in nothing) or untrained.
+
+    Returns:
+        One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken,
+        the baseline, and the verdict on the claim. Claims whose networks or layers are not there are left out.
+    """
+    rows = _Rows(frame, groups, labels)
+    return _decided(rows, _plan(rows))
+
+
+class _Plan(NamedTuple):
+    """A claim about a method: its contrasts, and the same without each run."""
+
+    contrasts: list[Difference]
+    without: list[dict[str, Difference]]
+    teams: dict[str, list[str]]
+
+
+def _plan(rows: "_Rows") -> list[_Plan]:
+    """All claims whose networks and layers are there; contrasts with a baseline where that is there too."""
+    plans = []
+    for method in rows.methods:
+        whole = rows.differences(method)
+        without = {run: rows.differences(method, run) for run in rows.groups}
+        for claim in dict.fromkeys(one.claim for one in whole):
+            places = [place for place, one in enumerate(whole) if one.claim == claim]
+            if all(whole[place].measured for place in places if not whole[place].baseline):
+                kept = [place for place in places if whole[place].measured]
+                again = [{run: differences[place] for run, differences in without.items()} for place in kept]
+                plans.append(_Plan([whole[place] for place in kept], again, rows.teams(method)))
+    return plans
+
+
+def _decided(rows: "_Rows", plans: list[_Plan]) -> pd.DataFrame:
+    found: list[dict[str, object]] = []
+    for plan in plans:
+        contrasts, overs = [], []
+        for one, without in zip(plan.contrasts, plan.without, strict=True):
+            value, runs = one.of(rows.values), {}
+            for team, members in plan.teams.items():
+                left_out = np.array([without[run].of(rows.values) for run in members])
+                if len(members) > 1 and np.isfinite(left_out).all() and (left_out != value).any():
+                    runs[f"{len(members)} runs of {team}"] = deviations(left_out)
+            contrasts.append(Contrast(value, one.error(rows.deviations), list(runs.values())))
+            overs.append(", ".join(["images", *runs]) if runs else "images alone")
+        held = ", ".join(dict.fromkeys(one.baseline for one in plan.contrasts if one.baseline and one.parts))
+        decided = verdict(contrasts)
+        for one, contrast, over in zip(plan.contrasts, contrasts, overs, strict=True):
+            numbers = ", ".join(f"{name} {float(part.of(rows.values)):.3f}" for name, part in one.parts.items())
+            cells = (one.claim, one.says, numbers, contrast.value, *interval(contrast), over, held, decided)
+            found.append(dict(zip(COLUMNS, cells, strict=True)))
+    return pd.DataFrame(found, columns=COLUMNS)
+
+
+class _Rows:
+    """The rows that claims are about, and where in its network each layer is."""
+
+    def __init__(self, frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None]) -> None:
+        self.groups = groups
+        self.supervised = [name for name, label in labels.items() if label]
+        self.of_method = {
+            method: [name for name in groups if groups[name] == method and labels[name] is False]
+            for method in groups.values()
+        }
+        self.methods = list(dict.fromkeys(groups[name] for name, label in labels.items() if label is False))
+        self.untrained = [name for name, group in groups.items() if group == UNTRAINED]
+        frame = frame[frame["metric"].isin(["cka", "class_cka", "invariance"])].reset_index(drop=True)
+        layer = frame["layer"].astype(str)
+        frame["kind"] = np.select(
+            [layer.str.fullmatch(BLOCK), layer.str.endswith(".residual")], ["block", "branch"], ""
+        )
+        frame["place"] = _places(frame)
+        frame["deepest"] = False
+        alone = frame[frame["model_other"].isna()].sort_values("depth", kind="stable")
+        frame.loc[alone.groupby(["metric", "view", "model"]).tail(1).index, "deepest"] = True
+        keep = frame["model_other"].isna()
+        keep.loc[_same_place(frame[~keep])] = True
+        self.frame = frame = frame[keep].reset_index(drop=True)
+        self.network = frame.groupby(["metric", "view", "model", "model_other"], dropna=False).ngroup().to_numpy()
+        self.values = frame["value"].to_numpy(float)
+        self.deviations = np.full((len(frame), 1), np.nan)
+        if "deviations" in frame and len(frame) and frame["deviations"].notna().all():
+            self.deviations = np.stack(frame["deviations"].tolist())
+
+    def teams(self, method: str) -> dict[str, list[str]]:
+        """The groups of runs that stand for something larger."""
+        return {method: self.of_method[method], "supervised": self.supervised, UNTRAINED: self.untrained}
+
+    def mean(self, chosen: pd.Series, factor: float = 1.0) -> Mean:
+        """The mean over layers, then over networks (pairs of them, or views)."""
+        rows = np.flatnonzero(chosen)
+        _, network, layers = np.unique(self.network[rows], return_inverse=True, return_counts=True)
+        return Mean(rows, 1 / (layers[network] * max(1, len(layers))), factor)
+
+    def differences(self, method: str, run: str | None = None) -> list[Difference]:
+        """All that the claims say of a method, the same list whatever was measured; without one run."""
+        frame = self.frame
+        stays = (frame["model"] != run) & (frame["model_other"] != run) if run else pd.Series(True, frame.index)
+        ours, theirs = self.of_method[method], self.supervised
+        cka, classes, invariance = (
+            stays & (frame["metric"] == metric) for metric in ("cka", "class_cka", "invariance")
+        )
+
+        def at(place: str, kind: str = "block") -> pd.Series:
+            return (frame["kind"] == kind) & (frame["place"] == place)
+
+        def between(a: Sequence[str], b: Sequence[str]) -> pd.Series:
+            one, other = frame["model"], frame["model_other"]
+            return cka & (one != other) & ((one.isin(a) & other.isin(b)) | (one.isin(b) & other.isin(a)))
+
+        def same(where: pd.Series, factor: float) -> Mean:
+            """Pairs of runs of one method, every method alike; without one run, two must be left."""
+            means = [self.mean(between(runs, runs) & where) for runs in repeated]
+            rows, weights = (np.concatenate([[], *(mean[i] for mean in means)]) for i in (0, 1))
+            return Mean(rows.astype(int), weights / max(1, len(means)), factor)
+
+        of_group = [[name for name in (*ours, *theirs) if self.groups[name] == group] for group in self.of_method]
+        repeated = [runs for runs in of_group if len(runs) >= LEAST_RUNS]
+        pair, fresh = between(ours, theirs), between([*ours, *theirs], self.untrained)
+        middle, last, branch = at("middle"), at("last"), at("middle", "branch")
+        runs, chance = "runs of one method", "untrained networks"
+
+        claim = f"{method} and supervised: intermediate representations are similar, and diverge in the last layers"
+        found = [
+            Difference(
+                claim,
+                "intermediate blocks: more similar than to untrained networks",
+                {"both": self.mean(pair & middle), "to untrained": self.mean(fresh & middle, -1)},
+                chance,
+            ),
+            Difference(
+                claim,
+                "intermediate blocks: at least half as similar as runs of one method",
+                {"both": self.mean(pair & middle), runs: same(middle, -0.5)},
+                runs,
+            ),
+            Difference(
+                claim,
+                "last blocks: less similar than intermediate ones",
+                {"intermediate": self.mean(pair & middle), "last": self.mean(pair & last, -1)},
+            ),
+            Difference(
+                claim,
+                "from intermediate to last blocks: they fall further apart than runs of one method",
+                {
+                    "intermediate": self.mean(pair & middle),
+                    "last": self.mean(pair & last, -1),
+                    f"{runs}, intermediate": same(middle, -1),
+                    f"{runs}, last": same(last, 1),
+                },
+                runs,
+            ),
+        ]
+        if not self.untrained and not repeated:
+            found.append(Difference(claim, NO_LEVEL, {}, NO_LEVEL, np.nan))
+
+        claim = f"{method} and supervised: they become similar by dissimilar means"
+        found += [
+            Difference(
+                claim,
+                "intermediate blocks: residual branches are less similar than outputs",
+                {"outputs": self.mean(pair & middle), "branches": self.mean(pair & branch, -1)},
+            ),
+            Difference(
+                claim,
+                "intermediate blocks: the gap between outputs and branches is wider than between runs of one method",
+                {
+                    "outputs": self.mean(pair & middle),
+                    "branches": self.mean(pair & branch, -1),
+                    f"{runs}, outputs": same(middle, -1),
+                    f"{runs}, branches": same(branch, 1),
+                },
+                runs,
+            ),
+        ]
+
+        kept = [views_of(name) for name in ours if name != run]
+        own = invariance & frame["view"].isin(kept)  # every network under the views of all runs of the method
+        itself = own & (frame["view"] == "views of " + frame["model"]) & frame["model"].isin(ours)
+        their, blank = frame["model"].isin(theirs), frame["model"].isin(self.untrained)
+        deepest = frame["deepest"]
+        claim = f"{method}: its last layer fits augmentation invariance"
+        found += [
+            Difference(
+                claim,
+                f"last layer: more invariant to the views of {method} than a supervised network's",
+                {method: self.mean(itself & deepest), "supervised": self.mean(own & their & deepest, -1)},
+            ),
+            Difference(
+                claim,
+                f"last layer: more invariant to the views of {method} than an untrained network's",
+                {method: self.mean(itself & deepest), UNTRAINED: self.mean(own & blank & deepest, -1)},
+                chance,
+            ),
+        ]
+
+        us = frame["model"].isin(ours)
+        claim = f"supervised: its last layers fit the classes (beside {method})"
+        found += [
+            Difference(
+                claim,
+                f"last blocks: nearer to the classes than those of {method}",
+                {"supervised": self.mean(classes & their & last), method: self.mean(classes & us & last, -1)},
+            ),
+            Difference(
+                claim,
+                "last blocks: nearer to the classes than those of an untrained network",
+                {"supervised": self.mean(classes & their & last), UNTRAINED: self.mean(classes & blank & last, -1)},
+                chance,
+            ),
+        ]
+
+        claim = f"{method}: it fits the classes implicitly in intermediate layers"
+        found += [
+            Difference(
+                claim,
+                "intermediate blocks: nearer to the classes than the first ones",
+                {"intermediate": self.mean(classes & us & middle), "first": self.mean(classes & us & at("first"), -1)},
+            ),
+            Difference(
+                claim,
+                "intermediate blocks: nearer to the classes than those of an untrained network",
+                {method: self.mean(classes & us & middle), UNTRAINED: self.mean(classes & blank & middle, -1)},
+                chance,
+            ),
+        ]
+
+        claim = f"supervised: it does not become invariant to the augmentations of {method}"
+        found += [
+            Difference(
+                claim,
+                f"from first to last blocks: invariance grows by less than {GAIN}",
+                {"first": self.mean(own & their & at("first")), "last": self.mean(own & their & last, -1)},
+                margin=GAIN,
+            ),
+            Difference(
+                claim,
+                f"last blocks: less than {GAIN} more invariant than an untrained network's",
+                {UNTRAINED: self.mean(own & blank & last), "supervised": self.mean(own & their & last, -1)},
+                chance,
+                GAIN,
+            ),
+        ]
+        return found
+
+
+def _places(frame: pd.DataFrame) -> pd.Series:
+    """Of each block or residual branch: in the first, the last, or another block group of its network.
+
+    Block groups are the stages of a ResNet, and the quarters of a vision transformer's blocks.
+    """
+    block = frame["layer"].astype(str).str.removesuffix(".residual").str.extract(r"^(layer|blocks\.)(\d+)(?:\.\d+)?$")
+    number = pd.to_numeric(block[1])
+    vit = block[0] == "blocks."
+    rank, count = (
+        number.where(vit).groupby(frame["model"]).transform(how)
+        for how in (lambda x: x.rank(method="dense"), "nunique")
+    )
+    group = number.where(~vit, (4 * (rank - 1)) // count.clip(lower=1))
+    ends = group.groupby(frame["model"])
+    first, last = group == ends.transform("min"), group == ends.transform("max")
+    return pd.Series(
+        np.select([first & last, first, last, group.notna()], ["", "first", "last", "middle"], ""), frame.index
+    )
+
+
+def _same_place(pairs: pd.DataFrame) -> pd.Index:
+    """The rows that compare a block with the block, or a branch with the branch, of the same name, or nearest depth."""
+    other = pairs["layer_other"].astype(str)
+    alike = np.select([other.str.fullmatch(BLOCK), other.str.endswith(".residual")], ["block", "branch"], "")
+    pairs = pairs[(pairs["kind"] != "") & (pairs["kind"] == alike)]
+    away = (pairs["depth"] - pairs["depth_other"]).abs().where(pairs["layer"] != pairs["layer_other"], -1)
+    nearest = pairs.assign(away=away).sort_values("away", kind="stable")
+    return nearest.groupby(["model", "model_other", "layer"], sort=False).head(1).index

@@ -1,0 +1,115 @@
+"""What a difference of measured numbers decides: its interval over images and over runs, and a verdict of three.
+
+Two levels of chance, each by the jackknife. **Images**: each block of images moves a number by so much when it is left
+out; networks see the same images, so the moves of a difference are the differences of the moves, and what errors have
+in common cancels. **Runs** (seeds of a method): the same by leaving out one run at a time; variances of several
+methods are added, with Welch's degrees of freedom. The squared half-widths of both levels add up, each with its own
+Student's t: a few runs that vary more than the images do are not lent the images' degrees of freedom.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray as Array
+from scipy.special import stdtrit
+
+Verdict = Literal["supports", "contradicts", "undecided"]
+
+LEVEL = 0.95
+SMALLEST = 0.01
+"""Differences below it support and contradict nothing, however well they are known."""
+
+
+class Contrast(NamedTuple):
+    """A difference that a claim says is positive, and its deviations, whose squares sum up to its squared errors."""
+
+    value: float
+    """With all images and runs."""
+    images: Float[Array, " J"]
+    """Deviations over blocks of images."""
+    runs: Sequence[Float[Array, " R"]] = ()
+    """Deviations over the runs of each group of two or more."""
+
+
+def deviations(left_out: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Jackknife deviations from the values without each of n equal parts.
+
+    Example:
+        >>> x = np.array([1.0, 2.0, 6.0])
+        >>> found = deviations((x.sum() - x) / 2)  # of a mean: its standard error is s / sqrt(n)
+        >>> bool(np.isclose(np.linalg.norm(found), x.std(ddof=1) / 3**0.5))
+        True
+    """
+    n = len(left_out)
+    return ((n - 1) / n) ** 0.5 * (left_out - left_out.mean())
+
+
+def interval(contrast: Contrast, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a contrast over the choice of images and runs.
+
+    Args:
+        contrast: the value, and its deviations.
+        level: how often such intervals hold the truth.
+
+    Returns:
+        Its ends; NaN with fewer than two blocks of images, or where a number is not known. Without groups of runs it
+        is an interval over images alone: it speaks of these networks, not of others trained the same way.
+
+    References:
+        Efron & Stein, *The jackknife estimate of variance*, 1981; Welch, *The generalization of "Student's" problem
+        when several different population variances are involved*, 1947; levels each with their own t: Cochran,
+        *Approximate significance levels of the Behrens-Fisher test*, 1964.
+
+    Example:
+        >>> interval(Contrast(0.5, deviations(np.array([0.4, 0.5, 0.6]))))  # t(2) = 4.30, standard error 0.115
+        (0.0031..., 0.9968...)
+        >>> interval(Contrast(0.5, np.array([0.0])))
+        (nan, nan)
+    """
+    width = np.hypot(_half_width([contrast.images], level), _half_width(contrast.runs, level))
+    return float(contrast.value - width), float(contrast.value + width)
+
+
+def _half_width(parts: Sequence[Float[Array, " n"]], level: float) -> float:
+    """Of independent parts, each of its own variance."""
+    free = np.array([len(part) - 1 for part in parts])
+    variances = np.array([np.square(part).sum() for part in parts])
+    if not len(parts) or not free.all():
+        return float("nan") if len(parts) else 0.0
+    if not variances.any():
+        return 0.0
+    welch = variances.sum() ** 2 / (variances**2 / free).sum()
+    # No more than equal parts would have: a part that is large, and small by luck, must not lend others' freedom.
+    return float(stdtrit(min(welch, len(parts) * free.min()), (1 + level) / 2) * variances.sum() ** 0.5)
+
+
+def verdict(contrasts: Sequence[Contrast]) -> Verdict:
+    """What contrasts decide about a claim that says that all of them are positive.
+
+    A claim is supported if every one of them is, and contradicted if any is negative, so another baseline can only make
+    it harder to support. Where the claim is false by nothing (a contrast of 0), the chance of a verdict is at most 5 %:
+    2.5 % for support, which needs all 95 % intervals above; 2.5 % for contradiction, for which intervals hold jointly
+    (Bonferroni).
+
+    Args:
+        contrasts: of the claim.
+
+    Returns:
+        "supports" if all 95 % intervals lie above :data:`SMALLEST`; "contradicts" if one of k intervals of level
+        1 - 0.05 / k lies below minus that; else "undecided", which is also what no interval gives.
+
+    Example:
+        >>> steady = np.array([-0.001, 0, 0.001])
+        >>> [verdict([Contrast(value, steady)]) for value in (0.3, -0.3, 0.005)]
+        ['supports', 'contradicts', 'undecided']
+        >>> verdict([Contrast(0.3, steady), Contrast(-0.3, steady)])
+        'contradicts'
+    """
+    jointly = 1 - (1 - LEVEL) / max(1, len(contrasts))
+    if any(interval(contrast, jointly)[1] < -SMALLEST for contrast in contrasts):
+        return "contradicts"
+    if contrasts and all(interval(contrast)[0] > SMALLEST for contrast in contrasts):
+        return "supports"
+    return "undecided"
