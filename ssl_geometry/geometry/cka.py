@@ -16,6 +16,8 @@ Default protocol: flattened activations, linear kernel, 64 images in a Gram matr
 RBF kernel and leaving out leading principal components are options; each gives another number.
 """
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -189,6 +191,47 @@ def _same_class(labels: Int64[Tensor, "G n"] | Int64[Tensor, "G n C"]) -> Bool[T
     if labels.ndim == 2:
         return labels.unsqueeze(2) == labels.unsqueeze(1)
     return labels.float() @ labels.float().mT > 0
+
+
+def gram_groups(vectors: Float[Tensor, "L P"], gram_size: int) -> list[Float[Tensor, "G L p"]]:
+    """The Gram matrices in vectors of one batch: all whole ones, and the short last one.
+
+    Args:
+        vectors: of L layers, as of :func:`gram_vector`.
+        gram_size: images in a Gram matrix, as the vectors were made.
+
+    Returns:
+        Up to two tensors, one for each size of Gram matrices.
+
+    Raises:
+        ValueError: no batch has vectors of that length with that ``gram_size``.
+
+    Example:
+        >>> v = torch.stack([gram_vector(torch.randn(140, 3)) for _ in range(2)])
+        >>> [tuple(group.shape) for group in gram_groups(v, 64)]  # two of 64 images, one of 12
+        [(2, 2, 2016), (1, 2, 66)]
+    """
+    length = gram_size * (gram_size - 1) // 2
+    whole, rest = divmod(vectors.shape[1], length)
+    last = images_of(rest)
+    if rest and last * (last - 1) // 2 != rest:
+        raise ValueError(f"Gram vectors of length {vectors.shape[1]:,} were not made with gram_size={gram_size}")
+    groups = []
+    if whole:
+        groups.append(vectors[:, : whole * length].unflatten(1, (whole, length)).transpose(0, 1))
+    if rest:
+        groups.append(vectors[:, whole * length :].unsqueeze(0))
+    return groups
+
+
+def images_of(pairs: int) -> int:
+    """How many images have so many pairs.
+
+    Example:
+        >>> images_of(2016)
+        64
+    """
+    return (1 + math.isqrt(1 + 8 * pairs)) // 2
 
 
 def pool(activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
@@ -557,3 +600,69 @@ def interval(
     """
     reach = float(stdtrit(blocks - 1, (1 + level) / 2)) * error if blocks > 1 else torch.full_like(error, torch.nan)
     return value - reach, value + reach
+
+
+def permuted_cka(
+    x: Sequence[Float[Tensor, "L P"]],
+    y: Sequence[Float[Tensor, "M P"]],
+    gram_size: int = 64,
+    draws: int = 200,
+    seed: int = 0,
+) -> Float[Tensor, "S L M"]:
+    """CKA of all pairs of layers when the images of one network are permuted: what unrelated networks would read.
+
+    In each draw the images of every Gram matrix of ``y`` change places, in all layers alike, so that what was searched
+    for over layers (such as the most similar one) has a null that was searched in the same way.
+
+    Args:
+        x: for each batch, the Gram vectors of one network's layers.
+        y: for each batch, those of the other's, of the same images.
+        gram_size: images in a Gram matrix.
+        draws: permutations.
+        seed: of the permutations.
+
+    Returns:
+        S = ``draws`` matrices of CKA, float32; see :func:`permutation_p` for what to do with them.
+
+    References:
+        Phipson & Smyth, *Permutation p-values should never be zero*, 2010.
+
+    Example:
+        >>> v = torch.stack([gram_vector(torch.randn(640, 5)) for _ in range(3)])
+        >>> null = permuted_cka([v[:1]], [v[1:]])
+        >>> null.shape, bool(null.abs().max() < 0.2)
+        (torch.Size([200, 1, 2]), True)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    by_size: dict[int, list[list[Tensor]]] = {}
+    for parts in zip(*([gram_groups(part.float(), gram_size) for part in network] for network in (x, y)), strict=True):
+        for a, b in zip(*parts, strict=True):
+            by_size.setdefault(a.shape[2], [[], []])[0].append(a)
+            by_size[a.shape[2]][1].append(b)
+    null = torch.zeros(draws, len(x[0]), len(y[0]), dtype=torch.float64)
+    own = [torch.zeros(len(network[0]), dtype=torch.float64) for network in (x, y)]
+    for pairs, both in by_size.items():
+        a, b = (torch.cat(groups).transpose(0, 1).contiguous() for groups in both)  # (L, G, p)
+        for total, vectors in zip(own, (a, b), strict=True):
+            total += torch.linalg.vector_norm(vectors, dim=(1, 2), dtype=torch.float64).square()
+        n = images_of(pairs)
+        rows, cols = torch.triu_indices(n, n, 1)
+        place = torch.zeros(n, n, dtype=torch.long)
+        place[rows, cols] = place[cols, rows] = torch.arange(pairs)
+        offsets = pairs * torch.arange(a.shape[1]).unsqueeze(1)
+        for draw in null:
+            order = torch.rand(a.shape[1], n, generator=generator).argsort(1)
+            moved = (place[order[:, rows], order[:, cols]] + offsets).flatten()
+            draw += a.flatten(1) @ b.flatten(1)[:, moved].T
+    return cka_matrix(null, *own).float()
+
+
+def permutation_p(value: Float[Tensor, "..."], null: Float[Tensor, "S ..."]) -> Float[Tensor, "..."]:
+    """How often permuted images read at least the value: (1 + #{null >= value}) / (S + 1); NaN where there is none.
+
+    Example:
+        >>> permutation_p(torch.tensor([0.9, 0.1]), torch.tensor([[0.2, 0.2], [0.1, 0.1], [0.0, 0.0]]))
+        tensor([0.2500, 0.7500])
+    """
+    share = (1 + (null >= value).sum(0)) / (len(null) + 1)
+    return share.where(value.isfinite() & null.isfinite().all(0), torch.nan)

@@ -20,6 +20,8 @@ from ssl_geometry.geometry.cka import (
     class_vector,
     class_weights,
     deviations,
+    gram_groups,
+    images_of,
     interval,
     jackknife,
     same_class_pairs,
@@ -34,11 +36,6 @@ FEW_PAIRS = 100
 """Pairs of images of one class below which class CKA is only known to about a tenth."""
 LONELY = 0.1
 """Share that classes of a single image may have in all pairs of one class: CKA then reads low by half of that share."""
-
-
-def _images(pairs: int) -> int:
-    """How many images have so many pairs."""
-    return (1 + math.isqrt(1 + 8 * pairs)) // 2
 
 
 class LayerwiseCKA(Metric):
@@ -133,25 +130,14 @@ class LayerwiseCKA(Metric):
             self.rows_self.index_add_(0, block, a.square().sum(2))
             self.cols_self.index_add_(0, block, b.square().sum(2))
             pairs = a.shape[2]
-            self.weights.index_add_(0, block, self.weights.new_full((len(a),), 2 * (pairs - _images(pairs))))
+            self.weights.index_add_(0, block, self.weights.new_full((len(a),), 2 * (pairs - images_of(pairs))))
 
     def _groups(self, vectors: Float[Tensor, "L P"], batch: int) -> tuple[list[int], list[Float[Tensor, "G L p"]]]:
         """The whole Gram matrices of a batch and its short last one, and the number of the first of each kind."""
+        groups = gram_groups(vectors, self.gram_size)
         length = self.gram_size * (self.gram_size - 1) // 2
-        whole, rest = divmod(vectors.shape[1], length)
-        last = _images(rest)
-        if rest and last * (last - 1) // 2 != rest:
-            raise ValueError(
-                f"Gram vectors of length {vectors.shape[1]:,} were not made with gram_size={self.gram_size}"
-            )
-        starts, groups = [], []
-        if whole:
-            starts.append(batch * whole)
-            groups.append(vectors[:, : whole * length].unflatten(1, (whole, length)).transpose(0, 1))
-        if rest:
-            starts.append((batch + 1) * whole)
-            groups.append(vectors[:, whole * length :].unsqueeze(0))
-        return starts, groups
+        whole = vectors.shape[1] // length
+        return [batch * whole if group.shape[2] == length else (batch + 1) * whole for group in groups], groups
 
     def compute(self) -> Float[Tensor, "L M"]:
         """The matrix of CKA, float64; NaN (with a warning that names layers and reason) where there is none."""
