@@ -9,6 +9,7 @@ beside it, because CKA alone can be moved by a few outlying images. The numbers 
 with the same protocol hash.
 """
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,7 +35,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import UNTRAINED, findings, views_of
-from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
+from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
@@ -168,8 +170,52 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
             rows.append(record(**common, **pair, metric="cka", **similarity, protocol=protocol.hash))
             shared = float(overlap[i, j])
             overlaps.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))
-    store.write(f"pairs/{a.name}--{b.name}", rows + overlaps, [protocol, knn_protocol])
+    searched, protocols = [], [protocol, knn_protocol]
+    if a is not b and options.permutations:
+        what = {"permutations": options.permutations, "permuted": "images within Gram matrices, alike in all layers"}
+        protocols.append(Protocol({**protocol.what, **what}))
+        searched = against_chance(
+            a, b, torch.tensor(found, dtype=torch.float64)[..., 0], options, **common, protocol=protocols[-1].hash
+        )
+    store.write(f"pairs/{a.name}--{b.name}", rows + overlaps + searched, protocols)
     return pd.DataFrame(rows).assign(deviations=list(cka.deviations().flatten(1).T.numpy()))
+
+
+def against_chance(
+    a: Network, b: Network, values: Float[Tensor, "L M"], options: Any, **common: Any
+) -> list[dict[str, Any]]:
+    """The most similar layer of the other network for each layer, and what permuted images give such a search.
+
+    Args:
+        a: whose layers are the rows.
+        b: whose layers are searched: its post-residual ones for a post-residual layer, else all.
+        values: their CKA.
+        options: ``gram_size`` and ``permutations``.
+        common: what all records share.
+
+    Returns:
+        For each layer of ``a`` three records: ``max_cka``, with the layer that has it; ``max_cka_null``, which one
+        search in twenty exceeds when images are permuted; ``max_cka_p``, how often it reads as much as here.
+    """
+    null = permuted_cka(a.vectors, b.vectors, options.gram_size, options.permutations)
+    blocks = torch.tensor([bool(re.fullmatch(BLOCK, layer)) for layer in b.depths])
+    rows: list[dict[str, Any]] = []
+    for layer, row, draws in zip(a.depths, values, null.unbind(1), strict=True):
+        among = row.isfinite() & (blocks if re.fullmatch(BLOCK, layer) and blocks.any() else True)
+        if not among.any():
+            continue
+        best = row.masked_fill(~among, -torch.inf).argmax()
+        by_chance = draws[:, among].amax(1)
+        other = list(b.depths)[best]
+        place = {"model_other": b.name, "layer": layer, "layer_other": other}
+        place |= {"depth": a.depths[layer], "depth_other": b.depths[other]}
+        found = {
+            "max_cka": row[best],
+            "max_cka_null": by_chance.quantile(0.95),
+            "max_cka_p": permutation_p(row[best], by_chance),
+        }
+        rows += [record(**common, **place, metric=name, value=float(value)) for name, value in found.items()]
+    return rows
 
 
 def draw(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None], out: Path) -> list[Path]:
@@ -187,7 +233,8 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bo
     pictures = {}
     pairs = frame[frame["model_other"].notna()]
     for (a, b), rows in pairs.groupby(["model", "model_other"], sort=False):
-        pictures[f"layers_{a}_{b}"] = pair_panels(rows[rows["metric"] == "cka"], rows[rows["metric"] == "mutual_knn"])
+        cka, knn, null = (rows[rows["metric"] == name] for name in ("cka", "mutual_knn", "max_cka_null"))
+        pictures[f"layers_{a}_{b}"] = pair_panels(cka, knn, null)
     layers = frame[frame["model_other"].isna()]
     even = layers[layers["layer"].str.fullmatch(f"{BLOCK}|head.*")]
     classes = even[even["metric"] == "class_cka"]
@@ -284,6 +331,12 @@ def _parse(args: Sequence[str]) -> Any:
         layers="all",
     )
     parser.add_argument("--gram_size", type=int, default=64, help="images in a Gram matrix of CKA")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        default=200,
+        help="permutations of the images that say what the most similar layer reads by chance; 0 leaves it out",
+    )
     parser.add_argument("--k", type=int, default=10, help="neighbours that mutual kNN compares")
     parser.add_argument(
         "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
@@ -302,6 +355,8 @@ def _parse(args: Sequence[str]) -> Any:
             raise UserError(f"--show_neighbors {number}: expected 0 to {options.data.measure_size - 1}")
     if options.gram_size < MIN_GRAM_SIZE:
         raise UserError(f"--gram_size {options.gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
+    if options.permutations < 0:
+        raise UserError(f"--permutations {options.permutations}: expected at least 0")
     if not 1 <= options.k < options.data.measure_size:
         raise UserError(
             f"--k {options.k}: expected at least 1 and fewer than --data.measure_size {options.data.measure_size}"

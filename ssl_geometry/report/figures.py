@@ -321,7 +321,7 @@ def neighbor_pictures(pictures: Sequence[tuple[np.ndarray, str, bool]], columns:
     return figure
 
 
-def pair_panels(cka: Rows, knn: Rows, title: str | None = None) -> Figure:
+def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None) -> Figure:
     """Two networks layer by layer: maps of all, residual (odd) and post-residual (even) layers, and how alike they
     are.
 
@@ -330,6 +330,7 @@ def pair_panels(cka: Rows, knn: Rows, title: str | None = None) -> Figure:
     Args:
         cka: records of metric ``cka`` of one pair of networks.
         knn: records of metric ``mutual_knn`` of the same pair.
+        null: records of metric ``max_cka_null`` of the same pair, drawn below the curve of the most similar layer.
         title: written above.
 
     Returns:
@@ -353,6 +354,9 @@ def pair_panels(cka: Rows, knn: Rows, title: str | None = None) -> Figure:
             even = _parity(frame)["post-residual (even)"]
             for name, line in diag_and_max(even).items() if len(even) else ():
                 panels[3].plot(line.index, line.to_numpy(), marker="o", markersize=3, label=name)
+            if label == "CKA" and len(null):
+                chance = _parity(pd.DataFrame(null))["post-residual (even)"]
+                panels[3].plot(chance["depth"], chance["value"], "k--", label="max, images permuted (95 %)")
             panels[3].set_title(f"{label}: post-residual layers")
             panels[3].set_xlabel(f"depth of the layer of {first['model']}")
             panels[3].set_ylim(min(0, even["value"].min()) if len(even) else 0, 1.02)

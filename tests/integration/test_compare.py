@@ -15,6 +15,7 @@ from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.methods import Method, Published, SimCLR, Supervised
 from ssl_geometry.records import read_records
+from ssl_geometry.report.figures import BLOCK
 from tests.integration.test_fit import options
 
 
@@ -67,6 +68,21 @@ def test_invariance_has_the_values_that_it_must_have(compared: Path) -> None:
     np.testing.assert_array_equal(same.loc["simclr", "own"], same.loc["simclr", "views of simclr"])
     np.testing.assert_array_equal(same.loc["supervised", "own"], same.loc["supervised", "views of supervised"])
     assert rows["value"].max() <= 1 + 1e-9
+
+
+def test_the_most_similar_layer_stands_against_what_permuted_images_read(compared: Path) -> None:
+    records = read_records(compared)
+    key = ["model", "model_other", "layer"]
+    found = records[records["metric"].str.startswith("max_cka")].pivot(index=key, columns="metric", values="value")
+    assert len(found.reset_index()[["model", "model_other"]].drop_duplicates()) == 3, "every pair of two networks"
+    cka = records[(records["metric"] == "cka") & (records["model"] != records["model_other"])]
+    blocks = cka[cka["layer"].str.fullmatch(BLOCK) & cka["layer_other"].str.fullmatch(BLOCK)]
+    best = blocks.groupby(key)["value"].max()
+    np.testing.assert_allclose(found.loc[best.index, "max_cka"], best)
+    steps = found["max_cka_p"] * 201
+    np.testing.assert_allclose(steps, steps.round())
+    assert ((found["max_cka"] > found["max_cka_null"]) == (found["max_cka_p"] <= 0.05)).mean() > 0.9
+    assert found["max_cka_null"].between(0, 0.5).all()
 
 
 def test_it_writes_every_picture_and_the_table(compared: Path) -> None:
