@@ -30,7 +30,6 @@ from ssl_geometry import methods
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.fit import TRAINER_DEFAULTS
-from ssl_geometry.methods.lars import LARS
 
 WARM_UP = 2
 """Steps before the clock starts; the first one compiles."""
@@ -93,20 +92,7 @@ def bare(args: argparse.Namespace) -> np.ndarray:
     method.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
     method.on_fit_start()  # compiles, where fit does
     torch.backends.cudnn.benchmark = True
-    hparams = method.hparams
-    groups = [
-        {"params": [p for p in method.parameters() if p.ndim > 1], "weight_decay": hparams["weight_decay"]},
-        {"params": [p for p in method.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    lr = hparams["lr"] * args.batch_size / 256
-    optimizer: torch.optim.Optimizer
-    match hparams["optimizer"]:
-        case "lars":
-            optimizer = LARS(groups, lr=lr, momentum=hparams["momentum"])
-        case "sgd":
-            optimizer = torch.optim.SGD(groups, lr=lr, momentum=hparams["momentum"])
-        case _:
-            optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = method.build_optimizer(method.hparams["lr"] * args.batch_size / 256)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps + WARM_UP)
     mixed = args.precision == "bf16-mixed"
     autocast = torch.autocast(args.device, dtype=torch.bfloat16) if mixed else contextlib.nullcontext()

@@ -266,22 +266,7 @@ class Method(L.LightningModule):
             f"learning rate {lr:g} = {hparams['lr']:g} x {images}/256 "
             f"(global batch of {images} images over {trainer.world_size} process{'es' * (trainer.world_size > 1)})"
         )
-        decayed: list[nn.Parameter] = []
-        free: list[nn.Parameter] = []
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                (free if parameter.ndim < 2 else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": hparams["weight_decay"]}, {"params": free, "weight_decay": 0.0}]
-        optimizer: torch.optim.Optimizer
-        match hparams["optimizer"]:
-            case "lars":
-                optimizer = LARS(groups, lr=lr, momentum=hparams["momentum"])
-            case "sgd":
-                optimizer = torch.optim.SGD(groups, lr=lr, momentum=hparams["momentum"])
-            case "adamw":
-                optimizer = torch.optim.AdamW(groups, lr=lr)
-            case unknown:
-                raise UserError(f"--model.optimizer {unknown!r}: known: 'lars', 'sgd', 'adamw'")
+        optimizer = self.build_optimizer(lr)
         trainer.fit_loop.setup_data()  # so that the number of batches is known
         steps = int(trainer.estimated_stepping_batches)
         steps_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
@@ -293,6 +278,28 @@ class Method(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def build_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """The chosen optimiser over this method's parameters; vectors and scalars have no weight decay.
+
+        Args:
+            lr: learning rate, as the optimiser takes it.
+        """
+        hparams = self.hparams
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": hparams["weight_decay"]},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        match hparams["optimizer"]:
+            case "lars":
+                return LARS(groups, lr=lr, momentum=hparams["momentum"])
+            case "sgd":
+                return torch.optim.SGD(groups, lr=lr, momentum=hparams["momentum"])
+            case "adamw":
+                return torch.optim.AdamW(groups, lr=lr)
+            case unknown:
+                raise UserError(f"--model.optimizer {unknown!r}: known: 'lars', 'sgd', 'adamw'")
 
     # -- evaluation: nearest neighbours for every method, the classifier where the head is one -------------------------
 
