@@ -186,7 +186,7 @@ class ProbeMonitor(Monitor):
             self._bank_of = self._bank_options(data.num_classes)
             self.bank = bank.to(pl_module.device)
             megabytes = 3 * bank.weight.numel() * bank.weight.element_size() / 2**20
-            each_step = f", {sent * sent_in.itemsize / 2**20:,.0f} MB between processes in every step"
+            each_step = f", {sent * sent_in.itemsize / 2**20:,.1f} MB between processes in every step"
             logger.info(
                 f"online probes: {len(names)} layers x {heads} classifiers, {megabytes:,.0f} MB"
                 + each_step * (trainer.world_size > 1)
@@ -310,7 +310,8 @@ class ProbeMonitor(Monitor):
                 **self._online_options,
             }
             if self.bank.sent_in != torch.float32 and trainer.world_size > 1:
-                options["gradients"] = f"sent between {trainer.world_size} processes in {self.bank.sent_in}"
+                dtype = str(self.bank.sent_in).removeprefix("torch.")
+                options["gradients"] = f"sent between {trainer.world_size} processes in {dtype}"
             protocol = probe_protocol("online_probe", data, method, "measure", **options)
             best = self.bank.best()
             there = right[-1] > 0
