@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from ssl_geometry.callbacks import StopOnSignal
+from ssl_geometry.callbacks import LastCheckpoint, StopOnSignal
 
 
 def worker(rank: int, args: argparse.Namespace, folder: str) -> None:
@@ -27,7 +27,7 @@ def worker(rank: int, args: argparse.Namespace, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.processes)
     trainer = SimpleNamespace(received_sigterm=False, strategy=SimpleNamespace(root_device=torch.device("cpu")))
     loop = SimpleNamespace(trainer=trainer)
-    ours = StopOnSignal(Path(folder) / "unused")
+    ours = StopOnSignal(LastCheckpoint(Path(folder)))
     ours._group = dist.new_group(backend="gloo")
     ways = {
         "nothing": lambda: None,

@@ -44,14 +44,19 @@ SMALL = [
     "--loggers=[]",
 ]
 CASES = {
-    "SimCLR, 1 process": ["--model=ssl_geometry.methods.SimCLR"],
+    "SimCLR, 1 process": ["--model=ssl_geometry.methods.SimCLR", "--save_every_n_minutes=0"],
     "supervised, 1 process, workers, W&B": [
         "--model=ssl_geometry.methods.Supervised",
+        "--save_every_n_minutes=0.01",  # in mid-epoch too
         "--data.storage=workers",
         "--data.num_workers=1",
         "--loggers=[wandb]",
     ],
-    "SimCLR, 2 processes": ["--model=ssl_geometry.methods.SimCLR", "--trainer.devices=2"],
+    "SimCLR, 2 processes": [
+        "--model=ssl_geometry.methods.SimCLR",
+        "--trainer.devices=2",
+        "--save_every_n_minutes=0.01",
+    ],
 }
 STRIKES = [signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM]
 FINE = {0, 75, 143, *(-number for number in STRIKES)}

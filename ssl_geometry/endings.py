@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import lightning as L
 
@@ -70,6 +71,26 @@ def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Ex
     if not checkpoint.exists() or checkpoint.stat().st_mtime_ns == checkpoint_at_start:
         return UserError(_how_to_continue(f"{said}; no checkpoint was written since the start", run))
     return _again(said, run)
+
+
+def report_lost(process: str, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> int:
+    """Say at once that a process was lost, from a thread: the main one may never come to it.
+
+    Args:
+        process: what is known, such as "process 3 of 8 has ended".
+        run: the run.
+        trainer: its trainer.
+        checkpoint_at_start: as for :func:`explain`.
+
+    Returns:
+        The exit code that follows.
+    """
+    explained = explain(LostProcess(process), run, trainer, checkpoint_at_start)
+    with suppress(OSError):
+        run.note(status="stopped")
+    is_error = isinstance(explained, UserError)
+    print(f"error: {explained}" if is_error else explained, file=sys.stderr, flush=True)
+    return 2 if is_error else getattr(explained, "code", 1)
 
 
 def _interrupted(stop: Interrupted, run: Run) -> Interrupted:

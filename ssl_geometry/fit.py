@@ -23,6 +23,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 import yaml
+from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -35,21 +36,24 @@ from ssl_geometry.callbacks import (
     FitProgress,
     FlushRecords,
     InvarianceMonitor,
+    LastCheckpoint,
     LoggerName,
     NeighborhoodMonitor,
     ProbeMonitor,
     SeedSteps,
     SpectrumMonitor,
+    Status,
     StopOnNaN,
     StopOnSignal,
+    WatchProcesses,
     finish_wandb,
     make_loggers,
 )
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import ManyDevices, check_strategy
-from ssl_geometry.endings import end_with_parent, explain
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.endings import end_with_parent, explain, report_lost
+from ssl_geometry.errors import Interrupted, UserError, nearest
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
 from ssl_geometry.slurm import this_task, trainer_options
@@ -152,6 +156,12 @@ class FitCLI(LightningCLI):
             help="auto: continue this run where it stopped, or start it; PATH: continue that run or checkpoint",
         )
         parser.add_argument(
+            "--save_every_n_minutes",
+            type=NonNegativeFloat,
+            default=5.0,
+            help="how many minutes of training a run that is killed may have to repeat (0: save after every epoch)",
+        )
+        parser.add_argument(
             "--keep_every_n_epochs",
             type=int,
             default=0,
@@ -199,7 +209,11 @@ class FitCLI(LightningCLI):
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
         given = self._get(self.config_init, "trainer.callbacks") or []
         losses = StopOnNaN()
-        self.stop_on_signal = StopOnSignal(self.run.last_checkpoint, losses)
+        last = LastCheckpoint(self.run.last_checkpoint.parent, self.settings["save_every_n_minutes"])
+        self.stop_on_signal = StopOnSignal(last, losses)
+        self.watch = WatchProcesses(
+            lambda process: report_lost(process, self.run, self.trainer, self.checkpoint_at_start)
+        )
         callbacks: list[Callback] = [
             SameStart(self.run.resumed_from is not None),
             *([ManyDevices()] if self._takes_all_devices() else []),
@@ -209,10 +223,9 @@ class FitCLI(LightningCLI):
             SeedSteps(self.settings["seed_everything"]),
             losses,
             self.stop_on_signal,
+            self.watch,
             FlushRecords(),
-            ModelCheckpoint(
-                self.run.directory / "checkpoints", "last", save_on_train_epoch_end=True, enable_version_counter=False
-            ),
+            last,
         ]
         if self.settings["keep_every_n_epochs"]:
             callbacks.append(
@@ -325,12 +338,18 @@ def fit(args: Sequence[str]) -> Run:
         results = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0] if tested else {}
         speed = getattr(cli.trainer.progress_bar_callback, "images_per_second", None)
         rate = {"images_per_second": round(speed, 1)} if speed else {}
+        cli.watch.stop(Status.OVER)
         cli.run.note(status="finished", results=results, **rate)
         exit_code = 0
     except BaseException as error:
+        reason = cli.stop_on_signal.stopped or error
+        reported = cli.watch.stop(Status.OVER if isinstance(error, Interrupted) else Status.FAILED)
         with suppress(OSError):
             cli.run.note(status="stopped")
-        explained = explain(cli.stop_on_signal.stopped or error, cli.run, cli.trainer, cli.checkpoint_at_start)
+        if reported is None:
+            explained = explain(reason, cli.run, cli.trainer, cli.checkpoint_at_start)
+        else:
+            explained = Interrupted("", reported)
         exit_code = getattr(explained, "code", exit_code)
         if explained is error:
             raise

@@ -2,11 +2,12 @@
 
 from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
-from ssl_geometry.callbacks.interruption import RESUMABLE, LostProcess, StopOnSignal, a_reader_ended
+from ssl_geometry.callbacks.interruption import RESUMABLE, LastCheckpoint, LostProcess, StopOnSignal, a_reader_ended
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
 from ssl_geometry.callbacks.loggers import LoggerName, finish_wandb, make_loggers
 from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
 from ssl_geometry.callbacks.probes import ProbeMonitor
+from ssl_geometry.callbacks.processes import Status, WatchProcesses
 from ssl_geometry.callbacks.progress import FitProgress
 from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
 from ssl_geometry.callbacks.seeding import SeedSteps
@@ -18,6 +19,7 @@ __all__ = [
     "FitProgress",
     "FlushRecords",
     "InvarianceMonitor",
+    "LastCheckpoint",
     "LoggerName",
     "LostProcess",
     "NeighborhoodMonitor",
@@ -25,8 +27,10 @@ __all__ = [
     "RecordsLogger",
     "SeedSteps",
     "SpectrumMonitor",
+    "Status",
     "StopOnNaN",
     "StopOnSignal",
+    "WatchProcesses",
     "a_reader_ended",
     "finish_wandb",
     "make_loggers",

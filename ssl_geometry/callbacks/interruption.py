@@ -1,10 +1,13 @@
-"""SIGUSR1 and SIGTERM: finish the step, on all processes the same one, save, and stop."""
+"""When training is saved: every so many minutes, and on SIGUSR1 and SIGTERM before it stops; at one step in all."""
 
 import os
 import re
 import signal
 import threading
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,9 +15,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ssl_geometry.callbacks.finite import StopOnNaN
+from ssl_geometry.callbacks.measure import is_last
 from ssl_geometry.data.datamodule import Loader
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.signals import SIGNALS
@@ -29,25 +34,77 @@ class LostProcess(Exception):
     """Another process of the run has ended or cannot be reached."""
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt``, so often that a killed run repeats at most so many minutes of training.
+
+    It is written at the end of an epoch where that of the next would be too late, or in mid-epoch where an epoch is
+    longer than that (:class:`StopOnSignal` then calls :meth:`save` between two steps); and at the end of training. The
+    first process's clock decides for all.
+
+    Args:
+        folder: where to save.
+        every_n_minutes: how long training may go on unsaved; 0 saves at the end of every epoch, and at no other time.
+        clock: seconds since any moment.
+    """
+
+    def __init__(self, folder: Path, every_n_minutes: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        self.path = folder / "last.ckpt"
+        self.every_n_minutes = every_n_minutes
+        self.clock = clock
+        self.wanted = False
+        """Set after a step where all processes have agreed to save before the next."""
+        self.saves = 0
+        """How often it was saved, the same number in all processes."""
+        self._saved_at = self._epoch_began = clock()
+
+    def overdue(self, in_seconds: float = 0.0) -> bool:
+        """Whether training will have gone on unsaved for too long by then."""
+        return 0 < 60 * self.every_n_minutes <= self.clock() + in_seconds - self._saved_at
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save now; to be called in all processes."""
+        trainer.save_checkpoint(self.path)
+        self._saved()
+
+    def _saved(self) -> None:
+        self._saved_at = self.clock()
+        self.saves += 1
+        self.wanted = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock; the checkpoint of a resumed run is as good as new."""
+        self._saved_at = self._epoch_began = self.clock()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save where this is the last epoch end that is not too late."""
+        took, self._epoch_began = self.clock() - self._epoch_began, self.clock()
+        late = self.every_n_minutes == 0 or (trainer.is_global_zero and self.overdue(in_seconds=took))
+        due = late or self.wanted or is_last(trainer, trainer.current_epoch + 1)
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
+            super().on_train_epoch_end(trainer, pl_module)
+            self._saved()
+
+
 class StopOnSignal(L.Callback):
     """Watches for SIGUSR1 (SLURM's warning before the time limit) and SIGTERM (a preemption, a cancelled job).
 
-    The handler only remembers the signal. After each step the processes exchange what they know (a signal, a bad loss)
-    in one reduction of few numbers over a CPU group of their own, which is read one step later: nobody waits for it,
-    nor for the device, and all stop after the same step. That reduction also fails within seconds where a process has
-    died, so that the others do not hang. Lightning's own exchange, a broadcast that the host waits for in every step,
-    is switched off.
+    The handler only remembers the signal. After each step the processes exchange what they know (a signal, a bad loss;
+    on the first, that a checkpoint is overdue) in one reduction of few numbers over a CPU group of their own, which is
+    read one step later: nobody waits for it, nor for the device, and all save or stop after the same step. That
+    reduction also fails within seconds where a process has died, so that the others do not hang. Lightning's own
+    exchange, a broadcast that the host waits for in every step, is switched off.
 
     It saves before the next step begins: by then the figures of the last one are logged, and so no checkpoint is ahead
     of the records.
 
     Args:
-        checkpoint: where to save.
+        last: the checkpoint to save, after a signal and where it is overdue.
         losses: whose finding is shared with the other processes, so that all stop.
     """
 
-    def __init__(self, checkpoint: Path, losses: StopOnNaN | None = None) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, last: LastCheckpoint, losses: StopOnNaN | None = None) -> None:
+        self.last = last
         self.losses = losses
         self.signal = 0
         self.stopped: Interrupted | None = None
@@ -57,6 +114,7 @@ class StopOnSignal(L.Callback):
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
         self._told = self._stopping = 0
+        self._overdue = False
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             for number in SIGNALS:
                 signal.signal(number, self._remember)
@@ -88,25 +146,23 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look whether a process was told to stop before this step; gradients that are summed up are no step yet."""
-        told, bad = self._agreed()
+        """Look whether to stop or to save after this step; gradients that are summed up are no step yet."""
+        told, bad, save = self._agreed()
         if bad and self.losses is not None:
             self.losses.stop(trainer)
         self._told = self._told or told
+        self._overdue = self._overdue or save == self.last.saves + 1  # else it was asked for before the last save
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stopping = self._told
+            self.last.wanted, self._overdue = self._overdue or self._told > 0, False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop; where the step was an epoch's last, the epoch is measured and its own checkpoint written."""
-        if self._stopping and batch_idx:
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            progress.is_last_batch = False  # of the batch that is there and not trained on, as all that follows
-            for counted in (progress.total, progress.current):
-                counted.ready -= 1
-            trainer.train_dataloader.give_back()  # type: ignore[union-attr]
-            trainer.save_checkpoint(self.checkpoint)
+        """Save, then stop or go on; where the step was an epoch's last, that was saved when it had been measured."""
+        if self.last.wanted and batch_idx:
+            with _without_the_batch(trainer):
+                self.last.save(trainer)
         self._stop_if_told()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -124,7 +180,7 @@ class StopOnSignal(L.Callback):
         between = trainer.training and progress.current.completed == progress.current.ready > 0
         stepped = progress.current.ready % trainer.accumulate_grad_batches == 0 and not progress.is_last_batch
         if waiting and between and stepped and (self._stopping or trainer.world_size == 1):
-            trainer.save_checkpoint(self.checkpoint)
+            self.last.save(trainer)
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stop; training is over, and its last checkpoint is there."""
@@ -132,8 +188,9 @@ class StopOnSignal(L.Callback):
         self._stop_if_told()
 
     def _agreed(self) -> list[int]:
-        """What some process knew before the last step: a signal (0 for none), a bad loss (1)."""
-        known = [self.signal, int(self.losses is not None and self.losses.seen)]
+        """What some process knew before the last step: a signal, a bad loss (1), which save is overdue; 0 for none."""
+        overdue = (self._group is None or dist.get_rank(self._group) == 0) and self.last.overdue()
+        known = [self.signal, int(self.losses is not None and self.losses.seen), overdue * (self.last.saves + 1)]
         if self._group is None:
             return known
         earlier, mine = self._pending, torch.tensor(known)
@@ -149,6 +206,20 @@ class StopOnSignal(L.Callback):
     def _stop_if_told(self) -> None:
         if self._stopping:
             raise _stop(self._stopping)
+
+
+@contextmanager
+def _without_the_batch(trainer: L.Trainer) -> Iterator[None]:
+    """Everything is counted as before the batch that is there was fetched: it has not been trained on."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    is_last_batch, progress.is_last_batch = progress.is_last_batch, False
+    for counted in (progress.total, progress.current):
+        counted.ready -= 1
+    with trainer.train_dataloader.without_the_last():  # type: ignore[union-attr]
+        yield
+    progress.is_last_batch = is_last_batch
+    for counted in (progress.total, progress.current):
+        counted.ready += 1
 
 
 def _stop(number: int) -> Interrupted:

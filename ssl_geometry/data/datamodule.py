@@ -18,6 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,9 +187,12 @@ class Loader:
         """Epoch, and batches of it that were given."""
         return self._position
 
-    def give_back(self) -> None:
-        """The batch given last was not trained on."""
-        self._position = {**self._position, "batch": self._position["batch"] - 1}
+    @contextmanager
+    def without_the_last(self) -> Iterator[None]:
+        """For a checkpoint that is written meanwhile, the batch given last was not trained on."""
+        position, self._position = self._position, {**self._position, "batch": self._position["batch"] - 1}
+        yield
+        self._position = position
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin that epoch after the batches that were given; other epochs begin at their first."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_geometry.callbacks import StopOnNaN, StopOnSignal
+from ssl_geometry.callbacks import LastCheckpoint, StopOnNaN, StopOnSignal
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.geometry.neighbors import merge, nearest
@@ -238,7 +238,7 @@ def last_step(rank: int, world_size: int, bad_rank: int) -> tuple[int, str]:
         accumulate_grad_batches=1,
     )
     losses = StopOnNaN()
-    stop = StopOnSignal(Path("unused"), losses)
+    stop = StopOnSignal(LastCheckpoint(Path("unused")), losses)
     stop._group = dist.new_group(backend="gloo")
     losses.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
     try:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks import StopOnNaN, StopOnSignal
+from ssl_geometry.callbacks import LastCheckpoint, StopOnNaN, StopOnSignal
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models import sync_batchnorm
 from ssl_geometry.models.sync_batchnorm import SyncBatchNorm, SyncBatchNormPlugin
@@ -285,7 +285,7 @@ def pretended(rank: int, world_size: int) -> tuple[str, str, dict[str, tuple[int
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         bank = ProbeBank({"wide": 6, "narrow": 5}, num_classes=3, sent_in=torch.bfloat16).to("cuda")
         losses = StopOnNaN()
-        stop = StopOnSignal(Path("unused"), losses)
+        stop = StopOnSignal(LastCheckpoint(Path("unused")), losses)
         stop._group = dist.new_group(backend="gloo")
         trainer: Any = SimpleNamespace(
             world_size=world_size, log_every_n_steps=1, is_last_batch=False, accumulate_grad_batches=1

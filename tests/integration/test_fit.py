@@ -41,6 +41,7 @@ SMALL = [
     "--data.batch_size=64",
     "--trainer.log_every_n_steps=1",
     "--loggers=[]",
+    "--save_every_n_minutes=0",  # they are over before a clock would ask
 ]
 
 
@@ -449,6 +450,7 @@ def test_memory_that_is_full_in_commands_that_measure(
         (["--model.augment=simcrl"], ["simcrl", "simclr"]),
         (["--data.batch_size=many"], ["data.batch_size", "many"]),
         (["--data.batch_size=1"], ["batch_size"]),
+        (["--save_every_n_minutes=-1"], ["save_every_n_minutes", "-1"]),
         (["--data.dataset=no/such/folder"], ["no/such/folder"]),
         (["--data.dataset=cifra10"], ["cifra10", "cifar10"]),
         (["--data.measure_size=129"], ["measure_size", "129", "128"]),

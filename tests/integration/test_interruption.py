@@ -312,6 +312,132 @@ def test_killed_once_it_has_saved_after_a_signal(tmp_path: Path, undisturbed: Pa
     assert sorted(numbers(run)) == sorted(numbers(undisturbed))
 
 
+class StepsAsMinutes(L.Callback):
+    """A clock: a step takes a minute on the first process, and no time on others. Notes at which steps it was saved."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        last: Any = trainer.checkpoint_callback
+        last.clock = lambda: 60.0 * trainer.global_step * trainer.is_global_zero
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        with Path(trainer.default_root_dir, f"saved.{trainer.global_rank}").open("a") as file:
+            file.write(f"{trainer.global_step} ")
+
+
+def saved_at(run: Path, rank: int = 0) -> list[int]:
+    return [int(step) for step in (run / f"saved.{rank}").read_text().split()]
+
+
+def timed(minutes: float, *more: dict[str, Any]) -> list[str]:
+    """By the clock of steps, and further callbacks."""
+    callbacks = [{"class_path": f"{__name__}.StepsAsMinutes"}, *more]
+    return [f"--save_every_n_minutes={minutes}", f"--trainer.callbacks={json.dumps(callbacks)}"]
+
+
+def strike(step: int, number: int, name: str = "SignalAt") -> dict[str, Any]:
+    return {"class_path": f"{__name__}.{name}", "init_args": {"step": step, "number": int(number)}}
+
+
+@pytest.mark.parametrize(
+    ("minutes", "expected"),
+    [
+        (0, [4, 8, 12, 16, 20, 24]),
+        (3, [3, 4, 7, 8, 11, 12, 15, 16, 19, 20, 23, 24]),  # an epoch of four minutes is too long
+        (6, [4, 8, 12, 16, 20, 24]),
+        (9, [8, 16, 24]),  # the end of an epoch after which the next would end too late
+        (1000, [24]),
+    ],
+)
+def test_saved_every_so_many_minutes(tmp_path: Path, undisturbed: Path, minutes: float, expected: list[int]) -> None:
+    """In mid-epoch where it must be; and what is trained and measured does not change."""
+    assert finish(start(options(tmp_path, "timed", *MONITORS, *timed(minutes)), tmp_path / "out")) == 0
+    run = tmp_path / "e" / "timed"
+    assert saved_at(run) == expected
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "step", "left"),
+    [(3, 7, 7), (3, 6, 4), (2, 3, 2), (9, 15, 8)],
+    ids=["just saved in mid-epoch", "between", "in the first epoch", "epochs later"],
+)
+def test_killed_between_saves(tmp_path: Path, undisturbed: Path, minutes: float, step: int, left: int) -> None:
+    """What came after the last save is run again, and nothing else; the interval may then be another."""
+    args = options(tmp_path, "killed", *MONITORS, "--loggers=[wandb]")
+    run = tmp_path / "e" / "killed"
+    assert finish(start([*args, *timed(minutes, strike(step, signal.SIGKILL))], tmp_path / "out")) == -signal.SIGKILL
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt", "")["global_step"] == left
+    assert finish(start([*args, *timed(minutes + 1)], tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+    assert sorted(numbers(run)) == sorted(numbers(undisturbed))
+
+
+def test_killed_within_a_save_in_mid_epoch(tmp_path: Path, undisturbed: Path) -> None:
+    args = [*options(tmp_path, "killed", *MONITORS), *timed(3)]
+    prepare = partial(_signal_at, "torch.save", 3, signal.SIGKILL, halfway=True)
+    assert finish(start(args, tmp_path / "out", prepare)) == -signal.SIGKILL
+    run = tmp_path / "e" / "killed"
+    assert saved_at(run) == [3, 4, 7]
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt", "")["global_step"] == 4
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+
+
+@pytest.mark.parametrize("step", [5, 7], ids=["mid epoch", "last step of an epoch"])
+def test_a_signal_saves_whatever_the_clock_says(tmp_path: Path, undisturbed: Path, step: int) -> None:
+    args = options(tmp_path, "told", *MONITORS)
+    assert finish(start([*args, *timed(1000, strike(step, signal.SIGTERM))], tmp_path / "out")) == 143
+    run = tmp_path / "e" / "told"
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt", "")["global_step"] == step + 1
+    assert finish(start(args, tmp_path / "out")) == 0, (tmp_path / "out").read_text()
+    assert_same(weights(undisturbed), weights(run))
+    pd.testing.assert_frame_equal(records(undisturbed), records(run), check_exact=True)
+
+
+def test_a_save_waits_for_summed_gradients(tmp_path: Path) -> None:
+    more = ["--trainer.accumulate_grad_batches=2", "--cka.every_n_epochs=0", "--data.batch_size=32"]
+    args = options(tmp_path, "killed", *more, epochs=2)
+    assert finish(start([*args, *timed(1, strike(2, signal.SIGKILL))], tmp_path / "out")) == -signal.SIGKILL
+    run = tmp_path / "e" / "killed"
+    assert saved_at(run) == [1, 2]
+    for run_id in ("killed", "whole"):
+        assert finish(start(options(tmp_path, run_id, *more, epochs=2), tmp_path / "out")) == 0
+    assert_same(weights(tmp_path / "e" / "whole"), weights(run))
+
+
+def test_the_clock_saves_no_weights_that_are_spoilt(tmp_path: Path) -> None:
+    args = options(tmp_path, "nan", "--cka.every_n_epochs=0", "--trainer.log_every_n_steps=100")
+    assert finish(start([*args, *timed(3, strike(5, 0, "NaNAndSignal"))], tmp_path / "out")) == 2
+    said, last = (tmp_path / "out").read_text(), tmp_path / "e" / "nan" / "checkpoints" / "last.ckpt"
+    assert "the loss became NaN or infinite in epoch 2 (by step 7)" in said
+    assert read_checkpoint(last, "")["global_step"] == 4
+    assert all(value.isfinite().all() for value in read_checkpoint(last, "")["state_dict"].values())
+
+
+def test_two_processes_save_after_the_same_step_and_go_on_from_it(tmp_path: Path) -> None:
+    """The first one's clock decides, one step later; the other's stands still."""
+    more = ["--cka.every_n_epochs=0", "--data.batch_size=32", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+
+    def run(run_id: str, *callbacks: dict[str, Any]) -> int:
+        args = options(tmp_path, run_id, *more, *timed(3, *callbacks), epochs=2)
+        environment = clean_environment(OMP_NUM_THREADS="1")
+        done = subprocess.run(
+            [sys.executable, "-m", "ssl_geometry.fit", *args], env=environment, cwd=ROOT, timeout=300, check=False
+        )
+        return done.returncode
+
+    whole, killed = tmp_path / "e" / "whole", tmp_path / "e" / "killed"
+    assert run("whole") == 0
+    assert saved_at(whole) == saved_at(whole, 1) == [4, 8, 12, 16]
+    assert run("killed", strike(5, signal.SIGKILL)) != 0
+    assert read_checkpoint(killed / "checkpoints" / "last.ckpt", "")["global_step"] == 4
+    assert run("killed") == 0
+    assert_same(weights(whole), weights(killed))
+
+
 WORKERS = ["--data.storage=workers", "--data.num_workers=1"]
 
 
