@@ -8,8 +8,8 @@ Both train the same freshly initialised network on the same random images: the s
 the same groups, precision, and compiled or not as `fit` decides; monitors, checkpoints and evaluation are off. So the
 difference is Lightning's loop and our callbacks.
 The batches of the bare loop lie ready on the device; `fit` takes its own from the loader.
-Rounds alternate; a round's time covers its steps after a warm-up, and the medians are printed: wall time, and the time
-that the process had on a CPU, which other processes of a busy machine change less.
+Rounds alternate, and so does which loop goes first. A round's time covers its steps after a warm-up; the medians are
+printed: wall time, and the time that the process had on a CPU, which other processes of a busy machine change less.
 """
 
 import argparse
@@ -140,9 +140,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     times: dict[str, list[np.ndarray]] = {"bare": [], "fit": []}
+    loops = [bare, fit]
     for _ in range(args.rounds):
-        times["bare"].append(bare(args) / args.steps)
-        times["fit"].append(fit(args) / args.steps)
+        for loop in loops:
+            times[loop.__name__].append(loop(args) / args.steps)
+        loops.reverse()
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
     print(
         f"{datetime.date.today()}: {args.method}, {args.optimizer or 'its own optimiser'}, {args.backbone} "
