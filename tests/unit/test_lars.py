@@ -10,6 +10,7 @@ from lightly.utils.lars import LARS as Reference
 from torch import Tensor, nn
 
 from ssl_geometry.methods.lars import LARS
+from tests.fake_cuda import FakeCuda
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5)
 GRADIENTS = ("random", "zero", "none")
@@ -88,6 +89,27 @@ def test_a_checkpoint_of_either_goes_on_with_either(before: type, after: type) -
     second.load_state_dict(first.state_dict())
     steps(network, second, 3, 5)
     torch.testing.assert_close(network.state_dict(), whole.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_waits_for_nothing_and_its_operations_do_not_grow_with_the_parameters() -> None:
+    counts = {}
+    with FakeCuda() as gpu:
+        for kind in (LARS, Reference):
+            for n in (4, 40):
+                of = [nn.Parameter(torch.ones(3, 3, device="cuda")) for _ in range(n)]
+                optimizer = kind(groups(of, 1e-4), lr=0.1, momentum=0.9)
+                for name in ("first", f"{kind.__module__} {n}"):  # the first makes the state
+                    for parameter in of:
+                        parameter.grad = torch.ones_like(parameter)
+                    with gpu.scope(name):
+                        optimizer.step()
+                waits = [note for note in gpu.waits if note.scope == name]
+                counts[kind, n] = gpu.launches[name], len(waits)
+    assert not gpu.faults, gpu.report()
+    assert counts[LARS, 4] == counts[LARS, 40]
+    assert counts[LARS, 40][0] < 30
+    assert counts[LARS, 40][1] == 0
+    assert counts[Reference, 40][1] == 40, "lightly reads two norms of each decayed parameter"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

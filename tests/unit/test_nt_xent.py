@@ -12,6 +12,7 @@ from torch import Tensor
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.methods.nt_xent import nt_xent
+from tests.fake_cuda import FakeCuda
 
 
 def definition(first: Tensor, second: Tensor, temperature: float) -> Tensor:
@@ -72,6 +73,19 @@ def test_autocast_leaves_it_in_float32() -> None:
     assert got.dtype == torch.float32
     assert abs(float(got) - float(expected)) < 1e-5
     assert abs(float(others) - float(expected)) > 1e-4
+
+
+def test_it_waits_for_nothing() -> None:
+    waits = []
+    with FakeCuda() as gpu:
+        views = [view.to("cuda").requires_grad_() for view in random_views(64, 32)]
+        for name, loss in (("ours", lambda *x: nt_xent(*x, temperature=0.1)), ("lightly's", NTXentLoss(0.1))):
+            with gpu.scope(name), torch.autocast("cuda", dtype=torch.bfloat16):
+                loss(*views).backward()
+            waits.append(sum(note.scope == name for note in gpu.waits))
+    assert not gpu.faults, gpu.report()
+    assert waits[0] == 0, gpu.report()
+    assert waits[1] > 0, "masks"
 
 
 def test_simclr_reads_checkpoints_that_had_lightlys_loss(tmp_path: Path) -> None:

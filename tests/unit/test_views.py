@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 from ssl_geometry.data import views
 from ssl_geometry.data.views import OPS, View, uniform
 from ssl_geometry.errors import UserError
+from tests.fake_cuda import FakeCuda
 
 AT = {"seed": 3, "epoch": 5, "view": 1}
 EVERYTHING = [{"simclr": {"blur": True, "solarize": 0.5}}, "rotate", "translate", "pad_crop"]
@@ -463,6 +464,18 @@ def test_several_views_at_once_are_the_views_one_by_one():
         drawn = op.sample(uniform(index, **at, view=7, stream=stream, n=op.n))
         assert all(torch.equal(got[name], drawn[name]) for name in drawn)
     assert View(size=16).params(index, **at, view=0) == {}
+
+
+def test_two_views_take_hardly_more_launches_than_one():
+    with FakeCuda() as gpu:
+        images, index, view = pictures(8, 32, 32).to("cuda"), torch.arange(8).to("cuda"), View("simclr", size=32)
+        for number in (0, (0, 1)):
+            with gpu.scope(str(number)):
+                view(images, index, seed=3, epoch=5, view=number)
+    assert not gpu.faults, gpu.report()
+    assert {note.scope for note in gpu.waits}.isdisjoint({"0", "(0, 1)"}), gpu.report()
+    assert gpu.launches["0"] <= gpu.launches["(0, 1)"] < 300
+    assert gpu.launches["(0, 1)"] - gpu.launches["0"] < 10
 
 
 @pytest.mark.slow
