@@ -36,7 +36,7 @@ MIN_GRAM_SIZE = 4
 
 DUST = 8
 """A U-centred Gram matrix is 0 below so many roundings of its Gram matrix; what is exactly 0 leaves up to 2.3 of them
-(one active image in groups of 4 to 256, widths of 1 to 32,768), Gaussian features of width 32,768 45,000."""
+(one active image in groups of 4 to 256, widths of 1 to 32,768, on a CPU), Gaussian features of width 32,768 45,000."""
 
 
 def u_center(gram: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:

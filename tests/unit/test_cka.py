@@ -30,6 +30,7 @@ from ssl_geometry.geometry.cka import (
 )
 from ssl_geometry.geometry.cka import same_class_pairs as pairs_of_a_class
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
+from tests.fake_cuda import FakeCuda
 
 
 def hsic1(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
@@ -703,3 +704,25 @@ def test_deviations_of_a_difference_are_the_differences_of_deviations() -> None:
     nothing = (both.deviations()[:, 0, 1] - pair.deviations()[:, 0]).norm()
     assert float(nothing) < 1e-12, "the same number twice has no error of its difference"
     assert float((pair.deviations() - classes.deviations()).norm()) > 1e-3
+
+
+def test_on_a_gpu_a_batch_waits_for_nothing() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        batches = [(torch.randn(200, 9, generator=generator), torch.arange(200) % 7) for _ in range(2)]
+        with FakeCuda() as gpu:
+            layers = LayerwiseCKA(["a"]).to(device)
+            classes = ClassCKA(["a"], 7, sizes=torch.full((7,), 57)).to(device)
+            for number, (features, labels) in enumerate(batches):
+                features, labels = features.to(device), labels.to(device)
+                with gpu.scope(f"batch {number}"):
+                    vectors = {"a": gram_vector(features)}
+                    layers.update(vectors)
+                    classes.update(vectors, labels)
+            found.append(
+                [float(part) for metric in (layers, classes) for part in (metric.compute(), *metric.interval())]
+            )
+        assert not gpu.faults, gpu.report()
+        assert not [note for note in gpu.waits if note.scope == "batch 1"], gpu.report()
+    assert found[0] == found[1]
