@@ -49,7 +49,7 @@ class Pool:
             inbox.put((self.calls, function, args))
         results: dict[int, Any] = {}
         while len(results) < len(self.processes):
-            call, rank, result, error = self.outbox.get(timeout=120)
+            call, rank, result, error = self.outbox.get(timeout=600)  # a guard against hangs alone
             if call != self.calls:
                 continue  # of a call that failed on another rank
             if error:
