@@ -131,14 +131,11 @@ class FakeCuda:
         finally:
             self._scopes.pop()
 
-    def report(self) -> str:
-        """Faults and waits, equal ones once with their number."""
-        lines = []
-        for title, notes in (("faults", self.faults), ("waits", self.waits)):
-            lines.append(f"{title}: {len(notes)}")
-            places = Counter((note.scope, note.what, note.where) for note in notes)
-            lines += [f"  {n} x [{scope}] {what} at {where}" for (scope, what, where), n in places.most_common()]
-        return "\n".join(lines)
+    def report(self, notes: list[Note] | None = None) -> str:
+        """Faults and waits, or the notes given: equal ones once, with their number."""
+        notes = self.faults + self.waits if notes is None else notes
+        places = Counter((note.scope, note.what, note.where) for note in notes)
+        return "\n".join(f"{n} x [{scope}] {what} at {where}" for (scope, what, where), n in places.most_common())
 
     # -- what the modes report -----------------------------------------------------------------------------------------
 
@@ -297,6 +294,17 @@ class FakeCuda:
             yield
         finally:
             self.calls.pop()
+
+
+@contextlib.contextmanager
+def on_a_gpu() -> Iterator[None]:
+    """A real one where there is one; else a pretended one, and no fault is left when it ends."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with FakeCuda() as gpu:
+        yield
+    assert not gpu.faults, gpu.report(gpu.faults)
 
 
 class _Functions(TorchFunctionMode):

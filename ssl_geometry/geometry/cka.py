@@ -354,8 +354,9 @@ def _gram(x: Float[Tensor, "G n D"], kernel: Kernel, bandwidth: float, drop_top:
     if kernel == "rbf":
         own = gram.diagonal(dim1=1, dim2=2)
         squares = (own.unsqueeze(1) + own.unsqueeze(2) - 2 * gram).clamp_min(0)  # distances; rounding goes below 0
-        entries = squares.flatten(1)
-        median = (entries.median(1).values - (-entries).median(1).values) / 2  # torch's is the lower of two middles
+        entries = squares.flatten(1).sort(1).values  # torch.median is not deterministic on CUDA
+        middles = entries[:, (entries.shape[1] - 1) // 2], entries[:, entries.shape[1] // 2]
+        median = (middles[0] + middles[1]) / 2
         gram = (-squares / (2 * bandwidth**2 * median[:, None, None])).exp()
     elif kernel != "linear":
         raise ValueError(f"kernel must be 'linear' or 'rbf', got {kernel!r}")

@@ -136,10 +136,17 @@ def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int
                 [1., 0.]])
     """
     check_labels(labels, num_classes)
-    return _targets(labels, num_classes)
+    return unchecked_one_hot(labels, num_classes)
 
 
-def _targets(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
+def unchecked_one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
+    """The same of labels that are known to be right: it does not wait for the device to look at them.
+
+    Example:
+        >>> unchecked_one_hot(torch.tensor([1, 0]), 2)
+        tensor([[0., 1.],
+                [1., 0.]])
+    """
     if labels.ndim == 2:
         return labels.float()
     return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1)
@@ -185,7 +192,7 @@ def _mean_average_precision(scores: Float[Tensor, "N C"], labels: Int64[Tensor, 
 def _average_precision(scores: Float[Tensor, " N"], labels: Int64[Tensor, " N"]) -> Float[Tensor, ""]:
     """Sum over thresholds of precision times the gain in recall; images of equal scores pass a threshold together."""
     ordered, order = scores.sort(descending=True)
-    found = labels[order].double().cumsum(0)
+    found = labels[order].long().cumsum(0).double()  # integers: on CUDA a sum of floats has no order of its own
     last = torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(1, dtype=torch.bool)])
     rank = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
     precision, recall = (found / rank)[last], (found / found[-1])[last]
@@ -381,7 +388,7 @@ def squared_error(
         >>> float(squared_error(torch.zeros(1, 2), torch.tensor([1])))
         1.0
     """
-    return (scores - _targets(labels, scores.shape[1])).square().sum(1).mean()
+    return (scores - unchecked_one_hot(labels, scores.shape[1])).square().sum(1).mean()
 
 
 def _choose(

@@ -24,16 +24,16 @@ from ssl_geometry.geometry.probes import (
     converged_probes,
     held_out,
     merge_sums,
-    one_hot,
     ridge_probe,
     ridge_sums,
+    unchecked_one_hot,
 )
 
 
 class _LayerProbe(Metric):
     """The images to classify, and how well a classifier of each layer does on them.
 
-    What cannot be learnt from, or judged, is told when it is computed: no batch waits for the device.
+    What cannot be learned from or evaluated is reported when it is computed; no check of a batch waits for the device.
     """
 
     full_state_update = False
@@ -167,13 +167,14 @@ class RidgeProbe(_LayerProbe):
         super().update_bank(features, labels, index)
         held = held_out(index)
         stray = (labels < 0) | (labels >= (2 if self.multi_label else self.num_classes))  # `compute` tells
-        targets = one_hot(labels.masked_fill(stray, 0), self.num_classes)
+        targets = unchecked_one_hot(labels.masked_fill(stray, 0), self.num_classes)
+        parts = [part.nonzero().squeeze(1) for part in (~held, held)]  # once: a mask waits for the device in each layer
         for number, layer in enumerate(self.widths):
             self.broken[number] += (~features[layer].isfinite().all(1)).sum()
             sums = getattr(self, f"sums{number}")
-            new = torch.stack([ridge_sums(features[layer][some], targets[some]) for some in (~held, held)])
+            new = torch.stack([ridge_sums(features[layer][some], targets[some]) for some in parts])
             sums.copy_(_merge(torch.stack([sums, new])))
-        self._keep("held", {layer: value[held] for layer, value in features.items()})
+        self._keep("held", {layer: value[parts[1]] for layer, value in features.items()})
 
     def _fit(self) -> dict[str, LinearProbe]:
         held = held_out(dim_zero_cat(self.bank_index))

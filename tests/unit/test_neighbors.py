@@ -237,7 +237,7 @@ def test_threads_are_torchs_and_put_back(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
 def test_a_cuda_device_finds_the_same(metric: str) -> None:
     points = torch.cat([cloud(500, 16, 8), cloud(5, 16, 8), cloud(5, 16, 9).repeat_interleave(40, 0) + 1e-4])
