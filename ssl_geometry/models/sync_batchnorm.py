@@ -18,7 +18,9 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+STATE = ("running_mean", "running_var", "num_batches_tracked")
 SMALLEST_VARIANCE = 1e-30
 
 
@@ -160,10 +162,14 @@ _gather.register_autograd(lambda ctx, gradient: (_scatter_sum(gradient), None))
 
 
 class SyncBatchNormPlugin(LayerSync):
-    """Plugin of the trainer: batch norm layers become :class:`SyncBatchNorm` while it trains, in place."""
+    """Plugin of the trainer: batch norm layers become :class:`SyncBatchNorm` while it trains, in place.
+
+    Their statistics are equal in all processes, so DDP does not broadcast them before each forward.
+    """
 
     def __init__(self) -> None:
         self._classes: dict[nn.Module, type[nn.Module]] = {}
+        self._ignored: list[str] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Change the layers' class; their parameters, buffers and hooks stay."""
@@ -171,6 +177,9 @@ class SyncBatchNormPlugin(LayerSync):
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):  # others may do more than normalise
                 self._classes[module] = type(module)
                 module.__class__ = SyncBatchNorm
+        equal = [f"{name}.{key}" for name, module in model.named_modules() if module in self._classes for key in STATE]
+        self._ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*self._ignored, *equal])
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -178,4 +187,5 @@ class SyncBatchNormPlugin(LayerSync):
         for module, cls in self._classes.items():
             module.__class__ = cls
         self._classes.clear()
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self._ignored)
         return model

@@ -9,7 +9,6 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, SpectrumMonitor
 from ssl_geometry.callbacks.measure import (
@@ -22,13 +21,10 @@ from ssl_geometry.callbacks.measure import (
     measuring,
     pooled,
 )
-from ssl_geometry.callbacks.probes import ProbeMonitor, layer_widths
+from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods import Method, SimCLR, Supervised
-from ssl_geometry.methods.lars import LARS
-from ssl_geometry.metrics import ProbeBank
-from ssl_geometry.models.taps import Taps, layer_names
 from ssl_geometry.records import Protocol
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
@@ -163,17 +159,6 @@ def _measure_and_fail(net: nn.Module) -> None:
     raise RuntimeError
 
 
-def test_gram_vectors_kept_on_the_host_meet_the_network_where_it_is(tmp_path: Path) -> None:
-    monitor = CKAMonitor(layers=["stages"])
-    run(tmp_path, [monitor])
-    kept, request = monitor.fixed["init"], monitor._request
-    there = {layer: torch.empty(len(kept.vectors[0][0]), device="meta") for layer in request.layers}
-    monitor._metric.to("meta")
-    monitor._images = monitor._images.to("meta")
-    monitor.update(0, {request: there}, {"index": torch.empty(40, device="meta")})
-    assert monitor._metric.cross.is_meta
-
-
 def _switches() -> dict[str, str]:
     """All that can be read, in the present state and in those that torch would be in if the top were set."""
     found, top = {}, torch.backends.fp32_precision  # type: ignore[attr-defined]
@@ -226,48 +211,3 @@ def test_measuring_is_in_full_float32_whichever_switch_was_set(settings: Sequenc
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-class HostReads(TorchDispatchMode):
-    """Notes operations that make the host wait for a device."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = name == "index" and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
-        if name in self.WAITING or masks:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_watch_sees_what_waits() -> None:
-    with HostReads() as reads:
-        x = torch.ones(3)
-        _ = x[x > 0], float(x.sum()), x.nonzero()
-    assert reads.found == ["index", "_local_scalar_dense", "nonzero"]
-
-
-@pytest.mark.parametrize("method_class", [SimCLR, Supervised])
-def test_a_training_step_of_ours_never_waits_for_the_device(method_class: type[Method]) -> None:
-    method = method_class(**SMALL, augment=["simclr", "blur", "solarize", "rotate", "translate"])
-    method.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
-    optimizer = LARS([{"params": method.parameters(), "weight_decay": 1e-4}], lr=0.1, momentum=0.9)
-    batch = {
-        "image": torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8),
-        "label": torch.randint(10, (8,)),
-        "index": torch.arange(8),
-    }
-    names = layer_names(method, "all")
-    bank = ProbeBank(layer_widths(method, names, (3, 16, 16)), num_classes=10)
-    with Taps(method, names, lambda _, output: pooled(output)) as taps, HostReads() as reads:
-        taps.captured = {}
-        method.training_step(batch, 0).backward()  # type: ignore[arg-type]
-        optimizer.step()
-        bank.step(taps.captured, batch["label"], batch["index"])
-    assert reads.found == []
-    assert bank.seen.min() == 8 * method.num_views
