@@ -142,7 +142,7 @@ def survey_model(
     on_manifolds, on_spectra = _protocols(method, data, options)
     depths = layer_depths(method.backbone, list(found["layers"]))
     common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
-    rows = manifold_records(found["manifolds"], depths, **common, protocol=on_manifolds.hash)
+    rows = manifold_records(found["manifolds"], found["layers"], depths, **common, protocol=on_manifolds.hash)
     rows += graph_records(found["layers"], depths, **common, protocol=on_manifolds.hash)
     rows += overlap_records(found["overlaps"], depths, **common, n=data.measure_size, protocol=on_manifolds.hash)
     rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from ssl_geometry import __version__
@@ -124,7 +125,7 @@ class NeighborhoodMonitor(Monitor):
             "step": moment.step,
             "protocol": protocol.hash,
         }
-        rows = manifold_records(manifolds, self._depths, **common)
+        rows = manifold_records(manifolds, layers, self._depths, **common)
         rows += graph_records(layers, self._depths, **common)
         rows += self._left_of_the_last(layers, common)
         overlaps = {setting: overlap.compute() for setting, overlap in self._overlaps.items()}
@@ -155,12 +156,20 @@ class NeighborhoodMonitor(Monitor):
 
 
 def manifold_records(
-    manifolds: Mapping[tuple[str, str], Mapping[str, Tensor]], depths: Mapping[str, float], **common: Any
+    manifolds: Mapping[tuple[str, str], Mapping[str, Tensor]],
+    layers: Mapping[str, LayerNeighbors],
+    depths: Mapping[str, float],
+    **common: Any,
 ) -> list[dict[str, Any]]:
-    """Rows for each manifold, layer and metric: the mean with 95 % of a normal error, spread and quantiles.
+    """Rows for each manifold, layer and metric: the mean with its interval of 95 %, spread and quantiles.
+
+    The interval is Student's t with n - 1 degrees of freedom. Augmentation manifolds of different images are
+    independent; those of semantic manifolds have the errors of
+    :func:`~ssl_geometry.geometry.manifold.manifold_metrics_and_errors`.
 
     Args:
         manifolds: kind of manifold and layer to each metric of each image, NaN where an image has none.
+        layers: layer to its neighbourhoods.
         depths: layer to depth.
         common: what all rows share.
     """
@@ -171,7 +180,10 @@ def manifold_records(
             place = {**common, "layer": layer, "depth": depths[layer], "view": kind, "n": len(values)}
             mean = float(values.mean())
             spread = float(values.std()) if len(values) > 1 else float("nan")
-            error = 1.96 * spread / max(len(values), 1) ** 0.5
+            error = spread / max(len(values), 1) ** 0.5
+            if kind == "semantic":
+                error = layers[layer].semantic_errors.get(metric, float("nan"))
+            error *= float(student.ppf(0.975, max(len(values) - 1, 1)))
             rows.append(record(**place, metric=metric, value=mean, low=mean - error, high=mean + error))
             rows.append(record(**place, metric=f"{metric}_std", value=spread))
             if len(values):
@@ -260,6 +272,8 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
             "n": data.measure_size,
             "batch": data.eval_batch_size,  # the random baselines of affinity and angle come from one batch
             "overlap_k": _overlap_k(data),
+            "intervals": "Student's t, n - 1; semantic: pairs of images that share an image are not independent",
+            "intrinsic dimension": "of equal images, one counts",
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }

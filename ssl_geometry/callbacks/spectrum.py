@@ -138,6 +138,8 @@ def spectrum_protocol(data: DataModule, network: Any, copies: int) -> Protocol:
             "network": f"evaluation mode, {network.dtype}",
             "views": {"clean": network.clean_view.spec, "copies": network.measuring_view(VIEW).spec},
             "copies": copies,
+            "lidar": f"{copies} views of each image, delta 1e-4",
+            "alpha_req": "eigenvalues 11 to 100, at most 0.9 of the rank; weights 1/i",
             "images": data.measure_ids,
             "n": data.measure_size,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},

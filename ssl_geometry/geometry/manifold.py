@@ -69,6 +69,64 @@ def manifold_metrics(
         >>> metrics["neighbors"][0], metrics["diameter"][0]  # one on each side, a quarter of a turn apart
         (tensor(2., dtype=torch.float64), tensor(1.4142, dtype=torch.float64))
     """
+    return _manifold(features, ids, result, seed, chunk)[0]
+
+
+def manifold_metrics_and_errors(
+    features: Float[Tensor, "N D"],
+    ids: Int64[Tensor, "N K"],
+    result: NNK,
+    labels: Int64[Tensor, " N"],
+    *,
+    seed: int = 0,
+    chunk: int | None = None,
+) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Float[Tensor, ""]]]:
+    """:func:`manifold_metrics`, and the standard error of the mean of each over all images.
+
+    Images share what they are measured by: two that are each other's nearest neighbour have one affinity, and a
+    far-away image is an end of many diameters. Their numbers are not independent, and sd / sqrt(N) is too small (for
+    affinities by up to a factor of 1.6). Products of the deviations of all pairs that share an image (either of the
+    pair compared; either end of the diameter) are therefore added to the sum of squares. Those of diameters are taken
+    about the mean of each class, whose images share more, and are not more alike for it.
+
+    Args:
+        features: as of :func:`manifold_metrics`.
+        ids: as of :func:`manifold_metrics`.
+        result: as of :func:`manifold_metrics`.
+        labels: class of each image.
+        seed: as of :func:`manifold_metrics`.
+        chunk: as of :func:`manifold_metrics`.
+
+    Returns:
+        The metrics of each image; and of each metric the standard error of their mean, float64, NaN for fewer than two
+        images that have it. What intervals of 1.96 of them cover is in ``benchmarks/results/coverage_manifold.md``.
+
+    Raises:
+        ValueError: as of :func:`manifold_metrics`.
+
+    References:
+        Fafchamps & Gubert, *The formation of risk sharing networks*, 2007, for the errors of dyads.
+
+    Example:
+        >>> from ssl_geometry.geometry.nnk import nnk
+        >>> x, labels = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+        >>> ids = same_class_ids(x, labels, 20)
+        >>> values, errors = manifold_metrics_and_errors(x, ids, nnk(x, ids), labels)
+        >>> bool(errors["affinity"] > values["affinity"].std() / 200**0.5)
+        True
+    """
+    values, shared = _manifold(features, ids, result, seed, chunk)
+    groups = {"diameter": labels}
+    return values, {
+        name: _standard_error(value, shared.get(name.replace("angle", "affinity")), groups.get(name))
+        for name, value in values.items()
+    }
+
+
+def _manifold(
+    features: Float[Tensor, "N D"], ids: Int64[Tensor, "N K"], result: NNK, seed: int, chunk: int | None
+) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Int64[Tensor, "N M"]]]:
+    """The metrics, and the images that some of them are of."""
     n, device = len(features), features.device
     if ids.shape != result.active.shape or len(ids) != n:
         raise ValueError(
@@ -93,7 +151,41 @@ def manifold_metrics(
         return torch.cat(affinity), torch.cat(angle)
 
     nearest = rows.gather(1, shapes.nearest.unsqueeze(1)).squeeze(1)
-    return _named(count, shapes, compare(nearest), compare(_others(1, n, seed, device).flatten()))
+    random = _others(1, n, seed, device).flatten()
+    own = torch.arange(n, device=device)
+    shared = {
+        "diameter": torch.cat([own.unsqueeze(1), rows.gather(1, shapes.ends)], 1),
+        "affinity": torch.stack([own, nearest], 1),
+        "affinity_random": torch.stack([own, random], 1),
+    }
+    return _named(count, shapes, compare(nearest), compare(random)), shared
+
+
+def _standard_error(
+    values: Float[Tensor, " N"], shared: Int64[Tensor, "N M"] | None, groups: Int64[Tensor, " N"] | None
+) -> Float[Tensor, ""]:
+    """Of the mean of the values that there are, where those that share an image are not independent."""
+    known = ~values.isnan()
+    n = known.sum()
+    apart = (values - values.nanmean()).where(known, 0)
+    total = apart.square().sum()
+    if shared is None:
+        return (total.sqrt() / n).where(n > 1, torch.nan)
+    squares = torch.zeros_like(apart)  # what the product of two that share nothing falls short of 0 by
+    if groups is not None:
+        classes = groups.unique(return_inverse=True)[1]
+        size = torch.zeros_like(apart).index_add_(0, classes, known.double())
+        apart = (apart - (torch.zeros_like(apart).index_add_(0, classes, apart) / size)[classes]).where(known, 0)
+        # About their own mean, the product of two of n is -1 / (n - 1) of their variance.
+        sums = torch.zeros_like(apart).index_add_(0, classes, apart.square())
+        squares = (sums / (size * (size - 1)).clamp_min(1))[classes]
+    for rows in torch.arange(len(values), device=values.device).split(max(1, 2**22 // shared.numel())):
+        meet = (shared[rows, None, :, None] == shared[None, :, None, :]).flatten(2).any(2)
+        meet &= known[rows, None] & known
+        meet.scatter_(1, rows.unsqueeze(1), False)
+        both = meet.double()
+        total = total + apart[rows] @ (both @ apart) + squares[rows] @ both.sum(1)
+    return (total.clamp_min(0).sqrt() / n).where(n > 1, torch.nan)
 
 
 def augmentation_metrics(
@@ -240,6 +332,7 @@ class _Shapes(NamedTuple):
     """Neighbourhoods of Q queries with M neighbours at most, and R directions at most."""
 
     diameter: Float[Tensor, " Q"]
+    ends: Int64[Tensor, "Q 2"]  # places of the two neighbours that lie farthest apart
     nearest: Int64[Tensor, " Q"]  # place of the nearest neighbour among the M
     basis: Float[Tensor, "Q M R"]  # orthonormal directions, as combinations of the differences to neighbours
     dims: Int64[Tensor, " Q"]  # how many; 0 for fewer than two neighbours
@@ -251,10 +344,12 @@ def _shapes(local: Float[Tensor, "Q M M"], active: Bool[Tensor, "Q M"]) -> _Shap
     both = active.unsqueeze(2) & active.unsqueeze(1)
     enough = active.sum(1) >= 2  # for a direction
     squares = (own.unsqueeze(2) + own.unsqueeze(1) - 2 * local).where(both, 0).flatten(1)
+    farthest, place = squares.max(1)
     values, vectors = torch.linalg.eigh(local.where(both, 0))
     kept = (values > 0) & (values >= DIRECTIONS * values[:, -1:]) & enough.unsqueeze(1)
     return _Shapes(
-        diameter=squares.amax(1).sqrt().where(active.any(1), torch.nan),
+        diameter=farthest.sqrt().where(active.any(1), torch.nan),
+        ends=torch.stack([place // active.shape[1], place % active.shape[1]], 1),
         nearest=own.where(active, torch.inf).argmin(1),
         basis=vectors * torch.where(kept, values, torch.inf).rsqrt().unsqueeze(1),
         dims=kept.sum(1),
@@ -262,10 +357,14 @@ def _shapes(local: Float[Tensor, "Q M M"], active: Bool[Tensor, "Q M"]) -> _Shap
 
 
 def _joined(parts: list[_Shapes]) -> _Shapes:
-    diameter, nearest, basis, dims = zip(*parts, strict=True)
+    diameter, ends, nearest, basis, dims = zip(*parts, strict=True)
     most = max(1, *(int(part.max()) for part in dims))  # eigenvalues ascend: what is kept stands last
     return _Shapes(
-        torch.cat(diameter), torch.cat(nearest), torch.cat([part[..., -most:] for part in basis]), torch.cat(dims)
+        torch.cat(diameter),
+        torch.cat(ends),
+        torch.cat(nearest),
+        torch.cat([part[..., -most:] for part in basis]),
+        torch.cat(dims),
     )
 
 

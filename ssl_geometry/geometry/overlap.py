@@ -139,7 +139,18 @@ def all_alike(features: Float[Tensor, "N D"]) -> bool:
         >>> all_alike(torch.ones(5, 3)), all_alike(torch.eye(5))
         (True, False)
     """
-    unit = F.normalize(features, dim=1)
-    mean = unit.mean(0)
-    resolution = 8 * torch.finfo(unit.dtype).eps
-    return not bool((unit - mean).square().sum(1).mean() > resolution**2 * mean.square().sum())
+    # In blocks of float64: float32 squares overflow at 1e19.
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    parts = features.split(max(1, 2**20 // features.shape[1]))
+    for part in parts:
+        total += _directions(part).sum(0)
+    mean = total / len(features)
+    apart = sum(((_directions(part) - mean).square().sum() for part in parts), mean.new_zeros(()))
+    resolution = 8 * torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
+    return not bool(apart / len(features) > resolution**2 * mean.square().sum())
+
+
+def _directions(features: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    x = features.double()
+    lengths = x.norm(dim=1, keepdim=True)
+    return x / lengths.where(lengths != 0, 1)

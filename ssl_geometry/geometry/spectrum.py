@@ -102,11 +102,12 @@ def alpha_req(
     Args:
         features: embeddings.
         first: first index of the fit, counted from 1: the largest eigenvalues follow no law.
-        last: last index of the fit, at most; it ends before eigenvalues that are zero.
+        last: last index of the fit, at most; it ends at 0.9 of the rank, for the smallest eigenvalues of few images or
+            features follow the edge of the matrix and no law.
 
     Returns:
-        alpha and R^2 of the fit of log lambda against log i, both weighted by 1/i; NaN with fewer than three
-        eigenvalues in the range.
+        alpha and R^2 of the fit of log lambda against log i, both weighted by 1/i; NaN where the range ends before
+        twice its first index (``first`` = 11: a rank below 25), for a law is not seen in less.
 
     References:
         Agrawal et al., *alpha-ReQ: assessing representation quality in self-supervised learning by measuring
@@ -132,13 +133,11 @@ def decay(values: Float[Tensor, " M"], first: int = 11, last: int = 100) -> tupl
         >>> round(float(alpha), 3), round(float(fit), 3)
         (1.5, 1.0)
     """
-    values = values[:last]
-    values = values[values > 0]
+    end = (0.9 * (values > 0).sum()).floor().clamp_max(last)
     index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    values, index = values[first - 1 :], index[first - 1 :]
-    if len(values) < 3:
-        return (values.new_tensor(torch.nan),) * 2
-    x, y, weight = index.log(), values.log(), 1 / index
+    used = (index >= first) & (index <= end)
+    weight = torch.where(used & (end >= 2 * first), 1 / index, 0)  # no index: 0 / 0 is not a number
+    x, y = index.log(), values.where(used, 1).log()
     x, y = (part - (weight * part).sum() / weight.sum() for part in (x, y))
     slope = (weight * x * y).sum() / (weight * x * x).sum()
     return -slope, 1 - (weight * (y - slope * x).square()).sum() / (weight * y * y).sum()

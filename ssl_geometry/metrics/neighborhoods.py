@@ -14,8 +14,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.dimension import levina_bickel, two_nn
+from ssl_geometry.geometry.duplicates import first_rows, row_keys
 from ssl_geometry.geometry.graph import graph_statistics
-from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metrics, same_class_ids
+from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metrics_and_errors, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import all_alike
@@ -37,6 +38,8 @@ class LayerNeighbors(NamedTuple):
     """Manifold graph metrics of each image among those of its class."""
     statistics: dict[str, float]
     """Of the whole graph: purity, hubness, reciprocal edges, components, intrinsic dimensions."""
+    semantic_errors: dict[str, float]
+    """Standard error of the mean of each manifold graph metric, of images that share what they are measured by."""
 
 
 class Neighborhoods(LayerFeatures):
@@ -124,19 +127,20 @@ class Neighborhoods(LayerFeatures):
             statistics = dict.fromkeys(graph_statistics(nobody, labels), torch.nan)
             statistics |= {f"nnk_{name}": torch.nan for name in statistics}
             statistics |= dict.fromkeys(("two_nn", "levina_bickel", "nnk_residual"), torch.nan)
-            return LayerNeighbors(nobody, nobody, dict.fromkeys(MANIFOLD_METRICS, unknown), statistics)
+            return LayerNeighbors(nobody, nobody, dict.fromkeys(MANIFOLD_METRICS, unknown), statistics, {})
         features, labels = features[rows], labels[rows]
         k = min(self.k, len(rows) - 1)
         cosine, euclidean = nearest(features, k=k), nearest(features, k=min(k, 20), metric="l2")
         solved = nnk(features, cosine.ids)
         nnk_ids = cosine.ids.where(solved.active, -1)
         same = same_class_ids(features, labels, k)
-        semantic = manifold_metrics(features, same, nnk(features, same))
+        semantic, errors = manifold_metrics_and_errors(features, same, nnk(features, same), labels)
+        distances = euclidean.values[first_rows(row_keys(features.float()))]  # of equal images one counts
         statistics = {
             **graph_statistics(cosine.ids, labels),
             **{f"nnk_{name}": value for name, value in graph_statistics(nnk_ids, labels).items()},
-            "two_nn": float(two_nn(euclidean.values)),
-            "levina_bickel": float(levina_bickel(euclidean.values)),
+            "two_nn": float(two_nn(distances)),
+            "levina_bickel": float(levina_bickel(distances)),
             "nnk_residual": float(solved.residual.nan_to_num(0).max()),  # of those that are solved
         }
 
@@ -146,7 +150,9 @@ class Neighborhoods(LayerFeatures):
             return spread
 
         values = {name: unknown.index_copy(0, rows, value.double()) for name, value in semantic.items()}
-        return LayerNeighbors(of_all(cosine.ids), of_all(nnk_ids), values, statistics)
+        return LayerNeighbors(
+            of_all(cosine.ids), of_all(nnk_ids), values, statistics, {k: float(e) for k, e in errors.items()}
+        )
 
 
 class AugmentationManifolds(Metric):

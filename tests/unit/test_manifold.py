@@ -354,3 +354,62 @@ def test_what_cannot_be_measured_is_refused_in_one_line(call, message: str) -> N
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+# -- standard errors ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 25), st.integers(1, 3), st.integers(0, 100))
+def test_errors_are_sums_over_pairs_that_share_an_image(n: int, m: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values, shared, labels = rng.standard_normal(n), rng.integers(n, size=(n, m)), rng.integers(3, size=n)
+    values[rng.random(n) < 0.2] = np.nan
+    known = np.flatnonzero(~np.isnan(values))
+    for groups in (None, labels):
+        apart = values - np.nanmean(values) if len(known) else values
+        total = np.square(apart[known]).sum()
+        center = {c: np.mean([values[i] for i in known if groups is None or groups[i] == c]) for c in labels[known]}
+        for i in known:
+            for j in known:
+                if i == j or not set(shared[i]) & set(shared[j]):
+                    continue
+                if groups is None:
+                    total += apart[i] * apart[j]
+                    continue
+                own = [k for k in known if labels[k] == labels[i]]
+                squares = sum((values[k] - center[labels[i]]) ** 2 for k in own)
+                total += (values[i] - center[labels[i]]) * (values[j] - center[labels[j]])
+                total += squares / max(len(own) * (len(own) - 1), 1)
+        expected = np.sqrt(max(total, 0)) / len(known) if len(known) > 1 else np.nan
+        tensors = [None if part is None else torch.from_numpy(part) for part in (values, shared, groups)]
+        np.testing.assert_allclose(module._standard_error(*tensors), expected, rtol=1e-6, atol=1e-9)  # type: ignore[arg-type]
+
+
+def test_pairs_that_have_one_number_between_them_count_once() -> None:
+    each = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pairs = torch.arange(500).unsqueeze(1) * 2 + torch.tensor([0, 1])
+    error = module._standard_error(each.repeat_interleave(2), pairs.repeat_interleave(2, 0), None)
+    assert float(error) == pytest.approx(float(each.std(correction=0)) / 500**0.5)
+
+
+def test_errors_of_semantic_manifolds_are_those_of_other_samples() -> None:
+    """256 images of ten classes, drawn 60 times; as if independent, affinities would be covered 4 times in 5."""
+    fixed = torch.Generator().manual_seed(1)
+    centers, maps = torch.randn(10, 24, generator=fixed), torch.randn(10, 6, 24, generator=fixed) / 6**0.5
+    means, errors = [], []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(10, (256,), generator=generator)
+        latent = torch.randn(256, 1, 6, generator=generator)
+        x = centers[labels] + (latent @ maps[labels]).squeeze(1) + 0.1 * torch.randn(256, 24, generator=generator)
+        ids = same_class_ids(x, labels, 50)
+        values, error = module.manifold_metrics_and_errors(x, ids, nnk(x, ids), labels)
+        means.append(torch.stack([value.nanmean() for value in values.values()]))
+        errors.append(torch.stack(list(error.values())))
+    mean, error = torch.stack(means), torch.stack(errors)
+    covered = ((mean - mean.mean(0)).abs() < 1.97 * error).double().mean(0)
+    share = dict(zip(NAMES, covered.tolist(), strict=True))
+    assert min(share.values()) >= 0.86, share  # 0.95 but for three standard errors of 60 samples
+    variance = error.square().mean(0) / mean.var(0)
+    assert bool(((variance > 0.6) & (variance < 2)).all()), variance

@@ -181,3 +181,14 @@ def test_manifolds_say_once_how_many_images_have_a_copy_without_direction() -> N
     assert len(caught) == 1
     assert found["crop", "b"]["diameter"].isnan().nonzero().flatten().tolist() == [3, 5, 9]
     assert bool(found["crop", "a"]["diameter"].isfinite().all())
+
+
+def test_dimensions_count_equal_images_once() -> None:
+    features = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    statistics = []
+    for x in (features, torch.cat([features, features[:40], features[:20]])):
+        metric = Neighborhoods(["layer"], k=20)
+        metric.update({"layer": x}, torch.zeros(len(x), dtype=torch.long), torch.arange(len(x)))
+        statistics.append(metric.compute()["layer"].statistics)
+    for name in ("two_nn", "levina_bickel"):
+        assert statistics[1][name] == pytest.approx(statistics[0][name], rel=1e-6)

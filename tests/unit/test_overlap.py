@@ -9,7 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.overlap import jaccard, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import all_alike, jaccard, mutual_knn, neighbor_ids
 from ssl_geometry.metrics import InvarianceKNN, MutualKNN
 
 
@@ -221,3 +221,11 @@ def test_jaccard_is_that_of_sets(layers: int, others: int, n: int, data: st.Data
             shares = [len(a & b) / len(a | b) for a, b in pairs if a | b]
             expected = np.mean(shares) if shares else np.nan
             np.testing.assert_allclose(got[i, j], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e19, 1e37])
+def test_features_of_any_scale_vary_or_do_not(scale: float) -> None:
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    assert not all_alike(scale * x)
+    assert all_alike(scale * x[:1].expand(40, 8))
+    assert all_alike(scale * torch.full_like(x, torch.nan))

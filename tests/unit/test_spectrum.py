@@ -16,6 +16,7 @@ from ssl_geometry.geometry.spectrum import (
     alignment,
     alpha_req,
     covariance_eigenvalues,
+    decay,
     lidar,
     mean_cosine,
     participation_ratio,
@@ -100,6 +101,20 @@ def test_a_uniform_circle_has_the_uniformity_of_a_bessel_function() -> None:
     angle = torch.arange(4000).double() * (2 * torch.pi / 4000)
     circle = torch.stack([angle.cos(), angle.sin()], 1)
     assert float(uniformity(circle)) == pytest.approx(np.log(scipy.special.ive(0, 4.0)), abs=1e-3)
+
+
+def test_the_decay_of_few_images_is_of_nine_tenths_of_their_rank() -> None:
+    """The smallest of 49 eigenvalues lies at the edge: cut off, or any alpha could be had."""
+    values = torch.arange(1, 50).double() ** -1.2
+    values[45:] *= 1e-6
+    alpha, fit = decay(values)  # 11 to 44
+    assert float(alpha) == pytest.approx(1.2)
+    assert float(fit) == pytest.approx(1)
+    steep = values.clone()
+    steep[43] *= 1e-3
+    assert float(decay(steep)[0]) > 1.3, "index 44 still counts"
+    assert all(value.isfinite() for value in decay(values[:25]))
+    assert all(value.isnan() for value in decay(values[:24])), "21 is less than twice 11"
 
 
 def test_what_does_not_vary_has_no_spectrum() -> None:
