@@ -43,6 +43,7 @@ from ssl_geometry.devices import out_of_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
 from ssl_geometry.geometry.probes import (
+    FEW,
     L2,
     accuracies,
     converged_probes,
@@ -50,6 +51,7 @@ from ssl_geometry.geometry.probes import (
     held_out,
     one_hot,
     ridge_probe,
+    ridge_probe_of_few,
     ridge_sums,
 )
 from ssl_geometry.methods import Method, Supervised
@@ -250,6 +252,9 @@ def evaluate_layers(subject: Subject, data: DataModule, options: Any, progress: 
     logistic = converged_probes(subject.train, subject.train_labels, held, data.num_classes, L2)
     ridge = {}
     for layer, x in subject.train.items():
+        if len(x) < FEW:
+            ridge[layer] = ridge_probe_of_few(x, subject.train_labels, data.num_classes, L2)
+            continue
         fit, chosen_by = (ridge_sums(x[part], targets[part]) for part in (~held, held))
         ridge[layer] = ridge_probe(fit, chosen_by, x[held], subject.train_labels[held], L2)
     progress.advance(task)
@@ -479,6 +484,7 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
     chosen["knn"]["selection"] = "none"
     chosen["labels"]["selection"] = (
         "accuracy on a tenth of each class of a subset, one image at least; a class of one image is learnt from"
+        "; of fewer than 100 images, five-fold cross-validation"
     )
     chosen["finetune"] |= {"selection": "none", "encoder": "trained as well, in training mode"}
     bank = {"clean training images": len(data.loader("bank", options.train_images).sampler.rows)}

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 LAYERS = ("post_residual", "pooled", "head")
 SELECTION = "accuracy on a fixed tenth of the training images, chosen by index; of equals, the loss there"
+FEW_SELECTION = "; of fewer than 100 training images, by five-fold cross-validation"
 MOST_IN_FLOAT32 = 32 * 2**20
 """Bytes of gradients that processes send each other in float32 by default; more go in bfloat16."""
 HIGHEST_RATE = 7.0
@@ -403,7 +404,7 @@ def probe_protocol(
                 "limit_train": data.limit_train,
                 "dataset_args": data.dataset_args or {},
             },
-            "selection": SELECTION,
+            "selection": SELECTION + FEW_SELECTION,
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }

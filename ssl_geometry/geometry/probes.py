@@ -1,7 +1,8 @@
 """What can be read off frozen features by linear classifiers.
 
-Protocol: hyper-parameters are chosen on a fixed tenth of the training images, the classifier is fitted again on all of
-them, and test images are looked at once. Classifiers see features that are standardised on the training images.
+Protocol: hyper-parameters are chosen on a fixed tenth of the training images, of fewer than 100 by five-fold
+cross-validation; the classifier is fitted again on all of them, and test images are looked at once. Classifiers see
+features that are standardised on the training images.
 """
 
 import warnings
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 L2 = tuple(10.0**power for power in range(-6, 3))
 """Strengths of the penalty that are tried where none are given."""
 HELD_OUT = 10  # one image of so many teaches nothing and chooses
+FEW = 100
+"""Fewer images choose by cross-validation: a tenth of them is too few to choose by."""
+FOLDS = 5
 MEMORY = 12  # steps that L-BFGS remembers
 TRIALS = 12  # of a step's length, at most
 GROUP_BYTES = {"cpu": 0, "cuda": 3 * 2**30}
@@ -65,6 +69,42 @@ def held_out(index: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
     mixed = (index + 1) * -7046029254386353131  # the golden ratio in 64 bits; then the shifts of splitmix
     mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
     return (mixed ^ (mixed >> 29)) % HELD_OUT == 0
+
+
+def choosing_folds(
+    labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], held: Bool[Tensor, " N"], num_classes: int
+) -> Bool[Tensor, "F N"]:
+    """Which images choose, of classifiers that learn from the others: one set of them, or five for a few images.
+
+    Args:
+        labels: class of each image, or zeros and ones where images show several.
+        held: the images that choose where there are 100 or more.
+        num_classes: number of classes.
+
+    Returns:
+        ``held`` alone, or each image in one of five folds, dealt out class by class in their order; folds whose others
+        could not teach (see :func:`check_bank`) are left out.
+
+    Raises:
+        ValueError: no image chooses.
+
+    Example:
+        >>> choosing_folds(torch.tensor([0, 1, 0, 1, 0]), torch.zeros(5, dtype=torch.bool), 2).int().argmax(0)
+        tensor([0, 3, 1, 4, 2])
+    """
+    if len(labels) >= FEW:
+        folds = held[None]
+    else:
+        order = labels.argsort(stable=True) if labels.ndim == 1 else torch.arange(len(labels), device=labels.device)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=labels.device) % FOLDS)
+        folds = place == torch.arange(FOLDS, device=labels.device)[:, None]
+        least = num_classes if labels.ndim == 1 else 2
+        others = [labels[~fold] for fold in folds]
+        teach = [len(rest) < len(labels) and len(rest) >= least and bool((rest != rest[0]).any()) for rest in others]
+        folds = folds[torch.tensor(teach, device=labels.device)]
+    if not bool(folds.any()):
+        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
+    return folds
 
 
 def _rows(columns: int) -> int:
@@ -361,8 +401,41 @@ def ridge_probe(
     Raises:
         ValueError: features that are not finite, or no held-out images.
     """
-    best = _choose(ridge(fit, l2), held_features, held_labels, squared_error)
+    best = _choose([(ridge(fit, l2), held_features, held_labels)], squared_error)
     return ridge(merge_sums(torch.stack([fit, held])), [l2[best]])
+
+
+def ridge_probe_of_few(
+    features: Float[Tensor, "N D"],
+    labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"],
+    num_classes: int,
+    l2: Sequence[float] = L2,
+) -> LinearProbe:
+    """:func:`ridge_probe` of fewer than 100 images, its strength chosen by five-fold cross-validation.
+
+    Args:
+        features: of each image.
+        labels: of each image.
+        num_classes: number of classes.
+        l2: as of :func:`ridge_probe`, by the numbers of all images, each scored by the classifier without its fold.
+
+    Returns:
+        One regression (S = 1), of all images.
+
+    Raises:
+        ValueError: features that are not finite, or images that teach nothing.
+
+    Example:
+        >>> labels = torch.arange(20) % 2
+        >>> probe = ridge_probe_of_few(torch.eye(2)[labels], labels, num_classes=2)
+        >>> bool((probe.scores(torch.eye(2))[0].argmax(1) == torch.arange(2)).all())
+        True
+    """
+    targets = one_hot(labels, num_classes)
+    parts = []
+    for fold in choosing_folds(labels, torch.zeros_like(targets[:, 0], dtype=torch.bool), num_classes):
+        parts.append((ridge(ridge_sums(features[~fold], targets[~fold]), l2), features[fold], labels[fold]))
+    return ridge(ridge_sums(features, targets), [l2[_choose(parts, squared_error)]])
 
 
 def cross_entropy(
@@ -392,22 +465,29 @@ def squared_error(
 
 
 def _choose(
-    probe: LinearProbe, features: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Float[Tensor, ""]]
+    parts: Sequence[tuple[LinearProbe, Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Float[Tensor, ""]]
 ) -> int:
-    """The strength that is right most often; the loss decides among equals, and a few held-out images leave many."""
+    """The strength that is right most often; the loss decides among equals, and a few held-out images leave many.
+
+    Args:
+        parts: classifiers, and the features and labels of images that they have not seen.
+        loss: of scores and labels.
+    """
+    labels = torch.cat([part[2] for part in parts])
     if not len(labels):
         raise ValueError("no held-out image chooses the strength of the penalty: give more images")
-    check_labels(labels, probe.weight.shape[2])
+    strengths = parts[0][0].l2
+    check_labels(labels, parts[0][0].weight.shape[2])
     found = []
-    for number in range(len(probe.l2)):
-        (scores,) = probe.chosen(number).scores(features)
+    for number in range(len(strengths)):
+        scores = torch.cat([probe.chosen(number).scores(features)[0] for probe, features, _ in parts])
         if labels.ndim == 1:
             right = (scores.argmax(1) == labels).double().mean()
         else:
             right = _mean_average_precision(scores, labels).nan_to_num(0)  # no class of these images is present
-        found.append(torch.stack([scores.isnan().any(1).sum(), right, -loss(scores, labels), probe.l2[number]]))
+        found.append(torch.stack([scores.isnan().any(1).sum(), right, -loss(scores, labels), strengths[number]]))
     places = torch.stack(found).tolist()  # of all strengths in one read
-    if broken := int(places[0][0]):
+    if broken := int(max(place[0] for place in places)):
         raise ValueError(f"scores of {broken} of {len(labels)} images are not numbers")
     return places.index(max(places))
 
@@ -443,7 +523,7 @@ def converged_probes(
     Args:
         features: layer to features.
         labels: class of each image, or zeros and ones where images show several.
-        held: which images are held out.
+        held: which images are held out, where there are 100 or more; see :func:`choosing_folds`.
         num_classes: number of classes.
         l2: strengths to choose from; of equally right ones that of the smallest cross-entropy, then the strongest.
 
@@ -453,14 +533,19 @@ def converged_probes(
     Raises:
         ValueError: no held-out image, or as of :func:`logistic_regression`.
     """
-    if not bool(held.any()):
-        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
     _check_problem(features, labels, num_classes)
+    folds = choosing_folds(labels, held, num_classes)
     best: dict[str, int] = {}
     for group in _groups(features, len(l2) * num_classes):
-        tried = logistic_regression({name: features[name][~held] for name in group}, labels[~held], num_classes, l2)
-        for name, probe in tried.items():
-            best[name] = _choose(probe, features[name][held], labels[held], cross_entropy)
+        tried = [
+            logistic_regression({name: features[name][~fold] for name in group}, labels[~fold], num_classes, l2)
+            for fold in folds
+        ]
+        for name in group:
+            parts = [
+                (probes[name], features[name][fold], labels[fold]) for probes, fold in zip(tried, folds, strict=True)
+            ]
+            best[name] = _choose(parts, cross_entropy)
     found: dict[str, LinearProbe] = {}
     for number in sorted(set(best.values())):  # layers that chose the same strength are one problem
         some = {name: x for name, x in features.items() if best[name] == number}

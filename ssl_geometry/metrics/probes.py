@@ -1,8 +1,8 @@
 """Converged linear classifiers on frozen features of each layer, over batches and ranks.
 
 Protocol: features of clean labelled training images (the bank) and of images to classify, pooled. The strength of the
-penalty is chosen by the accuracy on a fixed tenth of the bank, the classifier is fitted again on the whole bank, and
-the images to classify are looked at once.
+penalty is chosen by the accuracy on a fixed tenth of the bank (of fewer than 100 images, by five-fold
+cross-validation), the classifier is fitted again on the whole bank, and the images to classify are looked at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.probes import (
+    FEW,
     L2,
     LinearProbe,
     accuracies,
@@ -25,6 +26,7 @@ from ssl_geometry.geometry.probes import (
     held_out,
     merge_sums,
     ridge_probe,
+    ridge_probe_of_few,
     ridge_sums,
     unchecked_one_hot,
 )
@@ -131,8 +133,8 @@ class _LayerProbe(Metric):
 class RidgeProbe(_LayerProbe):
     """Linear regression of the one-hot classes on each layer, in closed form from sums: no learning rate, exact.
 
-    Of the bank, it keeps sums of products (a matrix of D + 1 rows a layer) and the features of the held-out tenth: the
-    memory hardly grows with the bank.
+    Of the bank, it keeps sums of products (a matrix of D + 1 rows a layer) and the features of the held-out tenth and
+    of the first 100 images of each rank: the memory hardly grows with the bank.
 
     Args:
         widths: layer to number of its features.
@@ -159,6 +161,7 @@ class RidgeProbe(_LayerProbe):
             self.add_state(f"sums{number}", zeros, dist_reduce_fx=_merge)  # of the images that teach, and held-out ones
         self.add_state("broken", torch.zeros(len(widths), dtype=torch.long), dist_reduce_fx="sum")
         self._add_features("held")
+        self._add_features("few")
 
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
@@ -175,14 +178,21 @@ class RidgeProbe(_LayerProbe):
             new = torch.stack([ridge_sums(features[layer][some], targets[some]) for some in parts])
             sums.copy_(_merge(torch.stack([sums, new])))
         self._keep("held", {layer: value[parts[1]] for layer, value in features.items()})
+        room = max(0, FEW - sum(len(part) for part in self.bank_index[:-1]))
+        self._keep("few", {layer: value[:room] for layer, value in features.items()})
 
     def _fit(self) -> dict[str, LinearProbe]:
+        index, order = dim_zero_cat(self.bank_index).sort()
         held = held_out(dim_zero_cat(self.bank_index))
-        labels, features = dim_zero_cat(self.bank_labels)[held], self._kept("held")
+        few = len(index) < FEW
+        labels, features = dim_zero_cat(self.bank_labels)[order if few else held], self._kept("few" if few else "held")
         found = {}
         for number, (layer, broken) in enumerate(zip(self.widths, self.broken.tolist(), strict=True)):
             if broken:
                 raise ValueError(f"layer {layer}: features of {broken} of {len(held)} images are not finite")
+            if few:
+                found[layer] = ridge_probe_of_few(features[layer][order], labels, self.num_classes, self.l2)
+                continue
             fit, chosen_by = getattr(self, f"sums{number}")
             found[layer] = ridge_probe(fit, chosen_by, features[layer], labels, self.l2)
         return found

@@ -23,6 +23,7 @@ from ssl_geometry.geometry.probes import (
     GROUP_BYTES,
     L2,
     accuracies,
+    choosing_folds,
     converged_probes,
     converged_probes_bytes,
     cross_entropy,
@@ -32,6 +33,7 @@ from ssl_geometry.geometry.probes import (
     one_hot,
     ridge,
     ridge_probe,
+    ridge_probe_of_few,
     ridge_sums,
     squared_error,
 )
@@ -392,6 +394,42 @@ def test_strengths_are_chosen_on_held_out_images_alone(spread: float) -> None:
     chosen = ridge_probe(*sums, x[held], turned[held])
     assert float(chosen.l2[0]) == choice(ridge(sums[0], L2).scores(x[held]), turned[held], squared_error)
     torch.testing.assert_close(chosen.weight, ridge(ridge_sums(x, y), [float(chosen.l2[0])]).weight)
+
+
+@pytest.mark.parametrize("n", [12, 30, 99])
+def test_few_images_choose_by_cross_validation(n: int) -> None:
+    """Written out: of each strength, every image is scored once, by the classifier of the other four folds."""
+    x, labels = problem(n, 8, 3, n, spread=0.3)
+    y, order = one_hot(labels, 3), labels.argsort(stable=True)
+    fold = torch.empty(n, dtype=torch.long)
+    fold[order] = torch.arange(n) % 5
+    scores = {"ridge": torch.zeros(len(L2), n, 3).double(), "logistic": torch.zeros(len(L2), n, 3).double()}
+    for number in range(5):
+        rest, own = fold != number, fold == number
+        scores["ridge"][:, own] = ridge(ridge_sums(x[rest], y[rest]), L2).scores(x[own])
+        probe = logistic_regression({"layer": x[rest]}, labels[rest], 3, L2)["layer"]
+        scores["logistic"][:, own] = probe.scores(x[own])
+    nothing = torch.zeros(n, dtype=torch.bool)
+    found = ridge_probe_of_few(x, labels, 3)
+    # The folds' scores of an equally right strength differ in the last digits with the order of images.
+    assert float(found.l2[0]) == choice(scores["ridge"][:, order], labels[order], squared_error)
+    torch.testing.assert_close(found.weight, ridge(ridge_sums(x, y), [float(found.l2[0])]).weight)
+    logistic = converged_probes({"layer": x}, labels, nothing, 3)["layer"]
+    assert float(logistic.l2[0]) == choice(scores["logistic"][:, order], labels[order], cross_entropy)
+    metric = RidgeProbe({"layer": 8}, 3)
+    for rows in torch.arange(n).flip(0).split(7):  # in any order and batches
+        metric.update_bank({"layer": x[rows]}, labels[rows], rows)
+    metric.update({"layer": x}, labels)
+    assert float(metric.compute()["l2"]) == float(found.l2[0])
+
+
+def test_folds_that_leave_nothing_to_learn_from_do_not_choose() -> None:
+    held = torch.arange(12) < 2
+    assert choosing_folds(torch.arange(12) % 2, held, 2).sum(0).tolist() == [1] * 12
+    assert len(choosing_folds(torch.arange(12) % 10, held, 10)) == 3, "9 of 12 images are too few for ten classes"
+    assert choosing_folds(torch.arange(100) % 2, torch.arange(100) < 9, 2).sum(1).tolist() == [9]
+    with pytest.raises(ValueError, match="no held-out image chooses"):
+        choosing_folds(torch.arange(3), held[:3], 3)
 
 
 def test_of_equal_strengths_the_strongest_is_chosen() -> None:
