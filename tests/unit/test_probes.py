@@ -618,10 +618,10 @@ def test_live_probes_tell_what_cannot_be_learnt(
 
 @pytest.mark.parametrize("kind", [RidgeProbe, LogisticProbe])
 def test_live_probes_refuse_a_bank_without_held_out_images(kind: type[RidgeProbe | LogisticProbe]) -> None:
-    index = torch.arange(200)
-    index = index[~held_out(index)][:80]
+    index = torch.arange(300)
+    index = index[~held_out(index)][:120]
     probe = kind({"layer": 4}, num_classes=4)
-    probe.update_bank({"layer": torch.eye(4)[torch.arange(80) % 4]}, torch.arange(80) % 4, index)
+    probe.update_bank({"layer": torch.eye(4)[torch.arange(120) % 4]}, torch.arange(120) % 4, index)
     probe.update({"layer": torch.eye(4)}, torch.arange(4))
     with pytest.raises(ValueError, match="no held-out image"):
         probe.compute()
