@@ -537,7 +537,7 @@ def test_bad_input_is_told(x: Tensor, labels: Tensor, classes: int, words: str) 
 @pytest.mark.parametrize(
     ("x", "labels", "held", "words"),
     [
-        (torch.randn(40, 2), torch.arange(40) % 4, 0, "no held-out image"),
+        (torch.randn(120, 2), torch.arange(120) % 4, 0, "no held-out image"),
         (
             torch.randn(40, 2).index_fill(0, torch.tensor([3]), torch.inf),
             torch.arange(40) % 4,
@@ -552,7 +552,7 @@ def test_bad_input_is_told(x: Tensor, labels: Tensor, classes: int, words: str) 
 )
 def test_what_cannot_be_chosen_is_told(x: Tensor, labels: Tensor, held: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        converged_probes({"l": x}, labels, torch.arange(40) < held, 4)
+        converged_probes({"l": x}, labels, torch.arange(len(x)) < held, 4)
 
 
 def test_accuracies_and_targets_refuse_what_is_no_label_or_score() -> None:
