@@ -823,7 +823,8 @@ def _minimise(
         change, gradient = -gradient, gradient_at(logits)
         change += gradient
         curvature = (step * change).sum((2, 3))
-        steps.append((step, change, torch.where(curvature > 0, 1 / curvature, 0)))
+        # Below, 1 / curvature overflows: such steps are rounding, beside an optimum that other layers still look for.
+        steps.append((step, change, torch.where(curvature > 1e-30, 1 / curvature, 0)))
         del steps[:-MEMORY]
     done[:, columns] = weight
     return done
