@@ -24,7 +24,8 @@ def row_keys(features: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
     for part in row_blocks(features):
         rows = F.pad(features[part] + 0.0, (0, size * words - features.shape[1]))  # -0 becomes 0
         bits = rows.contiguous().view(torch.int64)
-        keys.append(((bits ^ (bits >> 32) ^ (bits >> 16)) * odd).sum(1))  # the lower bits of small integers are 0
+        mixed = (bits >> 32).bitwise_xor_(bits >> 16).bitwise_xor_(bits)  # the lower bits of small integers are 0
+        keys.append(mixed.mul_(odd).sum(1))
     return torch.cat(keys)
 
 
@@ -49,5 +50,5 @@ def first_rows(keys: Int64[Tensor, " N"], seen: Int64[Tensor, " S"] | None = Non
 
 def row_blocks(features: Float[Tensor, "N D"]) -> Iterator[slice]:
     """Few rows at once: on a CPU they stay in the cache, and below what torch spreads over threads."""
-    step = max(1, (2**24 if features.is_cuda else 2**14) // features.shape[1])
+    step = max(1, (2**24 if features.is_cuda else 2**15) // features.shape[1])
     return (slice(start, start + step) for start in range(0, len(features), step))

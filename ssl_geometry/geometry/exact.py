@@ -38,7 +38,7 @@ __all__ = [
 Backend = Literal["faiss", "faiss-gpu", "torch"]
 
 NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
-SPARE = 4  # neighbours more than asked for: almost always some of them is farther than float32 errors reach
+SPARE = 2  # neighbours more than asked for: almost always one of them is farther than float32 errors reach
 ERROR = {"cpu": 8.0, "cuda": 32.0}
 """Largest error of a float32 distance |x|² + |y|² - 2xy, in units of eps (|x|² + |y|²).
 
@@ -233,7 +233,8 @@ def _settle(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor, k: int
     An entry is computed again where the next one is within the errors of both, or where it is too near for float32 to
     have its digits. Where points beyond the list might belong among the k nearest, the query is searched in float64.
     """
-    squares, others = _squares(queries)[:, None], _squares(points)
+    others = _squares(points)
+    squares = (others if queries is points else _squares(queries))[:, None]
     eps = ERROR.get(points.device.type, ERROR["cpu"]) * torch.finfo(torch.float32).eps
     if inner:
         error = eps * (squares * others.max()).sqrt()
@@ -283,7 +284,7 @@ def _distances_in_float64(
 ) -> Float[Tensor, " P"]:
     """Squared distances, or the negated inner products, of pairs."""
     found = []
-    step = max(1, PRODUCTS["cpu"] // 64 // queries.shape[1])
+    step = max(1, (2**24 if queries.is_cuda else 2**15) // queries.shape[1])
     for row, other in zip(rows.split(step), ids.split(step), strict=True):
         x, y = queries[row].double(), points[other].double()
         found.append(-(x * y).sum(1) if inner else (x - y).square_().sum(1))

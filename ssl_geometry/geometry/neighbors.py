@@ -176,8 +176,8 @@ def _points(features: Tensor, divisor: float | None, center: Tensor | None) -> F
         return features.float().contiguous()
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
     for part in row_blocks(features):
-        rows = features[part].double()
-        points[part] = rows / (rows.norm(dim=1, keepdim=True) if divisor is None else divisor) - center
+        rows = features[part].to(torch.float64, copy=True)
+        points[part] = rows.div_(rows.norm(dim=1, keepdim=True) if divisor is None else divisor).sub_(center)
     return points
 
 
@@ -203,7 +203,7 @@ def _others(
     values, ids = values.gather(1, column), ids.gather(1, column)
     missing = ids < 0
     if metric != "inner":  # the nearest may be too near for float32 products where no other is
-        near = (values[:, 0] < NEAR * queries.square().sum(1)).nonzero()[:, 0]
+        near = (values[:, 0] < NEAR * torch.linalg.vector_norm(queries, dim=1).square()).nonzero()[:, 0]
         values[near, 0] = (queries[near].double() - points[ids[near, 0]]).square().sum(1).to(values.dtype)
     found = Neighbors(rows[ids].masked_fill_(missing, -1), values.masked_fill_(missing, torch.nan))
     if index == "exact":
