@@ -1,6 +1,6 @@
 """Everything that a GPU is needed for, in parts of a few minutes: is it right there, and how fast is it?
 
-    python benchmarks/gpu.py                                # every part, about 40 minutes on one H200
+    python benchmarks/gpu.py                                # every part; planned for 40 minutes, not timed yet
     python benchmarks/gpu.py --parts step epochs            # some of them
     python benchmarks/gpu.py --images cifar10-jpeg          # whole epochs on a folder with train/ and test/
     python benchmarks/gpu.py --device cpu --tiny            # a rehearsal: every line runs, no number means anything

@@ -59,6 +59,7 @@ CANDIDATES = 50
 """Nearest images of which NNK chooses, where neighbours are shown."""
 MANIFOLDS = ("neighbors", "diameter", "affinity")
 KINDS = ("semantic", "policy")
+MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
 """Neighbours in a row of pictures."""
 
@@ -355,8 +356,8 @@ def _parse(args: Sequence[str]) -> Any:
             raise UserError(f"--show_neighbors {number}: expected 0 to {options.data.measure_size - 1}")
     if options.gram_size < MIN_GRAM_SIZE:
         raise UserError(f"--gram_size {options.gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
-    if options.permutations < 0:
-        raise UserError(f"--permutations {options.permutations}: expected at least 0")
+    if not 0 <= options.permutations <= MOST_PERMUTATIONS:
+        raise UserError(f"--permutations {options.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
     if not 1 <= options.k < options.data.measure_size:
         raise UserError(
             f"--k {options.k}: expected at least 1 and fewer than --data.measure_size {options.data.measure_size}"

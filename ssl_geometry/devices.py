@@ -29,13 +29,14 @@ FULL = r"out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator|can't allocate m
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuse strategies that shard the network.
+    """Refuse strategies that shard the network, or copy a run into processes.
 
     Args:
         strategy: ``--trainer.strategy`` as plain data: a name, ``{class_path: ...}``, or None.
 
     Raises:
-        UserError: FSDP, DeepSpeed, tensor parallelism, or a name that means nothing.
+        UserError: FSDP, DeepSpeed, tensor parallelism, processes that are forked or spawned, or a name that means
+            nothing.
 
     Example:
         >>> check_strategy("ddp")
@@ -49,9 +50,10 @@ def check_strategy(strategy: Any) -> None:
     fix = "expected auto or ddp"
     if isinstance(strategy, Mapping):
         module, _, attribute = name.rpartition(".")
-        kind = getattr(importlib.import_module(module), attribute)
+        kind, options = getattr(importlib.import_module(module), attribute), strategy.get("init_args") or {}
     elif name.lower() in StrategyRegistry.available_strategies():
-        kind = StrategyRegistry[name.lower()]["strategy"]
+        registered = StrategyRegistry[name.lower()]
+        kind, options = registered["strategy"], registered["init_params"]
     else:
         raise UserError(f"--trainer.strategy {name}: no such strategy; {fix}")
     if not issubclass(kind, DDPStrategy | SingleDeviceStrategy) or issubclass(kind, DeepSpeedStrategy):
@@ -59,6 +61,11 @@ def check_strategy(strategy: Any) -> None:
             f"--trainer.strategy {name}: it may split the network over the processes, but each must hold it whole to "
             f"measure its layers; {fix} (for less memory per GPU: more --trainer.devices, which share each batch, or "
             "--trainer.precision bf16-mixed)"
+        )
+    if options.get("start_method", "popen") != "popen":
+        raise UserError(
+            f"--trainer.strategy {name}: it starts the processes by {options['start_method']}, which a run with its "
+            f"open files and signals cannot be handed to; {fix}"
         )
 
 

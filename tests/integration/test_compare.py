@@ -99,6 +99,11 @@ def test_it_writes_every_picture_and_the_table(compared: Path) -> None:
         (["--models", "a=no/such/run"], ["--models", "no/such/run"]),
         (["--models", "a=random"], ["at least one run"]),
         ([], ["models"]),
+        (
+            ["--models", "a=random:resnet10", "--data.dataset=digits", "--permutations=-1"],
+            ["--permutations -1", "10,000"],
+        ),
+        (["--models", "a=random:resnet10", "--data.dataset=digits", "--permutations=10001"], ["--permutations 10001"]),
         (["--models", "a=x", "--k", "many"], ["k", "many"]),
         (["--models", "a=x", "--datta.root", "x"], ["--datta.root", "--data.root"]),
         (["--models", "a=x", "--show-neighbors", "3"], ["unknown option '--show-neighbors'", "'--show_neighbors'"]),

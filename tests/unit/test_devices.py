@@ -50,6 +50,21 @@ def name_of(strategy: Any) -> str:
     return strategy["class_path"].rpartition(".")[2] if isinstance(strategy, dict) else str(strategy)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp_spawn",
+        "ddp_fork",
+        "ddp_notebook",
+        {"class_path": f"{PLACE}.DDPStrategy", "init_args": {"start_method": "spawn"}},
+    ],
+    ids=name_of,
+)
+def test_strategies_that_copy_a_run_into_processes_are_refused(strategy: Any) -> None:
+    with pytest.raises(UserError, match=r"^--trainer\.strategy .*starts the processes by .*expected auto or ddp$"):
+        check_strategy(strategy)
+
+
 @pytest.mark.parametrize("strategy", SHARDED, ids=name_of)
 def test_strategies_that_split_the_network_are_refused(strategy: Any) -> None:
     with pytest.raises(UserError) as error:
