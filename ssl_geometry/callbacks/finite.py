@@ -37,7 +37,8 @@ class StopOnNaN(L.Callback):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._bad |= ~torch.isfinite(loss.detach())
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (batch_idx + 1) % every == 0:
             self._on_host.copy_(self._bad, non_blocking=True)
             if self._arrived is not None:
                 self._arrived.record()

@@ -28,23 +28,11 @@ from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
+from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.models.taps import Taps, layer_names, present
 from ssl_geometry.records import Protocol
 
 Reduction = Callable[[Tensor], Tensor]
-
-_BACKENDS: Any = torch.backends  # made while torch is imported, unseen by type checkers
-FLOAT32_SWITCHES: tuple[Any, ...] = (  # each below the one that it follows
-    _BACKENDS,
-    _BACKENDS.cudnn,  # of all of CUDA, products included
-    _BACKENDS.mkldnn,
-    _BACKENDS.cudnn.conv,
-    _BACKENDS.cudnn.rnn,
-    _BACKENDS.cuda.matmul,
-    _BACKENDS.mkldnn.conv,
-    _BACKENDS.mkldnn.rnn,
-    _BACKENDS.mkldnn.matmul,
-)
 
 
 @dataclass(frozen=True)
@@ -257,44 +245,12 @@ def measuring(module: nn.Module) -> Iterator[None]:
     torch.backends.cudnn.benchmark = False  # the last batch is shorter, and would be timed for one use
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False), _full_float32():
+        with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
         for part, training in modes.items():
             part.training = training
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 in float32 products and convolutions, whichever of torch's two interfaces allowed them.
-
-    A switch without a value of its own follows the one above it. Those above are set first: a switch that still differs
-    then has its own, and is set and put back; one that follows is never written, since that could not be undone.
-    """
-    matmul = _matmul_precision()
-    found: list[tuple[Any, str]] = []
-    for switch in FLOAT32_SWITCHES:
-        if switch.fp32_precision != "ieee":
-            found.append((switch, switch.fp32_precision))
-            switch.fp32_precision = "ieee"
-    if matmul != "highest":  # the older interface, which torch refuses to read where the two disagree
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        for switch, precision in reversed(found):
-            switch.fp32_precision = precision
-
-
-def _matmul_precision() -> str:
-    """What the older interface says of products; nothing of its own where the newer one was used instead."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return "highest"
 
 
 def log(trainer: L.Trainer, found: Findings, moment: Moment) -> None:

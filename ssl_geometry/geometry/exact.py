@@ -23,6 +23,8 @@ from threadpoolctl import threadpool_info
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.precision import full_float32
+
 __all__ = [
     "backend",
     "exact_search",
@@ -188,7 +190,7 @@ def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Ten
     """In blocks of at most 64 MiB of products on a CPU, 512 MiB on a GPU, and the lists of top-k beside."""
     half = points.new_zeros(()) if inner else _squares(points) / 2
     rows = max(1, PRODUCTS.get(points.device.type, PRODUCTS["cpu"]) // len(points))
-    with _float32(points.device.type):
+    with torch.autocast(points.device.type, enabled=False), full_float32():
         found = [torch.addmm(half, part, points.T, beta=-1).topk(k, dim=1) for part in queries.split(rows)]
     values, ids = torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
     return values if inner else (_squares(queries)[:, None] - 2 * values).clamp_min_(0), ids
@@ -196,21 +198,6 @@ def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Ten
 
 def _metric(inner: bool) -> int:
     return faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2
-
-
-@contextmanager
-def _float32(device: str) -> Iterator[None]:
-    """Products as float32 has them: no TF32 or bfloat16, whatever is switched on around."""
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 @contextmanager

@@ -32,6 +32,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.precision import full_float32
+
 Kernel = Literal["cosine", "gaussian"] | Callable[[Tensor, Tensor], Tensor]
 Reference = Literal["block-pruning"] | None
 T = TypeVar("T")
@@ -517,12 +519,8 @@ def over_chunks(work: Callable[[slice], T], n: int, device: torch.device, chunk:
             return work(r)
 
     if device.type != "cpu":
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # no TF32
-        try:
+        with full_float32():
             return [alone(r) for r in slices]
-        finally:
-            torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(1)  # inside the slices
     try:
         with ThreadPoolExecutor(threads) as pool:

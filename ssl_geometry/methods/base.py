@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.methods.compilation import is_compiled
 from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import KNNAccuracy
@@ -168,7 +169,8 @@ class Method(L.LightningModule):
             index = torch.arange(len(images), device=images.device)
             views = self._in_format(self.clean_view(images, index, seed=0, epoch=0, view=0))
             if precision == "float32":
-                return self.backbone(views).float()
+                with full_float32():
+                    return self.backbone(views).float()
             with self.trainer.precision_plugin.forward_context():
                 return self.backbone(views).float()
 

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssl_geometry.errors import UserError
@@ -19,10 +20,10 @@ def is_compiled(wanted: bool | None, device: torch.device) -> bool:
         device: that the network trains on.
 
     Returns:
-        Whether to compile.
+        Whether to compile; the same in all processes, each of which must call this.
 
     Raises:
-        UserError: asked for, and this machine cannot.
+        UserError: asked for, and this machine, or that of another process, cannot.
 
     Example:
         >>> is_compiled(None, torch.device("cpu"))
@@ -35,6 +36,10 @@ def is_compiled(wanted: bool | None, device: torch.device) -> bool:
     if wanted is False:
         return False
     failure = try_out(device)
+    if not _everywhere(
+        not failure, device
+    ):  # some compiled and some not, processes would wait for different collectives
+        failure = failure or "another process cannot"
     if failure and wanted:
         raise UserError(f"--model.compile true: this machine cannot compile ({failure}); leave the option out")
     if failure:
@@ -42,6 +47,15 @@ def is_compiled(wanted: bool | None, device: torch.device) -> bool:
         return False
     logger.info("training is compiled: the first step takes a minute or more (--model.compile false runs it eagerly)")
     return True
+
+
+def _everywhere(here: bool, device: torch.device) -> bool:
+    """Whether it holds in all processes."""
+    if not dist.is_initialized():
+        return here
+    votes = torch.tensor(int(here), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
 
 
 def try_out(device: torch.device) -> str:

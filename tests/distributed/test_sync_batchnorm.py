@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssl_geometry.callbacks import LastCheckpoint, StopOnNaN, StopOnSignal
 from ssl_geometry.metrics import ProbeBank
@@ -328,3 +329,35 @@ def test_on_a_gpu_no_step_waits(ranks: Ranks) -> None:
         for scope, (launches, collectives) in budgets.items():
             assert counts[scope][0] <= launches, counts
             assert counts[scope][1] == collectives, counts
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's kernels of batch norm: no pretended GPU has them")
+@pytest.mark.parametrize("other_format", [False, True], ids=["", "gradient in the other format"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", [sync_batchnorm._Fused.apply, sync_batchnorm._normalized], ids=["fused", "plain"])
+def test_on_cuda_both_ways_are_batch_norm(
+    tmp_path: Path, way: Any, dtype: torch.dtype, channels_last: bool, other_format: bool
+) -> None:
+    formats = (torch.contiguous_format, torch.channels_last)
+    x = (torch.randn(8, 5, 6, 6, device="cuda") * 3 + 7).to(dtype).contiguous(memory_format=formats[channels_last])
+    gradient = torch.randn_like(x).contiguous(memory_format=formats[channels_last != other_format])
+    affine = [torch.randn(5, device="cuda") for _ in range(2)]
+    inputs = [value.requires_grad_() for value in (x, *affine)]
+    wide = [value.detach().double().requires_grad_() for value in inputs]
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        y, mean, variance, n = way(*inputs, 1e-5)
+        y.backward(gradient)
+    finally:
+        dist.destroy_process_group()
+    z = F.batch_norm(wide[0], None, None, wide[1], wide[2], training=True, eps=1e-5)
+    z.backward(gradient.double())
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), z, **tolerance)
+    torch.testing.assert_close(mean.double(), wide[0].mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(variance.double(), wide[0].var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
+    assert float(n) == x.numel() / 5
+    for here, there in zip(inputs, wide, strict=True):
+        torch.testing.assert_close(here.grad.double(), there.grad, **tolerance)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, SpectrumMonitor
 from ssl_geometry.callbacks.measure import (
-    FLOAT32_SWITCHES,
     Findings,
     Moment,
     Monitor,
@@ -24,6 +23,7 @@ from ssl_geometry.callbacks.measure import (
 from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.precision import FLOAT32_SWITCHES
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.records import Protocol
 

@@ -1,0 +1,52 @@
+"""The precision of float32 products and convolutions, which torch may lower without a word."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_BACKENDS: Any = torch.backends  # made while torch is imported, unseen by type checkers
+FLOAT32_SWITCHES: tuple[Any, ...] = (  # each below the one that it follows
+    _BACKENDS,
+    _BACKENDS.cudnn,  # of all of CUDA, products included
+    _BACKENDS.mkldnn,
+    _BACKENDS.cudnn.conv,
+    _BACKENDS.cudnn.rnn,
+    _BACKENDS.cuda.matmul,
+    _BACKENDS.mkldnn.conv,
+    _BACKENDS.mkldnn.rnn,
+    _BACKENDS.mkldnn.matmul,
+)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 and no bfloat16 in float32 products and convolutions, whichever of torch's two interfaces allowed them.
+
+    A switch without a value of its own follows the one above it. Those above are set first: a switch that still differs
+    then has its own, and is set and put back; one that follows is never written, since that could not be undone.
+    """
+    matmul = _matmul_precision()
+    found: list[tuple[Any, str]] = []
+    for switch in FLOAT32_SWITCHES:
+        if switch.fp32_precision != "ieee":
+            found.append((switch, switch.fp32_precision))
+            switch.fp32_precision = "ieee"
+    if matmul != "highest":  # the older interface, which torch refuses to read where the two disagree
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+        for switch, precision in reversed(found):
+            switch.fp32_precision = precision
+
+
+def _matmul_precision() -> str:
+    """What the older interface says of products; nothing of its own where the newer one was used instead."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
