@@ -437,7 +437,7 @@ def _effect(row: Mapping[Hashable, Any]) -> str:
     if not np.isfinite(row["effect"]):
         return "–"
     if not np.isfinite(row["low"]):
-        return f"{row['effect']:+.3f}, no interval"
+        return f"{row['effect']:+.3f}, no interval over {row['over']}"
     return f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] over {row['over']}"
 
 
@@ -448,7 +448,8 @@ def _markdown(table: pd.DataFrame, options: Any, n: int) -> str:
         f"Networks: {', '.join(options.models)}; {n} images. These are numbers of these runs, not the paper's. A claim "
         f"is supported if the {LEVEL:.0%} intervals of all of its contrasts lie above {SMALLEST}, and contradicted if "
         f"one of k lies below -{SMALLEST} at a level of {LEVEL:.0%} for all k; else it is undecided. An interval over "
-        "images alone speaks of these networks, not of their methods. The criteria: docs/cka.md.",
+        "images alone speaks of these networks, not of their methods; where one kind of network has several runs, "
+        "a single network of another kind has no interval. The criteria: docs/cka.md.",
         "",
         "| claim | contrast (positive where the claim holds) | numbers | effect, 95 % interval | baseline | verdict |",
         "|---|---|---|---|---|---|",

@@ -3,6 +3,10 @@
 Every contrast is a weighted sum of rows: means over networks (or pairs of networks) and layers, minus other such means.
 So its error over images follows from the rows' own jackknife deviations, block by block, with all that both sides have
 in common; and no layer is chosen by its value: a largest one has no such interval.
+
+With one network of each kind all of this is about these networks. As soon as one kind has several runs it is about
+methods, and a single network says nothing of how far the next one of its kind would differ: what rests on it has no
+interval. (Another method's spread cannot stand in: it need not be alike, and most contrasts have no counterpart there.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,8 +82,9 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str
         labels: network to whether it learned from labels; None is unknown (it takes part in nothing) or untrained.
 
     Returns:
-        One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken,
-        the baseline, and the verdict on the claim. Claims whose networks or layers are not there are left out.
+        One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken
+        (and which kind of network needs more runs for there to be one), the baseline, and the verdict on the claim. Claims whose
+        networks or layers are not there are left out.
     """
     rows = _Rows(frame, groups, labels)
     return _decided(rows, _plan(rows))
@@ -112,14 +117,20 @@ def _decided(rows: "_Rows", plans: list[_Plan]) -> pd.DataFrame:
     found: list[dict[str, object]] = []
     for plan in plans:
         contrasts, overs = [], []
+        of_methods = any(len(members) > 1 for members in plan.teams.values())
         for one, without in zip(plan.contrasts, plan.without, strict=True):
-            value, runs = one.of(rows.values), {}
+            value, runs, single = one.of(rows.values), {}, []
+            networks = rows.networks(one)
             for team, members in plan.teams.items():
                 left_out = np.array([without[run].of(rows.values) for run in members])
-                if len(members) > 1 and np.isfinite(left_out).all() and (left_out != value).any():
+                if not np.isfinite(left_out).all():  # nothing is left without one of them
+                    single += [team] if of_methods and networks.intersection(members) else []
+                elif len(members) > 1 and (left_out != value).any():
                     runs[f"{len(members)} runs of {team}"] = deviations(left_out)
-            contrasts.append(Contrast(value, one.error(rows.deviations), list(runs.values())))
-            overs.append(", ".join(["images", *runs]) if runs else "images alone")
+            unknown = [np.zeros(1)] * len(single)
+            contrasts.append(Contrast(value, one.error(rows.deviations), [*runs.values(), *unknown]))
+            over = ", ".join(["images", *runs]) if runs else "images alone"
+            overs.append(f"{over}; needs more runs of {' and of '.join(single)}" if single else over)
         held = ", ".join(dict.fromkeys(one.baseline for one in plan.contrasts if one.baseline and one.parts))
         decided = verdict(contrasts)
         for one, contrast, over in zip(plan.contrasts, contrasts, overs, strict=True):
@@ -162,6 +173,11 @@ class _Rows:
     def teams(self, method: str) -> dict[str, list[str]]:
         """The groups of runs that stand for something larger."""
         return {method: self.of_method[method], "supervised": self.supervised, UNTRAINED: self.untrained}
+
+    def networks(self, one: Difference) -> set[str]:
+        """Whose numbers enter a difference; those that only lend their views do not."""
+        rows = np.concatenate([np.zeros(0, int), *(part.rows for part in one.parts.values())])
+        return set(self.frame.loc[rows, ["model", "model_other"]].to_numpy().ravel())
 
     def mean(self, chosen: pd.Series, factor: float = 1.0) -> Mean:
         """The mean over layers, then over networks (pairs of them, or views)."""

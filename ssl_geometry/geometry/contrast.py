@@ -30,7 +30,7 @@ class Contrast(NamedTuple):
     images: Float[Array, " J"]
     """Deviations over blocks of images."""
     runs: Sequence[Float[Array, " R"]] = ()
-    """Deviations over the runs of each group of two or more."""
+    """Deviations over the runs of each group; of a single run (length 1) nothing follows, and no interval."""
 
 
 def deviations(left_out: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -54,8 +54,9 @@ def interval(contrast: Contrast, level: float = LEVEL) -> tuple[float, float]:
         level: how often such intervals hold the truth.
 
     Returns:
-        Its ends; NaN with fewer than two blocks of images, or where a number is not known. Without groups of runs it
-        is an interval over images alone: it speaks of these networks, not of others trained the same way.
+        Its ends; NaN with fewer than two blocks of images or runs of a group, or where a number is not known. Without
+        groups of runs it is an interval over images alone: it speaks of these networks, not of others trained the
+        same way.
 
     References:
         Efron & Stein, *The jackknife estimate of variance*, 1981; Welch, *The generalization of "Student's" problem
@@ -66,6 +67,8 @@ def interval(contrast: Contrast, level: float = LEVEL) -> tuple[float, float]:
         >>> interval(Contrast(0.5, deviations(np.array([0.4, 0.5, 0.6]))))  # t(2) = 4.30, standard error 0.115
         (0.0031..., 0.9968...)
         >>> interval(Contrast(0.5, np.array([0.0])))
+        (nan, nan)
+        >>> interval(Contrast(0.5, np.array([-0.1, 0.1]), [np.array([0.0])]))  # a single run of a method
         (nan, nan)
     """
     width = np.hypot(_half_width([contrast.images], level), _half_width(contrast.runs, level))
@@ -89,9 +92,9 @@ def verdict(contrasts: Sequence[Contrast]) -> Verdict:
     """What contrasts decide about a claim that says that all of them are positive.
 
     A claim is supported if every one of them is, and contradicted if any is negative, so another baseline can only make
-    it harder to support. Where the claim is false by nothing (a contrast of 0), the chance of a verdict is at most 5 %:
-    2.5 % for support, which needs all 95 % intervals above; 2.5 % for contradiction, for which intervals hold jointly
-    (Bonferroni).
+    it harder to support. Where the claim is false by nothing (a contrast of 0), the chance of a verdict is meant to be
+    at most 5 %: 2.5 % for support, which needs all 95 % intervals above; 2.5 % for contradiction, for which intervals
+    hold jointly (Bonferroni). Student's t gives that for normal errors, Welch's about (benchmarks/results/verdicts.md).
 
     Args:
         contrasts: of the claim.

@@ -105,7 +105,7 @@ def reverse() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("groups", [WITH_UNTRAINED, SEEDS, SEEDS | {"u": "untrained"}])
+@pytest.mark.parametrize("groups", [WITH_UNTRAINED, SEEDS, SEEDS | {"u0": "untrained", "u1": "untrained"}])
 class TestOfThreeKinds:
     def test_all_is_as_published(self, groups: Groups) -> None:
         assert verdicts(groups, **published()) == ["supports"] * 6
@@ -327,6 +327,44 @@ def test_one_run_speaks_of_itself() -> None:
     assert set(judge(records(WITH_UNTRAINED, **published()), WITH_UNTRAINED)["over"]) == {"images alone"}
 
 
+def over(groups: Groups) -> dict[str, str]:
+    """Of each contrast, what its interval is over, with runs that differ."""
+    frame = records(groups, **published())
+    frame["value"] += 1e-3 * np.random.default_rng(0).normal(size=len(frame))
+    table = judge(frame, groups).dropna(subset="effect")
+    assert table["low"].isna().equals(table["over"].str.contains("needs more runs"))
+    return dict(zip(table["contrast"], table["over"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("groups", "contrast", "expected"),
+    [
+        (
+            {"s0": "SimCLR", "s1": "SimCLR", "t": "Supervised"},
+            "last blocks: nearer to the classes than those of SimCLR",
+            "images, 2 runs of SimCLR; needs more runs of supervised",
+        ),
+        (
+            {"s0": "SimCLR", "s1": "SimCLR", "t": "Supervised", "u": "untrained"},
+            "last blocks: nearer to the classes than those of an untrained network",
+            "images alone; needs more runs of supervised and of untrained",
+        ),
+        (
+            {"s0": "SimCLR", "s1": "SimCLR", "t": "Supervised"},
+            "intermediate blocks: nearer to the classes than the first ones",
+            "images, 2 runs of SimCLR",
+        ),
+        (  # the claim is about supervised networks; the one of SimCLR lends its views
+            {"s": "SimCLR", "t0": "Supervised", "t1": "Supervised"},
+            f"from first to last blocks: invariance grows by less than {GAIN}",
+            "images, 2 runs of supervised",
+        ),
+    ],
+)
+def test_a_single_run_beside_several_stands_for_no_method(groups: Groups, contrast: str, expected: str) -> None:
+    assert over(groups)[contrast] == expected
+
+
 def test_runs_that_differ_more_than_the_effect_leave_it_undecided() -> None:
     frame = records(SEEDS, **published())
     frame.loc[(frame["metric"] == "class_cka") & (frame["model"] == "s0"), "value"] += 0.6
@@ -354,6 +392,7 @@ simulate = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "verdic
 
 
 ALONE, ONE_EACH, THREE_EACH = {"s": 1, "t": 1}, {"s": 1, "t": 1, "u": 1}, {"s": 3, "t": 3, "u": 3}
+UNEQUAL = [{"s": 5, "t": 1}, {"s": 5, "t": 1, "u": 1}, {"s": 1, "t": 3, "u": 1}, {"s": 5, "t": 5, "u": 1}]
 
 
 @pytest.mark.parametrize(
@@ -362,6 +401,7 @@ ALONE, ONE_EACH, THREE_EACH = {"s": 1, "t": 1}, {"s": 1, "t": 1, "u": 1}, {"s": 
         (ALONE, 0.2, 0.0, 0.0),
         *((ONE_EACH, 0.2, 0.0, baseline) for baseline in (0.0, 2.0)),
         *((THREE_EACH, 0.1, 0.5, baseline) for baseline in (0.0, 2.0)),
+        *((runs, 0.1, 0.5, 0.0) for runs in UNEQUAL),
     ],
 )
 def test_where_there_is_nothing_a_verdict_is_rare(
@@ -373,5 +413,5 @@ def test_where_there_is_nothing_a_verdict_is_rare(
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_where_there_is_something_it_is_found(sign: int) -> None:
-    found = simulate(20, {"s": 3, "t": 3, "u": 1}, sign * 0.15, sign * 0.15, 0.004, 0.02)
+    found = simulate(20, THREE_EACH, sign * 0.15, sign * 0.15, 0.004, 0.02)
     assert found["supports" if sign > 0 else "contradicts"].min() > 0.8
