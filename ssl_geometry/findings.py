@@ -83,8 +83,8 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str
 
     Returns:
         One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken
-        (and which kind of network needs more runs for there to be one), the baseline, and the verdict on the claim. Claims whose
-        networks or layers are not there are left out.
+        (and which kind of network needs more runs for there to be one), the baseline, and the verdict on the claim.
+        Claims whose networks or layers are not there are left out.
     """
     rows = _Rows(frame, groups, labels)
     return _decided(rows, _plan(rows))
