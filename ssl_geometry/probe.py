@@ -42,6 +42,7 @@ from ssl_geometry.data.datasets import stratified
 from ssl_geometry.devices import out_of_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
+from ssl_geometry.geometry.neighbors import RANKING
 from ssl_geometry.geometry.probes import (
     FEW,
     L2,
@@ -462,7 +463,7 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
     """For each evaluation, all that changes its numbers."""
     chosen = {
         "layers": {"l2": list(L2)},
-        "knn": {"similarity": "cosine, float64 where float32 cannot rank", "k": options.k, "temperature": 0.07},
+        "knn": {"similarity": f"cosine, {RANKING}", "k": options.k, "temperature": 0.07},
         "linear": {
             "epochs": options.linear_epochs,
             "batch": data.batch_size,

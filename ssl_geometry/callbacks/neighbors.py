@@ -20,6 +20,7 @@ from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.neighbors import RANKING
 from ssl_geometry.geometry.overlap import jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import LayerNeighbors
@@ -264,6 +265,7 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
     return Protocol(
         {
             "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
+            "nearest": f"cosine, {RANKING}",
             "nnk": "posed in the differences between a query and its candidates",
             "pooling": "average over space",
             "network": f"evaluation mode, {network.dtype}",

@@ -1,8 +1,8 @@
 """Exact search: the k nearest of all points, by whichever of FAISS and torch is the faster.
 
 Protocol: points are float32 and so are their products, TF32 and autocast off. Whatever float32 products cannot order is
-ordered by float64 differences, equal points by their ids. So all backends give the same neighbours, and which one ran
-is no part of a protocol.
+ordered by float64 differences of the rows that the points were rounded from, and what differs by float64's rounding
+alone by ids. So all backends give the same neighbours, and which one ran is no part of a protocol.
 
 FAISS is imported here and nowhere else, with the kernels of this CPU.
 """
@@ -12,6 +12,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,11 @@ from threadpoolctl import threadpool_info
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.duplicates import row_blocks
 from ssl_geometry.geometry.precision import full_float32
 
 __all__ = [
+    "Rows",
     "backend",
     "exact_search",
     "faiss",
@@ -47,6 +50,8 @@ ERROR = {"cpu": 8.0, "cuda": 32.0}
 On CPUs at most 5.4 was measured, for 2 to 8,192 features (benchmarks/results/neighbors.md). BLAS sums some hundreds of
 products there before it rounds a block; kernels of a GPU may sum all in one row, and are allowed four times as much.
 """
+ROUNDED = 2.0  # in the same units: what a distance changes by where both points are rounded to float32
+TIE = 8 * torch.finfo(torch.float64).eps  # relative difference of float64 distances that is rounding, and no order
 TORCH_FROM_K = 50  # users measured torch's product and top-k ahead of FAISS on CUDA at this k
 PRODUCTS = {"cpu": 2**24, "cuda": 2**27}  # float32 products of one block: 64 and 512 MiB
 GPU_WORKSPACE = 2**28  # bytes that FAISS keeps on each GPU that it searched on; it would take 1.5 GB
@@ -149,8 +154,41 @@ def gpu_resources(device: int) -> Any:
     return resources
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Points before they are rounded to float32: rows, divided, and for products moved by a center."""
+
+    features: Float[Tensor, "N D"]
+    divisor: float | None = 1.0
+    """A power of two; None divides every row by its length."""
+    center: Float[Tensor, " D"] | None = None
+    """float64."""
+
+    def __getitem__(self, rows: Int64[Tensor, " n"]) -> "Rows":
+        return replace(self, features=self.features[rows])
+
+    def divided(self, rows: Int64[Tensor, " n"] | slice) -> Float[Tensor, "n D"]:
+        """Some rows in float64, not moved: equal differences of rows stay equal."""
+        some = self.features[rows].to(torch.float64, copy=True)
+        return some.div_(some.norm(dim=1, keepdim=True) if self.divisor is None else self.divisor)
+
+    def centered(self, dtype: torch.dtype) -> Float[Tensor, "N D"]:
+        """All of them, rounded once."""
+        if self.center is None and self.divisor == 1:
+            return self.features.to(dtype).contiguous()
+        points = torch.empty(self.features.shape, dtype=dtype, device=self.features.device)
+        for part in row_blocks(self.features):
+            points[part] = self.divided(part).sub_(0 if self.center is None else self.center)
+        return points
+
+
 def exact_search(
-    queries: Float[Tensor, "N D"], points: Float[Tensor, "M D"], k: int, *, inner: bool = False
+    queries: Float[Tensor, "N D"],
+    points: Float[Tensor, "M D"],
+    k: int,
+    *,
+    inner: bool = False,
+    rows: tuple[Rows, Rows] | None = None,
 ) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"]]:
     """The k nearest points of every query, of equally near ones the smaller id first.
 
@@ -159,6 +197,7 @@ def exact_search(
         points: float32, of about the lengths of the queries.
         k: neighbours, at most M.
         inner: whether by the largest inner product, and not by the smallest squared distance.
+        rows: what queries and points are rounded from, which decides where float32 cannot; themselves by default.
 
     Returns:
         Squared distances or inner products, float32, and ids.
@@ -170,7 +209,8 @@ def exact_search(
     n = min(k + SPARE, len(points))
     search = {"faiss": _by_faiss, "faiss-gpu": _by_faiss_gpu, "torch": _by_torch}[backend(points.device, k)]
     values, ids = search(queries, points, n, inner)
-    values, ids = _settle(queries, points, -values if inner else values, ids, k, inner)
+    rows = rows or (Rows(queries), Rows(points))
+    values, ids = _settle(queries, points, rows, -values if inner else values, ids, k, inner)
     return (-values if inner else values)[:, :k], ids[:, :k]
 
 
@@ -214,7 +254,9 @@ def faiss_threads() -> Iterator[None]:
 # -- what float32 cannot order -----------------------------------------------------------------------------------------
 
 
-def _settle(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
+def _settle(
+    queries: Tensor, points: Tensor, rows: tuple[Rows, Rows], values: Tensor, ids: Tensor, k: int, inner: bool
+) -> tuple[Tensor, Tensor]:
     """Lists (values, the smallest first, and ids) in the order that float64 gives.
 
     An entry is computed again where the next one is within the errors of both, or where it is too near for float32 to
@@ -222,7 +264,7 @@ def _settle(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor, k: int
     """
     others = _squares(points)
     squares = (others if queries is points else _squares(queries))[:, None]
-    eps = ERROR.get(points.device.type, ERROR["cpu"]) * torch.finfo(torch.float32).eps
+    eps = (ERROR.get(points.device.type, ERROR["cpu"]) + ROUNDED) * torch.finfo(torch.float32).eps
     if inner:
         error = eps * (squares * others.max()).sqrt()
         beyond = error[:, 0]
@@ -236,44 +278,71 @@ def _settle(queries: Tensor, points: Tensor, values: Tensor, ids: Tensor, k: int
         unsure[:, 1:] |= values[:, 1:] < NEAR * squares
     if len(others) > values.shape[1]:
         searched = (values[:, -1] - values[:, k - 1] <= error[:, k - 1] + beyond).nonzero()[:, 0]
-        ids[searched] = _ids_in_float64(queries[searched], points, ids.shape[1], inner)
-        unsure[searched] = True
-    rows = unsure.any(1).nonzero()[:, 0]
-    if not len(rows):
+        if len(searched):
+            ids[searched] = _ids_in_float64(rows[0][searched], rows[1], ids.shape[1], inner)
+            unsure[searched] = True
+    lists = unsure.any(1).nonzero()[:, 0]
+    if not len(lists):
         return values, ids
-    lists, wide = ids[rows], values[rows].double()
-    row, column = unsure[rows].nonzero(as_tuple=True)
-    wide[row, column] = _distances_in_float64(queries, points, rows[row], lists[row, column], inner)
-    order = lists.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds equal distances
-    order = order.gather(1, wide.gather(1, order).argsort(dim=1, stable=True))
-    values[rows], ids[rows] = wide.gather(1, order).to(values.dtype), lists.gather(1, order)
+    near, wide = ids[lists], values[lists].double()
+    row, column = unsure[lists].nonzero(as_tuple=True)
+    wide[row, column] = _distances_in_float64(rows, lists[row], near[row, column], inner)
+    wide, order = wide.sort(dim=1)
+    near = near.gather(1, order)
+    scale = (squares[lists].double() * others.max()).sqrt() if inner else None
+    apart = wide.diff(dim=1) > _tie(wide[:, 1:], rows[0].divisor is None, scale)
+    group = F.pad(apart.cumsum(1), (1, 0))
+    order = near.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds equal distances
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+    values[lists], ids[lists] = wide.gather(1, order).to(values.dtype), near.gather(1, order)
     return values, ids
 
 
-def _ids_in_float64(queries: Tensor, points: Tensor, n: int, inner: bool) -> Int64[Tensor, "N n"]:
-    """The n nearest, in the order of their ids; of equally near ones the smaller ids."""
-    if not len(queries):
-        return torch.empty(0, n, dtype=torch.int64, device=points.device)
-    wide = points.double()
-    half = wide.new_zeros(()) if inner else wide.square().sum(1) / 2
+def _tie(values: Tensor, unit: bool, products: Tensor | None = None) -> Tensor:
+    """What float64 rounds in differences: of squares their last digits, and those of entries that were divided."""
+    if products is not None:
+        return TIE * products
+    return TIE * (values + values.clamp_min(0).sqrt() if unit else values)
+
+
+def _ids_in_float64(queries: Rows, points: Rows, n: int, inner: bool) -> Int64[Tensor, "N n"]:
+    """The n nearest, in the order of their ids; of equally near ones the smaller ids.
+
+    By float64 products; where these have too few digits (the n-th is near), the points that they cannot tell from the
+    n-th are told by differences.
+    """
+    wide, asked = points.centered(torch.float64), queries.centered(torch.float64)
+    others, squares = wide.square().sum(1), asked.square().sum(1, keepdim=True)
+    eps = ERROR.get(wide.device.type, ERROR["cpu"]) * torch.finfo(torch.float64).eps
     found = []
-    for part in queries.split(max(1, PRODUCTS["cpu"] // 2 // len(points))):
-        far = torch.addmm(half, part.double(), wide.T, alpha=-1)
+    step = max(1, PRODUCTS["cpu"] // 2 // len(wide))
+    for start in range(0, len(asked), step):
+        part, square = asked[start : start + step], squares[start : start + step]
+        far = -(part @ wide.T) if inner else torch.addmm(others, part, wide.T, alpha=-2).add_(square)
         last = far.topk(n, dim=1, largest=False).values[:, -1:]
-        nearer, equal = far < last, far == last
+        tie = 2 * eps * ((square * others.max()).sqrt() if inner else 3 * square + 2 * last.clamp_min(0))
+        if not inner:
+            near = last < NEAR * square
+            row, other = (near & ((far - last).abs() <= tie)).nonzero(as_tuple=True)
+            if len(row):
+                far[row, other] = _distances_in_float64((queries, points), row + start, other, inner)
+                last = far.topk(n, dim=1, largest=False).values[:, -1:]
+                tie = torch.where(near, _tie(last, points.divisor is None), tie)
+        nearer, equal = far < last - tie, (far - last).abs() <= tie
         chosen = nearer | (equal & (equal.cumsum(1) <= n - nearer.sum(1, keepdim=True)))
         found.append(chosen.nonzero()[:, 1].view(-1, n))
     return torch.cat(found)
 
 
 def _distances_in_float64(
-    queries: Tensor, points: Tensor, rows: Tensor, ids: Tensor, inner: bool
+    points: tuple[Rows, Rows], rows: Int64[Tensor, " P"], ids: Int64[Tensor, " P"], inner: bool
 ) -> Float[Tensor, " P"]:
     """Squared distances, or the negated inner products, of pairs."""
+    queries, others = points
     found = []
-    step = max(1, (2**24 if queries.is_cuda else 2**15) // queries.shape[1])
+    step = max(1, (2**24 if rows.is_cuda else 2**15) // queries.features.shape[1])
     for row, other in zip(rows.split(step), ids.split(step), strict=True):
-        x, y = queries[row].double(), points[other].double()
+        x, y = queries.divided(row), others.divided(other)
         found.append(-(x * y).sum(1) if inner else (x - y).square_().sum(1))
     return torch.cat(found)
 

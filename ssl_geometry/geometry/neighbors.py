@@ -3,8 +3,9 @@
 Protocol: the image itself and exact copies of it are no neighbours, and of equal points the first stands for all.
 Cosine similarity is searched, and told, as the distance of unit vectors, and all points are moved by the mean of the
 queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours that
-float32 products cannot rank (classes collapsed onto their means) are ranked in float64; of equally near points the
-smaller id is first. The exact search runs where the features are; see :mod:`ssl_geometry.geometry.exact`.
+float32 products cannot rank (classes collapsed onto their means) are ranked by float64 differences of the features as
+they are given; of points of one block that are equally near, up to float64's rounding, the smaller id is first. The
+exact search runs where the features are; see :mod:`ssl_geometry.geometry.exact`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_geometry.geometry.duplicates import first_rows, row_blocks, row_keys
-from ssl_geometry.geometry.exact import NEAR, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
+from ssl_geometry.geometry.exact import NEAR, Rows, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
 
 Metric = Literal["cosine", "inner", "l2"]
 Index = Literal["auto", "exact", "ivf", "hnsw", "cagra"]
 
+RANKING = "float64 differences of the features where float32 cannot rank, ties by number"
+"""How neighbours are ranked, for protocols."""
 EXACT_ROWS = 200_000  # "auto" searches larger banks on a CPU approximately
 SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate search
 LINKS = 32  # of a point in an HNSW graph
@@ -54,7 +57,7 @@ def nearest(
         bank: where to search; several blocks of a bank that is larger than memory, one after another, from any device;
             None searches among the queries, each without itself.
         k: neighbours.
-        metric: "cosine", "inner" (product) or "l2".
+        metric: "cosine", "inner" (product) or "l2" (whose values are squared distances).
         index: "exact", "ivf" (inverted lists) or "hnsw" (a graph), both on the CPU, "cagra" (a graph on a CUDA device;
             needs faiss-gpu-cuvs), or "auto": exact but for banks of more than 200,000 rows on a CPU, which take ivf.
         duplicates: whether points that are equal are all neighbours, copies of the query among them. By default one
@@ -96,21 +99,23 @@ def nearest(
     divisors = lengths if metric == "cosine" else torch.full_like(lengths, scale)
     center = None if metric == "inner" else _mean(features, divisors)
     divisor = None if metric == "cosine" else scale
-    queries = _points(features, divisor, center)
+    original = Rows(features, divisor, center)
+    queries = original.centered(torch.float32)
     # Points of the same key are the same point: of equal bits, or of the same number where copies count.
     number = torch.arange(len(features), device=features.device)
     keys = (number if itself else -1 - number) if duplicates else row_keys(features)
     found, first, seen = None, 0, keys[:0]
     for block in blocks:
-        points, block_keys = queries, keys
+        points, raw, block_keys = queries, original, keys
         if not itself:
             block = block.to(features)
             _lengths(block, metric, "bank", features.shape[1])
-            points = _points(block, divisor, center)
+            raw = Rows(block, divisor, center)
+            points = raw.centered(torch.float32)
             block_keys = torch.arange(first, first + len(block), device=block.device) if duplicates else row_keys(block)
         rows = first_rows(block_keys, seen)
         if len(rows):
-            some = _others(queries, keys, points, block_keys, rows, k, metric, index)
+            some = _others((queries, points), (original, raw), keys, block_keys, rows, k, metric, index)
             some = some._replace(ids=torch.where(some.ids < 0, -1, some.ids + first))
             found = some if found is None else merge([found, some], k, metric == "inner")
         seen = torch.cat([seen, block_keys[rows]])
@@ -129,7 +134,8 @@ def merge(parts: Sequence[Neighbors], k: int, largest: bool = False) -> Neighbor
         largest: whether large values are near (inner product) or small ones (cosine, l2).
 
     Returns:
-        The merged lists, of equally near points the smaller id first; the recall is the lowest of the parts'.
+        The merged lists, by values as they are (float32), of equal ones the smaller id first; the recall is the lowest
+        of the parts'.
 
     Example:
         >>> a = Neighbors(torch.tensor([[0, 1]]), torch.tensor([[0.1, 0.9]]))
@@ -166,31 +172,32 @@ def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[T
 
 
 def _mean(features: Tensor, divisors: Tensor) -> Float[Tensor, " D"]:
-    """About the mean. Any shift leaves distances as they are; this one leaves most digits to the differences."""
-    return (features.T @ (1 / divisors[:, 0]).to(features.dtype)).double() / len(features)
-
-
-def _points(features: Tensor, divisor: float | None, center: Tensor | None) -> Float[Tensor, "N D"]:
-    """The points to search: float32, lengths (where no divisor is given) and differences taken in float64."""
-    if center is None:
-        return features.float().contiguous()
-    points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
+    """The mean, in float64. Any shift leaves distances as they are; this one leaves most digits to the differences."""
+    weights = 1 / divisors[:, 0].double()
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for part in row_blocks(features):
-        rows = features[part].to(torch.float64, copy=True)
-        points[part] = rows.div_(rows.norm(dim=1, keepdim=True) if divisor is None else divisor).sub_(center)
-    return points
+        total += weights[part] @ features[part].double()
+    return total / len(features)
 
 
 def _others(
-    queries: Tensor, keys: Tensor, bank: Tensor, bank_keys: Tensor, rows: Tensor, k: int, metric: Metric, index: Index
+    both: tuple[Tensor, Tensor],
+    originals: tuple[Rows, Rows],
+    keys: Tensor,
+    bank_keys: Tensor,
+    rows: Tensor,
+    k: int,
+    metric: Metric,
+    index: Index,
 ) -> Neighbors:
     """The k nearest of some rows of a bank, not the query itself; -1 and NaN where they run out."""
-    points = bank[rows] if len(rows) < len(bank) else bank
+    (queries, bank), (asked, known_rows) = both, originals
+    points, raw = (bank[rows], known_rows[rows]) if len(rows) < len(bank) else (bank, known_rows)
     if index == "auto":
         index = "exact" if points.is_cuda or len(points) <= EXACT_ROWS else "ivf"
     n = min(k + 1, len(points))
     if index == "exact":
-        values, ids = exact_search(queries, points, n, inner=metric == "inner")
+        values, ids = exact_search(queries, points, n, inner=metric == "inner", rows=(asked, raw))
     else:
         values, ids = _approximate(queries, points, n, metric, index)
     if n <= k:
@@ -204,12 +211,14 @@ def _others(
     missing = ids < 0
     if metric != "inner":  # the nearest may be too near for float32 products where no other is
         near = (values[:, 0] < NEAR * torch.linalg.vector_norm(queries, dim=1).square()).nonzero()[:, 0]
-        values[near, 0] = (queries[near].double() - points[ids[near, 0]]).square().sum(1).to(values.dtype)
+        apart = asked.divided(near) - raw.divided(ids[near, 0])
+        values[near, 0] = apart.square_().sum(1).to(values.dtype)
     found = Neighbors(rows[ids].masked_fill_(missing, -1), values.masked_fill_(missing, torch.nan))
     if index == "exact":
         return found
     sample = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(ids.device)
-    true = _others(queries[sample], keys[sample], bank, bank_keys, rows, k, metric, "exact").ids
+    some = (queries[sample], bank), (asked[sample], known_rows)
+    true = _others(*some, keys[sample], bank_keys, rows, k, metric, "exact").ids
     hits = (true[:, :, None] == found.ids[sample, None]).any(2)
     return found._replace(recall=float(hits[true >= 0].double().mean()))  # NaN where nobody has a neighbour
 

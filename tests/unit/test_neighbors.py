@@ -92,6 +92,65 @@ def test_of_equally_near_points_the_smaller_id_comes_first(width: int, k: int) -
     assert torch.equal(nearest(points, k=k, metric="l2").ids, distances.sort(stable=True).indices[:, :k])
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_the_corners_of_a_simplex_are_equally_near(metric: str) -> None:
+    found = nearest(torch.eye(100), k=10, metric=metric).ids  # type: ignore[arg-type]
+    expected = [[other for other in range(11) if other != row][:10] for row in range(100)]
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
+@pytest.mark.parametrize("width", [12, 64])
+def test_ties_do_not_depend_on_the_other_queries(width: int, metric: str) -> None:
+    """Bits: most distances are equal, though unit vectors of bits are rounded in float64 too."""
+    queries, bank = ((cloud(n, width, n) > 0).double() for n in (40, 500))
+    queries[:, 0] = bank[:, 0] = 1
+    together = nearest(queries, bank, k=20, metric=metric, duplicates=True).ids  # type: ignore[arg-type]
+    alone = [nearest(row[None], bank, k=20, metric=metric, duplicates=True).ids for row in queries]  # type: ignore[arg-type]
+    assert torch.equal(together, torch.cat(alone))
+    far = {
+        "cosine": -(F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).mul(1e12).round(),
+        "l2": (queries[:, None] - bank).square().sum(2),
+        "inner": -(queries @ bank.T),
+    }[metric]
+    assert torch.equal(together, far.sort(dim=1, stable=True).indices[:, :20])
+
+
+def test_equal_distances_of_a_grid_that_no_centre_fits() -> None:
+    points = (3 * cloud(400, 4, 3)).round().unique(dim=0)  # whose mean is no number of float32
+    points = 1000 + points[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))]
+    distances = (points[:, None] - points).square().sum(2).fill_diagonal_(torch.inf)
+    found = nearest(points, k=20, metric="l2")
+    assert torch.equal(found.ids, distances.sort(stable=True).indices[:, :20])
+    torch.testing.assert_close(found.values, distances.gather(1, found.ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_collapsed_classes_have_the_neighbours_of_float64(spread: float, metric: str) -> None:
+    """What points lose where they are rounded to float32 must not decide."""
+    points = cloud(10, 64, 0)[torch.arange(500) % 10] + spread * cloud(500, 64, 1)
+    exact = F.normalize(points.double(), dim=1) if metric == "cosine" else points.double()
+    distances = torch.stack([(row - exact).square().sum(1) for row in exact]).fill_diagonal_(torch.inf)
+    found = nearest(points, k=10, metric=metric)  # type: ignore[arg-type]
+    assert torch.equal(found.ids, distances.sort(stable=True).indices[:, :10])
+
+
+@pytest.mark.parametrize("tiny", [1e-37, 1e-39, 1e-42])
+def test_a_query_of_subnormal_length_takes_no_neighbours_from_others(tiny: float) -> None:
+    bank, queries = cloud(60, 8, 16), cloud(20, 8, 17)
+    expected = nearest(queries, bank, k=5).ids
+    direction = torch.zeros(8, dtype=torch.float64)
+    direction[3] = 1
+    queries[7] = tiny * direction
+    found = nearest(queries, bank, k=5)
+    others = torch.arange(20) != 7
+    assert torch.equal(found.ids[others], expected[others])
+    along = F.normalize(bank.double(), dim=1)[:, 3].topk(5).indices
+    assert torch.equal(found.ids[7], along)
+    assert bool(found.values.isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
 def test_the_layout_of_features_does_not_matter_and_they_stay_as_they_are(dtype: torch.dtype, metric: str) -> None:
