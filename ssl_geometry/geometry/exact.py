@@ -164,7 +164,7 @@ class Rows:
     center: Float[Tensor, " D"] | None = None
     """float64."""
 
-    def __getitem__(self, rows: Int64[Tensor, " n"]) -> "Rows":
+    def __getitem__(self, rows: Int64[Tensor, " n"] | slice) -> "Rows":
         return replace(self, features=self.features[rows])
 
     def divided(self, rows: Int64[Tensor, " n"] | slice) -> Float[Tensor, "n D"]:
@@ -311,13 +311,14 @@ def _ids_in_float64(queries: Rows, points: Rows, n: int, inner: bool) -> Int64[T
     By float64 products; where these have too few digits (the n-th is near), the points that they cannot tell from the
     n-th are told by differences.
     """
-    wide, asked = points.centered(torch.float64), queries.centered(torch.float64)
-    others, squares = wide.square().sum(1), asked.square().sum(1, keepdim=True)
+    wide = points.centered(torch.float64)
+    others = wide.square().sum(1)
     eps = ERROR.get(wide.device.type, ERROR["cpu"]) * torch.finfo(torch.float64).eps
     found = []
     step = max(1, PRODUCTS["cpu"] // 2 // len(wide))
-    for start in range(0, len(asked), step):
-        part, square = asked[start : start + step], squares[start : start + step]
+    for start in range(0, len(queries.features), step):
+        part = queries[slice(start, start + step)].centered(torch.float64)
+        square = part.square().sum(1, keepdim=True)
         far = -(part @ wide.T) if inner else torch.addmm(others, part, wide.T, alpha=-2).add_(square)
         last = far.topk(n, dim=1, largest=False).values[:, -1:]
         tie = 2 * eps * ((square * others.max()).sqrt() if inner else 3 * square + 2 * last.clamp_min(0))
