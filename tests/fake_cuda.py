@@ -495,9 +495,10 @@ def _line() -> str:
     frame, library = sys._getframe(1), ""
     while frame is not None:
         file, line = frame.f_code.co_filename, frame.f_lineno
-        if file.startswith(ROOT) and file != HERE:
+        installed = "/site-packages/" in file  # also where the environment lies inside the project
+        if file.startswith(ROOT) and file != HERE and not installed:
             return f"{library}{file.removeprefix(ROOT)[1:]}:{line}"
-        if "/site-packages/" in file and "/site-packages/torch/" not in file and not library:
+        if installed and "/site-packages/torch/" not in file and not library:
             library = f"{file.rpartition('/site-packages/')[2]}:{line} < "
         frame = frame.f_back  # type: ignore[assignment]
     return library

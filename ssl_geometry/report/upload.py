@@ -128,6 +128,7 @@ def upload(directory: Path, project: str | None, tell: Callable[[Iterable[Any]],
             row = {name: moment.draw(name) for name in names}
             run.log({**row, "epoch": float(moment.epoch), wandb_files.STEP: moment.step})
             count += len(names)
+    wandb.teardown()  # the end of `run` does not wait for the last block of its file, which a second upload reads
     return count
 
 
