@@ -73,7 +73,7 @@ class Method(L.LightningModule):
             ...), either one with options ({simclr: {strength: 1.0}}), or a list of these.
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images; scaled linearly with the global batch.
-        weight_decay: not applied to biases and normalisation layers.
+        weight_decay: not applied to biases, normalisation layers, class tokens and position embeddings.
         momentum: of lars and sgd.
         warmup_epochs: epochs in which the learning rate rises linearly, before the cosine to zero.
         channels_last: keep convolutions in the channels-last memory format.
@@ -281,18 +281,36 @@ class Method(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser trains, in groups with options of their own; a method may give others.
+
+        Returns:
+            Two groups: with the weight decay of the options, and without. Without are vectors and scalars (biases,
+            normalisation), and what a module names itself by timm's convention, ``no_weight_decay()``: class tokens,
+            position embeddings, tables of relative positions.
+        """
+        spared = {
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.named_modules()
+            if callable(names := getattr(module, "no_weight_decay", None))
+            for name in names()
+        }
+        decayed, others = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (others if parameter.ndim < 2 or name in spared else decayed).append(parameter)
+        return [
+            {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
     def build_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """The chosen optimiser over this method's parameters; vectors and scalars have no weight decay.
+        """The chosen optimiser over :meth:`parameter_groups`.
 
         Args:
             lr: learning rate, as the optimiser takes it.
         """
-        hparams = self.hparams
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": hparams["weight_decay"]},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        hparams, groups = self.hparams, self.parameter_groups()
         match hparams["optimizer"]:
             case "lars":
                 return LARS(groups, lr=lr, momentum=hparams["momentum"])

@@ -23,7 +23,7 @@ class SimCLR(Method):
         augment: how both views are made.
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images.
-        weight_decay: not applied to biases and normalisation layers.
+        weight_decay: not applied to biases, normalisation layers, class tokens and position embeddings.
 
     References:
         Chen et al., *A simple framework for contrastive learning of visual representations*, 2020.

@@ -19,7 +19,7 @@ class Supervised(Method):
         augment: how the images are augmented.
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images.
-        weight_decay: not applied to biases and normalisation layers.
+        weight_decay: not applied to biases, normalisation layers, class tokens and position embeddings.
     """
 
     learns_from_labels = True
