@@ -7,9 +7,12 @@ shorter side is resized (bilinear, antialiased) and the middle is cut out. Which
 depends on a run's seed. A picture's ``index`` is its place in the split on disk, whatever subset is used.
 """
 
+import csv
 import inspect
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +32,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
 
 from ssl_geometry.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}
 NAMES = [*TORCHVISION, "digits", "imagenet"]
@@ -397,14 +402,27 @@ def _files(path: Path, option: str, size: int | None, classes: list[str] | None 
     present = _subfolders(path)
     classes = classes or present
 
-    def is_picture(file: str) -> bool:
-        return file.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(file).startswith(".")
+    others: Counter[str] = Counter()
+
+    def is_image(file: str) -> bool:
+        name = os.path.basename(file).lower()
+        if name.startswith("."):
+            return False
+        if not name.endswith(IMG_EXTENSIONS):
+            others[os.path.splitext(name)[1] or "without a suffix"] += 1
+        return name.endswith(IMG_EXTENSIONS)
 
     samples = (
-        make_dataset(path, {name: i for i, name in enumerate(classes)}, is_valid_file=is_picture, allow_empty=True)
+        make_dataset(path, {name: i for i, name in enumerate(classes)}, is_valid_file=is_image, allow_empty=True)
         if classes
         else []
     )
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+        logger.warning(
+            f"{option} {path}: left out {others.total()} files of other types ({kinds}{', …' * (len(others) > 5)}); "
+            f"images are *{{{','.join(IMG_EXTENSIONS)}}}"
+        )
     labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
     empty = sorted(set(present) - {classes[label] for label in labels.unique().tolist()})
     if not samples or empty:
@@ -431,17 +449,26 @@ def _listed_splits(path: Path, option: str, size: int | None) -> tuple[Images, I
 def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str]]:
     """The pictures of a folder that ``labels.csv`` names, each with as many classes as it shows."""
     try:
+        with (path / LIST).open(newline="", encoding="utf-8-sig") as file:
+            columns = next(csv.reader(file), [])  # pandas renames the second of two that are alike
         table = pd.read_csv(path / LIST, dtype={"file": str}, keep_default_na=False)
-    except ValueError as error:  # empty, ragged, not UTF-8
+    except (OSError, ValueError) as error:  # empty, ragged, not UTF-8
         raise UserError(f"{option} {path / LIST}: cannot be read as a table ({_line(error)})") from error
     classes = [str(name) for name in table.columns if name != "file"]
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise UserError(f"{option} {path / LIST}: the column {twice[0]!r} stands there twice; keep one")
     if "file" not in table or not classes or not table[classes].isin([0, 1]).all(axis=None):
         raise UserError(f"{option} {path / LIST}: expected a column `file` and a column of 0 and 1 for each class")
-    missing = [name for name in table["file"] if not (path / name).is_file()]
+    names = table["file"]
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{option} {path / LIST}: {outside[0]} lies outside {path}; files are named from that folder")
+    if names.duplicated().any():
+        raise UserError(f"{option} {path / LIST}: {names[names.duplicated()].iloc[0]} stands there twice; keep one row")
+    missing = [name for name in names if not (path / name).is_file()]
     if missing or table.empty:
         raise UserError(f"{option} {path / LIST}: {len(missing)} of {len(table)} pictures are not there: {missing[:1]}")
     labels = torch.from_numpy(table[classes].to_numpy(np.int64))
-    return Images(labels, Files([str(path / name) for name in table["file"]]), size), classes
+    return Images(labels, Files([str(path / name) for name in names]), size), classes
 
 
 def _subfolders(path: Path) -> list[str]:

@@ -100,32 +100,42 @@ class RecordStore:
             else:
                 path.unlink()
 
-    def read(self) -> pd.DataFrame:
+    def read(self, strict: bool = False) -> pd.DataFrame:
         """All rows, in the order of epochs and steps.
 
+        Args:
+            strict: refuse to read at all where a part is damaged; else it is left out, with a warning that names it.
+
         Raises:
-            UserError: a part that is no Parquet file of this schema.
+            UserError: with ``strict``, a part that is no Parquet file of this schema.
         """
-        table = self._table()
+        table = self._table(strict)
         if not len(table):
             return pd.DataFrame(columns=COLUMNS)
         return table.to_pandas().sort_values(["epoch", "step"], kind="stable", ignore_index=True)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows as they were written, in the order of epochs and steps."""
-        return sorted(self._table().to_pylist(), key=lambda row: (row["epoch"] or 0, row["step"] or 0))
+        """All rows as they were written, in the order of epochs and steps, without damaged parts (with a warning)."""
+        return sorted(self._table(strict=False).to_pylist(), key=lambda row: (row["epoch"] or 0, row["step"] or 0))
 
-    def _table(self) -> pa.Table:
-        parts = sorted(self.directory.glob("**/*.parquet"))
-        return pa.concat_tables([SCHEMA.empty_table(), *(_read_whole(part) for part in parts)])
+    def _table(self, strict: bool) -> pa.Table:
+        tables = [SCHEMA.empty_table()]
+        for part in sorted(self.directory.glob("**/*.parquet")):
+            try:
+                tables.append(_read_whole(part))
+            except UserError as damaged:
+                if strict:
+                    raise
+                logger.warning(f"left out: {damaged}")
+        return pa.concat_tables(tables)
 
 
 def _read_whole(part: Path) -> pa.Table:
     try:
         return pq.read_table(part, schema=SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{part}: no whole part of records ({reason}); remove it, or copy it anew") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{part}: damaged ({reason}); remove it, or copy it again") from error
 
 
 def _write_text(text: str, path: Path) -> None:
@@ -172,22 +182,24 @@ def copy_whole(source: Path, target: Path) -> None:
     write_whole(target, write)
 
 
-def read_records(*runs: str | Path) -> pd.DataFrame:
+def read_records(*runs: str | Path, strict: bool = False) -> pd.DataFrame:
     """The records of several run directories in one frame, for pictures and tables.
 
     Args:
         runs: run directories (each holds ``records/``).
+        strict: refuse to read at all where a part is damaged; else it is left out, with a warning that names it.
 
     Returns:
         One row a number, with the columns of :data:`ssl_geometry.records.SCHEMA`.
 
     Raises:
         FileNotFoundError: a run without records.
+        UserError: with ``strict``, a part that is no Parquet file of this schema.
     """
     frames = []
     for run in runs:
         directory = Path(run) / "records"
         if not directory.is_dir():
             raise FileNotFoundError(f"{run}: no records here (expected the folder {directory})")
-        frames.append(RecordStore(directory).read())
+        frames.append(RecordStore(directory).read(strict))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)

@@ -49,17 +49,20 @@ def report(args: Sequence[str]) -> Any:
     parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
     parser.add_argument("--to-wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
     parser.add_argument("--project", type=str | None, help="W&B project (default: the run's own)")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a run of which a part is damaged, instead of showing the rest"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))
     paths = list(dict.fromkeys(Path(path) for path in options.runs))
     console = Console(stderr=True)
     limit = 1e6 * options.max_mb
     if options.to_wandb:
-        return to_wandb(paths, options.project, console)
+        return to_wandb(paths, options.project, console, options.strict)
     if options.serve:
-        return serve(paths, options.host, options.port, limit, console)
+        return serve(paths, options.host, options.port, limit, console, options.strict)
     started = time.perf_counter()
-    page = render(smallest_loss(read(paths, console), limit, console.print))
+    page = render(smallest_loss(read(paths, console, strict=options.strict), limit, console.print))
     out = write_page(options.out, page)
     seconds = time.perf_counter() - started
     plural = "s" * (len(paths) > 1)
@@ -67,17 +70,17 @@ def report(args: Sequence[str]) -> Any:
     return out
 
 
-def read(paths: Sequence[Path], console: Console, empty: bool = False) -> list[RunRecords]:
+def read(paths: Sequence[Path], console: Console, empty: bool = False, strict: bool = False) -> list[RunRecords]:
     """The records of runs, with a bar where there are many."""
-    return [read_run(path, empty) for path in track(paths, "reading", console=console, disable=len(paths) < 5)]
+    return [read_run(path, empty, strict) for path in track(paths, "reading", console=console, disable=len(paths) < 5)]
 
 
-def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Console) -> None:
+def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Console, strict: bool) -> None:
     """Serve the page until Ctrl-C."""
-    read(paths, console, empty=True)  # a mistake is told now, not in the browser
+    read(paths, console, empty=True, strict=strict)  # a mistake is told now, not in the browser
 
     def build() -> bytes:
-        return smallest_loss([read_run(path, empty=True) for path in paths], limit, console.print)
+        return smallest_loss([read_run(path, empty=True, strict=strict) for path in paths], limit, console.print)
 
     with Server(host, port, lambda: [fingerprint(path) for path in paths], build, render) as server:
         print(f"{server.url}  (Ctrl-C ends it)", flush=True)
@@ -87,10 +90,10 @@ def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Co
             print("stopped")
 
 
-def to_wandb(paths: Sequence[Path], project: str | None, console: Console) -> None:
+def to_wandb(paths: Sequence[Path], project: str | None, console: Console, strict: bool) -> None:
     """Send runs to W&B, one after the other."""
     for path in paths:
-        read_run(path)
+        read_run(path, strict=strict)
         sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))
         print(f"{path}: {sent:,} numbers and pictures sent" if sent else f"{path}: W&B has everything already")
 

@@ -53,18 +53,19 @@ class RunRecords:
     protocols: dict[str, Any]
 
 
-def read_run(path: str | Path, empty: bool = False) -> RunRecords:
+def read_run(path: str | Path, empty: bool = False, strict: bool = False) -> RunRecords:
     """Read a run directory, or the results of a command that compares runs.
 
     Args:
         path: holds ``records/``.
         empty: a run that has no records yet is no mistake.
+        strict: a damaged part of the records is one; else it is left out, with a warning that names it.
 
     Returns:
         Its records and what describes it.
 
     Raises:
-        UserError: no such folder, no records in it, or a part that is no Parquet.
+        UserError: no such folder, no records in it, or with ``strict`` a damaged part.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -74,7 +75,10 @@ def read_run(path: str | Path, empty: bool = False) -> RunRecords:
         below = [str(other.parent) for other in directory.glob("*/records")]
         hint = nearest(str(path), below) if below else "runs and comparisons write them under records/"
         raise UserError(f"RUN {path}: no records here; {hint}")
-    return _read(directory, fingerprint(directory))
+    run = _read(directory, fingerprint(directory), strict)
+    if not empty and run.frame.empty:
+        raise UserError(f"RUN {path}: no part of its records can be read; remove them, or copy them again")
+    return run
 
 
 def fingerprint(directory: Path) -> tuple[tuple[str, int, int], ...]:
@@ -89,10 +93,10 @@ def fingerprint(directory: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def _read(directory: Path, seen: tuple[Any, ...]) -> RunRecords:
+def _read(directory: Path, seen: tuple[Any, ...], strict: bool) -> RunRecords:
     config, facts = (_mapping(directory / name) for name in ("config.yaml", "run.json"))
     protocols = {file.stem: _mapping(file) for file in sorted(directory.glob("records/protocols/*.json"))}
-    return RunRecords(directory, RecordStore(directory / "records").read(), flatten(config), facts, protocols)
+    return RunRecords(directory, RecordStore(directory / "records").read(strict), flatten(config), facts, protocols)
 
 
 def _mapping(file: Path) -> dict[str, Any]:

@@ -447,7 +447,7 @@ def test_a_damaged_part_is_told(runs: Path, tmp_path: Path) -> None:
     arguments = ["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}", *SMALL, "--layers=pooled"]
     survey([*arguments, "--manifolds=[semantic]"])
     (tmp_path / "records" / "models" / "simclr.parquet").write_bytes(b"PAR1, then nothing")
-    with pytest.raises(command.UserError, match=r"simclr.parquet: no whole part of records .* remove it"):
+    with pytest.raises(command.UserError, match=r"simclr.parquet: damaged .* remove it"):
         survey([*arguments, "--manifolds=[semantic]"])
 
 

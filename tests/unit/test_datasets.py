@@ -303,6 +303,18 @@ def test_hidden_and_other_files_are_no_pictures(folder):
     assert (len(train), classes) == (8, ["a", "b"])
 
 
+def test_files_of_other_types_are_counted_in_one_line(folder, caplog):
+    for name in ("a.gif", "b.GIF", "notes.txt", "README", ".DS_Store"):
+        (folder / "train" / "a" / name).write_text("x")
+    train, _, _ = load(str(folder))
+    assert len(train) == 8
+    (line,) = caplog.messages
+    assert f"--data.dataset {folder / 'train'}: left out 4 files of other types (2 .gif, 1 " in line
+    assert ".txt" in line
+    assert "1 without a suffix" in line
+    assert "\n" not in line
+
+
 def test_pictures_of_mixed_sizes_need_an_image_size(folder):
     save(folder / "train" / "a" / "0.png", pixels(1, 9, 6)[0])
     save(folder / "train" / "b" / "x.png", pixels(1, 9, 6)[0])
@@ -496,6 +508,12 @@ def test_pictures_of_several_classes_are_listed(several):
         ("file,cat\n0.png,2\n", "0 and 1"),
         ("file,cat\nno.png,1\n", "no.png"),
         ("file,bird,dog\n0.png,1,0\n", "columns"),
+        ("file,cat,cat\n0.png,1,0\n", "the column 'cat' stands there twice"),
+        ("file,cat,dog\n../train/0.png,1,0\n", "../train/0.png lies outside"),
+        ("file,cat,dog\nsub/../../train/0.png,1,0\n", "sub/../../train/0.png lies outside"),
+        ("file,cat,dog\n/etc/hostname,1,0\n", "/etc/hostname lies outside"),
+        ("file,cat,dog\n0.png,1,0\n0.png,0,1\n", "0.png stands there twice"),
+        ("", "cannot be read as a table"),
     ],
 )
 def test_a_list_that_does_not_fit_is_told(several, content, words):

@@ -16,6 +16,7 @@ import yaml
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.records import COLUMNS, Protocol, RecordStore, read_records, record
+from ssl_geometry.report.__main__ import main
 from ssl_geometry.report.models import prediction_scatter
 from ssl_geometry.report.page import EXACT, ROUNDED, pack, read_run, render, smallest_loss, write_page
 from ssl_geometry.report.serve import Server
@@ -168,11 +169,36 @@ class TestMistakes:
         with pytest.raises(UserError, match=r"demo: no records here; .*simclr"):
             read_run(tmp_path / "demo")
 
-    def test_a_part_that_was_cut(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+    def test_a_damaged_part_is_named_and_the_rest_is_shown(
+        self, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run = make_run(tmp_path / "run")
+        whole = read_records(run)
         part = run / "records" / "cka" / "epoch=00001.parquet"
-        part.write_bytes(part.read_bytes()[:100])
-        with pytest.raises(UserError, match=r"cka/epoch=00001.parquet: no whole part of records .*; remove it"):
+        part.write_bytes({"cut": part.read_bytes()[:100], "text": b"no table", "empty": b""}[damage])
+        rest = whole.query("metric != 'cka' or epoch != 1").reset_index(drop=True)
+        assert 0 < len(rest) < len(whole)
+        pd.testing.assert_frame_equal(read_records(run), rest)
+        pd.testing.assert_frame_equal(read_run(run).frame, rest)
+        assert len(RecordStore(run / "records").rows()) == len(rest)
+        line = r"^left out: .*cka/epoch=00001.parquet: damaged \(.*\); remove it, or copy it again$"
+        assert len(caplog.messages) == 3
+        assert all(re.match(line, message) for message in caplog.messages)
+
+        monkeypatch.chdir(tmp_path)
+        main(["run"])
+        assert (tmp_path / "report.html").exists()
+        with pytest.raises(UserError, match=r"cka/epoch=00001.parquet: damaged .*; remove it"):
+            read_records(run, strict=True)
+        with pytest.raises(SystemExit, match="2"):
+            main(["run", "--strict"])
+
+    def test_a_run_of_damaged_parts_alone(self, tmp_path: Path) -> None:
+        run = make_run(tmp_path / "run", epochs=1)
+        for part in run.glob("records/**/*.parquet"):
+            part.write_bytes(b"no table")
+        with pytest.raises(UserError, match=r"RUN .*run: no part of its records can be read"):
             read_run(run)
 
     def test_a_place_that_cannot_be_written_to(self, tmp_path: Path) -> None:
