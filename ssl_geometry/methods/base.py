@@ -295,7 +295,8 @@ class Method(L.LightningModule):
             if callable(names := getattr(module, "no_weight_decay", None))
             for name in names()
         }
-        decayed, others = [], []
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 (others if parameter.ndim < 2 or name in spared else decayed).append(parameter)
