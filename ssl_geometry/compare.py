@@ -30,7 +30,7 @@ from torch import Tensor
 from ssl_geometry.callbacks.cka import GramVector, cka_protocol
 from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_requests, layer_records
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
-from ssl_geometry.cli import networks_parser, parse_networks, run_command
+from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
@@ -43,6 +43,7 @@ from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.networks import networks_parser, parse_networks
 from ssl_geometry.records import Protocol, RecordStore, record
 from ssl_geometry.report.figures import (
     BLOCK,

@@ -76,6 +76,10 @@ TRAINER_DEFAULTS = {
 }
 
 
+class FitParser(Parser, LightningArgumentParser):
+    """Has the options of a method, a data module, monitors and a trainer."""
+
+
 class KeptCheckpoint(ModelCheckpoint):
     """The checkpoints that stay, named by completed epochs as the records are."""
 
@@ -135,7 +139,7 @@ class FitCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_class=Parser,
+            parser_class=FitParser,
             parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
             args=list(args),
         )

@@ -36,7 +36,7 @@ from ssl_geometry.callbacks.probes import (
     probe_protocol,
     probe_rows,
 )
-from ssl_geometry.cli import networks_parser, parse_networks, run_command
+from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
 from ssl_geometry.devices import out_of_memory
@@ -58,6 +58,7 @@ from ssl_geometry.geometry.probes import (
 from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import layer_depths, layer_names
+from ssl_geometry.networks import networks_parser, parse_networks
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import BLOCK, compare_curves, save_figure

@@ -36,7 +36,7 @@ from ssl_geometry.callbacks.neighbors import (
 )
 from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
-from ssl_geometry.cli import networks_parser, parse_networks, run_command
+from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
@@ -52,6 +52,7 @@ from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.models.zoo import TABLE
+from ssl_geometry.networks import networks_parser, parse_networks
 from ssl_geometry.records import Protocol, RecordStore, read_records
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import save_figure

@@ -11,14 +11,12 @@ pictures are finite.
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.errors import Interrupted, UserError, nearest
-from ssl_geometry.models import build_backbone
-from ssl_geometry.models.zoo import TABLE, Checkpoint, cache_folder, cached, fetch, load_checkpoint
+from ssl_geometry.models.zoo import TABLE, Checkpoint, cache_folder, cached, fetch
 
 PROGRAM = "python -m ssl_geometry.zoo"
 
@@ -46,6 +44,11 @@ def check(row: Checkpoint) -> str:
     Raises:
         UserError: what is wrong with it.
     """
+    import torch  # here: a list does not wait for it
+
+    from ssl_geometry.models import build_backbone
+    from ssl_geometry.models.zoo import load_checkpoint
+
     file = fetch(row)
     backbone = build_backbone(row.architecture, image_size=row.image_size).eval()
     loaded = load_checkpoint(backbone, row, file)

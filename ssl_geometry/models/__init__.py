@@ -4,48 +4,19 @@ Every backbone has ``num_features``, takes images (B, 3, H, W) and returns featu
 classifier. Weights are the architecture's random initialisation: nothing is downloaded.
 """
 
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
-from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.models.resnet import RESNETS, ResNet, Stem
-from ssl_geometry.models.vit import build_vit, vit_names
+if TYPE_CHECKING:
+    from ssl_geometry.models.backbones import RESNETS, SMALL_IMAGE, ResNet, Stem, build_backbone, build_vit, vit_names
 
 __all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names"]
 
-SMALL_IMAGE = 64
-"""Up to this side, in pixels, a ResNet gets the small stem unless told otherwise."""
+if not TYPE_CHECKING:  # where mypy looks, a name that is not there stays a mistake
 
+    def __getattr__(name: str) -> Any:
+        """The names above: with torch, which the table of published checkpoints below this package does without."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from ssl_geometry.models import backbones
 
-def build_backbone(
-    name: str, *, stem: Stem | None = None, width: float = 1.0, image_size: int | None = None
-) -> nn.Module:
-    """Build a randomly initialised network from images (B, 3, H, W) to features (B, num_features).
-
-    Args:
-        name: ``resnet10``, ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, or one of timm's vision
-            transformers, such as ``vit_tiny_patch16_224``.
-        stem: of a ResNet; ``imagenet`` is the 7x7 stride-2 convolution and max-pool, ``cifar`` a 3x3 stride-1
-            convolution; None takes ``cifar`` for images of at most 64 pixels.
-        width: multiplies every channel count of a ResNet.
-        image_size: side of the images in pixels; None is the size in the name. A ResNet takes images of any size.
-
-    Returns:
-        The network; its attribute ``num_features`` is the number of features.
-
-    Raises:
-        UserError: an unknown name, an impossible value, or an option that the named network does not have.
-
-    Example:
-        >>> import torch
-        >>> net = build_backbone("resnet18", stem="cifar", width=0.25)
-        >>> net(torch.rand(2, 3, 32, 32)).shape, net.num_features
-        (torch.Size([2, 128]), 128)
-    """
-    if name in RESNETS:
-        small = image_size is not None and image_size <= SMALL_IMAGE
-        return ResNet(*RESNETS[name], stem=stem or ("cifar" if small else "imagenet"), width=width)
-    if name not in vit_names():
-        raise UserError(f"backbone {name!r} is unknown; {nearest(name, [*RESNETS, *vit_names()])}")
-    if stem is not None or width != 1:
-        raise UserError(f"stem={stem!r} and width={width} are for ResNets; leave them out for backbone {name!r}")
-    return build_vit(name, image_size)
+        return getattr(backbones, name)

@@ -18,7 +18,6 @@ from rich.progress import track
 from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.report.page import RunRecords, fingerprint, read_run, render, smallest_loss, write_page
 from ssl_geometry.report.serve import Server
-from ssl_geometry.report.upload import upload
 
 PROGRAM = "python -m ssl_geometry.report"
 USAGE = f"{PROGRAM} RUN [RUN ...] [-o report.html] [--option VALUE ...]"
@@ -92,6 +91,8 @@ def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Co
 
 def to_wandb(paths: Sequence[Path], project: str | None, console: Console, strict: bool) -> None:
     """Send runs to W&B, one after the other."""
+    from ssl_geometry.report.upload import upload  # W&B and matplotlib, which a page does without
+
     for path in paths:
         read_run(path, strict=strict)
         sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))

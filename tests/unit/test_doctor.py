@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_geometry import doctor
+from ssl_geometry import doctor, machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,14 +32,14 @@ def lines(capsys: pytest.CaptureFixture[str], *more: str) -> str:
 def test_what_is_to_do_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "version", lambda package: {"lightning": "2.6.3"}.get(package, "1.0"))
+    monkeypatch.setattr(machine, "version", lambda package: {"lightning": "2.6.3"}.get(package, "1.0"))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_JOB_NAME", "fit")
     monkeypatch.delenv("SLURM_STEP_ID", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
-    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     said = lines(capsys, f"--runs={tmp_path}")
     for words in ("lightning>=2.6.6", "srun python -m ssl_geometry.fit", "update the driver"):
         assert words in said
@@ -47,20 +47,20 @@ def test_what_is_to_do_is_told(
 
 
 def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    true = doctor._numbers
+    true = machine._numbers
     monkeypatch.setattr(
-        doctor, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
+        machine, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
     )
-    (finding,) = doctor.parity()
+    (finding,) = machine.parity()
     assert "do not train with several processes" in finding.to_do
 
 
 def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = doctor.exact
-    (finding,) = doctor.faiss()
+    exact = machine.exact
+    (finding,) = machine.faiss()
     support = "GPU support, 0 GPU(s)" if exact.has_gpu() else "no GPU support"
     assert finding.said.startswith(exact.faiss.__version__)
-    if not doctor.torch.cuda.is_available():
+    if not machine.torch.cuda.is_available():
         assert support in finding.said
     monkeypatch.setattr(exact, "has_gpu", lambda: False)
     for blas, words in (
@@ -68,18 +68,18 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "no GPU support, its BLAS is not OpenBLAS, 5 threads"),
     ):
         monkeypatch.setattr(exact, "faiss_blas", lambda blas=blas: blas)
-        monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 5)
-        (finding,) = doctor.faiss()
+        monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 5)
+        (finding,) = machine.faiss()
         assert words in finding.said
-        assert not finding.to_do or doctor.torch.cuda.is_available()
-    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
-    (finding,) = doctor.faiss()
+        assert not finding.to_do or machine.torch.cuda.is_available()
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    (finding,) = machine.faiss()
     assert "faiss-gpu-cuvs" in finding.to_do
     monkeypatch.setattr(exact, "faiss_blas", lambda: ("0.3.15", "Prescott"))
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
-    (finding,) = doctor.faiss()
+    (finding,) = machine.faiss()
     assert "set OPENBLAS_CORETYPE to newer ones" in finding.to_do
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
-    (finding,) = doctor.faiss()
+    (finding,) = machine.faiss()
     assert "unset OPENBLAS_CORETYPE=Prescott" in finding.to_do

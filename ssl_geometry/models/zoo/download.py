@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -27,7 +26,10 @@ TIMEOUT = 30
 
 def cache_folder() -> Path:
     """Where downloaded checkpoints are: ``$SSL_GEOMETRY_CACHE``, else ``ssl_geometry`` in torch.hub's folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(torch.hub.get_dir()) / "ssl_geometry")
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
+    return Path(home).expanduser() / "hub" / "ssl_geometry"  # what torch.hub.get_dir() says, without torch
 
 
 def cached(checkpoint: Checkpoint) -> list[Path]:

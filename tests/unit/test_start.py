@@ -1,0 +1,77 @@
+"""What commands import before they do anything, counted in one fresh interpreter."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssl_geometry.__main__ import COMMANDS
+from ssl_geometry.records import RecordStore, record
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "lightning", "torchvision", "scipy", "sklearn", "matplotlib", "timm", "wandb", "faiss"}
+START = """
+import contextlib, importlib, io, json, sys
+
+seen, news = set(sys.modules), {}
+def start(step, module, *args):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(*([list(args)] if args else []))
+    news[step] = sorted(set(sys.modules) - seen)
+    seen.update(sys.modules)
+
+run, page = sys.argv[1:]
+start("list of commands", "ssl_geometry.__main__")
+start("doctor --help", "ssl_geometry.doctor", "--help")
+start("zoo list", "ssl_geometry.zoo", "list")
+start("report --help", "ssl_geometry.report.__main__", "--help")
+start("report", "ssl_geometry.report.__main__", run, "-o", page)
+import torch, lightning
+seen.update(sys.modules)
+for command in ("fit", "compare", "probe", "survey"):
+    start(command + " --help", "ssl_geometry." + command, "--help")
+print(json.dumps(news))
+"""
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """For each start the modules that it imported, and none before it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    row = record(run="run", metric="train/loss", epoch=1, value=1.0)
+    RecordStore(run / "records").write("train/epoch=00001", [row])
+    done = subprocess.run(
+        [sys.executable, "-c", START, run, run.parent / "report.html"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run.parent / "report.html").stat().st_size
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("start", "most", "needed"),
+    [
+        ("list of commands", 20, set()),
+        ("doctor --help", 400, {"jsonargparse", "rich"}),
+        ("zoo list", 60, set()),
+        ("report --help", 700, {"pandas", "pyarrow"}),
+        ("report", 100, set()),
+    ],
+)
+def test_without_torch(news: dict[str, list[str]], start: str, most: int, needed: set[str]) -> None:
+    packages = {module.partition(".")[0] for module in news[start]}
+    assert needed <= packages
+    assert not packages & HEAVY
+    assert len(news[start]) <= most
+
+
+def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from ssl_geometry.__main__ import main
+
+    main()
+    shown = capsys.readouterr().out
+    mains = {path.stem for path in (ROOT / "ssl_geometry").glob("*.py") if "def main(" in path.read_text()}
+    assert mains - {"__main__"} | {"report"} == set(COMMANDS)
+    assert all(f"\n  {command} " in shown for command in COMMANDS)
