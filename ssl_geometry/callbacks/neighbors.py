@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor
 
 from ssl_geometry import __version__
@@ -184,7 +184,7 @@ def manifold_records(
             error = spread / max(len(values), 1) ** 0.5
             if kind == "semantic":
                 error = layers[layer].semantic_errors.get(metric, float("nan"))
-            error *= float(student.ppf(0.975, max(len(values) - 1, 1)))
+            error *= float(stdtrit(max(len(values) - 1, 1), 0.975))
             rows.append(record(**place, metric=metric, value=mean, low=mean - error, high=mean + error))
             rows.append(record(**place, metric=f"{metric}_std", value=spread))
             if len(values):

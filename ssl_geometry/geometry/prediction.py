@@ -10,8 +10,7 @@ Q² of 0.97 where nothing predicts anything). Average them first: :func:`unit_me
 """
 
 from collections.abc import Sequence
-from itertools import permutations
-from math import factorial
+from math import factorial, inf
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,8 @@ import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray as Array
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.stats import rankdata
+from scipy.stats import permutation_test, rankdata
+from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -44,25 +44,11 @@ class Groups(NamedTuple):
     """Share of the variance along each."""
 
 
-def standardized(x: Float[Array, "n p"]) -> Float[Array, "n q"]:
-    """Columns of mean 0 and standard deviation 1; columns that do not vary, or have a gap, are left out.
-
-    Example:
-        >>> standardized(np.array([[1.0, 5.0, np.nan], [3.0, 5.0, 1.0]]))
-        array([[-1.],
-               [ 1.]])
-    """
-    x = x[:, np.isfinite(x).all(0)]
-    spread = x.std(0)
-    varies = spread > 1e-12 * np.abs(x).max(0, initial=0)
-    return (x[:, varies] - x[:, varies].mean(0)) / spread[varies]
-
-
 def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
     """Cluster models by Ward's method on standardised columns, and lay them out by principal components.
 
     Args:
-        x: models x numbers, float64.
+        x: models x numbers, float64; columns that do not vary, or have a gap, are left out.
         groups: how many groups the tree is cut into, at most.
 
     Raises:
@@ -76,16 +62,18 @@ def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
         >>> found.labels
         array([1, 1, 2, 2])
     """
-    z = standardized(x)
-    if len(z) < 3 or not z.shape[1]:
-        raise ValueError(f"at least 3 models and a number that varies are needed, got {len(z)} and {z.shape[1]}")
+    x = x[:, np.isfinite(x).all(0)]
+    x = x[:, np.ptp(x, axis=0) > 1e-12 * np.abs(x).max(0)]  # more than rounding
+    if len(x) < 3 or not x.shape[1]:
+        raise ValueError(f"at least 3 models and a number that varies are needed, got {len(x)} and {x.shape[1]}")
+    z = StandardScaler().fit_transform(x)
     merges = linkage(z, "ward")
-    u, s, _ = np.linalg.svd(z, full_matrices=False)
-    place = np.zeros((len(z), 2))
-    place[:, : min(2, len(s))] = (u * s)[:, :2]
-    explained = np.resize(np.append(s**2, 0.0), max(2, len(s)))[:2] / (s**2).sum()
-    _, first, cluster = np.unique(fcluster(merges, groups, "maxclust"), return_index=True, return_inverse=True)
-    return Groups(merges, first.argsort().argsort()[cluster] + 1, place, explained)
+    components = PCA(min(2, z.shape[1]), svd_solver="full")
+    missing = 2 - components.n_components
+    place = np.pad(components.fit_transform(z), ((0, 0), (0, missing)))
+    explained = np.pad(components.explained_variance_ratio_, (0, missing))
+    labels, _ = pd.factorize(fcluster(merges, groups, "maxclust"))  # numbered as they come
+    return Groups(merges, labels + 1, place, explained)
 
 
 def unit_means(x: Float[Array, "n p"], units: Sequence[str]) -> Float[Array, "u p"]:
@@ -135,18 +123,19 @@ def rank_correlation(x: Float[Array, "n p"], y: Float[Array, " n"], draws: int =
         >>> float(found.rho[0].round(12)), float(found.p[0])  # 2 of 24 orders are as extreme
         (1.0, 0.0833...)
     """
-    n = len(y)
-    ranks, target = _unit_ranks(x), _unit_ranks(y[:, None])[:, 0]
-    rho = target @ ranks
-    if n <= ALL_PERMUTATIONS:
-        orders = np.array(list(permutations(range(n))))
-        count, total = 0, factorial(n)
-    else:
-        generator = np.random.default_rng(seed)
-        orders = generator.permuted(np.tile(np.arange(n), (draws, 1)), axis=1)
-        count, total = 1, draws + 1
-    extreme = (np.abs(target[orders] @ ranks) >= np.abs(rho) - 1e-12).sum(0)
-    p = np.where(np.isnan(rho), np.nan, (extreme + count) / total)
+    ranks, target = _centered_ranks(x), _centered_ranks(y)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rho = target @ ranks / (np.linalg.norm(target) * np.linalg.norm(ranks, axis=0))
+    tested = permutation_test(
+        (target,),
+        lambda order, axis: np.abs(order @ ranks),  # of whole numbers: what is equal is found to be
+        permutation_type="pairings",
+        alternative="greater",
+        n_resamples=inf if len(y) <= ALL_PERMUTATIONS else draws,
+        vectorized=True,
+        rng=seed,
+    )
+    p = np.where(np.isnan(rho), np.nan, tested.pvalue)
     return Correlation(rho, p, holm(p))
 
 
@@ -160,11 +149,9 @@ def least_p(n: int, draws: int = 10_000) -> float:
     return 2 / factorial(n) if n <= ALL_PERMUTATIONS else 1 / (draws + 1)
 
 
-def _unit_ranks(x: Float[Array, "n p"]) -> Float[Array, "n p"]:
-    ranks = rankdata(x, axis=0, nan_policy="propagate")
-    ranks = ranks - ranks.mean(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return ranks / np.linalg.norm(ranks, axis=0)
+def _centered_ranks(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    """Twice the ranks about their mean, which are whole numbers, ties as well."""
+    return 2 * rankdata(x, axis=0, nan_policy="propagate") - (len(x) + 1)
 
 
 def holm(p: Float[Array, " m"]) -> Float[Array, " m"]:

@@ -187,9 +187,7 @@ def unchecked_one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_cl
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    if labels.ndim == 2:
-        return labels.float()
-    return torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1)
+    return (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).float()
 
 
 def accuracies(
@@ -225,18 +223,12 @@ def accuracies(
 
 
 def _mean_average_precision(scores: Float[Tensor, "N C"], labels: Int64[Tensor, "N C"]) -> Float[Tensor, ""]:
-    pairs = zip(scores.unbind(1), labels.unbind(1), strict=True)
-    return torch.stack([_average_precision(column, truth) for column, truth in pairs]).nanmean()
+    from sklearn.metrics import average_precision_score  # half a second to import; most data have one class an image
 
-
-def _average_precision(scores: Float[Tensor, " N"], labels: Int64[Tensor, " N"]) -> Float[Tensor, ""]:
-    """Sum over thresholds of precision times the gain in recall; images of equal scores pass a threshold together."""
-    ordered, order = scores.sort(descending=True)
-    found = labels[order].long().cumsum(0).double()  # integers: on CUDA a sum of floats has no order of its own
-    last = torch.cat([ordered[1:] != ordered[:-1], ordered.new_ones(1, dtype=torch.bool)])
-    rank = torch.arange(1, len(scores) + 1, dtype=torch.float64, device=scores.device)
-    precision, recall = (found / rank)[last], (found / found[-1])[last]
-    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum()
+    finite = scores.nan_to_num()  # infinity keeps its place; NaN is reported by the callers
+    pairs = zip(labels.T.cpu().numpy(), finite.T.cpu().numpy(), strict=True)
+    found = [average_precision_score(truth, column) for truth, column in pairs if truth.any()]
+    return scores.new_tensor(found, dtype=torch.float64).mean()
 
 
 # -- ridge -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssl_geometry.geometry.cka import cka
-from ssl_geometry.geometry.probes import accuracies
+from ssl_geometry.geometry.probes import L2, accuracies, one_hot, ridge_probe, ridge_sums
 from ssl_geometry.metrics import RidgeProbe
 from tests.fake_cuda import FakeCuda
 
@@ -40,3 +40,16 @@ def test_a_batch_of_the_ridge_probe_waits_twice_whatever_the_number_of_layers() 
             probe.update(features(64, "cuda"), index % 3)
     assert [wait.what for wait in gpu.waits if wait.scope] == ["nonzero", "nonzero"], gpu.report()
     assert not gpu.faults
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="waits are counted on a pretended GPU")
+def test_no_strength_of_ridge_costs_a_wait() -> None:
+    waits = []
+    for l2 in (L2[:1], L2):
+        with FakeCuda() as gpu:
+            x, labels = torch.randn(90, 4, device="cuda"), torch.arange(90, device="cuda") % 3
+            sums = [ridge_sums(x[part], one_hot(labels[part], 3)) for part in (slice(80), slice(80, None))]
+            before = len(gpu.waits)
+            ridge_probe(*sums, x[80:], labels[80:], l2)
+        waits.append(len(gpu.waits) - before)
+    assert waits[0] == waits[1] > 0, gpu.report()

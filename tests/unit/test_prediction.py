@@ -7,9 +7,6 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.decomposition import PCA
-from sklearn.metrics import adjusted_rand_score
 
 from ssl_geometry.geometry.prediction import (
     STRENGTHS,
@@ -19,7 +16,6 @@ from ssl_geometry.geometry.prediction import (
     leave_one_out,
     predictive_r2,
     rank_correlation,
-    standardized,
     unit_means,
 )
 
@@ -51,22 +47,6 @@ def test_all_orders_are_tried_of_few_models() -> None:
         every = [scipy.stats.spearmanr(x[:, column], y[list(order)]).statistic for order in permutations(range(6))]
         expected = np.mean(np.abs(every) >= abs(found.rho[column]) - 1e-12)
         assert found.p[column] == pytest.approx(expected, abs=1e-12)
-
-
-def test_drawn_orders_agree_with_scipys_permutation_test() -> None:
-    x, y = numbers(14, 4, seed=2)
-    found = rank_correlation(x, y, draws=20_000)
-    for column in range(4):
-        ours = scipy.stats.permutation_test(
-            (y,),
-            lambda z, column=column: abs(scipy.stats.spearmanr(x[:, column], z).statistic),
-            permutation_type="pairings",
-            alternative="greater",
-            vectorized=False,
-            n_resamples=2000,
-            rng=np.random.default_rng(0),
-        )
-        assert found.p[column] == pytest.approx(ours.pvalue, abs=0.04)
 
 
 def test_noise_is_found_no_more_often_than_the_level_says() -> None:
@@ -174,17 +154,14 @@ def test_predictive_r2_is_zero_for_the_mean_of_the_others_and_one_for_the_truth(
     assert predictive_r2(others - (y - others), y) < 0
 
 
-@settings(max_examples=15, deadline=None)
-@given(n=st.integers(4, 20), p=st.integers(4, 30), seed=st.integers(0, 100))
-def test_groups_and_map_are_scikit_learns(n: int, p: int, seed: int) -> None:
-    x, _ = numbers(n, p, seed)
-    found, z = group(x), standardized(x)
-    labels = AgglomerativeClustering(3, linkage="ward").fit_predict(z)
-    assert adjusted_rand_score(labels, found.labels) == pytest.approx(1)
-    assert found.labels[0] == 1, "numbered as they come"
-    pca = PCA().fit(z)
-    np.testing.assert_allclose(np.abs(found.place), np.abs(pca.transform(z)[:, :2]), atol=1e-8)
-    np.testing.assert_allclose(found.explained, pca.explained_variance_ratio_[:2], atol=1e-10)
+def test_models_are_grouped_and_placed_by_all_standardised_columns() -> None:
+    ends = np.array([0.0, 0.0, 6.0, 6.0, 1e-9])
+    x = np.stack([ends, 1e3 * ends + 5, np.full(5, 0.1), [0, np.nan, 0, 0, 0]], 1)
+    found = group(x, groups=2)
+    assert found.labels.tolist() == [1, 1, 2, 2, 1], "numbered as they come"
+    np.testing.assert_allclose(found.explained, [1, 0], atol=1e-12)
+    z = (ends - ends.mean()) / ends.std()
+    np.testing.assert_allclose(np.abs(found.place[:, 0]), np.abs(2**0.5 * z))  # one axis holds two equal columns
 
 
 def test_models_that_do_not_differ_are_not_grouped() -> None:
