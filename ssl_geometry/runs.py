@@ -429,31 +429,56 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
         Its name, the method, and its completed epochs.
 
     Raises:
-        UserError: nothing there, not a checkpoint of this framework, or a method that cannot be imported here.
+        UserError: nothing there, not a checkpoint of this framework, or a method that is neither this package's, nor
+            imported already, nor the model of the run's config.yaml.
     """
     path = Path(path)
     file = Run(path).last_checkpoint if path.is_dir() else path
     name = file.parent.parent.name if file.parent.name == "checkpoints" else file.stem
     checkpoint = read_checkpoint(file, option)
     method = checkpoint.get("method")
-    if not isinstance(method, dict):
+    kinds = {"class_path": str, "init_args": dict}
+    if not isinstance(method, dict) or not all(isinstance(method.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{option} {path}: not a checkpoint of ssl_geometry (it does not say which method it holds)")
-    module_name, _, class_name = str(method["class_path"]).rpartition(".")
+    cls = _method_class(method["class_path"], file.parent.parent, f"{option} {path}")
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{option} {path}: its method {method['class_path']} cannot be imported; put its file on PYTHONPATH"
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise UserError(f"{option} {path}: {method['class_path']} is no subclass of ssl_geometry.methods.Method")
-    network = cls(**method["init_args"])
+        network = cls(**method["init_args"])
+    except TypeError as error:
+        raise UserError(f"{option} {path}: {cls.__name__} here does not take its options ({error})") from error
     try:
         network.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
     return Loaded(name, network, checkpoint.get("epoch", -1) + 1)
+
+
+def _method_class(class_path: str, directory: Path, source: str) -> type[Method]:
+    """The class that a checkpoint names; a checkpoint is data, and does not decide what is imported.
+
+    Args:
+        class_path: as the checkpoint has it.
+        directory: of its run, if it is in one.
+        source: of the checkpoint, for the error message.
+    """
+    module = class_path.rpartition(".")[0]
+    imported = class_path
+    if not module.startswith("ssl_geometry.") and module not in sys.modules:
+        imported = str(((_config_of(directory) or {}).get("model") or {}).get("class_path"))
+        if imported.partition(".")[0] != class_path.partition(".")[0]:
+            raise UserError(
+                f"{source}: its method {class_path} is not imported on the word of a checkpoint: name the run "
+                "directory whose config.yaml has it as its model, or in Python import it first"
+            )
+    try:
+        cls = getattr(importlib.import_module(imported.rpartition(".")[0]), imported.rpartition(".")[2])
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{source}: its method {imported} cannot be imported; put its file on PYTHONPATH") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise UserError(f"{source}: {imported} is no subclass of ssl_geometry.methods.Method")
+    if imported != class_path and f"{cls.__module__}.{cls.__qualname__}" != class_path:
+        raise UserError(f"{source}: holds the method {class_path}, but the config.yaml of its run says {imported}")
+    return cls
 
 
 def network_names(models: Sequence[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.methods import Method
 from ssl_geometry.records import RecordStore, record
 from ssl_geometry.runs import (
     DIRECTORY_VARIABLE,
@@ -491,10 +492,21 @@ def test_a_checkpoint_that_training_cannot_go_on_from_is_refused(tmp_path: Path,
         open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
 
 
-@pytest.mark.parametrize("class_path", ["os.system", "no_such_module.X", "torch.nn.Linear"])
-def test_a_checkpoint_names_only_methods(tmp_path: Path, class_path: str) -> None:
-    torch.save({"method": {"class_path": class_path, "init_args": {}}, "state_dict": {}}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"no subclass|cannot be imported"):
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"class_path": "os.system", "init_args": {}}, "no subclass"),
+        ({"class_path": "torch.nn.Linear", "init_args": {}}, "no subclass"),
+        ({"class_path": "ssl_geometry.methods.Nothing", "init_args": {}}, "cannot be imported"),
+        ({"class_path": "no_such_module.X", "init_args": {}}, "is not imported on the word of a checkpoint"),
+        ({"class_path": "ssl_geometry.methods.SimCLR", "init_args": {"colour": 1}}, "does not take its options"),
+        ({"class_path": "ssl_geometry.methods.SimCLR"}, "not a checkpoint of ssl_geometry"),
+        ({"init_args": {}}, "not a checkpoint of ssl_geometry"),
+    ],
+)
+def test_a_checkpoint_names_only_methods(tmp_path: Path, method: dict[str, Any], words: str) -> None:
+    torch.save({"method": method, "state_dict": {}}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=words):
         load_method(tmp_path / "x.ckpt", "--cka.reference")
 
 
@@ -502,3 +514,31 @@ def test_a_foreign_checkpoint_is_told_from_ours(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="not a checkpoint of ssl_geometry"):
         load_method(tmp_path / "x.ckpt", "--cka.reference")
+
+
+def test_a_checkpoint_does_not_decide_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is imported that the config.yaml of the run names, and no other."""
+    for place in ("ours", "theirs"):
+        package = tmp_path / f"{place}_package"
+        package.mkdir()
+        (package / "__init__.py").write_text(f"from {place}_package.inner import Mine\n")
+        (package / "inner.py").write_text(
+            "from pathlib import Path\nfrom ssl_geometry.methods import Method\n"
+            f"Path({str(tmp_path)!r}, 'ran-{place}').touch()\n\n\nclass Mine(Method):\n    pass\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = {"backbone": "resnet10", "width": 0.25}
+    state = Method(**small).state_dict()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for place in ("ours", "theirs"):
+        method = {"class_path": f"{place}_package.inner.Mine", "init_args": small}
+        torch.save({"method": method, "state_dict": state}, run / "checkpoints" / f"{place}.ckpt")
+    (run / "config.yaml").write_text("model: {class_path: ours_package.Mine}")
+
+    with pytest.raises(UserError, match=r"theirs_package.inner.Mine is not imported on the word of a checkpoint"):
+        load_method(run / "checkpoints" / "theirs.ckpt", "--models")
+    assert not (tmp_path / "ran-theirs").exists()
+    assert type(load_method(run / "checkpoints" / "ours.ckpt").method).__module__ == "ours_package.inner"
+    alone = (run / "checkpoints" / "ours.ckpt").rename(tmp_path / "alone.ckpt")
+    assert load_method(alone).epochs == 0, "imported already"
