@@ -9,6 +9,7 @@ of training, on images in a fixed random order, split over processes by whole ba
 modes, weights, optimiser and random number streams are left as they were found.
 """
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -164,6 +165,20 @@ def monitors(trainer: L.Trainer) -> list[Monitor]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
 
 
+def part_names(trainer: L.Trainer) -> dict[Monitor, str]:
+    """Under what name the records of each monitor lie: its options' (``cka``), else its class's; each name once.
+
+    All monitors of the trainer count, due or not, so that a name is the same at every measurement and after a resume.
+    """
+    names: dict[Monitor, str] = {}
+    for monitor in monitors(trainer):
+        name = monitor.options or type(monitor).__name__
+        taken = {RecordsLogger.SCALARS, *names.values()}
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names[monitor] = name if name not in taken else next(other for other in numbered if other not in taken)
+    return names
+
+
 def is_last(trainer: L.Trainer, epoch: int) -> bool:
     """Whether training ends with this epoch: by its epochs, its steps, its time, or a callback."""
     return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
@@ -191,8 +206,9 @@ def measure(trainer: L.Trainer, method: L.LightningModule, due: Sequence[Monitor
                         monitor.update(number, mine, batch)
         findings = [monitor.finish(trainer, method, moment) for monitor in due]
     if trainer.is_global_zero:
-        for found in findings:
-            log(trainer, found, moment)
+        names = part_names(trainer)
+        for monitor, found in zip(due, findings, strict=True):
+            log(trainer, found, moment, names[monitor])
 
 
 def forward_pass(
@@ -253,12 +269,19 @@ def measuring(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def log(trainer: L.Trainer, found: Findings, moment: Moment) -> None:
-    """Hand findings to every logger in the form that it understands (on the first process)."""
+def log(trainer: L.Trainer, found: Findings, moment: Moment, part: str) -> None:
+    """Hand findings to every logger in the form that it understands (on the first process).
+
+    Args:
+        trainer: whose loggers.
+        found: by one monitor.
+        moment: when.
+        part: the name of that monitor's records; see :func:`part_names`.
+    """
     figures = cache(lambda: {name: draw() for name, draw in found.figures.items()})
     for logger in trainer.loggers:
         if isinstance(logger, RecordsLogger):
-            logger.log_findings(found.records, found.protocols, moment.epoch)
+            logger.log_findings(part, found.records, found.protocols, moment.epoch)
             if is_last(trainer, moment.epoch):
                 logger.save_figures(figures())
         else:

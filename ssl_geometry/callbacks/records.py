@@ -26,11 +26,15 @@ def completed_epochs(name: str, metrics: Mapping[str, float]) -> int:
 
 
 class RecordsLogger(Logger):
-    """Writes what Lightning logs as rows, one Parquet part an epoch, and what monitors find, one part a moment.
+    """Writes what Lightning logs as rows, one Parquet part per epoch, and what monitors find, one part per monitor and
+    epoch.
 
     Args:
         run_dir: the run directory; its name is the run's id in the records.
     """
+
+    SCALARS = "scalars"
+    """Part of what Lightning logs; no monitor's."""
 
     def __init__(self, run_dir: str | Path) -> None:
         super().__init__()
@@ -70,10 +74,19 @@ class RecordsLogger(Logger):
                 )
 
     @rank_zero_only
-    def log_findings(self, rows: Sequence[Mapping[str, Any]], protocols: Sequence[Protocol], epoch: int) -> None:
-        """Write what a monitor found at one moment; measured again, it replaces itself."""
+    def log_findings(
+        self, part: str, rows: Sequence[Mapping[str, Any]], protocols: Sequence[Protocol], epoch: int
+    ) -> None:
+        """Write what a monitor found at one epoch; measured again, it replaces itself.
+
+        Args:
+            part: the monitor's name, which no other monitor of the run has.
+            rows: made by :func:`ssl_geometry.records.record`.
+            protocols: behind the rows.
+            epoch: completed epochs.
+        """
         if rows:
-            self.store.write(f"{rows[0]['metric']}/epoch={epoch:05d}", rows, protocols)
+            self.store.write(f"{part}/epoch={epoch:05d}", rows, protocols)
 
     @rank_zero_only
     def save_figures(self, figures: Mapping[str, Figure]) -> None:
@@ -87,7 +100,7 @@ class RecordsLogger(Logger):
     def flush(self) -> None:
         """Write the scalars kept so far; a step that was written before, and is run again, is replaced."""
         for epoch, rows in self._rows.items():
-            part = f"scalars/epoch={epoch:05d}"
+            part = f"{self.SCALARS}/epoch={epoch:05d}"
             again = {(row["metric"], row["step"]) for row in rows}
             earlier = [row for row in self.store.read_part(part) if (row["metric"], row["step"]) not in again]
             self.store.write(part, earlier + rows)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, SpectrumMonitor
+from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, RecordsLogger, SpectrumMonitor
 from ssl_geometry.callbacks.measure import (
     Findings,
     Moment,
@@ -25,7 +25,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import FLOAT32_SWITCHES
 from ssl_geometry.methods import Method, SimCLR, Supervised
-from ssl_geometry.records import Protocol
+from ssl_geometry.records import Protocol, read_records, record
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
 
@@ -48,13 +48,19 @@ class MeanMonitor(Monitor):
         return Findings([], {}, {}, [Protocol()])
 
 
-def run(tmp_path: Path, callbacks: list[L.Callback], epochs: int = 1, method: Method | None = None) -> L.Trainer:
+def run(
+    tmp_path: Path,
+    callbacks: list[L.Callback],
+    epochs: int = 1,
+    method: Method | None = None,
+    logger: RecordsLogger | None = None,
+) -> L.Trainer:
     data = DataModule("digits", limit_train=128, measure_size=100, eval_batch_size=40, batch_size=64)
     trainer = L.Trainer(
         max_epochs=epochs,
         default_root_dir=tmp_path,
         callbacks=callbacks,
-        logger=False,
+        logger=logger or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -132,6 +138,26 @@ def test_moments(tmp_path: Path, every: int, epochs: int, expected: list[int]) -
 
     run(tmp_path, [Noting(every_n_epochs=every)], epochs=epochs)
     assert moments == expected
+
+
+def test_monitors_of_the_same_metric_keep_their_own_records(tmp_path: Path) -> None:
+    """Each writes the metric ``mean`` first, two have a name for their options, one the name of another's."""
+
+    class Named(MeanMonitor):
+        def __init__(self, layer: str, options: str) -> None:
+            super().__init__(every_n_epochs=1)
+            self.layer, self.options = layer, options
+
+        def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+            rows = [record(metric="mean", layer=self.layer, epoch=moment.epoch, step=moment.step, value=1.0)]
+            return Findings(rows, {}, {}, [Protocol()])
+
+    named = {"a": "cka", "b": "cka", "c": "cka-2", "d": "", "e": "scalars"}
+    run(tmp_path, [Named(*pair) for pair in named.items()], logger=RecordsLogger(tmp_path / "e" / "r"))
+    frame = read_records(tmp_path / "e" / "r").query("metric == 'mean'")
+    assert sorted(zip(frame["epoch"], frame["layer"], strict=True)) == [(epoch, x) for epoch in (0, 1) for x in "abcde"]
+    parts = {path.name for path in (tmp_path / "e" / "r" / "records").iterdir()}
+    assert parts == {"cka", "cka-2", "cka-2-2", "Named", "scalars-2", "scalars", "protocols"}
 
 
 def test_measuring_puts_every_mode_back(tmp_path: Path) -> None:
