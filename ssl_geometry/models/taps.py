@@ -28,6 +28,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ssl_geometry.errors import UserError, nearest
 
+HEAD_STEP = 0.1
+"""Depth from a leaf of a head to the next, the first one counted from the backbone's end at 1."""
+
 
 def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: str = "layers") -> list[str]:
     """Names of the chosen layers, in forward order and without repeats.
@@ -91,8 +94,10 @@ def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
         names: exact names; a later call of a module (``relu:1``) is as deep as the first.
 
     Returns:
-        The depth of each name in [0, 1]. The L layers of ``all`` lie at i / (L - 1); the modules between two of them
-        are spread evenly over the gap, those before the first lie at 0 and those after the last at 1.
+        The depth of each name. The L layers of ``all`` in the backbone lie at i / (L - 1), whatever head it has: 0 is
+        the first, 1 the last. The leaves of a head follow at 1.1, 1.2, ... The modules between two layers are spread
+        evenly over the gap; those before the first and after the last layer of the backbone (or head) are as deep as
+        that.
 
     Raises:
         UserError: a name that no layer of this network has.
@@ -104,13 +109,18 @@ def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
     """
     named, presets = _layers(model)
     position = {module: i for i, module in enumerate(named.values())}  # the same for both names of one module
-    anchors = [position[named[name]] for name in presets["all"]]
+    head = [position[named[name]] for name in presets["head"]]
+    backbone = [position[named[name]] for name in presets["all"] if name not in presets["head"]] or [0]
+    after = 1 + HEAD_STEP * np.arange(1, len(head) + 1)
     depths = {}
     for name in names:
         module = named.get(name.partition(":")[0])
         if module is None:
             raise UserError(f"{name!r} is no layer of {type(_eager(model)).__name__}; {nearest(name, named)}")
-        depths[name] = float(np.interp(position[module], anchors, np.linspace(0, 1, len(anchors))))
+        at = position[module]
+        in_head = bool(head) and at >= head[0]
+        place = np.interp(at, head, after) if in_head else np.interp(at, backbone, np.linspace(0, 1, len(backbone)))
+        depths[name] = float(place)
     return depths
 
 

@@ -15,7 +15,7 @@ SCHEMA = pa.schema(
         ("metric", pa.string()),  # "cka", "train/loss", ...
         ("layer", pa.string()),
         ("layer_other", pa.string()),
-        ("depth", pa.float64()),  # of `layer` in its network, 0 (stem) to 1 (last layer)
+        ("depth", pa.float64()),  # of `layer`: 0 (stem) to 1 (last layer of the backbone), a head after 1
         ("depth_other", pa.float64()),  # of `layer_other`
         ("view", pa.string()),  # how the images were augmented: "clean", ...
         ("split", pa.string()),  # "train", "val", "test", "measure"

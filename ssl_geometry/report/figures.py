@@ -156,7 +156,7 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
         axes.set_ylabel(LABELS.get(first["metric"], first["metric"]))
         axes.grid(alpha=0.25)
         if against == "depth":
-            axes.set_xlabel("depth of the layer (0 = stem, 1 = last)")
+            axes.set_xlabel("depth of the layer (0 = stem, 1 = end of the backbone)")
             figure.colorbar(colors, ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
         else:
             axes.set_xlabel("epoch")

@@ -191,11 +191,30 @@ def test_empty_preset_is_an_error_and_is_not_offered(preset):
 def test_depths_rise_evenly_over_all_and_enclose_the_rest(model):
     every = layer_names(model)
     depths = layer_depths(model, layer_names(model, "*"))
-    assert [depths[name] for name in every] == pytest.approx([i / (len(every) - 1) for i in range(len(every))])
+    head = [name for name in every if name.startswith("head")]
+    backbone = [name for name in every if name not in head]
+    assert [depths[name] for name in backbone] == pytest.approx([i / (len(backbone) - 1) for i in range(len(backbone))])
+    assert [depths[name] for name in head] == pytest.approx([1 + 0.1 * i for i in range(1, 1 + len(head))])
     values = list(depths.values())
     assert values == sorted(values)
     assert values[0] == 0
-    assert values[-1] == 1
+    assert values[-1] == pytest.approx(1 + 0.1 * len(head))
+
+
+@pytest.mark.parametrize("architecture", ["resnet10", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "head", [nn.Identity(), nn.Linear(8, 4), SimCLRProjectionHead(8, 8, 4)], ids=["none", "linear", "simclr"]
+)
+def test_depth_in_the_backbone_is_the_same_whatever_the_head(architecture, head):
+    """Live a network is measured with its head, by ``survey`` without it."""
+    with torch.device("meta"):
+        net = build_backbone(architecture, image_size=32)
+    layers = layer_names(net, "*")  # timm's own head_drop too
+    alone, depths = layer_depths(net, layers), layer_depths(Method(net, head), layers)
+    kept = [name for name in layers if not name.startswith("head") or name == "head_drop"]
+    assert {name: depths[name] for name in kept} == {name: alone[name] for name in kept}
+    assert (depths["stem"], depths["pooled"]) == (0, 1)
+    assert max(depths[name] for name in kept) == 1
 
 
 def test_depths_between_two_layers_are_distinct_and_follow_the_forward():
@@ -209,7 +228,7 @@ def test_depths_between_two_layers_are_distinct_and_follow_the_forward():
 
 def test_depth_of_a_repeated_call_is_the_modules():
     assert layer_depths(CNN(), ["relu", "relu:1"]) == {"relu": 1, "relu:1": 1}
-    assert layer_depths(Method(nn.Flatten(), nn.Linear(3, 1)), ["head"]) == {"head": 0}
+    assert layer_depths(Method(nn.Flatten(), nn.Linear(3, 1)), ["head"]) == {"head": 1.1}
 
 
 def test_depth_of_an_unknown_layer_is_an_error():

@@ -26,7 +26,7 @@ const LABELS = {
   "test/knn": "Test accuracy, 20-NN (share)", "test/acc": "Test accuracy, classifier (share)",
 };
 const named = (metric) => LABELS[metric] ?? metric;
-const DEPTH = "depth of the layer (0 = stem, 1 = last)";
+const DEPTH = "depth of the layer (0 = stem, 1 = end of the backbone)";
 const unique = (values) => [...new Set(values)];
 const images = (rows) => {
   const n = unique(rows.map((row) => row.n).filter((n) => n !== null)).sort((a, b) => a - b);
