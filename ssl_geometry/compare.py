@@ -238,20 +238,17 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bo
         cka, knn, null = (rows[rows["metric"] == name] for name in ("cka", "mutual_knn", "max_cka_null"))
         pictures[f"layers_{a}_{b}"] = pair_panels(cka, knn, null)
     layers = frame[frame["model_other"].isna()]
-    even = layers[layers["layer"].str.fullmatch(f"{BLOCK}|head.*")]
-    classes = even[even["metric"] == "class_cka"]
-    invariance = even[even["metric"] == "invariance"]
+    invariance = layers[layers["metric"] == "invariance"]
     self_supervised = [name for name in groups if labels[name] is False]
     seen = [view for view in map(views_of, self_supervised) if view in set(invariance["view"])]
     shown = {view: f"Invariance under the {view}" for view in seen[:1]}
     shown["own"] = "Invariance under its own training views"
     panels = {title: invariance[invariance["view"] == view] for view, title in shown.items()}
-    panels = {title: rows for title, rows in panels.items() if len(rows)}
-    n = int(frame["n"].iloc[0])
+    panels["CKA with the classes"] = layers[layers["metric"] == "class_cka"]
     pictures["invariance_and_classes"] = compare_curves(
-        {**panels, "CKA with the classes": classes}, groups, f"Post-residual and head layers, {n} images"
+        {title: rows for title, rows in panels.items() if len(rows)}, groups, f"{int(frame['n'].iloc[0]):,} images"
     )
-    for model, rows in layers[layers["metric"] == "invariance"].groupby("model", sort=False):
+    for model, rows in invariance.groupby("model", sort=False):
         pictures[f"invariance_{model}"] = view_heatmap(rows)
     return [save_figure(figure, out / name) for name, figure in pictures.items()]
 

@@ -61,7 +61,7 @@ from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.networks import networks_parser, parse_networks
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
-from ssl_geometry.report.figures import BLOCK, compare_curves, save_figure
+from ssl_geometry.report.figures import compare_curves, save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
 from ssl_geometry.runs import load_networks, split_seeds
 
@@ -687,7 +687,7 @@ def probe(args: Sequence[str]) -> Path:
     text = tables(frame, groups, protocol_of, out, said, judged, balanced=_is_balanced(data))
     console.print(f"{text}\n{said}", markup=False, highlight=False, soft_wrap=True)
     if "layers" in options.evaluations:
-        _show_picture(frame, groups, out, judged, console)
+        console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)
     if failed:
@@ -761,17 +761,6 @@ def _is_balanced(data: DataModule) -> bool:
         return True
     counts = labels[labels >= 0].bincount()
     return int(counts.max()) <= UNBALANCED * int(counts[counts > 0].min())
-
-
-def _show_picture(frame: pd.DataFrame, groups: Mapping[str, str], out: Path, judged: str, console: Console) -> None:
-    """Draw the networks whose layers the picture knows, and say which those are not."""
-    named = frame[frame["layer"].str.fullmatch(f"{BLOCK}|head.*")]
-    without = [name for name in groups if name != PIXELS and name not in set(named["model"])]
-    if without:
-        told = f"no picture  {', '.join(without)}: their --layers hold no block of a ResNet or ViT, and no head"
-        console.print(told, highlight=False, soft_wrap=True)
-    if len(named):
-        console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
 
 
 def tables(
@@ -874,12 +863,11 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: s
         The PNG file.
     """
     rows = frame[frame["metric"] == "logistic_probe"]
-    curves = rows[rows["layer"].str.fullmatch(f"{BLOCK}|head.*") & (rows["model"] != PIXELS)]
+    curves = rows[rows["model"] != PIXELS]
     pixels = rows[rows["model"] == PIXELS]["value"]
     figure = compare_curves(
-        {"Linear probe of each layer": curves},
+        {f"Logistic regression on pooled features, {int(frame['n'].iloc[0]):,} test images": curves},
         {name: group for name, group in groups.items() if name != PIXELS},
-        f"Logistic regression on pooled features, {int(frame['n'].iloc[0]):,} test images",
         label=judged,
         levels={} if pixels.empty else {PIXELS: float(pixels.iloc[0])},
     )

@@ -31,6 +31,7 @@ TITLE_WIDTH = 60
 MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 """Numbers whose view names a kind of manifold."""
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
+HEAD = r"head(\..+)?"
 LABELS = {
     "cka": "CKA (unbiased)",
     "invariance": "CKA of two augmented copies",
@@ -46,6 +47,23 @@ LABELS = {
     "alpha_req": "Decay of the spectrum (alpha-ReQ)",
     "mean_cosine": "Mean cosine of two images",
 }
+
+
+def is_drawn(layers: pd.Series, models: pd.Series) -> pd.Series:
+    """Whether curves over depth show each layer: block outputs; of a network with none of them, all but its head.
+
+    Args:
+        layers: names of layers.
+        models: the network of each.
+
+    Example:
+        >>> layers = pd.Series(["stem", "layer1.0", "layer1.0.residual", "stem", "pooled", "head.0"])
+        >>> is_drawn(layers, pd.Series(["a", "a", "a", "b", "b", "b"])).tolist()
+        [False, True, False, True, True, False]
+    """
+    block = layers.str.fullmatch(BLOCK)
+    without = ~block.groupby(models).transform("any").astype(bool)
+    return block | (without & ~layers.str.fullmatch(HEAD))
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -336,7 +354,7 @@ def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None)
     Returns:
         A figure of two rows. In the maps a white dot marks, for each layer on the vertical axis, the most similar
         layer of the other network; the curves show the similarity to the layer at the same place (*diag*) and to the
-        most similar layer (*max*), post-residual layers only.
+        most similar layer (*max*); see :func:`is_drawn` for which layers.
     """
     first = _first(cka)
     with mpl.rc_context(STYLE):
@@ -351,19 +369,32 @@ def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None)
                     continue
                 image = _map(axes, kept, dots=first["model"] != first["model_other"])
                 figure.colorbar(image, ax=axes, shrink=0.8)
-            even = _parity(frame)["post-residual (even)"]
-            for name, line in diag_and_max(even).items() if len(even) else ():
-                panels[3].plot(line.index, line.to_numpy(), marker="o", markersize=3, label=name)
+            shown = frame[
+                is_drawn(frame["layer"], frame["model"]) & is_drawn(frame["layer_other"], frame["model_other"])
+            ]
+            lines = diag_and_max(shown)
+            for name, style in SAME_AND_LARGEST.items():  # the same layer is often the most similar one: both are seen
+                panels[3].plot(lines[name].index, lines[name].to_numpy(), label=name, **style)
             if label == "CKA" and len(null):
-                chance = _parity(pd.DataFrame(null))["post-residual (even)"]
+                chance = pd.DataFrame(null)
+                chance = chance[is_drawn(chance["layer"], chance["model"])]
                 panels[3].plot(chance["depth"], chance["value"], "k--", label="max, images permuted (95 %)")
-            panels[3].set_title(f"{label}: post-residual layers")
+            blocks = shown["layer"].str.fullmatch(BLOCK).all() and shown["layer_other"].str.fullmatch(BLOCK).all()
+            panels[3].set_title(f"{label}: post-residual layers" if blocks else f"{label}: layers of the backbones")
             panels[3].set_xlabel(f"depth of the layer of {first['model']}")
-            panels[3].set_ylim(min(0, even["value"].min()) if len(even) else 0, 1.02)
+            panels[3].set_ylim(np.nanmin([0, *shown["value"]]), 1.02)
             panels[3].grid(alpha=0.25)
             panels[3].legend()
         figure.suptitle(title or f"{first['model']} and {first['model_other']}, {first['n']} images")
     return figure
+
+
+SAME, LARGEST = "same layer (diag)", "most similar layer (max)"
+SAME_AND_LARGEST: dict[str, dict[str, Any]] = {
+    LARGEST: {"color": "C1", "linewidth": 4, "alpha": 0.45, "marker": "o", "markersize": 7, "markeredgewidth": 0},
+    SAME: {"color": "C0", "linewidth": 1.2, "marker": "o", "markersize": 3},
+}
+"""How the curves of :func:`diag_and_max` are drawn, the wider one first."""
 
 
 def _parity(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -389,7 +420,7 @@ def diag_and_max(rows: Rows) -> dict[str, pd.Series]:
         rows: records of one pair of networks. The same place is the same name, else the nearest depth.
 
     Returns:
-        Two series indexed by depth.
+        Two series indexed by depth, of the layers that there are.
     """
     frame = pd.DataFrame(rows)
     frame = frame.assign(
@@ -397,7 +428,7 @@ def diag_and_max(rows: Rows) -> dict[str, pd.Series]:
     )
     by_layer = frame.sort_values("away", kind="stable").groupby("depth")["value"]
     same = by_layer.agg(lambda values: values.iloc[0])  # NaN stays NaN
-    return {"same layer (diag)": same, "most similar layer (max)": by_layer.max()}
+    return {SAME: same, LARGEST: by_layer.max()}
 
 
 def compare_curves(
@@ -419,10 +450,15 @@ def compare_curves(
         levels: named values without layers, drawn as dotted lines.
 
     Returns:
-        A figure: a line a group (the mean), a band from the lowest to the highest network; a single network's band is
-        its error bar. Stages of a ResNet are shaded in turn, layers of a head are hollow.
+        A figure: a line per group (the mean), a band from the lowest to the highest network; a single network's band is
+        its error bar. Layers of :func:`is_drawn` and of heads, which are hollow; stages of a ResNet are shaded in turn.
+
+    Raises:
+        ValueError: a panel without rows.
     """
     colors = {group: f"C{number}" for number, group in enumerate(dict.fromkeys(groups.values()))}
+    for rows in panels.values():
+        _first(rows)
     lowest = min(0.0, *(pd.DataFrame(rows)["value"].min() for rows in panels.values()))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1 + 4.6 * len(panels), 3.8))
@@ -430,6 +466,8 @@ def compare_curves(
             np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels.items(), strict=True
         ):
             frame = pd.DataFrame(rows)
+            in_head = frame["layer"].str.fullmatch(HEAD)
+            frame = frame[in_head | is_drawn(frame["layer"], frame["model"])]
             frame = frame.assign(group=frame["model"].map(groups), place=_places(frame))
             _mark_stages(axes, frame)
             for group, color in colors.items():
@@ -452,7 +490,9 @@ def compare_curves(
             for number, (level, value) in enumerate((levels or {}).items()):
                 axes.axhline(value, color="0.45", linestyle=(number, (1, 1.5)), linewidth=1.2, label=level)
             axes.set_title(name)
-            axes.set_xlabel("layer (post-residual, then head)")
+            has_blocks = bool(frame["layer"].str.fullmatch(BLOCK).any())
+            axes.set_xlabel("layer (post-residual, then head)" if has_blocks else "layer")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylim(lowest - 0.02, 1.08)
             axes.grid(alpha=0.25)
             axes.legend(loc="best")

@@ -131,7 +131,7 @@ def correlation_map(table: pd.DataFrame, n: int, title: str) -> Figure:
         title: written above.
     """
     with mpl.rc_context(STYLE):
-        size = 2.2 + 0.2 * len(table)
+        size = max(4.2, 2.2 + 0.2 * len(table))  # the colour bar's label needs its room
         figure = Figure(figsize=(size + 0.8, size))
         axes = figure.add_subplot()
         axes.set_facecolor("0.8")

@@ -166,6 +166,17 @@ def test_findings_are_contrasts_with_intervals(compared: Path) -> None:
     assert row["effect"] == pytest.approx(means["supervised"] - means["simclr"])
 
 
+@pytest.mark.parametrize("layers", ["[stem, pooled]", "layer2.0.residual"])
+def test_layers_that_are_no_blocks(tmp_path: Path, layers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    models = ["--models", "a=random:resnet10@16", "b=random:resnet10@16:1"]
+    data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64"]
+    out = compare([*models, *data, f"--out={tmp_path}", f"--layers={layers}", "--views=[]", "--permutations=9"])
+    figures = {path.stem for path in (out / "figures").iterdir()}
+    assert {"layers_a_a", "layers_a_b", "layers_b_b", "invariance_and_classes"} <= figures
+    assert pd.read_parquet(out / "findings.parquet").empty, "nothing is claimed of untrained networks"
+    assert "| claim | contrast" in (out / "findings.md").read_text()
+
+
 class Mine(Supervised):
     """Somebody's variant."""
 

@@ -9,7 +9,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from ssl_geometry.records import RecordStore, read_records, record
-from ssl_geometry.report.figures import cka_curves, cka_heatmap, layer_curves
+from ssl_geometry.report.figures import (
+    LARGEST,
+    SAME,
+    cka_curves,
+    cka_heatmap,
+    compare_curves,
+    layer_curves,
+    pair_panels,
+)
+from ssl_geometry.report.models import correlation_map
 
 
 def rows(other: str = "b", epoch: int = 3) -> list[dict[str, Any]]:
@@ -83,6 +92,72 @@ def test_titles_say_what_is_shown_of_how_many_images_and_fit(metric: str, view: 
     figure.canvas.draw()
     left, right = title.get_window_extent().intervalx
     assert 0 <= left < right <= figure.bbox.width
+
+
+def pair(layers: list[str], others: list[str]) -> pd.DataFrame:
+    """CKA of all pairs of layers of two networks."""
+    return pd.DataFrame(
+        [
+            record(model="a", model_other="b", metric="cka", layer=x, layer_other=y, depth=i, depth_other=j, n=64,
+                   value=0.9 - 0.1 * abs(i - j))
+            for i, x in enumerate(layers)
+            for j, y in enumerate(others)
+        ]
+    )  # fmt: skip
+
+
+RESNET = ["stem", "layer1.0.residual", "layer1.0", "layer2.0.residual", "layer2.0", "pooled", "head.0"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "others", "drawn"),
+    [
+        (RESNET, RESNET, [2, 4]),
+        (["stem", "pooled"], ["stem", "pooled"], [0, 1]),
+        (["features.0", "features.1", "head"], RESNET, [0, 1]),
+        (["stem", "blocks.0", "blocks.1"], ["stem", "pooled"], [1, 2]),
+        (["head.0"], ["head.0"], []),
+    ],
+)
+def test_curves_of_a_pair_show_blocks_or_where_there_are_none_all_layers(
+    tmp_path: Path, layers: list[str], others: list[str], drawn: list[int]
+) -> None:
+    figure = pair_panels(pair(layers, others), pair(layers, others))
+    panel = figure.axes[3]
+    lines = {line.get_label(): line for line in panel.lines}
+    for name in (SAME, LARGEST):
+        assert list(lines[name].get_xdata()) == drawn
+    order = [line.get_label() for line in panel.lines]
+    assert order.index(LARGEST) < order.index(SAME), "the same layer is often the most similar one: it is drawn above"
+    assert lines[SAME].get_linewidth() < lines[LARGEST].get_linewidth() / 2
+    figure.savefig(tmp_path / "pair.png")
+
+
+@pytest.mark.parametrize(
+    ("layers", "drawn"),
+    [
+        (RESNET, 3),
+        (["stem", "pooled"], 2),
+        (["features.0", "features.1", "head"], 3),
+        (["stem", "layer1.0.residual"], 2),
+    ],
+)
+def test_curves_over_depth_are_of_blocks_and_heads_or_of_all_layers(layers: list[str], drawn: int) -> None:
+    rows = [record(model="a", layer=x, depth=i / 10, n=64, value=0.5) for i, x in enumerate(layers)]
+    figure = compare_curves({"A title": rows}, {"a": "a"})
+    assert len(figure.axes[0].lines[0].get_xdata()) == drawn
+    assert not figure.get_suptitle()
+    with pytest.raises(ValueError, match="no rows"):
+        compare_curves({"A title": []}, {})
+
+
+@pytest.mark.parametrize("metrics", [3, 18])
+def test_the_label_of_a_colour_bar_is_whole(metrics: int) -> None:
+    names = [f"translate neighbors {i}" for i in range(metrics)]
+    figure = correlation_map(pd.DataFrame(np.eye(metrics), names, names), 12, "Manifold graph metrics (means)")
+    figure.canvas.draw()
+    below, above = figure.axes[1].yaxis.label.get_window_extent().intervaly
+    assert 0 <= below < above <= figure.bbox.height
 
 
 def test_records_are_replaced_by_part_and_survive_a_failed_write(
