@@ -11,14 +11,19 @@ On a GPU that does not compile they would keep float32 copies of all activations
 ``torch.nn.SyncBatchNorm`` do the work: 24 launches forward, 6 backward.
 """
 
+import logging
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import LayerSync
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
 
 STATE = ("running_mean", "running_var", "num_batches_tracked")
 SMALLEST_VARIANCE = 1e-30
@@ -57,6 +62,26 @@ class SyncBatchNorm(_BatchNorm):
             now = now.to(running.dtype)
             share = self.num_batches_tracked.to(now.dtype).reciprocal() if self.momentum is None else self.momentum
             running.lerp_(now, share)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """The same for timm's ``BatchNormAct2d``, whose activation follows in the one module."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W), then drop and activate."""
+        return self.act(self.drop(super().forward(input)))
+
+
+SYNCHRONISED: dict[type[nn.Module], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: SyncBatchNorm,
+    nn.BatchNorm2d: SyncBatchNorm,
+    nn.BatchNorm3d: SyncBatchNorm,
+    BatchNormAct2d: SyncBatchNormAct,
+}
+"""Kinds of batch norm, and what each becomes; a subclass of them may do more than normalise."""
 
 
 def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
@@ -173,10 +198,18 @@ class SyncBatchNormPlugin(LayerSync):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Change the layers' class; their parameters, buffers and hooks stay."""
+        others: Counter[str] = Counter()
         for module in model.modules():
-            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):  # others may do more than normalise
+            if synchronised := SYNCHRONISED.get(type(module)):
                 self._classes[module] = type(module)
-                module.__class__ = SyncBatchNorm
+                module.__class__ = synchronised
+            elif isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
+                others[type(module).__name__] += 1
+        if others:
+            logger.warning(
+                f"--trainer.sync_batchnorm: {others.total()} layers ({', '.join(others)}) are not synchronised: each "
+                "process normalises with its own images; layers of torch and timm's BatchNormAct2d are"
+            )
         equal = [f"{name}.{key}" for name, module in model.named_modules() if module in self._classes for key in STATE]
         self._ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*self._ignored, *equal])

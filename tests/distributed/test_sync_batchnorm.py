@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_geometry.callbacks import LastCheckpoint, StopOnNaN, StopOnSignal
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models import sync_batchnorm
-from ssl_geometry.models.sync_batchnorm import SyncBatchNorm, SyncBatchNormPlugin
+from ssl_geometry.models.sync_batchnorm import SyncBatchNorm, SyncBatchNormAct, SyncBatchNormPlugin
 from ssl_geometry.models.taps import Taps
 from tests.distributed.conftest import Ranks
 from tests.fake_cuda import FakeCuda
@@ -81,11 +82,12 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(
-    rank: int, world_size: int, way: str, dims: int, options: dict[str, Any], empty: bool, offset: float = 3.0
+    rank: int, world_size: int, way: str, kind: str | int, options: dict[str, Any], empty: bool, offset: float = 3.0
 ) -> list[Tensor]:
     """Output, gradients and running statistics of two steps, the shares of the images gathered in place."""
     generator = torch.Generator().manual_seed(6)
-    norm: nn.Module = KINDS[dims](5, **options).double()
+    dims = 4 if kind == "with activation" else int(kind)
+    norm: nn.Module = (BatchNormAct2d if kind == "with activation" else KINDS[dims])(5, **options).double()
     for parameter in norm.parameters():
         nn.init.normal_(parameter, generator=generator)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -121,9 +123,9 @@ def layer(
 )
 @pytest.mark.parametrize("way", ["plain", "kernels"])
 def test_it_is_the_batch_norm_of_one_process(ranks: Ranks, way: str, options: dict[str, Any], empty: bool) -> None:
-    for dims in KINDS:
-        expected = layer(0, 1, way, dims, options, empty)
-        for got in ranks(layer, way, dims, options, empty):
+    for kind in (*KINDS, "with activation"):
+        expected = layer(0, 1, way, kind, options, empty)
+        for got in ranks(layer, way, kind, options, empty):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -253,17 +255,37 @@ def test_a_frozen_layer_asks_no_other_process(ranks: Ranks) -> None:
 
 
 def test_layers_change_in_place_and_back() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4), nn.SyncBatchNorm(4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4), nn.SyncBatchNorm(4), BatchNormAct2d(4)
+    )
     state, parameters = net.state_dict(), list(net.parameters())
     plugin = SyncBatchNormPlugin()
     with Taps(net, ["1"], lambda _, output: output.shape) as taps:
         assert plugin.apply(net) is net
-        assert [type(module) for module in net] == [nn.Conv2d, SyncBatchNorm, SyncBatchNorm, nn.SyncBatchNorm]
+        kinds = [nn.Conv2d, SyncBatchNorm, SyncBatchNorm, nn.SyncBatchNorm, SyncBatchNormAct]
+        assert [type(module) for module in net] == kinds
         assert taps_hear(taps, net)
     assert list(net.state_dict()) == list(state)
     assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
     plugin.revert(net)
-    assert [type(module) for module in net] == [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm]
+    kinds = [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d]
+    assert [type(module) for module in net] == kinds
+
+
+class Scaled(nn.BatchNorm2d):
+    """A kind of batch norm that nobody knows."""
+
+
+def test_layers_that_are_not_synchronised_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(
+        nn.BatchNorm2d(4), Scaled(4), Scaled(4), nn.SyncBatchNorm(4), BatchNormAct2d(4), nn.GroupNorm(2, 4)
+    )
+    SyncBatchNormPlugin().apply(net)
+    (line,) = caplog.messages
+    assert line.startswith("--trainer.sync_batchnorm: 2 layers (Scaled) are not synchronised")
+    caplog.clear()
+    SyncBatchNormPlugin().apply(net[:4])
+    assert not caplog.messages
 
 
 def taps_hear(taps: Taps, net: nn.Sequential) -> bool:
