@@ -277,9 +277,8 @@ class Scaled(nn.BatchNorm2d):
 
 
 def test_layers_that_are_not_synchronised_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    net = nn.Sequential(
-        nn.BatchNorm2d(4), Scaled(4), Scaled(4), nn.SyncBatchNorm(4), BatchNormAct2d(4), nn.GroupNorm(2, 4)
-    )
+    known = nn.BatchNorm2d(4), nn.SyncBatchNorm(4), BatchNormAct2d(4), nn.GroupNorm(2, 4)
+    net = nn.Sequential(*known, Scaled(4), Scaled(4))
     SyncBatchNormPlugin().apply(net)
     (line,) = caplog.messages
     assert line.startswith("--trainer.sync_batchnorm: 2 layers (Scaled) are not synchronised")
