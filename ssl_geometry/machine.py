@@ -90,10 +90,10 @@ def gpu() -> Iterator[Finding]:
 
 def faiss() -> Iterator[Finding]:
     """What neighbours are searched on."""
-    gpus = exact.faiss.get_num_gpus() if exact.has_gpu() else 0
+    gpus = exact.faiss().get_num_gpus() if exact.has_gpu() else 0
     blas = exact.faiss_blas()
     said = [
-        exact.faiss.__version__,
+        exact.faiss().__version__,
         f"GPU support, {gpus} GPU(s)" if exact.has_gpu() else "no GPU support",
         "its BLAS is not OpenBLAS" if blas is None else f"OpenBLAS {blas[0]} with kernels for {blas[1]}",
         f"{torch.get_num_threads()} threads",

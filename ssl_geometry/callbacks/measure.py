@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import wandb
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -286,10 +285,16 @@ def log(trainer: L.Trainer, found: Findings, moment: Moment, part: str) -> None:
                 logger.save_figures(figures())
         else:
             drawn: dict[str, Any] = figures() if isinstance(logger, WandbLogger) else {}
-            shown: dict[str, Any] = {name: wandb.Image(figure) for name, figure in drawn.items()}
+            shown = _for_wandb(drawn) if drawn else {}
             row = {**found.scalars, **shown, "epoch": float(moment.epoch)}  # pictures in one row with their epoch
             send = logger.log_moment if isinstance(logger, ResumableWandbLogger) else logger.log_metrics
             send(row, moment.step)
         if isinstance(logger, TensorBoardLogger):
             for name, figure in figures().items():
                 logger.experiment.add_figure(name, figure, global_step=moment.step)
+
+
+def _for_wandb(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    import wandb  # a third of a second
+
+    return {name: wandb.Image(figure) for name, figure in figures.items()}

@@ -26,7 +26,6 @@ import torch
 import torchvision
 from jaxtyping import Int64, UInt8
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as F
@@ -372,6 +371,8 @@ def load(
 
 
 def _digits(size: int) -> tuple[Images, Images, list[str]]:
+    from sklearn.datasets import load_digits  # here: other data sets do without
+
     data = load_digits()
     gray = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)
     return *_fifth(_array(gray, torch.from_numpy(data.target).long(), size)), [str(digit) for digit in range(10)]

@@ -4,7 +4,7 @@ Protocol: points are float32 and so are their products, TF32 and autocast off. W
 ordered by float64 differences of the rows that the points were rounded from, and what differs by float64's rounding
 alone by ids. So all backends give the same neighbours, and which one ran is no part of a protocol.
 
-FAISS is imported here and nowhere else, with the kernels of this CPU.
+FAISS is imported here and nowhere else, when something is searched first, with the kernels of this CPU.
 """
 
 import os
@@ -102,14 +102,19 @@ def _kernels_of_this_cpu() -> Iterator[None]:
         del os.environ[name]
 
 
-with _kernels_of_this_cpu():
-    import faiss
-    import faiss.contrib.torch_utils  # FAISS takes and gives tensors
+@cache
+def faiss() -> Any:
+    """The library, loaded where something is searched: a third of a second, for which no ``--help`` waits."""
+    with _kernels_of_this_cpu():
+        import faiss
+        import faiss.contrib.torch_utils  # FAISS takes and gives tensors
+    return faiss
 
 
 @cache
 def faiss_blas() -> tuple[str, str] | None:
     """Version and kernels of the OpenBLAS that FAISS brought; None where it uses another library."""
+    faiss()
     for library in threadpool_info():
         if library["internal_api"] == "openblas" and "faiss" in library["filepath"]:
             return library["version"], library["architecture"]
@@ -126,7 +131,7 @@ def knows_cpu() -> bool:
 
 def has_gpu() -> bool:
     """Whether this FAISS was built for GPUs (faiss-cpu was not)."""
-    return hasattr(faiss, "StandardGpuResources")
+    return hasattr(faiss(), "StandardGpuResources")
 
 
 def backend(device: torch.device, k: int) -> Backend:
@@ -148,7 +153,7 @@ def backend(device: torch.device, k: int) -> Backend:
 @cache
 def gpu_resources(device: int) -> Any:
     """FAISS's on one GPU, made once (0.1 to 0.2 s) and kept: 256 MiB there, none pinned on the host."""
-    resources = faiss.StandardGpuResources()
+    resources = faiss().StandardGpuResources()
     resources.setTempMemory(GPU_WORKSPACE)
     resources.setPinnedMemory(0)  # for copies from the host, of which there are none
     return resources
@@ -216,14 +221,14 @@ def exact_search(
 
 def _by_faiss(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
     with faiss_threads():
-        values, ids = faiss.knn(queries.cpu(), points.cpu(), k, metric=_metric(inner))
+        values, ids = faiss().knn(queries.cpu(), points.cpu(), k, metric=_metric(inner))
     return values.to(points.device), ids.to(points.device)
 
 
 def _by_faiss_gpu(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
     device = points.device.index
     with torch.cuda.device(device):  # whose stream FAISS joins
-        return faiss.knn_gpu(gpu_resources(device), queries, points, k, metric=_metric(inner), device=device)
+        return faiss().knn_gpu(gpu_resources(device), queries, points, k, metric=_metric(inner), device=device)
 
 
 def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
@@ -237,18 +242,19 @@ def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Ten
 
 
 def _metric(inner: bool) -> int:
-    return faiss.METRIC_INNER_PRODUCT if inner else faiss.METRIC_L2
+    return faiss().METRIC_INNER_PRODUCT if inner else faiss().METRIC_L2
 
 
 @contextmanager
 def faiss_threads() -> Iterator[None]:
     """FAISS uses as many threads as torch does, and is left as it was."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(torch.get_num_threads())
+    library = faiss()
+    before = library.omp_get_max_threads()
+    library.omp_set_num_threads(torch.get_num_threads())
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        library.omp_set_num_threads(before)
 
 
 # -- what float32 cannot order -----------------------------------------------------------------------------------------

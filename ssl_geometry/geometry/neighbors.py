@@ -85,7 +85,7 @@ def nearest(
         raise ValueError(
             f"metric {metric!r}, index {index!r}: expected cosine, inner or l2; auto, exact, ivf, hnsw or cagra"
         )
-    if index == "cagra" and not (features.is_cuda and has_gpu() and hasattr(faiss, "GpuIndexCagra")):
+    if index == "cagra" and not (features.is_cuda and has_gpu() and hasattr(faiss(), "GpuIndexCagra")):
         raise ValueError("index 'cagra' needs features on a CUDA device and faiss-gpu-cuvs: choose exact, ivf or hnsw")
     itself = bank is None
     features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -224,18 +224,19 @@ def _others(
 
 
 def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index: Index) -> tuple[Tensor, Tensor]:
-    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner" else faiss.METRIC_L2
+    library = faiss()
+    kind = library.METRIC_INNER_PRODUCT if metric == "inner" else library.METRIC_L2
     if index == "cagra":
         return _by_cagra(queries, points, k, kind)
     n, width = points.shape
     device, points = points.device, points.cpu()
     searcher: Any
     if index == "hnsw":
-        searcher = faiss.IndexHNSWFlat(width, LINKS, kind)
+        searcher = library.IndexHNSWFlat(width, LINKS, kind)
         searcher.hnsw.efSearch = max(64, 2 * k)
     else:
         lists = max(1, min(n // 39, round(4 * n**0.5)))  # FAISS wants 39 training points a list
-        searcher = faiss.index_factory(width, f"IVF{lists},Flat", kind)
+        searcher = library.index_factory(width, f"IVF{lists},Flat", kind)
         searcher.nprobe = max(1, lists // 8)
     with faiss_threads():
         searcher.train(points)
@@ -247,7 +248,7 @@ def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index:
 def _by_cagra(queries: Tensor, points: Tensor, k: int, kind: int) -> tuple[Tensor, Tensor]:
     """A graph that is built and searched on the device (not run on a GPU yet)."""
     device = points.device.index
-    library: Any = faiss  # whose types leave cuVS out
+    library = faiss()
     config, options = library.GpuIndexCagraConfig(), library.SearchParametersCagra()
     config.device = device
     options.itopk_size = max(64, -(-2 * k // 32) * 32)  # candidates that are kept, in steps of 32
@@ -257,9 +258,9 @@ def _by_cagra(queries: Tensor, points: Tensor, k: int, kind: int) -> tuple[Tenso
         # FAISS's own wrapper for tensors takes no options.
         values = queries.new_empty(len(queries), k)
         ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-        tensors = faiss.contrib.torch_utils
+        tensors = library.contrib.torch_utils
         pointers = [tensors.swig_ptr_from_FloatTensor(x) for x in (queries, values)]
         pointers.append(tensors.swig_ptr_from_IndicesTensor(ids))
         with tensors.using_stream(searcher.getResources()):
-            searcher.search_ex(len(queries), pointers[0], faiss.Float32, k, *pointers[1:], options)
+            searcher.search_ex(len(queries), pointers[0], library.Float32, k, *pointers[1:], options)
     return values, ids

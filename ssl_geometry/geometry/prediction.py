@@ -19,11 +19,6 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.stats import permutation_test, rankdata
-from sklearn.decomposition import PCA
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import LeaveOneOut, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 STRENGTHS = tuple(np.logspace(-2, 5, 29).tolist())
 """Penalties of ridge regression, on standardised columns; each is chosen without the model that is predicted."""
@@ -66,6 +61,9 @@ def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
     x = x[:, np.ptp(x, axis=0) > 1e-12 * np.abs(x).max(0)]  # more than rounding
     if len(x) < 3 or not x.shape[1]:
         raise ValueError(f"at least 3 models and a number that varies are needed, got {len(x)} and {x.shape[1]}")
+    from sklearn.decomposition import PCA  # half a second to import
+    from sklearn.preprocessing import StandardScaler
+
     z = StandardScaler().fit_transform(x)
     merges = linkage(z, "ward")
     components = PCA(min(2, z.shape[1]), svd_solver="full")
@@ -189,6 +187,11 @@ def leave_one_out(
         >>> bool(np.allclose(leave_one_out(x, 3 * x[:, 0] + 1, strengths=(1e-9,)), 3 * x[:, 0] + 1))
         True
     """
+    from sklearn.linear_model import RidgeCV  # half a second to import
+    from sklearn.model_selection import LeaveOneOut, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x = x[:, np.isfinite(x).all(0)]
     if len(x) < 4 or not x.shape[1]:
         raise ValueError(f"at least 4 models and a number that all have are needed, got {len(x)} and {x.shape[1]}")

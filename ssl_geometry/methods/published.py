@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from torch import Tensor
@@ -136,6 +135,8 @@ def from_timm(name: str) -> Published:
     Raises:
         UserError: a network that is not offered, or a download that failed.
     """
+    import timm  # a third of a second
+
     architecture = name.partition(".")[0]
     known = [known for known in timm.list_pretrained() if known.partition(".")[0] in {*RESNETS, *vit_names()}]
     if name not in known and name not in {known.partition(".")[0] for known in known}:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import Tensor
 
 from ssl_geometry.data.views import Augment
@@ -43,6 +42,8 @@ class SimCLR(Method):
         weight_decay: float = 1e-4,
         **kwargs: Any,
     ) -> None:
+        from lightly.models.modules.heads import SimCLRProjectionHead  # with timm: here, not with every --help
+
         super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
         self.head = SimCLRProjectionHead(self.num_features, hidden_dim or self.num_features, output_dim)
         if not temperature > 0:

@@ -19,7 +19,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Float
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -255,7 +254,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
         aliases = {"maxpool": "stem", "avgpool": "pooled"}
         for kind, last_norm in ((BasicBlock, "bn2"), (Bottleneck, "bn3")):
             aliases |= {f"{b}.{last_norm}": f"{b}.residual" for b in blocks if isinstance(tree[b], kind)}
-    elif isinstance(net, VisionTransformer):
+    elif _is_vision_transformer(net):
         blocks = [path for path in tree if re.fullmatch(r"blocks\.\d+", path)]
         stages = [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
         aliases = {"patch_embed": "stem", "fc_norm": "pooled"}
@@ -283,6 +282,12 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
         "head": head,
     }
     return named, {preset: [name for name in named if name in names] for preset, names in presets.items()}
+
+
+def _is_vision_transformer(net: nn.Module) -> bool:
+    from timm.models import VisionTransformer  # a third of a second, which ResNets do without
+
+    return isinstance(net, VisionTransformer)
 
 
 def _unrolled(module: nn.Module, path: str = "") -> Iterator[str]:

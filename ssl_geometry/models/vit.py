@@ -3,7 +3,6 @@
 from functools import cache
 from typing import Any
 
-import timm
 from torch import nn
 
 from ssl_geometry.errors import UserError
@@ -20,6 +19,8 @@ def vit_names() -> list[str]:
         >>> "vit_tiny_patch16_224" in vit_names()
         True
     """
+    import timm  # a third of a second, which ResNets do without
+
     return timm.list_models(module="vision_transformer")
 
 
@@ -45,6 +46,8 @@ def build_vit(name: str, image_size: int | None = None) -> nn.Module:
         >>> net(torch.rand(2, 3, 64, 64)).shape, net.num_features
         (torch.Size([2, 192]), 192)
     """
+    import timm
+
     net: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size)
     patch = net.patch_embed.patch_size[0]
     if image_size is not None and image_size % patch:

@@ -59,7 +59,7 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = machine.exact
     (finding,) = machine.faiss()
     support = "GPU support, 0 GPU(s)" if exact.has_gpu() else "no GPU support"
-    assert finding.said.startswith(exact.faiss.__version__)
+    assert finding.said.startswith(exact.faiss().__version__)
     if not machine.torch.cuda.is_available():
         assert support in finding.said
     monkeypatch.setattr(exact, "has_gpu", lambda: False)

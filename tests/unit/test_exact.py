@@ -23,10 +23,10 @@ CPU = ("faiss", "torch")
 @pytest.fixture(scope="module", autouse=True)
 def products() -> Iterator[None]:
     """FAISS takes differences of few points, and products |x|² + |y|² - 2xy of many: test these on few."""
-    before = exact.faiss.cvar.distance_compute_blas_threshold
-    exact.faiss.cvar.distance_compute_blas_threshold = 1
+    before = exact.faiss().cvar.distance_compute_blas_threshold
+    exact.faiss().cvar.distance_compute_blas_threshold = 1
     yield
-    exact.faiss.cvar.distance_compute_blas_threshold = before
+    exact.faiss().cvar.distance_compute_blas_threshold = before
 
 
 def cloud(kind: str, n: int, width: int, seed: int) -> Tensor:
@@ -165,6 +165,7 @@ def test_kernels_by_the_flags_of_the_cpu(machine: str, cpuinfo: str, expected: s
 REPORT = """
 import os, sys
 import ssl_geometry.geometry.exact as exact
+exact.faiss()
 import scipy.linalg
 from threadpoolctl import threadpool_info
 found = {part.split('/')[-2]: library['architecture'] for library in threadpool_info()
@@ -210,8 +211,8 @@ def test_a_pretended_gpu(gpu_support: bool, metric: Any, k: int, monkeypatch: py
     here = nearest(points, k=k, metric=metric)
     with FakeCuda() as gpu:
         if not gpu_support:
-            monkeypatch.delattr(exact.faiss, "StandardGpuResources")
-            monkeypatch.delattr(exact.faiss, "knn_gpu")
+            monkeypatch.delattr(exact.faiss(), "StandardGpuResources")
+            monkeypatch.delattr(exact.faiss(), "knn_gpu")
         exact.gpu_resources.cache_clear()
         torch.use_deterministic_algorithms(True)
         try:
@@ -231,8 +232,8 @@ def test_a_pretended_gpu(gpu_support: bool, metric: Any, k: int, monkeypatch: py
 def test_resources_of_a_gpu_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     with FakeCuda():
-        resources: Callable[[], Any] = exact.faiss.StandardGpuResources
-        monkeypatch.setattr(exact.faiss, "StandardGpuResources", lambda: made.append(resources()) or made[-1])
+        resources: Callable[[], Any] = exact.faiss().StandardGpuResources
+        monkeypatch.setattr(exact.faiss(), "StandardGpuResources", lambda: made.append(resources()) or made[-1])
         exact.gpu_resources.cache_clear()
         points = cloud("normal", 30, 4, 0).to("cuda")
         for _ in range(3):

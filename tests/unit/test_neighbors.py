@@ -19,11 +19,11 @@ KINDS = {"cosine": "cosine", "l2": "sqeuclidean"}
 @pytest.fixture(scope="module", autouse=True, params=["differences", "products"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """FAISS takes differences of few points, and products |x|² + |y|² - 2xy of many: test both on few."""
-    before = faiss.cvar.distance_compute_blas_threshold
+    before = faiss().cvar.distance_compute_blas_threshold
     if request.param == "products":
-        faiss.cvar.distance_compute_blas_threshold = 1
+        faiss().cvar.distance_compute_blas_threshold = 1
     yield
-    faiss.cvar.distance_compute_blas_threshold = before
+    faiss().cvar.distance_compute_blas_threshold = before
 
 
 def cloud(n: int, width: int, seed: int) -> torch.Tensor:
@@ -277,21 +277,22 @@ def test_an_approximate_search_says_how_good_it_is(index: str, duplicates: bool)
 
 
 def test_threads_are_torchs_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    search, seen = faiss.knn, []
+    library = faiss()
+    search, seen = library.knn, []
 
     def knn(*args: object, **kwargs: object) -> object:
-        seen.append(faiss.omp_get_max_threads())
+        seen.append(library.omp_get_max_threads())
         return search(*args, **kwargs)
 
-    monkeypatch.setattr(faiss, "knn", knn)
+    monkeypatch.setattr(library, "knn", knn)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)  # of FAISS too, where both have loaded one OpenMP
-            own = faiss.omp_get_max_threads()
+            own = library.omp_get_max_threads()
             nearest(cloud(20, 3, 6), k=2)
             assert seen.pop() == threads
-            assert faiss.omp_get_max_threads() == own
+            assert library.omp_get_max_threads() == own
     finally:
         torch.set_num_threads(before)
 
