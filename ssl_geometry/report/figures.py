@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from ssl_geometry.records.catalogue import described
+
 Rows = pd.DataFrame | Sequence[Mapping[str, Any]]
 
 STYLE: Any = {
@@ -32,21 +34,6 @@ MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "a
 """Numbers whose view names a kind of manifold."""
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
 HEAD = r"head(\..+)?"
-LABELS = {
-    "cka": "CKA (unbiased)",
-    "invariance": "CKA of two augmented copies",
-    "class_cka": "CKA with the classes",
-    "ridge_probe": "Accuracy of ridge regression",
-    "logistic_probe": "Accuracy of logistic regression",
-    "online_probe": "Accuracy of online probes",
-    "neighbors": "NNK neighbours",
-    "diameter": "Diameter of the NNK polytope",
-    "affinity": "Affinity of neighbouring polytopes",
-    "rankme": "RankMe",
-    "lidar": "LiDAR",
-    "alpha_req": "Decay of the spectrum (alpha-ReQ)",
-    "mean_cosine": "Mean cosine of two images",
-}
 
 
 def is_drawn(layers: pd.Series, models: pd.Series) -> pd.Series:
@@ -107,7 +94,7 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
         image = _map(axes, frame, dots=not itself)
         other = "itself" if itself else first["model_other"]
         axes.set_title(title or f"CKA of {first['model']} with {other}\nepoch {first['epoch']}, {first['n']} images")
-        figure.colorbar(image, ax=axes, label="CKA (unbiased)", shrink=0.8)
+        figure.colorbar(image, ax=axes, label=described("cka").axis, shrink=0.8)
     return figure
 
 
@@ -171,7 +158,7 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
             axes.plot(line[along], line["value"], color=color, marker=".", markersize=4, linewidth=1.2)
         top = frame["value"].max()
         axes.set_ylim(min(0, frame["value"].min()) - 0.02, 1.02 if not top > 1 else 1.05 * top)
-        axes.set_ylabel(LABELS.get(first["metric"], first["metric"]))
+        axes.set_ylabel(described(first["metric"]).axis)
         axes.grid(alpha=0.25)
         if against == "depth":
             axes.set_xlabel("depth of the layer (0 = stem, 1 = end of the backbone)")
@@ -217,7 +204,7 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
         axes.set_ylabel("layer")
         axes.set_xlabel("augmentation of both copies")
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label=LABELS["invariance"], shrink=0.8)
+        figure.colorbar(image, ax=axes, label=described("invariance").axis, shrink=0.8)
         axes.set_title(title or f"Invariance of {first['model']}\nepoch {first['epoch']}, {first['n']} images")
     return figure
 
@@ -252,7 +239,7 @@ def manifold_violins(rows: Rows, metric: str, title: str | None = None) -> Figur
             axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
             axes.grid(axis="y", alpha=0.25)
         for axes in panels[:, 0]:
-            axes.set_ylabel(LABELS.get(metric, metric), fontsize=7)
+            axes.set_ylabel(described(metric).axis, fontsize=7)
         figure.suptitle(title or f"{first['model']}, epoch {first['epoch']}, {frame['n'].max()} images")
     return figure
 
@@ -299,7 +286,7 @@ def training_curves(rows: Rows, metrics: Sequence[str], views: Sequence[str], la
                 axes.plot(lines["epoch"], lines["value"], color=colors[model], marker=".", label=model)
                 low, high = lines["low"].astype(float), lines["high"].astype(float)
                 axes.fill_between(lines["epoch"], low, high, color=colors[model], alpha=0.2, linewidth=0)
-            axes.set_title(f"{view}: {LABELS.get(metric, metric)}", fontsize=8)
+            axes.set_title(f"{view}: {described(metric).axis}", fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
         for axes in panels[-1]:
@@ -542,7 +529,7 @@ def _what(frame: pd.DataFrame) -> str:
     row, n = frame.iloc[0], int(frame["n"].max())  # rows know how many images had a value
     kind = "manifolds" if row["metric"] in MANIFOLDS else "views"
     seen = "" if row["view"] in (None, "clean") else f", {row['view']} {kind}"
-    return f"{LABELS.get(row['metric'], row['metric'])}{seen}\n{row['model']}, {n} images"
+    return f"{described(row['metric']).label}{seen}\n{row['model']}, {n} images"
 
 
 def _wrapped(title: str) -> str:

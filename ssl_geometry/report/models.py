@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
-from ssl_geometry.report.figures import LABELS, STYLE
+from ssl_geometry.records.catalogue import described
+from ssl_geometry.report.figures import STYLE
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """After Okabe & Ito: told apart by colour-blind readers; families beyond them share colours, not markers."""
@@ -164,7 +165,7 @@ def depth_profiles(
             for axes, metric in zip(line, metrics, strict=True):
                 shown = frame[(frame["metric"] == metric) & (frame["view"] == view)]
                 _model_lines(axes, shown, families, styles)
-                axes.set_title(f"{view}: {LABELS.get(metric, metric)}", fontsize=8)
+                axes.set_title(f"{view}: {described(metric).axis}", fontsize=8)
         for axes in panels[-1]:
             axes.set_xlabel("depth in the backbone")
         _model_legend(figure, families, styles)

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ import yaml
 
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.records import RecordStore
+from ssl_geometry.records.catalogue import described
 
 SERIES = ["model", "model_other", "metric", "view", "split", "protocol"]
 PLACE = ["layer", "depth", "layer_other", "depth_other"]
@@ -30,6 +32,10 @@ MOMENT = ["epoch", "step"]
 EXACT, ROUNDED = 8, 3
 """Bytes of a number: all of a float64, or the upper ones of a float32, which keep four significant digits."""
 FEWER_MOMENTS = (64, 32, 16, 8, 4, 2)
+ALL_SHOWN, MOST_SHOWN = 4, 6
+"""So many runs are all shown at first; of more, so many at most."""
+NOT_THE_RECIPE = {"seed", "channels_last", "compile", "root", "num_workers"}
+"""Options of model and data that runs of one recipe may differ in."""
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("data.js", "draw.js", "sections.js", "main.js")
 
@@ -142,6 +148,53 @@ def labels(directories: Sequence[Path]) -> list[str]:
     return [name(mine) for mine in parts]
 
 
+def natural(text: str) -> list[str | int]:
+    """Key of an order in which numbers count as such.
+
+    Example:
+        >>> sorted(["seed_10", "seed_2", "Seed_1"], key=natural)
+        ['Seed_1', 'seed_2', 'seed_10']
+    """
+    return [int(part) if part.isdecimal() else part.casefold() for part in re.split(r"(\d+)", text)]
+
+
+def first_choice(runs: Sequence[RunRecords]) -> list[int]:
+    """Which runs the page shows until its reader chooses others.
+
+    Args:
+        runs: all of the page, in its order.
+
+    Returns:
+        Places in ``runs``: all of :data:`ALL_SHOWN` or fewer; of more, the latest run of each recipe (runs that differ
+        by more than their seed), :data:`MOST_SHOWN` at most, of as many methods as there are.
+    """
+    if len(runs) <= ALL_SHOWN:
+        return list(range(len(runs)))
+    latest: dict[str, int] = {}
+    for place, run in enumerate(runs):
+        recipe = _recipe(run)
+        if recipe not in latest or _started(run) > _started(runs[latest[recipe]]):
+            latest[recipe] = place
+    of_method: dict[Any, list[int]] = {}
+    for place in sorted(latest.values()):
+        of_method.setdefault(runs[place].config.get("model.class_path"), []).append(place)
+    turns = [(turn, place) for places in of_method.values() for turn, place in enumerate(places)]
+    return sorted(place for _, place in sorted(turns)[:MOST_SHOWN])
+
+
+def _recipe(run: RunRecords) -> str:
+    options = {
+        name: value
+        for name, value in run.config.items()
+        if name.partition(".")[0] in ("model", "data") and name.rpartition(".")[2] not in NOT_THE_RECIPE
+    }
+    return json.dumps(options, sort_keys=True, default=str) if options else str(run.directory)
+
+
+def _started(run: RunRecords) -> str:
+    return str(run.facts.get("started", ""))
+
+
 def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = None) -> bytes:
     """Records as the page's script reads them: a header as JSON, then columns of numbers; compressed.
 
@@ -149,13 +202,16 @@ def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = N
     and its numbers. Rows of a series lie together, so only the other two have a column.
 
     Args:
-        runs: what is shown.
+        runs: what is shown, in any order; the page has them in the natural order of their names.
         width: bytes of each number: :data:`EXACT` or :data:`ROUNDED`.
         moments: of each metric of a run, show so many, evenly spaced, the first and the last among them; None: all.
 
     Returns:
         Gzip of: length of the header (uint32), header, columns.
     """
+    names = labels([run.directory for run in runs])
+    order = sorted(range(len(runs)), key=lambda place: natural(names[place]))
+    runs, names = [runs[place] for place in order], [names[place] for place in order]
     places, times, frames = _Numbered(), _Numbered(), []
     series: list[list[Any]] = []
     for number, run in enumerate(runs):
@@ -175,8 +231,13 @@ def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = N
         "n": rows["n"].fillna(-1).to_numpy(np.int32).view(np.uint8).reshape(-1, 4),
         **{name: number_bytes(rows[name].to_numpy(np.float64), width) for name in ("value", "low", "high")},
     }
+    metrics = {one[3] for one in series} | {name for run in runs for name in run.facts.get("results") or {}}
     header = {
-        "runs": [_described(run, label) for run, label in zip(runs, labels([r.directory for r in runs]), strict=True)],
+        "runs": [_described(run, name) for run, name in zip(runs, names, strict=True)],
+        "chosen": [names[place] for place in first_choice(runs)],
+        "metrics": {
+            name: {"label": described(name).axis, "section": described(name).section} for name in sorted(metrics)
+        },
         "protocols": {name: text for run in runs for name, text in run.protocols.items()},
         "series": series,
         "ends": np.cumsum(np.bincount(rows["series"], minlength=len(series))).tolist(),

@@ -20,6 +20,7 @@ from ssl_geometry.methods import SimCLR
 from ssl_geometry.methods.compilation import is_compiled, try_out
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import read_records
+from ssl_geometry.records.catalogue import described
 from ssl_geometry.runs import read_checkpoint
 from tests.fake_cuda import FakeCuda
 from tests.integration.test_fit import losses, options
@@ -74,9 +75,9 @@ def test_fit_is_the_same_run_by_one_graph(tmp_path: Path, backend: str) -> None:
     for path in (eager, compiled):
         frame = read_records(path).replace({"model_other": {path.name: "itself"}})
         frames.append(frame.sort_values([*key, "model_other"]).set_index([*key[:-1], "model_other"])[["value", "n"]])
-    assert {"cka", "invariance", "online_probe", "ridge_probe", "nnk_degree", "val/knn"} <= set(
-        frames[0].index.get_level_values("metric")
-    )
+    metrics = set(frames[0].index.get_level_values("metric"))
+    assert {"cka", "invariance", "online_probe", "ridge_probe", "nnk_degree", "val/knn"} <= metrics
+    assert not [name for name in metrics if described(name).section == "other"], "the catalogue knows what fit records"
     pd.testing.assert_frame_equal(frames[1], frames[0], rtol=1e-6, atol=1e-9)
 
 

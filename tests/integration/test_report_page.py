@@ -37,8 +37,8 @@ def browser() -> Iterator[Any]:
 class Reader:
     """A window that notes what must not happen."""
 
-    def __init__(self, browser: Any, address: str, scheme: str = "light") -> None:
-        self.page = browser.new_context(color_scheme=scheme, viewport={"width": 1300, "height": 900}).new_page()
+    def __init__(self, browser: Any, address: str, scheme: str = "light", width: int = 1300) -> None:
+        self.page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
         self.problems: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.problems.append(message.text))
@@ -151,7 +151,7 @@ def test_names_that_are_html_are_text(browser: Any, page: Path) -> None:
 @in_a_browser
 def test_the_epoch_slider_changes_the_map_by_keyboard(browser: Any, page: Path) -> None:
     reader = Reader(browser, page.as_uri())
-    figure = reader.section("cka").locator("figure").first
+    figure = reader.section("cka").locator("figure", has_text="one and itself")
     at_first = figure.locator("path[data-level]").evaluate_all("paths => paths.map(path => path.outerHTML).join()")
     assert "epoch 2" in figure.inner_text()
     slider = reader.page.locator("#cka-epoch")
@@ -169,7 +169,7 @@ def test_a_figure_is_read_by_keyboard(browser: Any, page: Path) -> None:
     reader = Reader(browser, page.as_uri())
     reader.page.keyboard.press("Tab")
     assert reader.page.evaluate("document.activeElement.textContent") == "Skip to the figures"
-    figure = reader.section("cka").locator("figure").nth(1).locator("svg")
+    figure = reader.section("cka").locator("figure", has_text="one and its initialisation").locator("svg[role=img]")
     figure.focus()
     for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
         figure.press(key)
@@ -183,6 +183,55 @@ def test_a_figure_is_read_by_keyboard(browser: Any, page: Path) -> None:
     assert "layer1 × layer1" in said
     assert f"{value:.4g}" in said
     assert "n = 257" in said
+
+
+@in_a_browser
+def test_paper_shows_every_figure_in_light_colours(browser: Any, page: Path) -> None:
+    reader = Reader(browser, page.as_uri(), "dark")
+    drawn = reader.page.locator("figure svg[role=img], figure table")
+    figures = reader.page.locator("figure").count()
+    assert drawn.count() < figures, "only those near the window"
+    seen: list[tuple[int, str]] = []
+    reader.page.expose_function("onPaper", lambda count, theme: seen.append((count, theme)))
+    reader.page.evaluate(
+        """addEventListener("beforeprint", () => onPaper(
+            document.querySelectorAll("figure svg[role=img], figure table").length, document.documentElement.dataset.theme))"""
+    )
+    paper = reader.page.pdf()
+    assert seen == [(figures, "light")]
+    assert len(re.findall(rb"/Type /Page\b", paper)) > 3
+    assert reader.page.evaluate("document.documentElement.dataset.theme") is None
+    reader.page.emulate_media(media="print")
+    assert not any(control.is_visible() for control in reader.page.locator("button, select, input, nav").all())
+    assert reader.problems == []
+
+
+@in_a_browser
+def test_a_phone_does_not_scroll_sideways(browser: Any, page: Path) -> None:
+    reader = Reader(browser, page.as_uri(), width=390)
+    for name in SECTIONS:
+        reader.section(name)
+        assert reader.page.evaluate("document.documentElement.scrollWidth") <= 390, name
+    assert reader.problems == []
+
+
+@in_a_browser
+def test_of_many_runs_one_is_shown_in_detail_until_the_reader_asks(browser: Any, tmp_path: Path) -> None:
+    runs = []
+    for number in range(5):
+        runs.append(make_run(tmp_path / f"seed_{number + 7}", epochs=2, model={"class_path": f"my.Net{number}"}))
+    main([*map(str, runs), "-o", str(tmp_path / "report.html")])
+    reader = Reader(browser, (tmp_path / "report.html").as_uri())
+    titles = reader.page.locator("#cka figcaption")
+    few = titles.count()
+    assert "seed_7 and itself" in titles.first.inner_text(), "natural order"
+    assert not any("seed_8 and" in title for title in titles.all_inner_texts())
+    reader.page.locator("#cka-run").select_option("seed_8")
+    assert titles.count() == few
+    assert "seed_8 and itself" in titles.first.inner_text()
+    reader.page.locator("#cka-run").select_option("every run")
+    assert titles.count() == 1 + 5 * (few - 1), "one figure compares the runs"
+    assert reader.problems == []
 
 
 @in_a_browser

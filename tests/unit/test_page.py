@@ -18,7 +18,18 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.records import COLUMNS, Protocol, RecordStore, read_records, record
 from ssl_geometry.report.__main__ import main
 from ssl_geometry.report.models import prediction_scatter
-from ssl_geometry.report.page import EXACT, ROUNDED, pack, read_run, render, smallest_loss, write_page
+from ssl_geometry.report.page import (
+    EXACT,
+    MOST_SHOWN,
+    ROUNDED,
+    RunRecords,
+    first_choice,
+    pack,
+    read_run,
+    render,
+    smallest_loss,
+    write_page,
+)
 from ssl_geometry.report.serve import Server
 
 PROTOCOL = Protocol({"metric": "CKA", "note": "</script><script>alert(1)</script>"})
@@ -95,6 +106,51 @@ def test_numbers_in_the_page_are_those_of_the_records(tmp_path: Path, width: int
     _, shown = unpack(pack([read_run(run) for run in runs], width))
     expected = read_records(*runs)
     pd.testing.assert_frame_equal(ordered(shown), ordered(expected), rtol=tolerance, atol=0, check_exact=not tolerance)
+
+
+def described_run(name: str, method: str, day: int, **options: Any) -> RunRecords:
+    config = {"model.class_path": method, "model.init_args.seed": day, "data.seed": day}
+    return RunRecords(Path(name), pd.DataFrame(), config | options, {"started": f"2026-11-{day:02d}"}, {})
+
+
+@pytest.mark.parametrize(
+    ("runs", "shown"),
+    [
+        pytest.param([("a", "A", 1, {}), ("b", "A", 2, {}), ("c", "B", 1, {})], "abc", id="few: all"),
+        pytest.param(
+            [
+                (name, method, day, {})
+                for method, names in (("A", "abc"), ("B", "def"))
+                for day, name in enumerate(names)
+            ],
+            "cf",
+            id="seeds of two recipes: the latest of each",
+        ),
+        pytest.param(
+            [(f"a{i}", "A", i, {"model.init_args.lr": i}) for i in range(1, 10)] + [("b", "B", 1, {})],
+            ["a1", "a2", "a3", "a4", "a5", "b"],
+            id="many recipes: every method, six at most",
+        ),
+        pytest.param(
+            [(f"results{i}", None, 1, {}) for i in range(9)], [f"results{i}" for i in range(6)], id="no config"
+        ),
+    ],
+)
+def test_what_a_page_of_many_runs_shows_first(runs: list[Any], shown: Any) -> None:
+    described = [described_run(name, method, day, **options) for name, method, day, options in runs]
+    if runs[0][1] is None:
+        described = [RunRecords(run.directory, run.frame, {}, {}, {}) for run in described]
+    chosen = first_choice(described)
+    assert [runs[place][0] for place in chosen] == list(shown)
+    assert len(chosen) <= MOST_SHOWN
+
+
+def test_runs_are_in_natural_order_and_metrics_carry_their_label(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / f"seed_{seed}", epochs=1) for seed in (10, 2, 1)]
+    header, _ = unpack(pack([read_run(folder) for folder in folders]))
+    assert [run["label"] for run in header["runs"]] == ["seed_1", "seed_2", "seed_10"] == header["chosen"]
+    assert header["metrics"]["ridge_probe"] == {"label": "Accuracy of ridge regression (share)", "section": "probes"}
+    assert "test/knn" in header["metrics"], "which run.json names, not the records"
 
 
 def test_the_page_holds_what_was_packed_and_may_load_nothing(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_curves_show_every_row_once(against: Any) -> None:
     [
         ("diameter", "semantic", "Diameter of the NNK polytope, semantic manifolds"),
         ("affinity", "policy", "Affinity of neighbouring polytopes, policy manifolds"),
-        ("invariance", "own", "CKA of two augmented copies, own views"),
+        ("invariance", "own", "CKA of two augmented views, own views"),
         ("ridge_probe", "clean", "Accuracy of ridge regression"),
     ],
 )

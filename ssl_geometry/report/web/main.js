@@ -18,7 +18,8 @@ class Page {
 
   take(report) {
     this.report = report;
-    if (!this.chosen) this.chosen = new Set(report.runs.slice(0, 6).map((run) => run.label));
+    METRICS = report.metrics;
+    if (!this.chosen) this.chosen = new Set(report.chosen);
     this.build();
   }
 
@@ -40,7 +41,7 @@ class Page {
     this.cards.clear();
     document.getElementById("about").textContent = `${report.runs.length} run${report.runs.length > 1 ? "s" : ""}, ${report.rows.toLocaleString("en")} numbers, `
       + `${Object.keys(report.protocols).length} protocols. Everything shown is a row of the records; nothing is measured here.`;
-    const warnings = [report.rounded ? "numbers are rounded to 4 significant digits" : "", report.thinned ? `at most ${report.thinned} moments of each metric are shown, the first and the last among them` : ""].filter(Boolean);
+    const warnings = [report.rounded ? "numbers are rounded to 4 significant digits" : "", report.thinned ? `at most ${report.thinned} measurements of each metric are shown, the first and the last among them` : ""].filter(Boolean);
     const warning = warnings.length ? make("p", { class: "warning", id: "left-out" }, `To keep this page small, ${warnings.join(", and ")}. The run directories hold every number in full.`) : null;
     this.bodies = new Map();
     this.names = unique(this.shown.map((one) => one.name));
@@ -60,8 +61,7 @@ class Page {
   }
 
   of(id) {
-    const section = (one) => SECTIONS.find((candidate) => candidate.has(one.metric, one.paired)).id;
-    return this.shown.filter((one) => section(one) === id);
+    return this.shown.filter((one) => sectionOf(one) === id);
   }
 
   fill(section) {
@@ -76,7 +76,7 @@ class Page {
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   }
 
-  // A row a run: what it is, how far it came, and its last numbers.
+  // A row per run: what it is, how far it came, and its last numbers.
   summary() {
     const { report } = this;
     const facts = report.runs.map((run, number) => this.facts(run, number));
@@ -89,7 +89,7 @@ class Page {
     const every = (text, labels) => make("button", { type: "button", onclick: () => { this.chosen = new Set(labels); this.build(); } }, text);
     return make("section", { id: "runs", "aria-label": "Runs" }, make("h2", {}, "Runs"),
       make("div", { class: "controls" }, every("Show all", report.runs.map((run) => run.label)), every("Show none", []),
-        make("span", {}, `${this.chosen.size} of ${report.runs.length} shown in the figures`)),
+        make("span", {}, `${this.chosen.size} of ${report.runs.length} shown in the figures${report.chosen.length < report.runs.length ? "; at first the latest run of each recipe (runs that differ only by seed are one)" : ""}`)),
       make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table of runs" }, make("table", {},
         make("thead", {}, make("tr", {}, ...["show", "run", ...names].map((name) => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...report.runs.map((run, number) => make("tr", {}, make("td", {}, choose(number)), make("th", { scope: "row" }, run.label),
@@ -158,6 +158,27 @@ function themes(page) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 }
 
+// On paper every figure is drawn, near the window or not, and in light colours.
+function printing(page) {
+  const root = document.documentElement;
+  let theme = null;
+  const before = () => {
+    if (theme !== null) return;
+    theme = root.dataset.theme ?? "";
+    root.dataset.theme = "light";
+    page.cards.forEach((card) => card.paint());
+  };
+  const after = () => {
+    if (theme === null) return;
+    if (theme) root.dataset.theme = theme; else delete root.dataset.theme;
+    theme = null;
+    page.cards.forEach((card) => card.refresh());
+  };
+  addEventListener("beforeprint", before);
+  addEventListener("afterprint", after);
+  matchMedia("print").addEventListener("change", (event) => (event.matches ? before() : after()));
+}
+
 // Ask the server whether the records changed; take them without losing the place.
 function listen(page, version) {
   const status = document.getElementById("live"), wait = 2000;
@@ -189,6 +210,7 @@ async function start() {
     document.getElementById("all-csv").addEventListener("click", () => download("records.csv", page.report.csv(page.report.series), "text/csv"));
     document.getElementById("all-json").addEventListener("click", () => download("records.json", page.report.json(page.report.series), "application/json"));
     themes(page);
+    printing(page);
     if (data.dataset.version) listen(page, data.dataset.version);
     document.documentElement.dataset.ready = report.rows;
   } catch (error) {

@@ -1,31 +1,19 @@
 // What the page shows: which metrics stand in which section, and the figures of each.
 
 const SECTIONS = [
-  { id: "training", title: "Training and evaluation", has: (m) => /^(train|val|test)\//.test(m),
-    about: "Logged while training: over optimiser steps." },
-  { id: "cka", title: "Centred kernel alignment", has: (m, paired) => m === "cka" || (m === "mutual_knn" && paired),
+  { id: "training", title: "Training and evaluation", about: "Logged while training: over optimiser steps." },
+  { id: "cka", title: "Centred kernel alignment",
     about: "How alike the layers of two networks are, 0 to 1 (an unbiased estimate can be a little below 0). White dots: the most similar layer of the other network." },
-  { id: "invariance", title: "Invariance to augmentations, and classes", has: (m) => ["invariance", "class_cka"].includes(m),
-    about: "CKA of a layer under two augmented copies of the same images, by augmentation; and its CKA with the labels." },
-  { id: "probes", title: "Probes", has: (m) => /_probe(_|$)|^(linear|knn|logistic|ridge)(_|$)/.test(m),
-    about: "What a linear classifier reads off each layer; accuracies are shares of 1." },
-  { id: "neighbors", title: "Neighbourhoods and manifolds", about: "Neighbourhoods found by NNK: means over images with a 95 % band, by kind of manifold.",
-    has: (m) => /^(mgm|neighbors|diameter|affinity|angle|purity|hubness|two_nn|levina_bickel|degree|components|largest_component|reciprocal|kept_since_last|mutual_knn|nnk)(_|\/|$)/.test(m) },
-  { id: "spectra", title: "Spectra", about: "Rank, decay and spread of each layer's features.",
-    has: (m) => ["rankme", "lidar", "alpha_req", "alpha_req_fit", "effective_rank", "participation_ratio", "alignment", "uniformity", "mean_cosine"].includes(m) },
-  { id: "other", title: "Other measurements", about: "Everything else that the records hold.", has: () => true },
+  { id: "invariance", title: "Invariance to augmentations, and classes",
+    about: "CKA of a layer under two augmented views of the same images, by augmentation; and its CKA with the labels." },
+  { id: "probes", title: "Probes", about: "Accuracy of classifiers on the frozen features of each layer, as shares of 1." },
+  { id: "neighbors", title: "Neighbourhoods and manifolds", about: "Neighbourhoods found by NNK: means over images with a 95 % band, by kind of manifold." },
+  { id: "spectra", title: "Spectra", about: "Rank, decay and spread of each layer's features." },
+  { id: "other", title: "Other measurements", about: "Everything else that the records hold." },
 ];
-const LABELS = {
-  cka: "CKA (unbiased)", mutual_knn: "Shared nearest neighbours (share)", invariance: "CKA of two augmented copies", class_cka: "CKA with the classes",
-  ridge_probe: "Accuracy of ridge regression (share)", logistic_probe: "Accuracy of logistic regression (share)", online_probe: "Accuracy of online probes (share)",
-  neighbors: "NNK neighbours (count)", diameter: "Diameter of the NNK polytope", affinity: "Affinity of neighbouring polytopes", angle: "Angle between polytopes (radians)",
-  rankme: "RankMe (dimensions)", lidar: "LiDAR (dimensions)", alpha_req: "Decay of the spectrum (alpha-ReQ)", effective_rank: "Effective rank (dimensions)",
-  participation_ratio: "Participation ratio (dimensions)", two_nn: "Intrinsic dimension (TwoNN)", levina_bickel: "Intrinsic dimension (Levina-Bickel)",
-  purity: "Neighbours of the same class (share)", kept_since_last: "Neighbours kept since the last moment (share)", mean_cosine: "Mean cosine",
-  "train/loss": "Training loss", "train/acc": "Training accuracy (share)", "val/knn": "Validation accuracy, 20-NN (share)", "val/acc": "Validation accuracy, classifier (share)",
-  "test/knn": "Test accuracy, 20-NN (share)", "test/acc": "Test accuracy, classifier (share)",
-};
-const named = (metric) => LABELS[metric] ?? metric;
+let METRICS = {};  // label with its unit, and section, of each metric: the builder's catalogue
+const named = (metric) => METRICS[metric]?.label ?? metric;
+const sectionOf = (one) => (one.metric === "mutual_knn" && one.paired ? "cka" : METRICS[one.metric].section);  // of layers, or of views
 const DEPTH = "depth of the layer (0 = stem, 1 = end of the backbone)";
 const unique = (values) => [...new Set(values)];
 const images = (rows) => {
@@ -88,7 +76,7 @@ function mapFigure(report, series, epoch) {
   const when = rows[0]?.epoch;
   return { title, note: `${when === null ? "" : `epoch ${when}, `}${images(rows)}`, svg: heatMap({ title, rows: down, cols: across,
     value: (r, c) => cell(r, c)?.value ?? NaN, text: (r, c) => (cell(r, c) ? says(cell(r, c), paired ? "" : across[c]) : "not measured"), dots: paired && other !== model && metric !== "nnk_jaccard",
-    xlabel: paired ? (against === "itself" ? "layer" : `layer of ${against}`) : "augmentation of both copies", ylabel: "layer", clabel: named(metric) }) };
+    xlabel: paired ? (against === "itself" ? "layer" : `layer of ${against}`) : "augmentation of both views", ylabel: "layer", clabel: named(metric) }) };
 }
 
 // Of pairs of layers, each layer and its twin: the layer of the same name, else of the nearest depth.
@@ -129,7 +117,7 @@ function trainingFigure(report, one, against, epoch) {
   const lines = [...groups].map(([key, members]) => ({ name: key, share: high > low ? (across(members[0]) - low) / (high - low) : 0.5, strong: against === "depth" && key === last,
     points: members.sort((a, b) => along(a) - along(b)).map((row) => ({ ...onDepth(row), x: along(row) })) })).sort((a, b) => a.share - b.share);
   const scale = { label: against === "depth" ? "epoch" : "depth of the layer", low, high, whole: against === "depth" };
-  return { note: `one line ${against === "depth" ? `an epoch, epoch ${last} is thick` : "a layer"}; ${images(rows)}`,
+  return { note: `one line ${against === "depth" ? `per epoch, epoch ${last} is thick` : "per layer"}; ${images(rows)}`,
     svg: lineChart({ title: `${named(one.metric)} of ${one.label}`, lines, scale, whole: against !== "depth", domain: against === "depth" ? [0, 1] : undefined, xlabel: against === "depth" ? DEPTH : "epoch", ylabel: named(one.metric) }) };
 }
 
@@ -155,7 +143,7 @@ function scalarFigure(report, series) {
   const steps = series.every((one) => report.row(one.from, one).step !== null);
   const lines = series.map((one) => ({ name: one.label, place: one.place, points: [...report.of([one])].map((row) => ({ ...onDepth(row), x: (steps ? row.step : row.epoch) ?? 0,
     text: () => says(row, steps ? `step ${row.step}` : "") })).sort((a, b) => a.x - b.x) }));
-  return { lines, note: lines.every((line) => line.points.length === 1) ? "one value a run" : "",
+  return { lines, note: lines.every((line) => line.points.length === 1) ? "one value per run" : "",
     svg: lineChart({ title: named(series[0].metric), lines, whole: true, xlabel: steps ? "optimiser step" : "epoch", ylabel: named(series[0].metric) }) };
 }
 
@@ -203,8 +191,13 @@ function fillSection(page, section, body, all) {
   const groups = [["", "all together"], ...choices.map((choice) => [choice, choice])];
   if (state.choice !== "" && !choices.includes(state.choice)) state.choice = choices[0] ?? null;
   const again = () => page.fill(section);
+  const runs = unique(ofMetric.map((one) => one.name));
+  if (state.run === undefined) state.run = runs.length > 2 ? runs[0] : "";  // figures of every run are many
+  if (!runs.includes(state.run)) state.run = "";
+  const single = (one) => !state.run || one.name === state.run;
   if (metrics.length > 1) controls.append(chooser("measure", `${section.id}-metric`, metrics.map((metric) => [metric, named(metric)]), state.metric, (value) => { state.metric = value; again(); }));
   if (choices.length > 1) controls.append(chooser(paired ? "curves: compared with" : "view", `${section.id}-choice`, groups, state.choice, (value) => { state.choice = value; again(); }));
+  if (runs.length > 1) controls.append(chooser("maps and training of", `${section.id}-run`, [["", "every run"], ...runs.map((name) => [name, name])], state.run, (value) => { state.run = value; again(); }));
   const epochs = report.epochs(ofMetric), epoch = () => epochs[state.epoch ?? epochs.length - 1] ?? 0;
   if (state.epoch >= epochs.length) state.epoch = null;
   if (epochs.length > 1) {
@@ -221,9 +214,9 @@ function fillSection(page, section, body, all) {
     controls.append(make("label", { class: "epochs", for: slider.id }, "epoch", slider), output);
   }
   const shown = placed(page, ofMetric.filter((one) => !(paired && one.against === "itself") && (!state.choice || key(one) === state.choice)));
-  if (paired) for (const one of ofMetric) add(`${named(one.metric)}: ${one.name} and ${one.against}`, [one], () => mapFigure(report, [one], epoch()));
+  if (paired) for (const one of ofMetric.filter(single)) add(`${named(one.metric)}: ${one.name} and ${one.against}`, [one], () => mapFigure(report, [one], epoch()));
   if (section.id === "invariance" && state.metric === "invariance") {
-    for (const name of unique(ofMetric.map((one) => one.name))) {
+    for (const name of unique(ofMetric.filter(single).map((one) => one.name))) {
       const mine = ofMetric.filter((one) => one.name === name);
       if (mine.length > 1) add(`${named(state.metric)}: ${name}`, mine, () => mapFigure(report, mine, epoch()));
     }
@@ -232,17 +225,17 @@ function fillSection(page, section, body, all) {
   if (shown.length) add(`${what}: against depth`, shown, () => comparedFigure(report, shown, epoch()));
   const spread = placed(page, layered.filter((one) => one.metric === `${state.metric}_quantile` && (!state.choice || key(one) === state.choice)));
   if (spread.length) add(`${what}: spread over images`, spread, () => spreadFigure(report, spread, epoch()));
-  for (const one of shown) {
+  for (const one of shown.filter(single)) {
     if (report.epochs([one]).length < 2) continue;
     const who = `${named(one.metric)}: ${one.label}${state.choice && choices.length > 1 ? `, ${paired ? "with " : ""}${state.choice}` : ""}`;
     add(`${who}, against depth`, [one], () => trainingFigure(report, one, "depth", epoch()));
     add(`${who}, over training`, [one], () => trainingFigure(report, one, "epoch"));
   }
-  const single = [];
+  const numbers = [];
   for (const metric of unique(flat.map((one) => one.metric))) {
     const series = placed(page, flat.filter((one) => one.metric === metric));
     if (series.some((one) => one.to - one.from > 1)) add(named(metric), series, () => scalarFigure(report, series));
-    else single.push(...series);
+    else numbers.push(...series);
   }
-  if (single.length) add("Single numbers", single, () => tableFigure(report, single));
+  if (numbers.length) add("Single numbers", numbers, () => tableFigure(report, numbers));
 }

@@ -1,0 +1,113 @@
+"""What the metrics of the records are called, in which unit they are, and where a reader looks for them.
+
+The only such list: figures, the report page and tables take names and units from here.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as a reader meets it.
+
+    Args:
+        label: its name in words.
+        section: of the report page.
+        unit: of the column ``value`` (and ``low`` and ``high``); empty for a number without one.
+
+    Example:
+        >>> Metric("Angle between polytopes", "neighbors", "degrees").axis
+        'Angle between polytopes (degrees)'
+    """
+
+    label: str
+    section: str
+    unit: str = ""
+
+    @property
+    def axis(self) -> str:
+        """The label with its unit, as it stands on an axis."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+METRICS = {
+    "train/loss": Metric("Training loss", "training"),
+    "train/acc": Metric("Training accuracy", "training", "share"),
+    "val/knn": Metric("Validation accuracy, 20-NN", "training", "share"),
+    "val/acc": Metric("Validation accuracy, classifier", "training", "share"),
+    "test/knn": Metric("Test accuracy, 20-NN", "training", "share"),
+    "test/acc": Metric("Test accuracy, classifier", "training", "share"),
+    "cka": Metric("CKA (unbiased)", "cka"),
+    "max_cka": Metric("CKA of the most similar layer", "cka"),
+    "max_cka_null": Metric("CKA of the most similar layer, images permuted", "cka"),
+    "max_cka_p": Metric("p-value of the most similar layer's CKA", "cka"),
+    "invariance": Metric("CKA of two augmented views", "invariance"),
+    "class_cka": Metric("CKA with the classes", "invariance"),
+    "ridge_probe": Metric("Accuracy of ridge regression", "probes", "share"),
+    "logistic_probe": Metric("Accuracy of logistic regression", "probes", "share"),
+    "online_probe": Metric("Accuracy of online probes", "probes", "share"),
+    "neighbors": Metric("NNK neighbours", "neighbors", "count"),
+    "diameter": Metric("Diameter of the NNK polytope", "neighbors"),
+    "affinity": Metric("Affinity of neighbouring polytopes", "neighbors"),
+    "affinity_random": Metric("Affinity of random polytopes", "neighbors"),
+    "angle": Metric("Angle between neighbouring polytopes", "neighbors", "degrees"),
+    "angle_random": Metric("Angle between random polytopes", "neighbors", "degrees"),
+    "mutual_knn": Metric("Shared nearest neighbours", "neighbors", "share"),
+    "purity": Metric("Neighbours of the same class", "neighbors", "share"),
+    "degree": Metric("Neighbours", "neighbors", "count"),
+    "hubness": Metric("Hubness (skewness of in-degrees)", "neighbors"),
+    "reciprocal": Metric("Edges that go both ways", "neighbors", "share"),
+    "components": Metric("Connected components", "neighbors", "count"),
+    "largest_component": Metric("Images in the largest component", "neighbors", "share"),
+    "kept_since_last": Metric("Neighbours kept since the previous measurement", "neighbors", "share"),
+    "nnk_jaccard": Metric("Jaccard overlap of NNK neighbours", "neighbors", "share"),
+    "nnk_residual": Metric("Residual of NNK", "neighbors"),
+    "two_nn": Metric("Intrinsic dimension (TwoNN)", "neighbors", "dimensions"),
+    "levina_bickel": Metric("Intrinsic dimension (Levina-Bickel)", "neighbors", "dimensions"),
+    "rankme": Metric("RankMe", "spectra", "dimensions"),
+    "lidar": Metric("LiDAR", "spectra", "dimensions"),
+    "effective_rank": Metric("Effective rank", "spectra", "dimensions"),
+    "participation_ratio": Metric("Participation ratio", "spectra", "dimensions"),
+    "alpha_req": Metric("Decay of the spectrum (alpha-ReQ)", "spectra"),
+    "alpha_req_fit": Metric("R² of the decay (alpha-ReQ)", "spectra"),
+    "alignment": Metric("Alignment", "spectra"),
+    "uniformity": Metric("Uniformity", "spectra"),
+    "mean_cosine": Metric("Mean cosine of two images", "spectra"),
+}
+DERIVED = {
+    r"(.+)_std": ("{}, standard deviation over images", None),
+    r"(.+)_quantile": ("{}, quantiles over images", None),
+    r"(.+)_mean_per_class": ("{}, mean over classes", None),
+    r"(.+_probe)_l2": ("{}: lambda", ""),
+    r"(.+_probe)_learning_rate": ("{}: learning rate", ""),
+    r"(.+_probe)_weight_decay": ("{}: weight decay", ""),
+    r"(.+_probe)_gradient_norm": ("{}: norm of the gradient", ""),
+    r"nnk_(.+)": ("{}, NNK graph", None),
+    r"(val/.+)_(?:bf16|16)-mixed": ("{}, mixed precision", None),
+}
+"""Pattern of a name that is made from another one; its label, and its unit (None: that of the other)."""
+FAMILIES = {
+    "training": r"(train|val|test)/.*",
+    "probes": r"(linear|logistic|ridge|knn|labels_|finetune_).*|.*_probe_.*",
+}
+"""Sections of names that no list can hold: what a user's own method logs, ``knn20``, ``labels_1%``."""
+
+
+def described(metric: str) -> Metric:
+    """Label, section and unit of a metric; a name that the catalogue does not know is its own label.
+
+    Example:
+        >>> described("angle_std").axis
+        'Angle between neighbouring polytopes, standard deviation over images (degrees)'
+        >>> described("tomorrow")
+        Metric(label='tomorrow', section='other', unit='')
+    """
+    if metric in METRICS:
+        return METRICS[metric]
+    for pattern, (label, unit) in DERIVED.items():
+        if (found := re.fullmatch(pattern, metric)) and found[1] in METRICS:
+            base = METRICS[found[1]]
+            return replace(base, label=label.format(base.label), unit=base.unit if unit is None else unit)
+    section = next((name for name, pattern in FAMILIES.items() if re.fullmatch(pattern, metric)), "other")
+    return Metric(metric, section)
