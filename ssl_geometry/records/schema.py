@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         ("split", pa.string()),  # "train", "val", "test", "measure"
         ("epoch", pa.int64()),  # completed epochs: 0 is the initialisation
         ("step", pa.int64()),  # completed optimiser steps
-        ("value", pa.float64()),
+        ("value", pa.float64()),  # in the unit that `records.catalogue` states, as are low and high
         ("low", pa.float64()),  # ends of the error bar, where there is one
         ("high", pa.float64()),
         ("n", pa.int64()),  # images behind the number

@@ -343,7 +343,7 @@ def smallest_loss(runs: Sequence[RunRecords], limit: float, say: Callable[[str],
         packed = pack(runs, width, moments)
         if len(packed) <= room:
             if width == ROUNDED:
-                few = f", and {moments} moments of each metric are shown" if moments else ""
+                few = f", and {moments} measurements of each metric are shown" if moments else ""
                 say(f"to stay below {limit / 1e6:g} MB, numbers are rounded to 4 significant digits{few}")
             return packed
     raise UserError(f"--max_mb {limit / 1e6:g}: {len(runs)} run(s) do not fit; name fewer, or allow more")

@@ -195,7 +195,8 @@ def test_paper_shows_every_figure_in_light_colours(browser: Any, page: Path) -> 
     reader.page.expose_function("onPaper", lambda count, theme: seen.append((count, theme)))
     reader.page.evaluate(
         """addEventListener("beforeprint", () => onPaper(
-            document.querySelectorAll("figure svg[role=img], figure table").length, document.documentElement.dataset.theme))"""
+            document.querySelectorAll("figure svg[role=img], figure table").length,
+            document.documentElement.dataset.theme))"""
     )
     paper = reader.page.pdf()
     assert seen == [(figures, "light")]

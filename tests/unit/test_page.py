@@ -176,7 +176,8 @@ def test_fifty_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp
     assert header["rounded"]
     assert header["thinned"] == 2
     assert said == [
-        "to stay below 0.16 MB, numbers are rounded to 4 significant digits, and 2 moments of each metric are shown"
+        "to stay below 0.16 MB, numbers are rounded to 4 significant digits, "
+        "and 2 measurements of each metric are shown"
     ]
     assert sorted(shown["epoch"].unique()) == [0, 3]
     with pytest.raises(UserError, match=r"--max_mb .*: 1 run\(s\) do not fit"):
