@@ -238,7 +238,8 @@ def pool(activations: Float[Tensor, "B ..."]) -> Float[Tensor, "B D"]:
     """Average over positions: of maps (B, C, H, W) over all that follows the channels, of tokens (B, T, D) over T.
 
     Args:
-        activations: maps, tokens, or vectors (B, D), which stay as they are.
+        activations: maps, channels first as :class:`~ssl_geometry.models.taps.Taps` gives them, tokens, or vectors
+            (B, D), which stay as they are.
 
     Returns:
         A vector for each image; averages are summed and given in float32 where the activations have fewer bits.

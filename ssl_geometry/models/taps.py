@@ -31,6 +31,10 @@ HEAD_STEP = 0.1
 """Depth from a leaf of a head to the next, the first one counted from the backbone's end at 1."""
 
 
+LAST_AXIS = r"(LayerNorm|RmsNorm|RMSNorm)(?!.*2d)"
+"""Kinds of normalisation over the last axis, by their names in torch and timm."""
+
+
 def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: str = "layers") -> list[str]:
     """Names of the chosen layers, in forward order and without repeats.
 
@@ -127,7 +131,8 @@ class Taps:
     """Hands out the activations of the chosen layers, one forward at a time.
 
     Inside the ``with`` block, calling the taps runs the network once, eagerly and without DDP's communication, so that
-    a compiled or distributed network gives what the bare one gives. What a layer gives is reduced inside its hook,
+    a compiled or distributed network gives what the bare one gives. Maps come as (B, C, H, W), also from layers whose
+    own are (B, H, W, C), such as those of a Swin transformer. What a layer gives is reduced inside its hook,
     before an in-place operation of the next layer can change it. Hooks exist only inside the block; the mode (train or
     eval), gradients, autocast and the random generators are left as they are.
 
@@ -138,7 +143,8 @@ class Taps:
             None keeps a copy. Of a tuple, the first tensor is the activation.
 
     Raises:
-        UserError: an unknown layer; on a call, a chosen layer that gave no tensor, or a call outside the block.
+        UserError: an unknown layer; on a call, a chosen layer that gave no tensor or one whose channels may be first or
+            last, or a call outside the block.
 
     Example:
         >>> from ssl_geometry.models import build_backbone
@@ -162,7 +168,10 @@ class Taps:
     ) -> None:
         self.names = layer_names(model, layers)
         self._net = _eager(model)
+        self._backbone = _backbone(model)
+        self._last_axis = any(re.search(LAST_AXIS, type(part).__name__) for part in self._backbone.modules())
         self._reduce = reduce or (lambda name, activation: activation.clone())
+        self._square = True  # as views are; of forwards that others run, the images are not seen
         self._handles: list[RemovableHandle] = []
         self.captured = None
 
@@ -186,13 +195,15 @@ class Taps:
             that runs several times in one forward is ``name:1``, the third ``name:2``.
 
         Raises:
-            UserError: a layer that did not run or gave no tensor, or a call outside the ``with`` block.
+            UserError: a layer that did not run, gave no tensor, or a map whose channels may be first or last; or a call
+                outside the ``with`` block.
         """
         if not self._handles:
             raise UserError(
                 "taps give activations inside their block only; write `with Taps(...) as taps: taps(images)`"
             )
         captured = self.captured = {}
+        self._square = isinstance(images, Tensor) and images.shape[-1:] == images.shape[-2:-1]
         try:
             # Graphs that were compiled before the hooks came would pass them by.
             with torch.compiler.set_stance("force_eager"):
@@ -215,10 +226,51 @@ class Taps:
             raise UserError(
                 f"layers={name!r} gives {type(output).__name__}, expected a tensor or a tuple with one; leave it out"
             )
+        if activation.ndim == 4 and self._channels_are_last(name, module, activation.shape):
+            activation = activation.movedim(-1, 1)
         calls = sum(key.partition(":")[0] == name for key in captured)
         key = f"{name}:{calls}" if calls else name
         with torch.no_grad(), torch.autocast(activation.device.type, enabled=False):
             captured[key] = self._reduce(key, activation.detach())
+
+    def _channels_are_last(self, name: str, module: nn.Module, shape: Sequence[int]) -> bool:
+        """Whether a layer's four dimensions are (B, H, W, C), and not (B, C, H, W).
+
+        Kinds of modules whose names end in ``2d`` have channels first, in torch and timm; linear ones last. Networks
+        that normalise over the last axis nowhere have them first. Else the two equal sides of a map tell, and where the
+        channels are as many, timm's attributes of the network. What is no square is no map of a square image (heads of
+        attention), and stays as it is.
+
+        Raises:
+            UserError: none of these decides.
+        """
+        if "2d" in type(module).__name__:
+            return False
+        if isinstance(module, nn.Linear):
+            return True
+        if not self._last_axis:
+            return False
+        _, first, middle, last = shape
+        if first != last and middle in (first, last):
+            return middle == first
+        if (declared := getattr(self._backbone, "output_fmt", None)) is not None:
+            return declared == "NHWC"
+        info = getattr(self._backbone, "feature_info", None)
+        stages = [re.escape(stage["module"]) for stage in info] if isinstance(info, list) else []
+        if stages and re.fullmatch(rf"({'|'.join(stages)})(\.blocks)?(\.\d+)?", name):
+            return False  # timm declares what is not NCHW
+        if self._square and not first == middle == last:
+            return False
+        raise UserError(
+            f"layers={name!r} gives maps {'x'.join(map(str, shape[1:]))} whose channels may be first or last; leave it "
+            "out, or choose another image size"
+        )
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The network itself, of a method its backbone."""
+    outer = _eager(model)
+    return _eager(dict(outer.named_children()).get("backbone", outer))
 
 
 def _eager(module: nn.Module) -> nn.Module:
@@ -244,7 +296,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
     """All names that can be chosen with their modules, and the presets, both in forward order."""
     outer = _eager(model)
     parts = dict(outer.named_children())
-    net = _eager(parts.get("backbone", outer))
+    net = _backbone(outer)
     tree = dict(_post_order(net))
     aliases: dict[str, str] = {}
     stages: list[str] = []

@@ -5,6 +5,7 @@ import weakref
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.swin_transformer import SwinTransformer
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.cka import pool
 from ssl_geometry.models import build_backbone
 from ssl_geometry.models.taps import Taps, layer_depths, layer_names
 
@@ -298,6 +301,74 @@ def test_vit_taps_are_the_tokens_and_pooled_the_features():
         torch.testing.assert_close(got["blocks.7"], net.blocks[7](got["blocks.6"]))
         assert torch.equal(got["pooled"], net(images))
         torch.testing.assert_close(got["pooled"], net.norm(got["blocks.11"])[:, 0])
+
+
+def timm_net(name, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=False, num_classes=0, **options).eval()
+
+
+LAYOUTS = {
+    "swin": lambda: timm_net(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "swin, as many channels as rows": lambda: timm_net(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "swin v2": lambda: timm_net(
+        "swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "convnext": lambda: timm_net("convnext_tiny", depths=(1, 1, 1, 1), dims=(4, 8, 8, 16)),
+    "convnext, as many channels as rows": lambda: timm_net("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 8, 8, 16)),
+    "maxvit": lambda: timm_net("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 32), depths=(1, 1), stem_width=8),
+    "resnet": lambda: small_resnet(),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_maps_have_their_channels_first_whatever_the_networks_layout(kind):
+    """Pooled stages are timm's own, as it gives them in NCHW; the last is what the network pools."""
+    side = 64 if kind == "maxvit" else 32
+    net, images = LAYOUTS[kind](), torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    if kind == "resnet":
+        stages, expected = layer_names(net, "stages"), None
+    else:
+        stages = [info["module"] for info in net.feature_info if info["module"] != "stem"]
+        expected = net.forward_intermediates(images, intermediates_only=True)[-len(stages) :]
+    last = {"swin": "norm", "maxv": "norm", "conv": "head.norm", "resn": "pooled"}[kind[:4]]
+    with torch.no_grad(), Taps(net, [*stages, last], lambda _, x: pool(x)) as taps:
+        found = taps(images)
+        torch.testing.assert_close(found[last], net(images), rtol=1e-6, atol=1e-6)
+    for stage, feature in zip(stages, expected or [], strict=False):
+        assert feature.shape[2] == feature.shape[3]
+        torch.testing.assert_close(found[stage], feature.mean((2, 3)), rtol=1e-6, atol=1e-6)
+
+
+def test_maps_that_may_be_either_way_round_are_refused_in_one_line():
+    """torchvision's Swin says nothing of its layout; only its shapes do."""
+    options = {"patch_size": [4, 4], "depths": [1, 1], "num_heads": [1, 2], "window_size": [4, 4]}
+    images = torch.rand(2, 3, 32, 32)
+    for width in (12, 8):
+        net = SwinTransformer(embed_dim=width, **options).eval()
+        with Taps(net, ["features.0", "features.1", "features.1.0.mlp.0"], lambda _, x: x.shape[1]) as taps:
+            if width == 12:
+                assert taps(images) == {"features.0": 12, "features.1.0.mlp.0": 48, "features.1": 12}
+                continue
+            with pytest.raises(UserError, match=r"^layers='features.0' gives maps 8x8x8 whose channels may be first"):
+                taps(images)
+            with pytest.raises(UserError, match="maps 8x12x8 whose channels"):
+                taps(torch.rand(2, 3, 32, 48))
+
+
+def test_heads_of_attention_are_no_maps():
+    vit = build_backbone("vit_tiny_patch16_224", image_size=32).eval()
+    with Taps(vit, ["blocks.0.attn.q_norm"], lambda _, x: x.shape) as taps:
+        assert taps(torch.rand(2, 3, 32, 32)) == {"blocks.0.attn.q_norm": (2, 3, 5, 64)}
+
+
+def test_images_that_are_not_square_leave_a_convolutional_network_channels_first():
+    with Taps(CNN().eval(), ["relu"], lambda _, x: x.shape) as taps:
+        assert taps(torch.rand(1, 3, 10, 7))["relu:1"] == (1, 4, 4, 1)
 
 
 def test_method_taps_reach_through_the_head():
