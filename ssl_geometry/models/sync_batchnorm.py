@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import LayerSync
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -73,15 +72,6 @@ class SyncBatchNormAct(SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, H, W), then drop and activate."""
         return self.act(self.drop(super().forward(input)))
-
-
-SYNCHRONISED: dict[type[nn.Module], type[SyncBatchNorm]] = {
-    nn.BatchNorm1d: SyncBatchNorm,
-    nn.BatchNorm2d: SyncBatchNorm,
-    nn.BatchNorm3d: SyncBatchNorm,
-    BatchNormAct2d: SyncBatchNormAct,
-}
-"""Kinds of batch norm, and what each becomes; a subclass of them may do more than normalise."""
 
 
 def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
@@ -198,9 +188,13 @@ class SyncBatchNormPlugin(LayerSync):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Change the layers' class; their parameters, buffers and hooks stay."""
+        from timm.layers.norm_act import BatchNormAct2d  # a third of a second, which one process does without
+
+        plain = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm)
+        kinds: dict[type[nn.Module], type[SyncBatchNorm]] = {**plain, BatchNormAct2d: SyncBatchNormAct}
         others: Counter[str] = Counter()
         for module in model.modules():
-            if synchronised := SYNCHRONISED.get(type(module)):
+            if synchronised := kinds.get(type(module)):  # subclasses may do more than normalise
                 self._classes[module] = type(module)
                 module.__class__ = synchronised
             elif isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
