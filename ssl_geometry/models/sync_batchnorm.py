@@ -190,8 +190,10 @@ class SyncBatchNormPlugin(LayerSync):
         """Change the layers' class; their parameters, buffers and hooks stay."""
         from timm.layers.norm_act import BatchNormAct2d  # a third of a second, which one process does without
 
-        plain = dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm)
-        kinds: dict[type[nn.Module], type[SyncBatchNorm]] = {**plain, BatchNormAct2d: SyncBatchNormAct}
+        kinds: dict[type, type[SyncBatchNorm]] = {
+            **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm),
+            BatchNormAct2d: SyncBatchNormAct,
+        }
         others: Counter[str] = Counter()
         for module in model.modules():
             if synchronised := kinds.get(type(module)):  # subclasses may do more than normalise
