@@ -33,7 +33,6 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-import faiss
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -44,6 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from ssl_geometry.geometry.exact import faiss
 
 ROOT, HERE = str(Path(__file__).parents[1]), __file__
 MEMORY = 80 * 2**30
@@ -163,6 +164,7 @@ class FakeCuda:
     # -- what is patched while it is entered ---------------------------------------------------------------------------
 
     def __enter__(self) -> "FakeCuda":
+        library = faiss()  # whose wrappers for tensors take the place of its functions when it is loaded
         get_torch_obj_rule_map()  # dynamo's table of functions, made once: before they are others
         for name, value in self._cuda().items():
             self._patch(torch.cuda, name, value)
@@ -172,9 +174,9 @@ class FakeCuda:
         self._patch(nn.Module, "compile", lambda *_, **__: None)
         self._patch(torch.autocast, "__init__", _autocast(torch.autocast.__init__))
         self._patch(
-            faiss, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=_nothing, setPinnedMemory=_nothing)
+            library, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=_nothing, setPinnedMemory=_nothing)
         )
-        self._patch(faiss, "knn_gpu", self._knn)
+        self._patch(library, "knn_gpu", self._knn)
         self._patch_collectives()
         functions, backward = _Functions(self), BackwardCFunction.apply
 
@@ -233,7 +235,7 @@ class FakeCuda:
             self.fault("faiss.knn_gpu: operands on two devices", queries, points)
         with _hidden():
             arrays = (tensor.detach().contiguous().numpy() for tensor in (queries, points))
-            values, ids = faiss.knn(*arrays, k, metric=options["metric"])
+            values, ids = faiss().knn(*arrays, k, metric=options["metric"])
             return mark(torch.from_numpy(values)), mark(torch.from_numpy(ids))
 
     def _patch_collectives(self) -> None:

@@ -176,15 +176,19 @@ def class_weights(labels: Int64[Tensor, " B"], sizes: Int64[Tensor, " C"], gram_
     return torch.cat([weights.new_zeros(0), *(_triangle(matrix).flatten() for matrix in matrices)])
 
 
-def same_class_pairs(labels: Int64[Tensor, " B"] | Int64[Tensor, "B C"], gram_size: int = 64) -> Int64[Tensor, ""]:
-    """Pairs of images that share a class in the Gram matrices of a batch: what class CKA rests on.
+def same_class_pairs(
+    labels: Int64[Tensor, " B"] | Int64[Tensor, "B C"], num_classes: int, gram_size: int = 64
+) -> Int64[Tensor, " C"]:
+    """Pairs of images of each class in the Gram matrices of a batch: what class CKA rests on.
 
     Example:
-        >>> same_class_pairs(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]), gram_size=4)  # 0 0 0 1 and 1 2 2 2
-        tensor(6)
+        >>> same_class_pairs(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]), num_classes=3, gram_size=4)  # 0 0 0 1 and 1 2 2 2
+        tensor([3, 0, 3])
     """
-    counts = [_triangle(_same_class(group)).sum() for group in _grouped(labels, gram_size)]
-    return torch.stack([labels.new_zeros(()), *counts]).sum()
+    hot = F.one_hot(labels, num_classes) if labels.ndim == 1 else labels
+    counts = [group.sum(1) for group in _grouped(hot, gram_size)]
+    images = torch.cat([hot.new_zeros(1, num_classes), *counts])
+    return (images * (images - 1)).sum(0) // 2
 
 
 def _same_class(labels: Int64[Tensor, "G n"] | Int64[Tensor, "G n C"]) -> Bool[Tensor, "G n n"]:

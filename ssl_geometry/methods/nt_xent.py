@@ -7,6 +7,8 @@ from jaxtyping import Float
 from lightly.utils.dist import gather
 from torch import Tensor
 
+SHORTEST = 1e-12
+
 
 def nt_xent(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperature: float) -> Float[Tensor, ""]:
     """Cross-entropy of each view's partner among all other views, by cosine similarity over temperature.
@@ -23,7 +25,8 @@ def nt_xent(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperatu
         temperature: tau, above 0.
 
     Returns:
-        The mean over the 2 B views of this process, float32 (float64 for float64).
+        The mean over the 2 B views of this process, float32 (float64 for float64). NaN where the square of an output's
+        length overflows (1e19 in float32); lengths below 1e-12 count as that, so that zeros are at right angles to all.
 
     References:
         Chen et al., *A simple framework for contrastive learning of visual representations*, 2020, equation 1.
@@ -35,7 +38,11 @@ def nt_xent(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperatu
     """
     with torch.autocast(first.device.type, enabled=False):
         views = torch.cat([first, second])
-        views = F.normalize(views.to(torch.promote_types(views.dtype, torch.float32)), dim=1)
+        views = views.to(torch.promote_types(views.dtype, torch.float32))
+        length = torch.linalg.vector_norm(views, dim=1, keepdim=True).clamp_min(SHORTEST)
+        with torch.no_grad():  # x / inf would be at a right angle to all, and the loss finite
+            length.nan_to_num_(nan=torch.nan, posinf=torch.nan)
+        views = views / length
         rank, others = 0, views
         if dist.is_initialized() and dist.get_world_size() > 1:
             rank, others = dist.get_rank(), torch.cat(gather(views))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from ssl_geometry.geometry.cka import (
@@ -34,6 +35,8 @@ FLAT = (
 INFINITE = "activations are not finite, or above 1e19, whose squares float32 does not hold"
 FEW_PAIRS = 100
 """Pairs of images of one class below which class CKA is only known to about a tenth."""
+RARE = 0.1
+"""Share of the largest class's images below which a class is named as one that few pairs are of."""
 LONELY = 0.1
 """Share that classes of a single image may have in all pairs of one class: CKA then reads low by half of that share."""
 
@@ -141,14 +144,18 @@ class LayerwiseCKA(Metric):
 
     def compute(self) -> Float[Tensor, "L M"]:
         """The matrix of CKA, float64; NaN (with a warning that names layers and reason) where there is none."""
+        return self._cka(self.cols or [])
+
+    def _cka(self, named: Sequence[str]) -> Float[Tensor, "L M"]:
+        """The matrix; of its columns those that a warning is to name are given."""
         rows, cols = self.rows_self.sum(0), self.cols_self.sum(0)
         owns = [*zip(self.rows, rows.tolist(), strict=True)]
-        owns += zip(self.cols or [], cols.tolist(), strict=False)
+        owns += zip(named, cols.tolist(), strict=False)
         flat = dict.fromkeys(name for name, own in owns if own == 0)
         infinite = dict.fromkeys(name for name, own in owns if not math.isfinite(own))
         for names, reason in ((flat, FLAT), (infinite, INFINITE)):
             if names:
-                warnings.warn(f"CKA is NaN, because {reason}: {', '.join(names)}", stacklevel=2)
+                warnings.warn(f"CKA is NaN, because {reason}: {', '.join(names)}", stacklevel=3)
         return cka_matrix(self.cross.sum(0), rows, cols)
 
     def standard_error(self) -> Float[Tensor, "L M"]:
@@ -259,7 +266,9 @@ class ClassCKA(LayerwiseCKA):
     """
 
     pairs: Tensor
-    """Pairs of images of one class in all Gram matrices."""
+    """Pairs of images of each class in all Gram matrices."""
+    images: Tensor
+    """Images of each class."""
 
     def __init__(
         self,
@@ -271,7 +280,8 @@ class ClassCKA(LayerwiseCKA):
     ) -> None:
         super().__init__(layers, ["classes"], gram_size, blocks)
         self.num_classes, self.sizes = num_classes, sizes
-        self.add_state("pairs", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        for state in ("pairs", "images"):
+            self.add_state(state, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(  # type: ignore[override]
         self, x: Mapping[str, Float[Tensor, " P"]], labels: Int64[Tensor, " B"], batch: int | None = None
@@ -284,7 +294,8 @@ class ClassCKA(LayerwiseCKA):
             batch: as of :meth:`LayerwiseCKA.update`.
         """
         classes = class_vector(labels, self.num_classes, self.gram_size)
-        self.pairs += same_class_pairs(labels, self.gram_size)
+        self.pairs += same_class_pairs(labels, self.num_classes, self.gram_size)
+        self.images += F.one_hot(labels, self.num_classes).sum(0)
         if self.sizes is not None:
             self.sizes = self.sizes.to(labels.device)
             weights = class_weights(labels, self.sizes, self.gram_size)
@@ -293,21 +304,39 @@ class ClassCKA(LayerwiseCKA):
 
     def compute(self) -> Float[Tensor, " L"]:
         """CKA of each layer with the classes, float64; NaN where there is none; a warning where few pairs carry it."""
-        alone = self._alone
-        if 0 < self.pairs < FEW_PAIRS and not alone:
-            warnings.warn(
-                f"class CKA rests on {int(self.pairs)} pairs of images of one class, so its error bar is wide: measure "
-                f"more images, or take more for a Gram matrix (gram_size {self.gram_size})",
-                stacklevel=2,
-            )
+        alone, pairs = self._alone, self._telling_pairs()
         if alone:
             warnings.warn(
                 "class CKA is NaN, because it rests on pairs of images of one class, and "
                 f"{alone} of {self.num_classes} classes have a single image: measure more",
                 stacklevel=2,
             )
-        value = super().compute().squeeze(1)
+        elif pairs < FEW_PAIRS:
+            rests = f"{'rests' if pairs else 'is NaN, because it rests'} on {pairs} pair{'s' * (pairs != 1)}"
+            warnings.warn(
+                f"class CKA {rests} of images of one class{self._few_images()}: measure more images, or take more for "
+                f"a Gram matrix (gram_size {self.gram_size})",
+                stacklevel=2,
+            )
+        value = self._cka(named=()).squeeze(1)
         return torch.full_like(value, torch.nan) if alone else value
+
+    def _telling_pairs(self) -> int:
+        """Pairs that carry the number: beside a class of most images, whose own pairs are nearly all pairs, others'."""
+        others = self.images <= self.images.sum() / 2
+        return int(self.pairs[others].sum())
+
+    def _few_images(self) -> str:
+        """The classes that are rare beside the largest, named."""
+        images = self.images.tolist()
+        total, largest = sum(images), max(images)
+        if largest == total:
+            return f" beside another: all {total:,} images are of class {images.index(largest)}"
+        rare = [(n, c) for c, n in enumerate(images) if 0 < n < RARE * largest]
+        if not rare:
+            return ""
+        shown = ", ".join(f"class {c} ({n} of {total:,} images)" for n, c in sorted(rare)[:3])
+        return f", for few images are of {shown}{', …' if len(rare) > 3 else ''}"
 
     def deviations(self) -> Float[Tensor, "K L"]:
         """What each block of Gram matrices contributes to it; every rank must call it."""

@@ -1,8 +1,10 @@
 """CKA against the textbook formula in float64, closed forms, and the traps that other implementations fall into."""
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -506,7 +508,7 @@ def test_weights_give_images_drawn_class_by_class_the_pairs_of_a_random_sample(s
     # Of two images drawn at random from all that there are, n_c/N of each class, so many are of one class.
     assert share * (n - 1) / n == pytest.approx(sum((size / n) ** 2 for size in sizes))
     assert (weights[~same] == 1).all()
-    assert int(pairs_of_a_class(labels[order], n)) == int(same.sum())
+    assert int(pairs_of_a_class(labels[order], len(sizes), n).sum()) == int(same.sum())
 
 
 def test_weights_follow_the_groups_of_the_gram_vector() -> None:
@@ -516,7 +518,7 @@ def test_weights_follow_the_groups_of_the_gram_vector() -> None:
     assert torch.equal(weights, torch.cat(one_by_one))
     assert weights.shape == class_vector(labels, 3).shape
     multi = torch.eye(3, dtype=torch.long)[labels]
-    assert int(pairs_of_a_class(multi)) == int(pairs_of_a_class(labels))
+    assert pairs_of_a_class(multi, 3).tolist() == pairs_of_a_class(labels, 3).tolist()
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -551,8 +553,35 @@ def test_class_cka_of_classes_of_one_image_is_nan_with_its_reason() -> None:
 def test_groups_of_one_class_alone_are_nan_and_named() -> None:
     metric = ClassCKA(["a"], num_classes=3)
     metric.update({"a": gram_vector(torch.randn(64, 3))}, torch.ones(64, dtype=torch.long))
-    with pytest.warns(UserWarning, match="classes"):
+    with pytest.warns(UserWarning, match="NaN, because .* all 64 images are of class 1"):
         assert metric.compute().isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("group", "groups", "few"),
+    [  # which classes the 64 images of a Gram matrix have, how many of these, and what is said
+        ({0: 63, 1: 1}, 8, "is NaN, because it rests on 0 pairs .* class 1 \\(8 of 512 images\\)"),
+        ({0: 64}, 8, "is NaN, because it rests on 0 pairs .* all 512 images are of class 0"),
+        ({0: 62, 1: 2}, 8, "rests on 8 pairs .* class 1 \\(16 of 512 images\\)"),
+        ({0: 61, 1: 2, 2: 1}, 1, "rests on 1 pair of .* class 2 \\(1 of 64 images\\), class 1 \\(2 of 64 images\\)"),
+        ({0: 32, 1: 31, 2: 1}, 1, None),  # the rare class carries next to nothing of the number
+        ({0: 49, 1: 15}, 1, None),
+    ],
+)
+def test_class_cka_beside_a_dominant_class_names_the_rare_ones(
+    group: dict[int, int], groups: int, few: str | None
+) -> None:
+    labels = torch.cat([torch.full((images,), label) for label, images in group.items()])
+    metric = ClassCKA(["a"], num_classes=3, sizes=groups * labels.bincount(minlength=3))
+    for _ in range(groups):
+        metric.update({"a": gram_vector(torch.randn(64, 3))}, labels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = metric.compute()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (few is not None)
+    assert few is None or re.search(few, messages[0])
+    assert bool(value.isnan()) == any("NaN" in message for message in messages)
 
 
 def test_invariance_is_the_diagonal_of_the_two_views() -> None:

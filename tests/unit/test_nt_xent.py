@@ -56,6 +56,22 @@ def test_lightlys_loss_and_gradients(images: int, temperature: float) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e10, 1e18, 1e19, 1e20, 1e38])
+def test_outputs_of_any_length_give_the_loss_or_nan(scale: float) -> None:
+    views = random_views(8, 16)
+    loss, *gradients = with_gradients(lambda *x: nt_xent(*x, temperature=0.5), *(scale * view for view in views))
+    if scale < 1e19:
+        torch.testing.assert_close(loss.double(), definition(*(view.double() for view in views), 0.5))
+    else:  # the squares overflow: a loss of right angles, log(2 B - 1), would go on unseen
+        assert loss.isnan()
+        assert all(gradient.isnan().any() for gradient in gradients)
+
+
+def test_zeros_are_at_right_angles_to_all() -> None:
+    first, second = torch.eye(4)[:2], torch.zeros(2, 4)
+    assert float(nt_xent(first, second, 0.5)) == pytest.approx(float(torch.tensor(3.0).log()))
+
+
 def test_a_small_temperature_stays_finite_in_float32() -> None:
     views = random_views(64, 16)
     got = with_gradients(lambda *x: nt_xent(*x, temperature=1e-3), *views)
