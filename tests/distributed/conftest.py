@@ -1,6 +1,5 @@
 """Process groups that live as long as the test session: starting them once keeps the tests fast."""
 
-import multiprocessing as mp
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
+from tests.processes import PROCESSES
 
 Ranks = Callable[..., list[Any]]
 
@@ -30,13 +31,12 @@ class Pool:
     """``world_size`` processes joined by gloo on the CPU."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
         self.calls = 0
         store = str(Path(tempfile.mkdtemp()) / "store")
-        self.outbox = context.Queue()
-        self.inboxes = [context.Queue() for _ in range(world_size)]
+        self.outbox = PROCESSES.Queue()
+        self.inboxes = [PROCESSES.Queue() for _ in range(world_size)]
         self.processes = [
-            context.Process(target=_serve, args=(rank, world_size, store, inbox, self.outbox), daemon=True)
+            PROCESSES.Process(target=_serve, args=(rank, world_size, store, inbox, self.outbox), daemon=True)
             for rank, inbox in enumerate(self.inboxes)
         ]
         for process in self.processes:

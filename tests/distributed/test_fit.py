@@ -1,7 +1,5 @@
 """``fit`` on 1, 2 and 3 processes, in float64, where rounding hides no mistake: one loss curve, one set of records."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,8 @@ from ssl_geometry.fit import SameStart
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import read_checkpoint
 from tests.distributed.conftest import Ranks
-from tests.integration.test_fit import ROOT, SMALL, clean_environment, losses
+from tests.integration.test_fit import SMALL, losses
+from tests.processes import finish, start_ranks
 
 KEYS = ["metric", "split", "epoch", "step", "layer", "layer_other", "view"]
 
@@ -31,32 +30,28 @@ def train(runs: Path, processes: int, method: str) -> Path:
         "--data.batch_size=60",
         "--data.eval_batch_size=25",
         "--trainer.precision=64-true",
-        "--trainer.accelerator=cpu",
-        f"--trainer.devices={processes}",
         "--trainer.max_epochs=2",
+        *(f"--{monitor}.layers=[layer1.0,layer4.0,pooled]" for monitor in ("cka", "invariance", "probes")),
+        "--invariance.views=[own]",
         "--spectrum.every_n_epochs=1",
         "--invariance.every_n_epochs=2",
         "--neighbors.every_n_epochs=2",
         "--neighbors.settings=[]",
+        "--neighbors.layers=pooled",
+        "--neighbors.k=10",
+        "--spectrum.layers=pooled",
         f"--runs={runs}",
         "--experiment=e",
         f"--run_id={processes}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "ssl_geometry.fit", *options],
-        cwd=ROOT,
-        env=clean_environment(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes = [finish(process) for process in start_ranks(processes, options, runs / "out")]
+    assert codes == [0] * processes, (runs / "out").read_text()[-3000:]
     return runs / "e" / str(processes)
 
 
-@pytest.mark.parametrize("method", ["SimCLR", "Supervised"])
-def test_one_two_and_three_processes_train_the_same_network(tmp_path: Path, method: str) -> None:
-    one, *others = (train(tmp_path, processes, method) for processes in (1, 2, 3))
+@pytest.mark.parametrize(("method", "counts"), [("SimCLR", (1, 2, 3)), ("Supervised", (1, 3))])
+def test_some_processes_train_the_network_of_one(tmp_path: Path, method: str, counts: tuple[int, ...]) -> None:
+    one, *others = (train(tmp_path, processes, method) for processes in counts)
     expected = read_checkpoint(one / "checkpoints" / "last.ckpt", "")["state_dict"]
     for run in others:
         assert losses(run).index.tolist() == losses(one).index.tolist() == list(range(8))

@@ -3,7 +3,6 @@
 import ctypes
 import inspect
 import logging
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -20,9 +19,8 @@ import torch.distributed as dist
 from lightning.fabric.strategies.launchers import subprocess_script
 
 from ssl_geometry.callbacks import Status, WatchProcesses, processes
+from tests.processes import PROCESSES
 
-PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "tests.distributed.test_processes"])
 REPORTED = 75
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import pytest
 from PIL import Image
 
 from tests.integration.test_fit import ROOT, SMALL, clean_environment
-from tests.integration.test_interruption import assert_same, finish, is_alive, options, start, weights
+from tests.integration.test_interruption import assert_same, options, weights
+from tests.processes import finish, start, start_ranks
 
 LEAN = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=1", "--trainer.check_val_every_n_epoch=100"]
 
@@ -51,7 +51,6 @@ class KillWorker(AtStep):
 class KillSecondRank(AtStep):
     def strike(self, trainer: L.Trainer) -> None:
         if trainer.global_rank == 1:
-            Path(trainer.default_root_dir, "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -149,9 +148,7 @@ class BlockOneKillOther(AtStep):
     def strike(self, trainer: L.Trainer) -> None:
         blocked = Path(trainer.default_root_dir, "blocked")
         if trainer.global_rank != self.killed:
-            temporary = blocked.with_suffix(".new")
-            temporary.write_text(str(os.getpid()))
-            temporary.rename(blocked)
+            blocked.touch()
             while True:
                 ctypes.CDLL(None).pause()  # returns after a signal that was handled
         while not blocked.exists():
@@ -161,48 +158,39 @@ class BlockOneKillOther(AtStep):
 
 @pytest.mark.parametrize(
     ("step", "killed", "code"),
-    [(2, 1, 2), (6, 1, 75), (6, 0, -signal.SIGKILL)],
+    [(2, 1, 2), (6, 1, 75), (6, 0, 75)],
     ids=["second, before a checkpoint", "second", "first"],
 )
 def test_one_process_dies_while_the_other_waits_for_it_in_a_kernel(
     tmp_path: Path, step: int, killed: int, code: int
 ) -> None:
-    two = ["--model=ssl_geometry.methods.SimCLR", "--trainer.devices=2", "--trainer.accelerator=cpu", *LEAN]
-    more = [*SMALL, f"--runs={tmp_path}", "--experiment=e", "--run_id=a", "--trainer.max_epochs=3"]
-    command = [sys.executable, "-m", "ssl_geometry.fit", *two, *more, at_step("BlockOneKillOther", step, killed=killed)]
-    blocked, output = tmp_path / "e" / "a" / "blocked", tmp_path / "out"
-    with output.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="1"), stderr=file)
-    wait_for(blocked.exists, 300)
-    waiting = int(blocked.read_text())
-    wait_for(lambda: process.poll() is not None and not is_alive(waiting), 60)
-    said = output.read_text()
-    assert process.returncode == code, said
+    args = ["--model=ssl_geometry.methods.SimCLR", *LEAN, *SMALL, f"--runs={tmp_path}", "--experiment=e", "--run_id=a"]
+    args += ["--trainer.max_epochs=3"]
+    both = start_ranks(2, [*args, at_step("BlockOneKillOther", step, killed=killed)], tmp_path / "out")
+    codes = [finish(process) for process in both]
+    said = (tmp_path / "out").read_text()
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == code, said
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if "another process of this run has ended" in line]
     assert f"process {killed} of 2 has ended" in line
     assert f"--resume {tmp_path / 'e' / 'a'}" in line
     assert ("no checkpoint was written since the start" in line) == (step == 2)
     if step == 6:  # the directory is free again
-        assert finish(start([two[0], *LEAN, *more, "--resume=auto"], tmp_path / "out2")) == 0
+        assert finish(start([*args, "--resume=auto"], tmp_path / "out2")) == 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.1)
+def test_one_process_of_two_dies_before_a_checkpoint(tmp_path: Path) -> None:
+    args = options(tmp_path, "a", *LEAN, at_step("KillSecondRank", 2), epochs=3)
+    assert [finish(process) for process in start_ranks(2, args, tmp_path / "out")] == [2, -signal.SIGKILL]
+    assert "another process of this run has ended" in one_line(tmp_path / "out")
 
 
-@pytest.mark.parametrize("step", [2, 6], ids=["before a checkpoint", "after one"])
-def test_one_process_of_two_dies(tmp_path: Path, step: int) -> None:
-    two = ["--model=ssl_geometry.methods.SimCLR", "--trainer.devices=2", "--trainer.accelerator=cpu", *LEAN]
-    options = [*SMALL, f"--runs={tmp_path}", "--experiment=e", "--run_id=a", "--trainer.max_epochs=3"]
-    command = [sys.executable, "-m", "ssl_geometry.fit", *two, *options, at_step("KillSecondRank", step)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=400
-    )
-    assert time.time() - (tmp_path / "e" / "a" / "died").stat().st_mtime < 60
+def test_one_process_of_two_that_the_command_started_dies_after_a_checkpoint(tmp_path: Path) -> None:
+    two = ["--trainer.devices=2", "--trainer.accelerator=cpu", *LEAN]
+    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "a", *two, epochs=3)]
+    command.append(at_step("KillSecondRank", 6))
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "another process of this run has ended" in done.stderr.strip().splitlines()[-1]
-    assert done.returncode == (2 if step == 2 else 75)
+    assert done.returncode == 75

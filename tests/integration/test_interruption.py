@@ -1,6 +1,6 @@
 """Killed, stopped by a signal, out of disk: the run goes on from whole files, and ends as one that was never disturbed.
 
-Runs live in processes forked from a server that has imported everything, so that twenty starts take a minute.
+Runs live in processes of their own (``tests/processes.py``).
 """
 
 import atexit
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,22 +28,27 @@ from torch import nn
 
 from ssl_geometry.data.datamodule import BatchPlan, Loader, every_nth
 from ssl_geometry.data.datasets import Images
-from ssl_geometry.fit import main
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.records import read_records, wandb_files
 from ssl_geometry.runs import read_checkpoint
 from tests.integration.test_fit import ROOT, SMALL, clean_environment
+from tests.processes import PROCESSES, finish, start, start_ranks
 
-PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "tests.integration.test_interruption"])
 MONITORS = [
     "--cka.every_n_epochs=1",
+    "--cka.layers=stages",
     "--probes.every_n_epochs=1",
+    "--probes.layers=[layer4.0, pooled]",
     "--neighbors.every_n_epochs=1",
     "--neighbors.settings=[]",
     "--neighbors.layers=head",
+    "--neighbors.k=10",
     "--invariance.every_n_epochs=2",
+    "--invariance.layers=stages",
+    "--invariance.views=[own]",
     "--trainer.check_val_every_n_epoch=1",
+    "--data.limit_test=64",
+    "--data.measure_size=64",
 ]
 
 
@@ -66,33 +71,6 @@ def options(runs: Path, run_id: str, *more: str, epochs: int = 6) -> list[str]:
         "--resume=auto",
         *more,
     ]
-
-
-def _run(args: list[str], output: str, prepare: Callable[[], None] | None) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server
-    if prepare is not None:
-        prepare()
-    main(args)
-
-
-def start(args: list[str], output: Path, prepare: Callable[[], None] | None = None) -> Any:
-    process = PROCESSES.Process(target=_run, args=(args, str(output), prepare))
-    process.start()
-    return process
-
-
-def finish(process: Any, timeout: float = 400) -> int:
-    """Exit code; negative for the signal that ended it."""
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail("the process hangs")
-    return process.exitcode
 
 
 def weights(run: Path) -> dict[str, Any]:
@@ -153,28 +131,28 @@ def _signal_at(target: str, call: int, number: int, only: str = "", halfway: boo
     setattr(owner, name, counted)
 
 
-MOMENTS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
-    "in a step": ("ssl_geometry.methods.simclr.SimCLR.loss", (3, 7, 2), {}),
-    "in the optimiser": ("torch.optim.Optimizer.zero_grad", (1, 6, 3), {}),
-    "in a measuring moment": ("ssl_geometry.callbacks.measure.forward_pass", (2, 1, 2), {}),
-    "before records are written": ("pyarrow.parquet.write_table", (3, 2, 1), {}),
-    "before records get their name": ("os.replace", (2, 3, 1), {"only": ".parquet"}),
-    "before a checkpoint gets its name": ("os.replace", (1, 2, 1), {"only": ".ckpt"}),
-    "within a checkpoint": ("torch.save", (1, 2, 1), {"halfway": True}),
-}
-"""Function, at which of its calls in the first, second and third death there, and more."""
+DEATHS: list[tuple[str, str, int, dict[str, Any]]] = [
+    ("in a step", "ssl_geometry.methods.simclr.SimCLR.loss", 3, {}),
+    ("before records get their name", "os.replace", 4, {"only": ".parquet"}),
+    ("before a checkpoint gets its name", "os.replace", 1, {"only": ".ckpt"}),
+    ("in the optimiser", "torch.optim.Optimizer.zero_grad", 6, {}),
+    ("within a checkpoint", "torch.save", 1, {"halfway": True}),
+    ("while it measures", "ssl_geometry.callbacks.measure.forward_pass", 1, {}),
+    ("before records are written", "pyarrow.parquet.write_table", 2, {}),
+    ("in a step of a later epoch", "ssl_geometry.methods.simclr.SimCLR.loss", 6, {}),
+    ("within a later checkpoint", "torch.save", 2, {"halfway": True}),
+]
+"""When, the function in whose call it dies, at which call since it was started, and more."""
 
 
-def test_killed_twenty_times(tmp_path: Path, undisturbed: Path) -> None:
+def test_killed_nine_times(tmp_path: Path, undisturbed: Path) -> None:
     """Wherever it was killed, the end is bit-identical, and no number is missing or there twice."""
     args = options(tmp_path, "killed", *MONITORS, "--loggers=[wandb]")
     last = tmp_path / "e" / "killed" / "checkpoints" / "last.ckpt"
     reached = []
-    for death in range(20):
-        target, calls, more = list(MOMENTS.values())[death % len(MOMENTS)]
-        prepare = partial(_signal_at, target, calls[death // len(MOMENTS)], signal.SIGKILL, **more)
-        code = finish(start(args, tmp_path / "out", prepare))
-        assert code == -signal.SIGKILL, f"death {death}: {code}\n" + (tmp_path / "out").read_text()
+    for when, target, call, more in DEATHS:
+        code = finish(start(args, tmp_path / "out", partial(_signal_at, target, call, signal.SIGKILL, **more)))
+        assert code == -signal.SIGKILL, f"{when}: {code}\n" + (tmp_path / "out").read_text()
         reached.append(read_checkpoint(last, "")["global_step"] if last.exists() else 0)  # whole
     assert reached[0] == 0
     assert len(set(reached)) >= 4, reached
@@ -257,7 +235,7 @@ def test_a_signal_before_the_command_listens_is_not_lost(tmp_path: Path) -> None
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert "stopped by SIGUSR1" in process.communicate(timeout=120)[1]
+    assert "stopped by SIGUSR1" in process.communicate()[1]
     assert process.returncode == 75
     assert read_checkpoint(tmp_path / "e" / "early" / "checkpoints" / "last.ckpt", "")["global_step"] == 1
 
@@ -419,22 +397,18 @@ def test_the_clock_saves_no_weights_that_are_spoilt(tmp_path: Path) -> None:
 
 def test_two_processes_save_after_the_same_step_and_go_on_from_it(tmp_path: Path) -> None:
     """The first one's clock decides, one step later; the other's stands still."""
-    more = ["--cka.every_n_epochs=0", "--data.batch_size=32", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    more = ["--cka.every_n_epochs=0", "--data.batch_size=32"]
 
-    def run(run_id: str, *callbacks: dict[str, Any]) -> int:
+    def run(run_id: str, *callbacks: dict[str, Any]) -> list[int]:
         args = options(tmp_path, run_id, *more, *timed(3, *callbacks), epochs=2)
-        environment = clean_environment(OMP_NUM_THREADS="1")
-        done = subprocess.run(
-            [sys.executable, "-m", "ssl_geometry.fit", *args], env=environment, cwd=ROOT, timeout=300, check=False
-        )
-        return done.returncode
+        return [finish(process) for process in start_ranks(2, args, tmp_path / "out")]
 
     whole, killed = tmp_path / "e" / "whole", tmp_path / "e" / "killed"
-    assert run("whole") == 0
+    assert run("whole") == [0, 0]
     assert saved_at(whole) == saved_at(whole, 1) == [4, 8, 12, 16]
-    assert run("killed", strike(5, signal.SIGKILL)) != 0
+    assert run("killed", strike(5, signal.SIGKILL)) == [-signal.SIGKILL, -signal.SIGKILL]
     assert read_checkpoint(killed / "checkpoints" / "last.ckpt", "")["global_step"] == 4
-    assert run("killed") == 0
+    assert run("killed") == [0, 0]
     assert_same(weights(whole), weights(killed))
 
 
@@ -526,7 +500,7 @@ def test_a_worker_obeys_and_survives_nobody_but_its_parent(killed: bool) -> None
         os.kill(worker, number)
     here.send("go on")
     assert here.recv() == [2, 3]
-    assert finish(parent, 30) == (-signal.SIGKILL if killed else 0)
+    assert finish(parent) == (-signal.SIGKILL if killed else 0)
     assert_gone([worker])
 
 
@@ -558,7 +532,7 @@ def test_a_signal_after_the_end_fails_nothing(tmp_path: Path) -> None:
     more = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", f"--trainer.callbacks={__name__}.SignalAtExit"]
     command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "late", *more, epochs=1)]
     environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "e" / "late" / "run.json").read_text())["status"] == "finished"
 

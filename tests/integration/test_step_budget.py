@@ -25,7 +25,7 @@ from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import ProbeBank
 from tests.fake_cuda import FakeCuda
-from tests.integration.test_interruption import PROCESSES
+from tests.processes import PROCESSES
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="waits and launches are counted on a pretended GPU")
 

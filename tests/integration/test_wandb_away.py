@@ -16,8 +16,9 @@ import lightning as L
 import pytest
 
 from ssl_geometry.callbacks import loggers
-from tests.integration.test_interruption import SignalAt, assert_gone, children, finish, options, start
+from tests.integration.test_interruption import SignalAt, assert_gone, children, options
 from tests.integration.wandb_server import Server
+from tests.processes import finish, start
 
 LEAN = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", "--trainer.check_val_every_n_epoch=100"]
 SECONDS = 3
@@ -70,7 +71,7 @@ def test_a_job_is_back_in_the_queue_before_the_server_is_waited_for(tmp_path: Pa
     slurm = {"SLURM_JOB_ID": "555", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     args = options(tmp_path, "away", *LEAN, "--loggers=[wandb]", epochs=2)
     process = start([*args, at(5, 10)], tmp_path / "out", partial(_prepare, server.environment | slurm))
-    assert finish(process, 120) == 0, (tmp_path / "out").read_text()
+    assert finish(process) == 0, (tmp_path / "out").read_text()
     assert time.time() - asked.stat().st_mtime > 0.9 * SECONDS, "then W&B's server was given its time"
     assert asked.read_text() == "requeue 555\n"
     said = (tmp_path / "out").read_text()
@@ -83,7 +84,7 @@ def test_a_server_that_is_away_for_a_part_of_a_run(tmp_path: Path, server: Serve
     args = options(tmp_path, "away", *LEAN, "--loggers=[wandb]")
     prepare = partial(_prepare, server.environment)
     process = start([*args, "--trainer.max_epochs=2", at(3, rows=2)], tmp_path / "out", prepare)
-    assert finish(process, 120) == 0, (tmp_path / "out").read_text()
+    assert finish(process) == 0, (tmp_path / "out").read_text()
     run = tmp_path / "e" / "away"
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert_gone(map(int, (run / "started").read_text().split()))
@@ -94,7 +95,7 @@ def test_a_server_that_is_away_for_a_part_of_a_run(tmp_path: Path, server: Serve
     assert sum(name == "train/loss" for name, _ in noted) == 8
     assert 0 < len(sent) < len(noted)
     server.back.set()
-    assert finish(start([*args, "--trainer.max_epochs=3"], tmp_path / "out", prepare), 120) == 0
+    assert finish(start([*args, "--trainer.max_epochs=3"], tmp_path / "out", prepare)) == 0
     noted, sent = journal(run), server.points()
     assert sum(name == "train/loss" for name, _ in noted) == 12
     assert len(sent) == len(set(sent)), "each once"

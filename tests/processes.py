@@ -1,0 +1,103 @@
+"""Commands in processes of their own, forked from a server that has imported everything: a start costs no import.
+
+What is forked is a command like any other: it has its signals, its exit code and its children. Only the monitors'
+figures are blank; that they are drawn is tested where a run is read.
+"""
+
+import importlib
+import multiprocessing as mp
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from ssl_geometry.callbacks import measure
+
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "ssl_geometry.survey", "tests.processes"])
+HANG_SECONDS = 600
+"""No process takes nearly as long: it hangs, and the test ends."""
+
+
+def without_drawing(patch: pytest.MonkeyPatch) -> None:
+    """Figures of monitors are blank: to draw them takes as long as training."""
+    log = measure.log
+
+    def undrawn(trainer: L.Trainer, found: measure.Findings, moment: measure.Moment) -> None:
+        blank = dict.fromkeys(found.figures, partial(Figure, figsize=(0.1, 0.1)))
+        log(trainer, replace(found, figures=blank), moment)
+
+    patch.setattr(measure, "log", undrawn)
+
+
+def _run(
+    args: Sequence[str],
+    output: str,
+    prepare: Callable[[], None] | None,
+    environment: Mapping[str, str],
+    command: str,
+) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **environment}
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # else as it was where Lightning was imported
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawing(patch)
+        if prepare is not None:
+            prepare()
+        importlib.import_module(command).main(args)
+
+
+def start(
+    args: Sequence[str],
+    output: Path,
+    prepare: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+    command: str = "ssl_geometry.fit",
+) -> Any:
+    """Start a command.
+
+    Args:
+        args: its command line.
+        output: file that takes what it prints.
+        prepare: called in the process before the command.
+        environment: variables of its own.
+        command: module.
+
+    Returns:
+        The process.
+    """
+    process = PROCESSES.Process(target=_run, args=(args, str(output), prepare, environment or {}, command))
+    process.start()
+    return process
+
+
+def start_ranks(count: int, args: Sequence[str], output: Path, prepare: Callable[[], None] | None = None) -> list[Any]:
+    """Start all processes of a run on the CPU, as a cluster does, which launches them itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"NODE_RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    args = [*args, "--trainer.accelerator=cpu", f"--trainer.devices={count}"]
+    return [start(args, output, prepare, {**common, "LOCAL_RANK": str(rank)}) for rank in range(count)]
+
+
+def finish(process: Any) -> int:
+    """Exit code; negative for the signal that ended it."""
+    process.join(HANG_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("the process hangs")
+    return process.exitcode
