@@ -1,5 +1,6 @@
 """What all commands share: a parser that tells a mistake in one line, and the exit codes. It loads in no time."""
 
+import argparse
 import logging
 import re
 import sys
@@ -7,10 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ssl_geometry.errors import Interrupted, UserError, nearest
+from ssl_geometry.ranges import check_arguments, check_value, expected, imported, one_line, without_annotated
 
 
 class Parser(ArgumentParser):
@@ -25,15 +27,46 @@ class Parser(ArgumentParser):
 
     def one_line(self, message: str) -> str:
         """A parser's message without the list of types that it tried."""
-        noise = r"^\s*(Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value type)"
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not re.match(noise, line)]
-        text = re.sub(r": ?;? ", ": ", "; ".join(lines)).replace('Parser key "', "--").replace('":', ":")
-        found = re.search(r"unrecognized arguments: (--[\w.-]+)|Option '([\w.]+)' is not accepted", message)
-        if found and "model" not in message.splitlines()[0]:
-            key = found[1] or found[2]
-            known = [f"--{action.dest}" if found[1] else action.dest for action in self._actions]
-            return f"unknown option {key!r}; {nearest(key, known)} (see --help)"
-        return f"{text} (see --help, or --model.help CLASS for a method's options)" if "--model:" in text else text
+        if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message):
+            known = [f"--{action.dest}" for action in self._actions]
+            return f"unknown option {found[1]!r}; {nearest(found[1], known)} (see --help)"
+        return one_line(message, {action.dest: annotation(action) for action in self._actions})
+
+    def restrict(self, option: str, hint: Any) -> None:
+        """Give an option of somebody else's class a range.
+
+        Args:
+            option: such as ``trainer.max_epochs``.
+            hint: an annotation with a range, see :mod:`ssl_geometry.ranges`.
+        """
+        action = next(action for action in self._actions if action.dest == option)
+        action.hint = hint  # type: ignore[attr-defined]
+        action.help = f"{(action.help or '').rstrip(' .')} ({expected(hint)})"
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """The options, each in its range.
+
+        Raises:
+            UserError: outside.
+        """
+        options = super().parse_args(*args, **kwargs)
+        for action in self._actions:
+            name = next((name for name in action.option_strings if name.startswith("--")), action.dest)
+            value = options.get(action.dest)
+            check_value(annotation(action), value, name)
+            for part in value if isinstance(value, list) else [value]:  # classes with their arguments
+                if isinstance(part, Namespace) and isinstance(owner := imported(part.get("class_path", "")), type):
+                    check_arguments(owner, vars(part.get("init_args") or Namespace()), f"{name}.")
+        return options
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """With ranges as words."""
+        return without_annotated(super().format_help(*args, **kwargs))
+
+
+def annotation(action: argparse.Action) -> Any:
+    """What an option was declared to take."""
+    return getattr(action, "hint", None) or getattr(action, "_typehint", None)
 
 
 def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | None, interrupted: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ssl_geometry.callbacks.cka import GramVector, cka_protocol
-from ssl_geometry.callbacks.invariance import VIEWS, distinct_views, invariance_requests, layer_records
+from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol
+from ssl_geometry.callbacks.invariance import VIEWS, check_views, distinct_views, invariance_requests, layer_records
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import UNTRAINED, findings, views_of
-from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
+from ssl_geometry.geometry.cka import permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
@@ -44,6 +44,7 @@ from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.networks import networks_parser, parse_networks
+from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore, record
 from ssl_geometry.report.figures import (
     BLOCK,
@@ -329,20 +330,20 @@ def _parse(args: Sequence[str]) -> Any:
         args,
         layers="all",
     )
-    parser.add_argument("--gram_size", type=int, default=64, help="images in a Gram matrix of CKA")
+    parser.add_argument("--gram_size", type=GramSize, default=64, help="images in a Gram matrix of CKA")
     parser.add_argument(
         "--permutations",
-        type=int,
+        type=Annotated[int, between(0, MOST_PERMUTATIONS)],
         default=200,
         help="permutations of the images that say what the most similar layer reads by chance; 0 leaves it out",
     )
-    parser.add_argument("--k", type=int, default=10, help="neighbours that mutual kNN compares")
+    parser.add_argument("--k", type=Annotated[int, at_least(1)], default=10, help="neighbours that mutual kNN compares")
     parser.add_argument(
         "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
     )
     parser.add_argument(
         "--show_neighbors",
-        type=int | list[int],
+        type=Annotated[int, at_least(0)] | list[Annotated[int, at_least(0)]],
         default=[],
         help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
     )
@@ -352,14 +353,8 @@ def _parse(args: Sequence[str]) -> Any:
     for number in options.show_neighbors:
         if not 0 <= number < options.data.measure_size:
             raise UserError(f"--show_neighbors {number}: expected 0 to {options.data.measure_size - 1}")
-    if options.gram_size < MIN_GRAM_SIZE:
-        raise UserError(f"--gram_size {options.gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
-    if not 0 <= options.permutations <= MOST_PERMUTATIONS:
-        raise UserError(f"--permutations {options.permutations}: expected 0 to {MOST_PERMUTATIONS:,}")
-    if not 1 <= options.k < options.data.measure_size:
-        raise UserError(
-            f"--k {options.k}: expected at least 1 and fewer than --data.measure_size {options.data.measure_size}"
-        )
+    if options.k >= options.data.measure_size:
+        raise UserError(f"--k {options.k}: expected fewer than --data.measure_size {options.data.measure_size} images")
     return options
 
 
@@ -380,6 +375,7 @@ def compare(args: Sequence[str]) -> Path:
     networks = load_networks(options.models)
     for method, _ in networks.values():
         layer_names(method, options.layers, option="--layers")  # a mistake is told before anything is deleted
+        check_views(method, options.views, "--views")
     data.prepare_data()
     data.setup("test")
     shutil.rmtree(out / "records", ignore_errors=True)

@@ -5,6 +5,7 @@ Every layer is measured whole, so each process holds the whole network: data par
 
 import importlib
 import logging
+import os
 import re
 import traceback
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,12 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.slurm import this_task
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,8 @@ FEW_PIXELS = 10_000_000
 """Pixels of the training split below which one GPU is enough: a fifth of CIFAR-10's."""
 FULL = r"out of memory|ALLOC(ATION)?_FAILED|DefaultCPUAllocator|can't allocate memory|bad_alloc|alloc fail"
 """In what CUDA, cuDNN, cuBLAS, FAISS and torch on the CPU raise where memory is full."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "LSB_JOBID")
+"""Variables of which one is set where something has started a process on each node."""
 
 
 def check_strategy(strategy: Any) -> None:
@@ -66,6 +72,68 @@ def check_strategy(strategy: Any) -> None:
         raise UserError(
             f"--trainer.strategy {name}: it starts the processes by {options['start_method']}, which a run with its "
             f"open files and signals cannot be handed to; {fix}"
+        )
+
+
+def check_devices(accelerator: Any, devices: Any) -> None:
+    """Refuse devices that this machine does not have, or that mean nothing.
+
+    Args:
+        accelerator: ``--trainer.accelerator`` as plain data.
+        devices: ``--trainer.devices``: auto, a number, -1 for all GPUs, or a list of their numbers.
+
+    Raises:
+        UserError: with what would do.
+
+    Example:
+        >>> check_devices("cpu", 2)
+        >>> check_devices("cpu", "abc")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: --trainer.devices abc: expected auto or a number of processes of at least 1
+    """
+    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    if isinstance(accelerator, str) and accelerator not in known:
+        raise UserError(f"--trainer.accelerator {accelerator}: {nearest(accelerator, known)}")
+    gpus = torch.cuda.device_count()
+    if accelerator == "cuda" and not gpus:
+        raise UserError("--trainer.accelerator cuda: torch finds no GPU here; use auto or cpu")
+    if accelerator in ("gpu", "mps") and not (gpus or torch.backends.mps.is_available()):
+        raise UserError(f"--trainer.accelerator {accelerator}: torch finds no GPU here; use auto or cpu")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda") or devices in (None, "auto"):
+        return
+    asked = devices
+    if isinstance(asked, str):  # "2" is a number, "0,1" a list
+        asked = yaml.safe_load(f"[{asked}]" if "," in asked else asked)
+    shown = f"[{', '.join(map(str, devices))}]" if isinstance(devices, list) else devices
+    if accelerator == "cpu" or not gpus:
+        if type(asked) is not int or asked < 1:
+            raise UserError(f"--trainer.devices {shown}: expected auto or a number of processes of at least 1")
+        return
+    numbers = asked if isinstance(asked, list) and asked else range(gpus) if asked == -1 else None
+    if type(asked) is int and asked > 0:
+        numbers = range(asked)
+    if numbers is None or not all(type(number) is int for number in numbers) or len(set(numbers)) < len(numbers):
+        raise UserError(f"--trainer.devices {shown}: expected auto, a number of GPUs, or a list of different ones")
+    if not all(0 <= number < gpus for number in numbers):
+        raise UserError(f"--trainer.devices {shown}: this machine has {gpus} GPU{'s' * (gpus > 1)}, numbered from 0")
+
+
+def check_nodes(nodes: int, option: str) -> None:
+    """Refuse several nodes where nothing has started a process on each: this one would wait for the others for ever.
+
+    Args:
+        nodes: how many.
+        option: that says so.
+
+    Raises:
+        UserError: outside of ``srun`` and torchrun.
+    """
+    task = this_task()
+    started = (task is not None and task.step is not None) or any(name in os.environ for name in LAUNCHERS)
+    if nodes > 1 and not started:
+        raise UserError(
+            f"{option} {nodes}: nothing has started processes on the other nodes; start the command with srun "
+            "(slurm/fit.sbatch) or torchrun, or leave the option out"
         )
 
 

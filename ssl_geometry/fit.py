@@ -14,16 +14,17 @@ if __name__ == "__main__":  # the imports take seconds; a signal waits until Sto
     signal.signal(signal.SIGUSR1, lambda *_: None)  # nor does it fail a job that has finished and is about to exit
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
 
+import logging
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch.distributed as dist
 import yaml
-from jsonargparse.typing import NonNegativeFloat
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -49,14 +50,19 @@ from ssl_geometry.callbacks import (
     finish_wandb,
     make_loggers,
 )
+from ssl_geometry.callbacks.measure import Monitor
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import ManyDevices, check_strategy
+from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy
 from ssl_geometry.endings import end_with_parent, explain, report_lost
 from ssl_geometry.errors import Interrupted, UserError, nearest
+from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
+from ssl_geometry.ranges import LARGEST_SEED, above, at_least, between
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
 from ssl_geometry.slurm import this_task, trainer_options
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m ssl_geometry.fit"
 USAGE = f"{PROGRAM} --config FILE [--config FILE ...] [--option VALUE ...]"
@@ -74,6 +80,27 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "sync_batchnorm": True,
 }
+TRAINER_RANGES = {
+    "num_nodes": Annotated[int, at_least(1)],
+    "max_epochs": Annotated[int, at_least(1, also=-1)],
+    "min_epochs": Annotated[int, at_least(0)],
+    "max_steps": Annotated[int, at_least(1, also=-1)],
+    "min_steps": Annotated[int, at_least(0)],
+    "limit_train_batches": Annotated[float, above(0)],
+    "limit_val_batches": Annotated[float, at_least(0)],
+    "limit_test_batches": Annotated[float, at_least(0)],
+    "limit_predict_batches": Annotated[float, at_least(0)],
+    "overfit_batches": Annotated[float, at_least(0)],
+    "fast_dev_run": Annotated[int, at_least(0)],
+    "val_check_interval": Annotated[float, above(0)],
+    "check_val_every_n_epoch": Annotated[int, at_least(1)],
+    "num_sanity_val_steps": Annotated[int, at_least(0, also=-1)],
+    "log_every_n_steps": Annotated[int, at_least(0)],
+    "accumulate_grad_batches": Annotated[int, at_least(1)],
+    "gradient_clip_val": Annotated[float, at_least(0)],
+    "reload_dataloaders_every_n_epochs": Annotated[int, at_least(0)],
+}
+"""Of Lightning's options: in batches, epochs or steps, as their names say; a share of the batches where below 1."""
 
 
 class FitParser(Parser, LightningArgumentParser):
@@ -131,6 +158,7 @@ class FitCLI(LightningCLI):
     run: Run
 
     def __init__(self, args: Sequence[str]) -> None:
+        self.args = args
         super().__init__(
             L.LightningModule,
             DataModule,
@@ -142,6 +170,15 @@ class FitCLI(LightningCLI):
             parser_class=FitParser,
             parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
             args=list(args),
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed: a number, as it is the data's and the method's as well."""
+        parser.add_argument(
+            "--seed_everything",
+            type=Annotated[int, between(0, LARGEST_SEED)],
+            default=self.seed_everything_default,
+            help="seed of everything random: weights, the order of images, views, the validation split",
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -161,13 +198,13 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument(
             "--save_every_n_minutes",
-            type=NonNegativeFloat,
+            type=Annotated[float, at_least(0)],
             default=5.0,
             help="how many minutes of training a run that is killed may have to repeat (0: save after every epoch)",
         )
         parser.add_argument(
             "--keep_every_n_epochs",
-            type=int,
+            type=Annotated[int, at_least(0)],
             default=0,
             help="keep a checkpoint for good every n epochs (0: the last one only)",
         )
@@ -188,6 +225,9 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(SpectrumMonitor, "spectrum")
         parser.add_lightning_class_args(L.Trainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+        assert isinstance(parser, Parser)
+        for name, hint in TRAINER_RANGES.items():
+            parser.restrict(f"trainer.{name}", hint)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed")
 
@@ -201,13 +241,37 @@ class FitCLI(LightningCLI):
         for option, instead in (("logger", "--loggers"), ("default_root_dir", "--runs, --experiment and --run_id")):
             if config["trainer"].get(option) is not None:
                 raise UserError(f"--trainer.{option} {config['trainer'][option]}: use {instead}")
-        check_strategy(config["trainer"].get("strategy"))
+        self._check_trainer(config)
         self.settings = config
         self.run = open_run(config, config["runs"], config["experiment"], config["run_id"], self.config.resume)
         last = self.run.last_checkpoint
         self.checkpoint_at_start = last.stat().st_mtime_ns if last.exists() else None
         if not is_first_process():
             end_with_parent()
+
+    def _check_trainer(self, config: Mapping[str, Any]) -> None:
+        """What is wrong with several options together, or with this machine."""
+        trainer = config["trainer"]
+        check_strategy(trainer["strategy"])
+        check_devices(trainer["accelerator"], trainer["devices"])
+        check_nodes(trainer["num_nodes"], "--trainer.num_nodes")
+        for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"):
+            if isinstance(trainer[name], float) and trainer[name] > 1:
+                raise UserError(f"--trainer.{name} {trainer[name]}: expected a share up to 1.0, or a whole number")
+        epochs, warmup = trainer["max_epochs"], config["model"].get("init_args", {}).get("warmup_epochs")
+        if epochs == -1 and trainer["max_steps"] == -1:
+            raise UserError("--trainer.max_epochs -1: the schedule needs an end; set --trainer.max_steps with it")
+        if epochs and warmup and 0 < epochs < warmup:
+            fault = f"--model.warmup_epochs {warmup}: longer than the run of --trainer.max_epochs {epochs}"
+            if any(arg.startswith("--model.warmup_epochs") for arg in self.args):
+                raise UserError(f"{fault}; expected at most {epochs}")
+            logger.warning(f"{fault}: the learning rate rises to the end, and never reaches its peak")
+
+    def after_instantiate_classes(self) -> None:
+        """Hold the monitors to the method, before images are read."""
+        for callback in self._callbacks():
+            if isinstance(callback, Monitor) and isinstance(self.model, Method):
+                callback.check(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
@@ -256,7 +320,12 @@ class FitCLI(LightningCLI):
         if task := this_task():
             more = trainer_options(task, trainer)
             trainer |= more | {"plugins": [*trainer["plugins"], *more["plugins"]]}
-        return L.Trainer(**trainer)
+        try:
+            return L.Trainer(**trainer)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"--trainer: {str(error).strip().splitlines()[0]}") from error
 
     def _takes_all_devices(self) -> bool:
         """Whether nobody has said how many devices are to be used: in a SLURM job, its tasks say so."""
@@ -305,14 +374,37 @@ def expand_bases(args: Sequence[str]) -> list[str]:
     return expanded
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, the parser would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping.
+
+        Raises:
+            UserError: a key that stands twice.
+        """
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                raise UserError(
+                    f"--config {self.name}: {key.value!r} stands twice, in lines {lines[key.value]} and {line}; "
+                    "join the two"
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _base_of(path: Path) -> Path | None:
     if not path.is_file():
         siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"--config {path}: no such file; {nearest(str(path), siblings)}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected options as `key: value`, found {type(content).__name__}")
     return (path.parent / content["base"]).resolve() if content.get("base") else None

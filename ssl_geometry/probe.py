@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import pandas as pd
@@ -59,6 +59,7 @@ from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.networks import networks_parser, parse_networks
+from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import compare_curves, save_figure
@@ -522,35 +523,49 @@ def _parse(args: Sequence[str]) -> Any:
         help=f"which of {', '.join(EVALUATIONS)}",
     )
     parser.add_argument(
-        "--train_images", type=int | None, help="clean training images to learn from, at most (default: 50,000)"
+        "--train_images",
+        type=Annotated[int, between(1, BANK_SIZE)] | None,
+        help="clean training images to learn from, at most (default: 50,000)",
     )
-    parser.add_argument("--k", type=list[int], default=[20, 200], help="neighbours that vote")
-    parser.add_argument("--linear_epochs", type=int, default=100, help="epochs of SGD in linear evaluation")
-    parser.add_argument("--linear_weight_decay", type=float, default=0.0, help="weight decay of linear evaluation")
+    parser.add_argument("--k", type=list[Annotated[int, at_least(1)]], default=[20, 200], help="neighbours that vote")
+    parser.add_argument(
+        "--linear_epochs", type=Annotated[int, at_least(1)], default=100, help="epochs of SGD in linear evaluation"
+    )
+    parser.add_argument(
+        "--linear_weight_decay",
+        type=Annotated[float, at_least(0)],
+        default=0.0,
+        help="weight decay of linear evaluation",
+    )
     parser.add_argument(
         "--augment", type=str, default="supervised", help="training views of linear_augmented and finetune"
     )
     parser.add_argument(
-        "--label_fractions", type=list[float], default=list(FRACTIONS), help="shares of the labels to learn from"
+        "--label_fractions",
+        type=list[Annotated[float, above(0, at_most=1)]],
+        default=list(FRACTIONS),
+        help="shares of the labels to learn from",
     )
-    parser.add_argument("--draws", type=int, default=5, help="random subsets for each share of the labels below 1")
-    parser.add_argument("--finetune_epochs", type=int, default=30, help="epochs of fine-tuning")
-    parser.add_argument("--finetune_lr", type=float, default=0.05, help="learning rate of fine-tuning for 256 images")
+    parser.add_argument(
+        "--draws",
+        type=Annotated[int, at_least(1)],
+        default=5,
+        help="random subsets for each share of the labels below 1",
+    )
+    parser.add_argument("--finetune_epochs", type=Annotated[int, at_least(1)], default=30, help="epochs of fine-tuning")
+    parser.add_argument(
+        "--finetune_lr",
+        type=Annotated[float, above(0)],
+        default=0.05,
+        help="learning rate of fine-tuning for a batch of 256 images",
+    )
     options = parse_networks(parser, "probe", args)
     options.evaluations = _as_list(options.evaluations)
     options.layers = list(LAYERS) if options.layers is None else _as_list(options.layers)
     for name in options.evaluations:
         if name not in EVALUATIONS:
             raise UserError(f"--evaluations {name}: {nearest(name, EVALUATIONS)}")
-    for name, low in {"train_images": 1, "linear_epochs": 1, "draws": 1, "finetune_epochs": 1}.items():
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name} {value}: expected at least {low}")
-    if options.train_images is not None and options.train_images > BANK_SIZE:
-        raise UserError(f"--train_images {options.train_images}: at most {BANK_SIZE:,} are read")
-    if not 0 < options.finetune_lr < math.inf:
-        raise UserError(f"--finetune_lr {options.finetune_lr}: expected above 0, such as 0.05")
-    if not 0 <= options.linear_weight_decay <= highest_decay(max(RATES)):
+    if options.linear_weight_decay > highest_decay(max(RATES)):
         raise UserError(
             f"--linear_weight_decay {options.linear_weight_decay}: expected 0 to {highest_decay(max(RATES)):.2g}, up "
             f"to which a learning rate of {max(RATES):g} is stable"
@@ -558,10 +573,6 @@ def _parse(args: Sequence[str]) -> Any:
     for name, known in {"evaluations": EVALUATIONS, "label_fractions": FRACTIONS, "k": (20, 200)}.items():
         if not getattr(options, name):
             raise UserError(f"--{name} []: expected one at least, such as {known[0]}")
-    if not all(0 < fraction <= 1 for fraction in options.label_fractions):
-        raise UserError(f"--label_fractions {options.label_fractions}: expected shares above 0, at most 1")
-    if not all(k >= 1 for k in options.k):
-        raise UserError(f"--k {options.k}: expected whole numbers of at least 1")
     return options
 
 

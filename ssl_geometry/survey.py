@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
@@ -38,7 +38,7 @@ from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import memory_for_measuring
+from ssl_geometry.devices import check_nodes, memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.prediction import (
     group,
@@ -53,6 +53,7 @@ from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths, layer_names, present
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.networks import networks_parser, parse_networks
+from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore, read_records
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import save_figure
@@ -502,9 +503,11 @@ def _parse(args: Sequence[str]) -> Any:
         help="semantic (images of a class), and copies of an image under policy (the views of SimCLR), crop, color, "
         "rotate, translate",
     )
-    parser.add_argument("--k", type=int, default=50, help="nearest images of which NNK chooses")
-    parser.add_argument("--copies", type=int, default=10, help="augmented copies of each image")
-    parser.add_argument("--clusters", type=int, default=3, help="groups that the models are cut into")
+    parser.add_argument("--k", type=Annotated[int, at_least(3)], default=50, help="nearest images of which NNK chooses")
+    parser.add_argument("--copies", type=Annotated[int, at_least(3)], default=10, help="augmented copies of each image")
+    parser.add_argument(
+        "--clusters", type=Annotated[int, at_least(2)], default=3, help="groups that the models are cut into"
+    )
     parser.add_argument(
         "--targets",
         type=list[str],
@@ -519,8 +522,9 @@ def _parse(args: Sequence[str]) -> Any:
         help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
         "of one recipe count once where something is predicted",
     )
-    parser.add_argument("--devices", type=int, default=1, help="processes of this node that share the images")
-    parser.add_argument("--num_nodes", type=int, default=1, help="nodes; under SLURM both follow from the job")
+    one = Annotated[int, at_least(1)]
+    parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
+    parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
     options = parse_networks(parser, "survey", args)
     options.models, options.seeds = split_seeds(options.models)
     if not options.manifolds:
@@ -528,9 +532,7 @@ def _parse(args: Sequence[str]) -> Any:
     for name in options.manifolds:
         if name not in MANIFOLDS:
             raise UserError(f"--manifolds {name}: {nearest(name, MANIFOLDS)}")
-    for name, low in {"k": 3, "copies": 3, "clusters": 2, "devices": 1, "num_nodes": 1}.items():
-        if getattr(options, name) < low:
-            raise UserError(f"--{name} {getattr(options, name)}: expected at least {low}")
+    check_nodes(options.num_nodes, "--num_nodes")
     if options.k >= options.data.measure_size:
         raise UserError(f"--k {options.k}: expected fewer than --data.measure_size {options.data.measure_size} images")
     return options

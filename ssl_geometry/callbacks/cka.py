@@ -10,24 +10,26 @@ batch.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from ssl_geometry import __version__
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, forward_pass, measuring
+from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, forward_pass, measuring
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths
+from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 from ssl_geometry.runs import load_method
 
 logger = logging.getLogger(__name__)
+
+GramSize = Annotated[int, at_least(MIN_GRAM_SIZE)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class CKAMonitor(Monitor):
     Args:
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these.
-        gram_size: images in a Gram matrix; the cost grows with it.
+        gram_size: images in a Gram matrix, at least 4; the cost grows with it.
         reference: a run directory or a checkpoint to compare with as well, such as the supervised twin.
     """
 
@@ -71,14 +73,13 @@ class CKAMonitor(Monitor):
 
     def __init__(
         self,
-        every_n_epochs: int = 1,
+        every_n_epochs: Epochs = 1,
         layers: str | list[str] = "all",
-        gram_size: int = 64,
+        gram_size: GramSize = 64,
         reference: str | None = None,
     ) -> None:
+        check_arguments(CKAMonitor, locals(), "--cka.")
         super().__init__(every_n_epochs)
-        if gram_size < MIN_GRAM_SIZE:
-            raise UserError(f"--cka.gram_size {gram_size}: unbiased CKA needs at least {MIN_GRAM_SIZE} images")
         self.layers, self.gram_size, self.reference = layers, gram_size, reference
         self.fixed: dict[str, FixedNetwork] = {}
         self.curves: list[Row] = []  # one row a layer and moment: what the curves over epochs show

@@ -13,11 +13,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ssl_geometry.callbacks.cka import GramVector, cka_protocol, run_name
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request
+from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, run_name
+from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA
 from ssl_geometry.models.taps import layer_depths
+from ssl_geometry.ranges import check_arguments
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -28,6 +30,24 @@ def distinct_views(method: Any, views: Sequence[str]) -> dict[str, str]:
     """For each view, the first of the list that makes the same pictures: each picture is made and measured once."""
     specs = {name: method.measuring_view(name).spec for name in views}
     return {name: next(other for other in views if specs[other] == spec) for name, spec in specs.items()}
+
+
+def check_views(method: Any, views: Sequence[str], option: str) -> None:
+    """Refuse a view that no method knows and this one does not either.
+
+    Args:
+        method: that makes them.
+        views: their names.
+        option: that gave them.
+
+    Raises:
+        UserError: with the option as it was typed.
+    """
+    for name in views:
+        try:
+            method.measuring_view(name)
+        except UserError as error:
+            raise UserError(f"{option} [{name}]: {str(error).removeprefix('augment: ')}") from error
 
 
 def invariance_requests(method: Any, layers: tuple[str, ...], gram_size: int, views: Sequence[str]) -> list[Request]:
@@ -50,14 +70,25 @@ class InvarianceMonitor(Monitor):
 
     def __init__(
         self,
-        every_n_epochs: int = 0,
+        every_n_epochs: Epochs = 0,
         layers: str | list[str] = "all",
-        gram_size: int = 64,
+        gram_size: GramSize = 64,
         views: Sequence[str] = VIEWS,
     ) -> None:
+        check_arguments(InvarianceMonitor, locals(), "--invariance.")
         super().__init__(every_n_epochs)
         self.layers, self.gram_size, self.views = layers, gram_size, tuple(views)
         self.curves: list[Row] = []  # the rows of `own` and of class CKA over training
+
+    def check(self, method: Any) -> None:
+        """The views too.
+
+        Raises:
+            UserError: with the option.
+        """
+        super().check(method)
+        if self.every_n_epochs:
+            check_views(method, self.views, "--invariance.views")
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Clean images for class CKA, which other monitors ask for too, and two copies a view."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -30,9 +30,11 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
 from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.models.taps import Taps, layer_names, present
+from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol
 
 Reduction = Callable[[Tensor], Tensor]
+Epochs = Annotated[int, at_least(0)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Monitor(L.Callback):
     """Under what name its options stand: ``cka`` for ``--cka.layers``."""
     layers: str | list[str] | None = None
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
+    def __init__(self, every_n_epochs: Epochs = 1) -> None:
         self.every_n_epochs = every_n_epochs
         self.seconds = 0.0
 
@@ -93,6 +95,18 @@ class Monitor(L.Callback):
         """The layers of a network that the options choose, or of a default those that it has."""
         option = f"--{self.options}.layers" if self.options else "layers"
         return tuple(layer_names(network, present(network, self.layers, default), option))
+
+    def check(self, method: Any) -> None:
+        """Refuse options that mean nothing for this method, before images are read.
+
+        Args:
+            method: that is to be measured.
+
+        Raises:
+            UserError: with the option.
+        """
+        if self.every_n_epochs and self.layers is not None:
+            self.layer_names(method)
 
     # -- what a monitor gives ------------------------------------------------------------------------------------------
 
@@ -121,7 +135,7 @@ class Monitor(L.Callback):
 
     def due(self, trainer: L.Trainer, epoch: int) -> bool:
         """Whether this monitor measures after ``epoch`` completed epochs."""
-        if self.every_n_epochs <= 0:
+        if not self.every_n_epochs:
             return False
         return epoch % self.every_n_epochs == 0 or is_last(trainer, epoch)
 

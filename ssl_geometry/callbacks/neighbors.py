@@ -8,7 +8,7 @@ copy to another, under each setting.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.cka import run_name
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, pooled
+from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import RANKING
@@ -25,6 +25,7 @@ from ssl_geometry.geometry.overlap import jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import LayerNeighbors
 from ssl_geometry.models.taps import layer_depths
+from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -52,19 +53,16 @@ class NeighborhoodMonitor(Monitor):
 
     def __init__(
         self,
-        every_n_epochs: int = 0,
+        every_n_epochs: Epochs = 0,
         layers: str | list[str] | None = None,
-        k: int = 50,
+        k: Annotated[int, at_least(3)] = 50,
         settings: Sequence[str] = tuple(SETTINGS),
-        copies: int = 10,
+        copies: Annotated[int, at_least(3)] = 10,
     ) -> None:
+        check_arguments(NeighborhoodMonitor, locals(), "--neighbors.")
         super().__init__(every_n_epochs)
         if unknown := [name for name in settings if name not in SETTINGS]:
             raise UserError(f"--neighbors.settings {unknown[0]}: expected some of {', '.join(SETTINGS)}")
-        if copies < 3:
-            raise UserError(f"--neighbors.copies {copies}: a manifold needs at least 3")
-        if k < 3:
-            raise UserError(f"--neighbors.k {k}: expected at least 3")
         self.layers, self.k, self.settings, self.copies = layers, k, tuple(settings), copies
         self.curves: list[Row] = []  # the means of each manifold over training
         self.last: dict[str, Tensor] = {}  # the graph of the last moment, to see how much of it is left

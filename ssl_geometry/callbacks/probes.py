@@ -15,7 +15,7 @@ every moment.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.cka import run_name
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, measuring, pooled
+from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, measuring, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.probes import held_out
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, WEIGHT_DECAYS
 from ssl_geometry.models.taps import Taps, layer_depths
+from ssl_geometry.ranges import above, at_least, check_arguments
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -131,28 +132,25 @@ class ProbeMonitor(Monitor):
 
     def __init__(
         self,
-        every_n_epochs: int = 5,
+        every_n_epochs: Epochs = 5,
         layers: str | list[str] | None = None,
         online: bool = True,
         online_sent_in: Literal["auto", "float32", "bfloat16"] = "auto",
         logistic: bool = False,
-        train_images: int = 10_000,
-        learning_rates: Sequence[float] = LEARNING_RATES,
-        weight_decays: Sequence[float] = WEIGHT_DECAYS,
+        train_images: Annotated[int, at_least(1)] = 10_000,
+        learning_rates: Sequence[Annotated[float, above(0, at_most=HIGHEST_RATE)]] = LEARNING_RATES,
+        weight_decays: Sequence[Annotated[float, at_least(0)]] = WEIGHT_DECAYS,
     ) -> None:
+        check_arguments(ProbeMonitor, locals(), "--probes.")
         super().__init__(every_n_epochs)
-        if train_images < 1:
-            raise UserError(f"--probes.train_images {train_images}: expected at least 1")
-        if not learning_rates or not all(0 < rate <= HIGHEST_RATE for rate in learning_rates):
-            raise UserError(
-                f"--probes.learning_rates {list(learning_rates)}: expected one at least, each above 0 and at most "
-                f"{HIGHEST_RATE:g}, up to which they are stable"
-            )
+        for name, values in {"learning_rates": learning_rates, "weight_decays": weight_decays}.items():
+            if not values:
+                raise UserError(f"--probes.{name} []: expected one at least")
         most = highest_decay(max(learning_rates))
-        if not weight_decays or not all(0 <= decay <= most for decay in weight_decays):
+        if max(weight_decays) > most:
             raise UserError(
-                f"--probes.weight_decays {list(weight_decays)}: expected one at least, each from 0 to {most:.2g}, up "
-                f"to which they are stable with a learning rate of {max(learning_rates):g}"
+                f"--probes.weight_decays {list(weight_decays)}: expected numbers from 0 to {most:.2g}, up to which "
+                f"they are stable with a learning rate of {max(learning_rates):g}"
             )
         self.layers, self.online, self.logistic, self.train_images = layers, online, logistic, train_images
         self.online_sent_in = online_sent_in

@@ -5,7 +5,7 @@ augmented copies (the views of SimCLR, which the monitor of neighbourhoods asks 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.cka import run_name
-from ssl_geometry.callbacks.measure import Findings, Moment, Monitor, Reduced, Request, pooled
+from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, pooled
 from ssl_geometry.callbacks.neighbors import LAYERS
 from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import Spectrum
 from ssl_geometry.models.taps import layer_depths
+from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
@@ -41,13 +41,12 @@ class SpectrumMonitor(Monitor):
 
     def __init__(
         self,
-        every_n_epochs: int = 0,
+        every_n_epochs: Epochs = 0,
         layers: str | list[str] | None = None,
-        copies: int = 10,
+        copies: Annotated[int, at_least(2, also=0)] = 10,
     ) -> None:
+        check_arguments(SpectrumMonitor, locals(), "--spectrum.")
         super().__init__(every_n_epochs)
-        if copies < 0 or copies == 1:
-            raise UserError(f"--spectrum.copies {copies}: expected 0, or at least 2")
         self.layers, self.copies = layers, copies
         self.curves: list[Row] = []
 

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import numpy as np
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_geometry.data.datasets import FIXED, Images, load, shuffled, stratified, torchvision_class
 from ssl_geometry.errors import UserError
+from ssl_geometry.ranges import LARGEST_SEED, SMALLEST_IMAGE, at_least, between, check_arguments
 from ssl_geometry.signals import obey_the_parent_alone, withheld
 
 Batch = dict[str, Tensor]
@@ -270,21 +271,22 @@ class DataModule(L.LightningDataModule):
         self,
         dataset: str = "cifar10",
         root: str = "data",
-        image_size: int | None = None,
-        batch_size: int = 256,
-        eval_batch_size: int = 256,
-        val_fraction: float = 0.1,
-        measure_size: int = 2048,
-        limit_train: int | None = None,
-        limit_test: int | None = None,
+        image_size: Annotated[int, at_least(SMALLEST_IMAGE)] | None = None,
+        batch_size: Annotated[int, at_least(2)] = 256,
+        eval_batch_size: Annotated[int, at_least(1)] = 256,
+        val_fraction: Annotated[float, between(0, 1, below=True)] = 0.1,
+        measure_size: Annotated[int, at_least(1)] = 2048,
+        limit_train: Annotated[int, at_least(1)] | None = None,
+        limit_test: Annotated[int, at_least(1)] | None = None,
         storage: Literal["auto", "device", "workers"] = "auto",
-        num_workers: int | None = None,
+        num_workers: Annotated[int, at_least(0)] | None = None,
         download: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         dataset_args: dict | None = None,
-        seed: int = 0,
+        seed: Annotated[int, between(0, LARGEST_SEED)] = 0,
     ) -> None:
         super().__init__()
+        check_arguments(DataModule, locals(), "--data.")
         self.dataset = dataset
         self.root = root
         self.image_size = image_size
@@ -307,19 +309,6 @@ class DataModule(L.LightningDataModule):
         self._measure_ids: str | None = None
         self._train_loader: Loader | None = None
         self._resume = {"epoch": 0, "batch": 0}
-        self._check_options()
-
-    def _check_options(self) -> None:
-        least = {"image_size": 1, "batch_size": 2, "eval_batch_size": 1, "measure_size": 1, "limit_train": 1}
-        for name, low in (least | {"limit_test": 1, "num_workers": 0, "seed": 0}).items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--data.{name} {value}: expected a whole number of at least {low}")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--data.val_fraction {self.val_fraction}: expected at least 0 and less than 1")
-        for name, known in {"storage": ("auto", "device", "workers"), "on_error": ("raise", "skip")}.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"--data.{name} {getattr(self, name)}: expected one of {', '.join(known)}")
 
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls this in one process of each node."""

@@ -9,7 +9,7 @@ compiled.
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import lightning as L
 import torch
@@ -26,6 +26,7 @@ from ssl_geometry.methods.compilation import is_compiled
 from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone
+from ssl_geometry.ranges import LARGEST_SEED, SMALLEST_IMAGE, above, at_least, between, check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ NOT_THE_RECIPE = {"seed", "channels_last", "compile"}
 
 Optimizer = Literal["lars", "sgd", "adamw"]
 Precision = Literal["float32", "training"]
+Rate = Annotated[float, at_least(0)]
+Decay = Annotated[float, at_least(0)]
 
 
 class Batch(TypedDict):
@@ -106,22 +109,23 @@ class Method(L.LightningModule):
         self,
         backbone: str = "resnet50",
         stem: Literal["cifar", "imagenet"] | None = None,
-        width: float = 1.0,
-        image_size: int = 32,
+        width: Annotated[float, above(0)] = 1.0,
+        image_size: Annotated[int, at_least(SMALLEST_IMAGE)] = 32,
         normalize: str | tuple[list[float], list[float]] = "none",
-        center_crop: float = 1.0,
+        center_crop: Annotated[float, above(0, at_most=1)] = 1.0,
         augment: Augment = "none",
         optimizer: Optimizer = "sgd",
-        lr: float = 0.1,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: int = 10,
+        lr: Rate = 0.1,
+        weight_decay: Decay = 1e-4,
+        momentum: Annotated[float, between(0, 1, below=True)] = 0.9,
+        warmup_epochs: Annotated[int, at_least(0)] = 10,
         channels_last: bool = True,
         compile: bool | None = None,
         eval_precision: Precision = "float32",
-        seed: int = 0,
+        seed: Annotated[int, between(0, LARGEST_SEED)] = 0,
     ) -> None:
         super().__init__()
+        check_arguments(Method, locals(), "--model.")
         self.save_hyperparameters()
         self.backbone = build_backbone(backbone, stem=stem, width=width, image_size=image_size)
         self.num_features = self.backbone.num_features  # type: ignore[assignment]
@@ -270,6 +274,11 @@ class Method(L.LightningModule):
         )
         optimizer = self.build_optimizer(lr)
         trainer.fit_loop.setup_data()  # so that the number of batches is known
+        if trainer.accumulate_grad_batches > trainer.num_training_batches:
+            raise UserError(
+                f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: an epoch has only "
+                f"{trainer.num_training_batches} batches; expected at most so many"
+            )
         steps = int(trainer.estimated_stepping_batches)
         steps_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         warmup = min(steps, round(steps_an_epoch * hparams["warmup_epochs"]))

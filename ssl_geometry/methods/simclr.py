@@ -1,13 +1,13 @@
 """SimCLR: two views of an image attract, all other images of the global batch repel."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from ssl_geometry.data.views import Augment
-from ssl_geometry.errors import UserError
-from ssl_geometry.methods.base import Batch, Method, Optimizer
+from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
 from ssl_geometry.methods.nt_xent import nt_xent
+from ssl_geometry.ranges import above, at_least, check_arguments
 
 
 class SimCLR(Method):
@@ -33,21 +33,20 @@ class SimCLR(Method):
 
     def __init__(
         self,
-        temperature: float = 0.5,
-        hidden_dim: int | None = None,
-        output_dim: int = 128,
+        temperature: Annotated[float, above(0)] = 0.5,
+        hidden_dim: Annotated[int, at_least(1)] | None = None,
+        output_dim: Annotated[int, at_least(1)] = 128,
         augment: Augment = "simclr",
         optimizer: Optimizer = "lars",
-        lr: float = 0.3,
-        weight_decay: float = 1e-4,
+        lr: Rate = 0.3,
+        weight_decay: Decay = 1e-4,
         **kwargs: Any,
     ) -> None:
         from lightly.models.modules.heads import SimCLRProjectionHead  # with timm: here, not with every --help
 
+        check_arguments(SimCLR, locals(), "--model.")
         super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
         self.head = SimCLRProjectionHead(self.num_features, hidden_dim or self.num_features, output_dim)
-        if not temperature > 0:
-            raise UserError(f"--model.temperature {temperature}: expected a number above 0")
         self.temperature = temperature
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:

@@ -1,6 +1,6 @@
 """The supervised twin: the same backbone, data and monitors, trained on labels."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +8,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ssl_geometry.data.views import Augment
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods.base import Batch, Method, Optimizer
+from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
+from ssl_geometry.ranges import at_least, check_arguments
 
 
 class Supervised(Method):
@@ -26,13 +27,14 @@ class Supervised(Method):
 
     def __init__(
         self,
-        num_classes: int = 10,
+        num_classes: Annotated[int, at_least(2)] = 10,
         augment: Augment = "supervised",
         optimizer: Optimizer = "sgd",
-        lr: float = 0.2,
-        weight_decay: float = 5e-4,
+        lr: Rate = 0.2,
+        weight_decay: Decay = 5e-4,
         **kwargs: Any,
     ) -> None:
+        check_arguments(Supervised, locals(), "--model.")
         super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
         self.head = nn.Linear(self.num_features, num_classes)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")

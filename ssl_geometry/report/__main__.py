@@ -10,12 +10,13 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import track
 
 from ssl_geometry.cli import Parser, run_command
+from ssl_geometry.ranges import above, between
 from ssl_geometry.report.page import RunRecords, fingerprint, read_run, render, smallest_loss, write_page
 from ssl_geometry.report.serve import Server
 
@@ -42,9 +43,13 @@ def report(args: Sequence[str]) -> Any:
     parser = Parser(prog=PROGRAM, usage=USAGE, description=DESCRIPTION)
     parser.add_argument("runs", metavar="RUN", type=str, nargs="+", help="run directory, or results of a comparison")
     parser.add_argument("-o", "--out", type=str, default="report.html", help="where to write the page")
-    parser.add_argument("--max_mb", type=float, default=10.0, help="size of the page at most, in MB")
+    parser.add_argument(
+        "--max_mb", type=Annotated[float, above(0)], default=10.0, help="size of the page at most, in MB"
+    )
     parser.add_argument("--serve", action="store_true", help="serve the page, and refresh it as records are written")
-    parser.add_argument("--port", type=int, default=8000, help="where to serve it (0: any free one)")
+    parser.add_argument(
+        "--port", type=Annotated[int, between(0, 65_535)], default=8000, help="port to serve it at (0: any free one)"
+    )
     parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
     parser.add_argument("--to-wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
     parser.add_argument("--project", type=str | None, help="W&B project (default: the run's own)")

@@ -1,0 +1,299 @@
+"""Which values an option takes: declared once, in the annotation of the argument, and held to in one line.
+
+    def __init__(self, temperature: Annotated[float, above(0)] = 0.5) -> None:
+        check_arguments(SimCLR, locals(), "--model.")
+
+A command's parser reads the same annotations: it refuses what lies outside before anything is loaded, and shows the
+range in ``--help``. Values stay plain numbers, so that a checkpoint that holds them is plain data.
+"""
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ssl_geometry.errors import UserError, nearest
+
+LARGEST_SEED = 2**32 - 1
+SMALLEST_IMAGE = 8
+"""Side in pixels below which the last stage of a ResNet has nothing left to see."""
+TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list such as [a, b]",
+    "<class 'collections.abc.Sequence'>": "a list such as [a, b]",
+    "<class 'dict'>": "a mapping such as {a: b}",
+    "<class 'NoneType'>": "",
+}
+"""How the parser names a type, and how a user does."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between two bounds; an option that takes a list takes a list of such numbers.
+
+    Args:
+        low: the least value, or with ``above`` what all values are greater than.
+        high: the greatest value, or with ``below`` what all values are less than.
+        above: whether ``low`` itself is out.
+        below: whether ``high`` itself is out.
+        also: one more value, such as 0 for "off", or -1 for "no limit".
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    also: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        if value == self.also:
+            return True
+        more = value > self.low if self.above else value >= self.low
+        less = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and more and less
+
+    def __repr__(self) -> str:
+        """As it stands in an error and in ``--help``."""
+        if not (self.above or self.below or math.isinf(self.high)):
+            text = f"from {self.low:,.10g} to {self.high:,.10g}"
+        else:
+            text = f"{'above' if self.above else 'at least'} {self.low:,.10g}"
+            if not math.isinf(self.high):
+                text += f", {'below' if self.below else 'at most'} {self.high:,.10g}"
+        return text if self.also is None else f"{text}, or {self.also}"
+
+
+def at_least(low: float, also: float | None = None) -> Range:
+    """From a least value on.
+
+    Example:
+        >>> 0 in at_least(1), 1 in at_least(1), at_least(2, also=0)
+        (False, True, at least 2, or 0)
+    """
+    return Range(low, also=also)
+
+
+def above(low: float, at_most: float = math.inf) -> Range:
+    """Greater than a bound.
+
+    Example:
+        >>> above(0), above(0, at_most=1)
+        (above 0, above 0, at most 1)
+        >>> math.nan in above(0), math.inf in above(0)
+        (False, False)
+    """
+    return Range(low, at_most, above=True)
+
+
+def between(low: float, high: float, below: bool = False) -> Range:
+    """Between two bounds, which are in; with ``below`` the upper one is not.
+
+    Example:
+        >>> between(0, 1), between(0, 1, below=True)
+        (from 0 to 1, at least 0, below 1)
+    """
+    return Range(low, high, below=below)
+
+
+def check_value(hint: Any, value: Any, option: str) -> None:
+    """Refuse what lies outside the range of an annotation; a list is held to it item by item.
+
+    Args:
+        hint: the annotation, or a :class:`Range`.
+        value: what was given.
+        option: as it was typed.
+
+    Raises:
+        UserError: outside.
+
+    Example:
+        >>> check_value(Annotated[int, at_least(1)] | None, 0, "--keep")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: --keep 0: expected a whole number of at least 1
+    """
+    limits = _range(hint)
+    items = value if isinstance(value, list | tuple) else [value]
+    numbers = [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
+    outside = limits is not None and not all(number in limits for number in numbers)
+    if outside or (get_origin(hint) is Literal and value not in get_args(hint)):
+        raise UserError(f"{option} {_as_typed(value)}: expected {expected(hint)}")
+
+
+def check_arguments(owner: type, values: Mapping[str, Any], prefix: str) -> None:
+    """Refuse arguments of a class outside the ranges in the annotations of its constructor, and those that it inherits.
+
+    Args:
+        owner: the class.
+        values: of its arguments; others are left alone.
+        prefix: of its options, such as ``--model.``.
+
+    Raises:
+        UserError: outside, or null where a value is needed.
+    """
+    for name, parameter in _parameters(owner).items():
+        if name not in values:
+            continue
+        hint, value = parameter.annotation, values[name]
+        if value is None and parameter.default is not None and _is_ours(hint):
+            raise UserError(f"{prefix}{name} null: expected {expected(hint)}")
+        check_value(hint, value, prefix + name)
+
+
+def expected(hint: Any) -> str:
+    """An annotation in words.
+
+    Example:
+        >>> expected(list[Annotated[float, above(0, at_most=1)]])
+        'numbers above 0, at most 1'
+    """
+    if hint is bool or bool in get_args(hint):
+        return "true or false"
+    if hint is str:
+        return "text"
+    if values := _literals(hint):
+        return f"one of {', '.join(values)}"
+    text = str(hint)
+    whole, several = "int" in text and "float" not in text, re.search(r"list\[|Sequence\[", text)
+    kind = ("whole numbers" if whole else "numbers") if several else ("a whole number" if whole else "a number")
+    limits = _range(hint)
+    if limits is None:
+        return kind if "int" in text or "float" in text else "a value"
+    return f"{kind} {'of ' if str(limits).startswith('at ') else ''}{limits}"
+
+
+def one_line(message: str, hints: Mapping[str, Any]) -> str:
+    r"""A parser's message as one line: the option as typed, the value, and what is expected.
+
+    Args:
+        message: of jsonargparse, with all types that it tried.
+        hints: annotations of the parser's options.
+
+    Example:
+        >>> one_line("Parser key \"k\":\n  Expected a <class 'int'>. Got value: x", {})
+        '--k x: expected a whole number'
+    """
+    lines = message.splitlines()
+    places = [i for i, line in enumerate(lines) if 'Parser key "' in line]
+    if not places:
+        return re.sub(r"^argument ", "", "; ".join(line.strip() for line in lines if line.strip()))
+    option = "--" + ".".join(match[1] for i in places if (match := re.search(r'Parser key "([^"]+)"', lines[i])))
+    indent = len(lines[places[-1]]) - len(lines[places[-1]].lstrip())
+    inner = [line.strip(" -") for line in _block(lines[places[-1] + 1 :], indent)]
+    paths = re.findall(r"Problem with given class_path '([^']*)'", message)
+    if paths and (problem := next((i for i, line in enumerate(inner) if "class_path" in line), None)) is not None:
+        return _class_problem(option, paths[-1], " ".join(inner[problem + 1 : problem + 2]))
+    given = [line.partition("Given value: ")[2] for line in inner if "Given value: " in line]
+    given += [line.partition("Got value: ")[2] for line in inner if "Got value: " in line]
+    value = {"None": "null", "True": "true", "False": "false"}.get(given[0], given[0]) if given else ""
+    hint = hints.get(option.removeprefix("--"))
+    if hint is None and paths and (owner := imported(paths[-1])):
+        parameter = _parameters(owner).get(option.rpartition(".")[2])
+        hint = parameter.annotation if parameter else None
+    words = expected(hint) if hint is not None and _range(hint) else _types(inner)
+    return f"{option} {value}: expected {words}" if words else f"{option}: {'; '.join(line for line in inner if line)}"
+
+
+def without_annotated(text: str) -> str:
+    """``--help`` with ``int, at least 1`` where the parser writes ``Annotated[int, at least 1]``."""
+    return re.sub(r"Annotated\[\s*(\w+),(\s+)([^\[\]]*?)\]", r"\1,\2\3", text)
+
+
+def _block(lines: list[str], indent: int) -> Iterator[str]:
+    """The lines that are indented deeper, up to the first that is not."""
+    for line in lines:
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            return
+        yield line
+
+
+def _types(lines: list[str]) -> str:
+    """The types that a parser tried, in words."""
+    words, literals = [], []
+    for line in lines:
+        for kind in re.findall(r"Expected an? (<class [^>]+>|typing\.Literal\[.*?\](?=\.|$))", line):
+            if kind.startswith("typing"):
+                literals += [value.strip("' ") for value in kind.removeprefix("typing.Literal[")[:-1].split(",")]
+            else:
+                words.append(TYPES.get(kind, kind))
+    if "a number" in words and "a whole number" in words:
+        words.remove("a whole number")
+    words += [f"one of {', '.join(dict.fromkeys(literals))}"] if literals else []
+    return " or ".join(word for word in dict.fromkeys(words) if word)
+
+
+def _class_problem(option: str, path: str, reason: str) -> str:
+    """A class that cannot be imported, or that does not take an option."""
+    owner = imported(path)
+    if owner and (found := re.search(r"Option '([\w.]+)' is not accepted", reason)):
+        return (
+            f"unknown option '{option}.{found[1]}'; {nearest(found[1], _parameters(owner))} (see {option}.help {path})"
+        )
+    module_name, _, name = path.rpartition(".")
+    with suppress(ImportError, ValueError):
+        module = importlib.import_module(module_name)
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        if owner is None:
+            return f"{option} {path}: {module_name} has no {name}; {nearest(name, classes)}"
+    return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.methods.SimCLR"
+
+
+def imported(path: str) -> type | None:
+    """The class of an import path; None where there is none."""
+    module, _, name = path.rpartition(".")
+    with suppress(ImportError, ValueError):
+        found = getattr(importlib.import_module(module), name, None)
+        return found if isinstance(found, type) else None
+    return None
+
+
+@cache
+def _parameters(owner: type) -> dict[str, inspect.Parameter]:
+    """Arguments of a class's constructor and of those that it hands the rest to, with their annotations."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in owner.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        constructor = vars(base)["__init__"]
+        try:
+            hints = get_type_hints(constructor, include_extras=True)
+            parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        except (NameError, TypeError, ValueError):  # annotations that mean something to a type checker alone
+            continue
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                annotation = hints.get(parameter.name, Any)
+                found.setdefault(parameter.name, parameter.replace(annotation=annotation))
+    return found
+
+
+def _range(hint: Any) -> Range | None:
+    """The range in an annotation, wherever in it."""
+    if isinstance(hint, Range):
+        return hint
+    own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
+    return next(iter(own), None) or next((found for part in get_args(hint) if (found := _range(part))), None)
+
+
+def _literals(hint: Any) -> list[str]:
+    """The values of an annotation that lists them."""
+    values = [value for value in get_args(hint) if isinstance(value, str)]
+    return values or [value for part in get_args(hint) for value in _literals(part)]
+
+
+def _is_ours(hint: Any) -> bool:
+    """Whether an annotation says in words what is expected, and null is not."""
+    return type(None) not in get_args(hint) and (hint in (bool, str) or bool(_range(hint) or _literals(hint)))
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_typed, value))}]"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
