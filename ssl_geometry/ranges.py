@@ -296,4 +296,4 @@ def _is_ours(hint: Any) -> bool:
 def _as_typed(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_as_typed, value))}]"
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)

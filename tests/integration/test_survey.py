@@ -396,7 +396,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--k=128"], "--k 128: expected fewer than --data.measure_size 128"),
         (["--manifolds=[]"], "--manifolds []: expected some of semantic, policy"),
         (["--device=gpu"], "--device gpu: expected cpu, cuda, or cuda:NUMBER"),
-        (["--copies=2"], "--copies 2: expected at least 3"),
+        (["--copies=2"], "--copies 2: expected a whole number of at least 3"),
         (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),

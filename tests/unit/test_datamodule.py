@@ -360,7 +360,7 @@ def test_processes_share_the_search_for_damaged_pictures(folder):
     ("options", "expected"),
     [
         ({"batch_size": 1}, "--data.batch_size 1: expected"),
-        ({"val_fraction": 1.0}, "--data.val_fraction 1.0: expected"),
+        ({"val_fraction": 1.0}, "--data.val_fraction 1: expected"),
         ({"limit_train": 0}, "--data.limit_train 0: expected"),
         ({"image_size": -8}, "--data.image_size -8: expected"),
         ({"seed": -1}, "--data.seed -1: expected"),

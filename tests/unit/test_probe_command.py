@@ -174,7 +174,7 @@ def test_intervals_are_wilson_s() -> None:
     ("options", "words"),
     [
         ({"learning_rates": []}, "--probes.learning_rates []"),
-        ({"learning_rates": [0.1, -1.0]}, "--probes.learning_rates [0.1, -1.0]"),
+        ({"learning_rates": [0.1, -1.0]}, "--probes.learning_rates [0.1, -1]"),
         ({"learning_rates": [7.5]}, "at most 7"),
         ({"weight_decays": []}, "--probes.weight_decays []"),
         ({"weight_decays": [-1e-3]}, "--probes.weight_decays [-0.001]"),

@@ -1,0 +1,362 @@
+"""Every option is held to its range before anything is read: one line with the option as typed, the value, the fix."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+
+from ssl_geometry import compare, probe, survey
+from ssl_geometry.callbacks import SpectrumMonitor
+from ssl_geometry.cli import Parser, annotation
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
+from ssl_geometry.fit import FitCLI, expand_bases
+from ssl_geometry.methods import SimCLR
+from ssl_geometry.networks import networks_parser
+from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
+from ssl_geometry.report.__main__ import report
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--config", str(ROOT / "configs" / "quickstart" / "simclr.yaml"), "--trainer.accelerator=cpu"]
+
+FIT = """
+--model.temperature -1: expected a number above 0
+--model.temperature 0: expected a number above 0
+--model.temperature nan: expected a number above 0
+--model.temperature inf: expected a number above 0
+--model.temperature warm: expected a number above 0
+--model.hidden_dim -3: expected a whole number of at least 1
+--model.output_dim 0: expected a whole number of at least 1
+--model.lr -0.001: expected a number of at least 0
+--model.lr null: expected a number of at least 0
+--model.weight_decay -1: expected a number of at least 0
+--model.momentum 2: expected a number of at least 0, below 1
+--model.momentum -0.5: expected a number of at least 0, below 1
+--model.warmup_epochs -3: expected a whole number of at least 0
+--model.warmup_epochs 100: longer than the run of --trainer.max_epochs 30; expected at most 30
+--model.width 0: expected a number above 0
+--model.image_size 1: expected a whole number of at least 8
+--model.center_crop 1.5: expected a number above 0, at most 1
+--model.compile maybe: expected true or false
+--model.eval_precision bf16-mixed: expected one of float32, training
+--model.eval_precision null: expected one of float32, training
+--model.optimizer adam: expected one of lars, sgd, adamw
+--model.stem big: expected one of cifar, imagenet
+--model.backbone null: expected text
+--seed_everything -1: expected a whole number from 0 to 4,294,967,295
+--seed_everything 99999999999: expected a whole number from 0 to 4,294,967,295
+--seed_everything true: expected a whole number from 0 to 4,294,967,295
+--save_every_n_minutes -1: expected a number of at least 0
+--save_every_n_minutes inf: expected a number of at least 0
+--keep_every_n_epochs -3: expected a whole number of at least 0
+--data.image_size 1: expected a whole number of at least 8
+--data.batch_size 1: expected a whole number of at least 2
+--data.batch_size many: expected a whole number of at least 2
+--data.batch_size 1.5: expected a whole number of at least 2
+--data.eval_batch_size 0: expected a whole number of at least 1
+--data.val_fraction 1: expected a number of at least 0, below 1
+--data.measure_size 0: expected a whole number of at least 1
+--data.limit_train 0: expected a whole number of at least 1
+--data.limit_test -1: expected a whole number of at least 1
+--data.num_workers -1: expected a whole number of at least 0
+--data.storage ram: expected one of auto, device, workers
+--data.on_error ignore: expected one of raise, skip
+--data.dataset_args 3: expected a mapping such as {a: b}
+--cka.every_n_epochs -1: expected a whole number of at least 0
+--cka.gram_size 3: expected a whole number of at least 4
+--invariance.every_n_epochs -1: expected a whole number of at least 0
+--invariance.gram_size 3: expected a whole number of at least 4
+--probes.every_n_epochs -3: expected a whole number of at least 0
+--probes.train_images 0: expected a whole number of at least 1
+--probes.learning_rates [9]: expected numbers above 0, at most 7
+--probes.learning_rates [0.1, -1]: expected numbers above 0, at most 7
+--probes.weight_decays [-1]: expected numbers of at least 0
+--probes.online maybe: expected true or false
+--probes.online_sent_in half: expected one of auto, float32, bfloat16
+--neighbors.every_n_epochs -1: expected a whole number of at least 0
+--neighbors.k 2: expected a whole number of at least 3
+--neighbors.copies 2: expected a whole number of at least 3
+--spectrum.every_n_epochs -1: expected a whole number of at least 0
+--spectrum.copies 1: expected a whole number of at least 2, or 0
+--trainer.max_epochs 0: expected a whole number of at least 1, or -1
+--trainer.max_epochs -5: expected a whole number of at least 1, or -1
+--trainer.max_epochs -1: the schedule needs an end; set --trainer.max_steps with it
+--trainer.max_steps 0: expected a whole number of at least 1, or -1
+--trainer.min_epochs -1: expected a whole number of at least 0
+--trainer.limit_train_batches 0: expected a number above 0
+--trainer.limit_train_batches 1.5: expected a share up to 1.0, or a whole number
+--trainer.limit_val_batches -1: expected a number of at least 0
+--trainer.accumulate_grad_batches 0: expected a whole number of at least 1
+--trainer.gradient_clip_val -1: expected a number of at least 0
+--trainer.check_val_every_n_epoch 0: expected a whole number of at least 1
+--trainer.log_every_n_steps -1: expected a whole number of at least 0
+--trainer.num_nodes 0: expected a whole number of at least 1
+--trainer.num_nodes 2: nothing has started processes on the other nodes; start the command with srun
+--trainer.devices 0: expected auto or a number of processes of at least 1
+--trainer.devices -1: expected auto or a number of processes of at least 1
+--trainer.devices abc: expected auto or a number of processes of at least 1
+--trainer.devices 1.5: expected auto or a number of processes of at least 1
+--trainer.devices nan: expected auto or a number of processes of at least 1
+--trainer.devices [0, 0]: expected auto or a number of processes of at least 1
+--trainer.accelerator gpu: torch finds no GPU here; use auto or cpu
+--trainer.accelerator cuda: torch finds no GPU here; use auto or cpu
+--trainer.accelerator nonsense: known: 'auto', 'gpu'
+--trainer.precision 15: expected one of 64, 32, 16
+--loggers [wandbb]: expected one of wandb, tensorboard, csv
+--model no_such.Thing: No module named 'no_such'; expected the import path of a class
+--model ssl_geometry.methods.SimCRL: ssl_geometry.methods has no SimCRL; did you mean 'SimCLR'?
+"""
+COMPARE = """
+--gram_size 3: expected a whole number of at least 4
+--permutations -1: expected a whole number from 0 to 10,000
+--permutations 10001: expected a whole number from 0 to 10,000
+--k 0: expected a whole number of at least 1
+--k 9999: expected fewer than --data.measure_size 2048 images
+--k many: expected a whole number of at least 1
+--show_neighbors -1: expected whole numbers of at least 0
+--show_neighbors [5, -1]: expected whole numbers of at least 0
+--show_neighbors 2048: expected 0 to 2047
+--data.batch_size 0: expected a whole number of at least 2
+--device tpu: expected cpu, cuda, or cuda:NUMBER
+"""
+PROBE = """
+--train_images 0: expected a whole number from 1 to 50,000
+--train_images 50001: expected a whole number from 1 to 50,000
+--k [0]: expected whole numbers of at least 1
+--k []: expected one at least, such as 20
+--linear_epochs 0: expected a whole number of at least 1
+--linear_weight_decay -1: expected a number of at least 0
+--linear_weight_decay 9.0: expected 0 to
+--label_fractions [2]: expected numbers above 0, at most 1
+--label_fractions [0]: expected numbers above 0, at most 1
+--draws 0: expected a whole number of at least 1
+--finetune_epochs 0: expected a whole number of at least 1
+--finetune_lr 0: expected a number above 0
+--finetune_lr inf: expected a number above 0
+--evaluations magic: known: 'layers'
+"""
+SURVEY = """
+--k 2: expected a whole number of at least 3
+--copies 2: expected a whole number of at least 3
+--clusters 1: expected a whole number of at least 2
+--devices 0: expected a whole number of at least 1
+--num_nodes 0: expected a whole number of at least 1
+--num_nodes 2: nothing has started processes on the other nodes; start the command with srun
+--manifolds [magic]: did you mean 'semantic'?
+"""
+REPORT = """
+--max_mb 0: expected a number above 0
+--max_mb nan: expected a number above 0
+--port -1: expected a whole number from 0 to 65,535
+--port 70000: expected a whole number from 0 to 65,535
+"""
+
+
+class Accepted(Exception):
+    """Options were taken, and the run would begin."""
+
+
+@pytest.fixture(scope="module")
+def cli() -> Iterator[FitCLI]:
+    """The command line of fit, up to where the run directory is made."""
+
+    def accept(*args: Any, **kwargs: Any) -> None:
+        raise Accepted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssl_geometry.fit.open_run", accept)
+        for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "LSB_JOBID"):
+            patch.delenv(variable, raising=False)
+        cli = object.__new__(FitCLI)
+        with pytest.raises(Accepted):
+            cli.__init__(QUICK)  # type: ignore[misc]
+        yield cli
+
+
+def read(cli: FitCLI, args: list[str]) -> None:
+    cli.args = args
+    cli.parse_arguments(cli.parser, args)
+    cli.before_instantiate_classes()
+
+
+def table(text: str) -> list[Any]:
+    """Option, value and what is said, of each line."""
+    lines = [re.fullmatch(r"(--[\w.]+) ([^:]*): (.*)", line) for line in text.strip().splitlines()]
+    return [pytest.param(*line.groups(), id=f"{line[1]} {line[2]}") for line in lines if line]
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: Callable[[], Any]) -> str:
+    """What is said on standard error, or by the UserError that becomes that line."""
+    with pytest.raises((UserError, SystemExit)) as error:
+        command()
+    if isinstance(error.value, UserError):
+        return str(error.value)
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip().removeprefix("error: ")
+
+
+def assert_said(said: str, option: str, value: str, words: str) -> None:
+    assert "\n" not in said
+    assert len(said) < 400
+    typed = value.strip("[]") if option in ("--loggers", "--manifolds") else value
+    assert said.startswith((f"{option} {value}: {words}", f"{option} {typed}: {words}")), said
+
+
+@pytest.mark.parametrize(("option", "value", "words"), table(FIT))
+def test_fit(cli: FitCLI, capsys: pytest.CaptureFixture[str], option: str, value: str, words: str) -> None:
+    if value in ("cuda", "gpu") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert_said(refused(capsys, lambda: read(cli, [*QUICK, f"{option}={value}"])), option, value, words)
+
+
+@pytest.mark.parametrize(
+    ("module", "option", "value", "words"),
+    [
+        (module, *case.values)
+        for module, text in ((compare, COMPARE), (probe, PROBE), (survey, SURVEY))
+        for case in table(text)
+    ],
+)
+def test_commands_that_measure(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    option: str,
+    value: str,
+    words: str,
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    command = getattr(module, module.__name__.rpartition(".")[2])
+    said = refused(capsys, lambda: command(["--models=byol", f"{option}={value}"]))
+    assert_said(said, option, value, words)
+
+
+@pytest.mark.parametrize(("option", "value", "words"), table(REPORT))
+def test_report(capsys: pytest.CaptureFixture[str], option: str, value: str, words: str) -> None:
+    assert_said(refused(capsys, lambda: report(["runs/x", f"{option}={value}"])), option, value, words)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trainer.max_epochs=-1", "--trainer.max_steps=10"],
+        ["--trainer.limit_val_batches=0", "--trainer.limit_train_batches=0.5"],
+        ["--trainer.devices=2"],
+        ["--spectrum.copies=0", "--cka.every_n_epochs=0", "--save_every_n_minutes=0", "--model.momentum=0"],
+        ["--model.hidden_dim=null", "--model.compile=null", "--data.image_size=null", "--model.lr=1e-3"],
+        ["--seed_everything=4294967295"],
+    ],
+    ids=str,
+)
+def test_what_is_in_range_is_taken(cli: FitCLI, args: list[str]) -> None:
+    with pytest.raises(Accepted):
+        read(cli, [*QUICK, *args])
+
+
+def test_a_short_run_of_a_config_with_a_longer_warm_up_is_a_warning(
+    cli: FitCLI, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Accepted), caplog.at_level("WARNING"):
+        read(cli, [*QUICK, "--trainer.max_epochs=1"])
+    assert "--model.warmup_epochs 2: longer than the run of --trainer.max_epochs 1" in caplog.text
+
+
+def test_several_nodes_are_fine_where_something_started_them(cli: FitCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_RANK", "0")
+    with pytest.raises(Accepted):
+        read(cli, [*QUICK, "--trainer.num_nodes=2"])
+
+
+ANY_NUMBER = {"fit": {"trainer.devices", "trainer.max_time"}}
+"""Options of numbers that are checked otherwise."""
+
+
+@pytest.mark.parametrize("command", ["fit", "compare", "probe", "survey"])
+def test_every_option_that_takes_a_number_says_in_its_help_which(
+    cli: FitCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    parsers: list[Parser] = [cli.parser] if command == "fit" else []  # type: ignore[list-item]
+    if command != "fit":
+        module = {"compare": compare, "probe": probe, "survey": survey}[command]
+
+        def keep(*args: Any, **kwargs: Any) -> Parser:
+            parsers.append(networks_parser(*args, **kwargs))
+            return parsers[-1]
+
+        monkeypatch.setattr(module, "networks_parser", keep)
+        with pytest.raises(SystemExit):
+            module._parse(["--help"])
+    text = " ".join(parsers[0].format_help().split())
+    numbers = {
+        action.dest: str(annotation(action))
+        for action in parsers[0]._actions
+        if re.search(r"\b(int|float)\b", str(annotation(action))) and action.dest not in ANY_NUMBER.get(command, ())
+    }
+    assert len(numbers) > 5
+    for option, hint in numbers.items():
+        limits = re.findall(r"(?:at least|above|from) [^\]]*", hint)
+        assert limits, f"--{option} has no range"
+        place = text.index(f"--{option} ", text.index("options:"))
+        assert limits[0] in text[place : place + 900], f"the help of --{option}"
+    assert "Annotated" not in text
+
+
+def test_a_library_call_is_held_to_the_same_ranges() -> None:
+    with pytest.raises(UserError, match=r"--data\.batch_size 1: expected a whole number of at least 2"):
+        DataModule("digits", batch_size=1)
+    with pytest.raises(UserError, match=r"--model\.lr -1: expected a number of at least 0"):
+        SimCLR(backbone="resnet10", width=0.25, lr=-1.0)
+    with pytest.raises(UserError, match=r"--spectrum\.copies 1: expected"):
+        SpectrumMonitor(copies=1)
+
+
+class Mine(SimCLR):
+    def __init__(self, decay: Annotated[float, between(0, 1)] = 0.99, momentum: float = 1.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def test_a_method_of_ones_own_declares_its_own_ranges() -> None:
+    with pytest.raises(UserError, match=r"^--model\.decay 2: expected a number from 0 to 1$"):
+        check_arguments(Mine, {"decay": 2.0}, "--model.")
+    with pytest.raises(UserError, match="temperature"):
+        check_arguments(Mine, {"temperature": 0.0}, "--model.")
+    check_arguments(Mine, {"momentum": 1.5}, "--model.")  # its own, which means something else
+
+
+def test_ranges_hold_numbers_alone() -> None:
+    assert math.inf not in at_least(0)
+    assert math.nan not in at_least(0)
+    assert 0 not in above(0)
+    assert 1 not in between(0, 1, below=True)
+    check_value(Annotated[float, above(0)] | None, None, "--x")
+    check_value(Annotated[float, above(0)] | str, "00:10", "--x")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"trainer: {max_epochs: 3}\nmodel: null\ntrainer: {max_steps: 4}\n",
+            "'trainer' stands twice, in lines 1 and 3",
+        ),
+        (b"trainer:\n  max_epochs: 3\n  max_epochs: 4\n", "'max_epochs' stands twice, in lines 2 and 3"),
+        (bytes(range(256)), "not YAML"),
+        (b"\x80\x04\x95\xff", "not YAML"),
+        (b"[1, 2]", "expected options as `key: value`, found list"),
+    ],
+    ids=["key twice", "inner key twice", "binary", "pickle", "list"],
+)
+def test_config_files(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        expand_bases(["--config", str(path)])
+    assert str(error.value).startswith(f"--config {path}: ")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
