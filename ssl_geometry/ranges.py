@@ -115,6 +115,7 @@ def check_value(hint: Any, value: Any, option: str) -> None:
         UserError: outside.
 
     Example:
+        >>> from typing import Annotated
         >>> check_value(Annotated[int, at_least(1)] | None, 0, "--keep")
         Traceback (most recent call last):
         ssl_geometry.errors.UserError: --keep 0: expected a whole number of at least 1
@@ -151,6 +152,7 @@ def expected(hint: Any) -> str:
     """An annotation in words.
 
     Example:
+        >>> from typing import Annotated
         >>> expected(list[Annotated[float, above(0, at_most=1)]])
         'numbers above 0, at most 1'
     """
