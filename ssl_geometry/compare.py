@@ -39,7 +39,7 @@ from ssl_geometry.geometry.cka import permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
-from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import NEAREST, all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths, layer_names
@@ -158,7 +158,7 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
     found = torch.stack([matrix.reshape(shape) for matrix in (cka.compute(), *cka.interval())], 2).tolist()
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
-    knn_protocol = Protocol({**protocol.what, "metric": f"mutual kNN, k={options.k}, cosine, pooled features"})
+    knn_protocol = Protocol({**protocol.what, "metric": f"mutual kNN, k={options.k}, {NEAREST}, pooled features"})
     rows, overlaps, common = [], [], {**_common(a, options), "view": "clean"}
     for i, (layer, depth) in enumerate(a.depths.items()):
         for j, (layer_other, depth_other) in enumerate(b.depths.items()):

@@ -21,7 +21,7 @@ from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Re
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import RANKING
-from ssl_geometry.geometry.overlap import jaccard, mutual_knn
+from ssl_geometry.geometry.overlap import NEAREST, jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import LayerNeighbors
 from ssl_geometry.models.taps import layer_depths
@@ -271,7 +271,7 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
             "images": data.measure_ids,
             "n": data.measure_size,
             "batch": data.eval_batch_size,  # the random baselines of affinity and angle come from one batch
-            "overlap_k": _overlap_k(data),
+            "overlap": {"k": _overlap_k(data), "nearest": NEAREST},
             "intervals": "Student's t, n - 1; semantic: pairs of images that share an image are not independent",
             "intrinsic dimension": "of equal images, one counts",
             **options,

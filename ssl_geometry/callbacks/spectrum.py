@@ -137,7 +137,7 @@ def spectrum_protocol(data: DataModule, network: Any, copies: int) -> Protocol:
             "network": f"evaluation mode, {network.dtype}",
             "views": {"clean": network.clean_view.spec, "copies": network.measuring_view(VIEW).spec},
             "copies": copies,
-            "lidar": f"{copies} views of each image, delta 1e-4",
+            "lidar": f"{copies} views of each image, delta 1e-4, eps 1e-8 for all eigenvalues",
             "alpha_req": "eigenvalues 11 to 100, at most 0.9 of the rank; weights 1/i",
             "images": data.measure_ids,
             "n": data.measure_size,

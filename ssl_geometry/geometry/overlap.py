@@ -1,7 +1,7 @@
 """Do two representations agree on which images are alike? The overlap of their nearest neighbours.
 
-Protocol: cosine similarity, the image itself left out by its index, k = 10 unless told. The overlap of unrelated
-representations of N images is k/(N-1): a number without its N says little.
+Protocol: cosine similarity, searched exactly, the image itself left out by its index, k = 10 unless told. The overlap
+of unrelated representations of N images is k/(N-1): a number without its N says little.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,20 +9,25 @@ from collections.abc import Iterable, Iterator
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn import functional as F
+
+from ssl_geometry.geometry.neighbors import RANKING, nearest
+
+NEAREST = f"cosine, {RANKING}; zeros have no neighbours and are none"
+"""Which neighbours are compared, for protocols."""
 
 
-def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10, chunk: int = 1024) -> Int64[Tensor, "N k"]:
-    """The k images most alike each image, by cosine similarity, itself left out.
+def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10) -> Int64[Tensor, "N k"]:
+    """The k images most alike each image, by cosine similarity, itself left out by its index.
+
+    The search is that of :func:`ssl_geometry.geometry.neighbors.nearest`, exact; copies are neighbours.
 
     Args:
         features: a vector for each image.
         k: neighbours, fewer than N.
-        chunk: images compared at once; bounds the memory at ``chunk * N`` similarities.
 
     Returns:
-        Indices of the neighbours of each image, most similar first. The same input gives the same answer; the order
-        of equally similar images is not defined.
+        Indices of the neighbours of each image, most similar first, of equally similar ones the smaller first. -1
+        where there is none: images of zeros have no direction, nor are they neighbours; and all of :func:`all_alike`.
 
     Raises:
         ValueError: k < 1 or k >= N.
@@ -35,19 +40,13 @@ def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10, chunk: int = 1024)
     n = len(features)
     if not 1 <= k < n:
         raise ValueError(f"k={k} neighbours need 1 <= k < N, got N={n} images")
-    # Subtracting the mean leaves distances as they are, and lets float32 tell apart directions that are nearly equal
-    # (untrained and collapsed networks), where their cosines all round to 1.
-    unit = F.normalize(features.double(), dim=1)
-    points = (unit - unit.mean(0)).to(torch.promote_types(features.dtype, torch.float32))
-    half = points.square().sum(1) / 2
-    found = []
-    with torch.autocast(points.device.type, enabled=False):
-        for start in range(0, n, chunk):
-            queries = points[start : start + chunk]
-            closeness = queries @ points.T - half  # the cosine, up to terms of the query alone
-            closeness.diagonal(start).fill_(-torch.inf)
-            found.append(closeness.topk(k, dim=1).indices)
-    return torch.cat(found)
+    ids = torch.full((n, k), -1, device=features.device)
+    directed = (features != 0).any(1).nonzero()[:, 0]
+    columns = min(k, len(directed) - 1)
+    if columns > 0 and not all_alike(features):
+        found = nearest(features[directed], k=columns, index="exact", duplicates=True)
+        ids[directed, :columns] = directed[found.ids]
+    return ids
 
 
 def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> Float[Tensor, "L M"]:

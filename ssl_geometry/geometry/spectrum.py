@@ -6,6 +6,7 @@ All in float64. What cannot be computed, because features are all zero, do not v
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
@@ -163,7 +164,7 @@ def lidar(
         scatter: the sum over images of the products of what is left.
         views: how many views each image has.
         delta: added to the diagonal of the covariance within images.
-        eps: added to each share of the eigenvalues.
+        eps: added to the share of each of the D eigenvalues, also of those that are 0.
 
     Returns:
         From 1 to about min(n - 1, D); NaN where all means are equal.
@@ -183,7 +184,8 @@ def lidar(
     root, failed = torch.linalg.cholesky_ex(within)  # delta is lost beside features of very large scale
     root = root.masked_fill((failed > 0) | ~within.isfinite().all(), torch.nan)
     whitened = torch.linalg.solve_triangular(root, centered.T / n**0.5, upper=False)
-    return entropy_rank(singular_values(whitened).square(), eps)
+    values = singular_values(whitened).square()
+    return entropy_rank(F.pad(values, (0, width - len(values))), eps)  # of all D: those that are 0 have a share of eps
 
 
 def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:

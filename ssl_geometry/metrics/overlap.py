@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.overlap import all_alike, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import mutual_knn, neighbor_ids
 from ssl_geometry.metrics.features import LayerFeatures
 
 
@@ -85,7 +85,7 @@ class MutualKNN(LayerFeatures):
         for number in range(len(self._layers)):
             features = self._features(number, order)
             ids.append(neighbor_ids(features, self.k))
-            same.append(all_alike(features))
+            same.append(bool((ids[-1] < 0).all()))
         if any(same):
             alike = dict.fromkeys(name for name, yes in zip(self._layers, same, strict=True) if yes)
             warnings.warn(

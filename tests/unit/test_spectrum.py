@@ -80,7 +80,7 @@ def test_lidar_is_its_definition(n: int, q: int, width: int, seed: int) -> None:
     within = sum((image - image.mean(0)).T @ (image - image.mean(0)) for image in x) / (n * q) + 1e-4 * np.eye(width)
     root = scipy.linalg.inv(scipy.linalg.sqrtm(within))
     eigenvalues = np.linalg.eigvalsh(root @ between @ root).clip(0)
-    assert float(lidar(means, scatter, views=q)) == pytest.approx(entropy_rank(eigenvalues, 1e-8), rel=1e-4)
+    assert float(lidar(means, scatter, views=q)) == pytest.approx(entropy_rank(eigenvalues, 1e-8), rel=1e-9)
     halves = [view_statistics(part) for part in views.split(n // 2 + 1)]
     merged = lidar(torch.cat([m for m, _ in halves]), sum(s for _, s in halves), views=q)  # type: ignore[arg-type]
     assert float(merged) == pytest.approx(float(lidar(means, scatter, views=q)), rel=1e-9)
