@@ -1,6 +1,6 @@
 """Commands in processes of their own, forked from a server that has imported everything: a start costs no import.
 
-What is forked is a command like any other: it has its signals, its exit code and its children. Only the monitors'
+What is forked is a command like any other: it has its signals, its exit code and its children. Only its
 figures are blank; that they are drawn is tested where a run is read.
 """
 
@@ -29,14 +29,18 @@ HANG_SECONDS = 600
 
 
 def without_drawing(patch: pytest.MonkeyPatch) -> None:
-    """Figures of monitors are blank: to draw them takes as long as training."""
-    log = measure.log
+    """Figures are blank: to draw them takes longer than to train a small network."""
+    log, savefig = measure.log, Figure.savefig
+    blank = partial(Figure, figsize=(0.1, 0.1))
 
-    def undrawn(trainer: L.Trainer, found: measure.Findings, moment: measure.Moment) -> None:
-        blank = dict.fromkeys(found.figures, partial(Figure, figsize=(0.1, 0.1)))
-        log(trainer, replace(found, figures=blank), moment)
+    def log_undrawn(trainer: L.Trainer, found: measure.Findings, *more: Any) -> None:
+        log(trainer, replace(found, figures=dict.fromkeys(found.figures, blank)), *more)
 
-    patch.setattr(measure, "log", undrawn)
+    def save_blank(figure: Figure, file: Any, **options: Any) -> None:
+        savefig(blank(), file, **options)
+
+    patch.setattr(measure, "log", log_undrawn)
+    patch.setattr(Figure, "savefig", save_blank)
 
 
 def _run(
