@@ -56,6 +56,8 @@ class Clock(L.Callback):
 def make(args: argparse.Namespace) -> tuple[methods.Method, DataModule]:
     torch.manual_seed(0)
     options = {"optimizer": args.optimizer} if args.optimizer else {}
+    if args.method == "Supervised":
+        options["num_classes"] = 10  # one way of the two runs without a trainer, which would take it from the data
     method = getattr(methods, args.method)(
         backbone=args.backbone, width=args.width, image_size=args.size, compile=args.compile, **options
     )

@@ -16,7 +16,7 @@ class Supervised(Method):
     """Cross-entropy on labels, with the recipe that is standard on CIFAR-10.
 
     Args:
-        num_classes: classes of the data set.
+        num_classes: classes of the data set; None takes them from it.
         augment: how the images are augmented.
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images.
@@ -27,7 +27,7 @@ class Supervised(Method):
 
     def __init__(
         self,
-        num_classes: Annotated[int, at_least(2)] = 10,
+        num_classes: Annotated[int, at_least(2)] | None = None,
         augment: Augment = "supervised",
         optimizer: Optimizer = "sgd",
         lr: Rate = 0.2,
@@ -36,17 +36,27 @@ class Supervised(Method):
     ) -> None:
         check_arguments(Supervised, locals(), "--model.")
         super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
+        if num_classes is not None:
+            self._classify(num_classes)
+
+    def _classify(self, num_classes: int) -> None:
+        self.hparams["num_classes"] = num_classes  # the checkpoint names it
         self.head = nn.Linear(self.num_features, num_classes)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
-        """Refuse a data set with another number of classes before any work is done."""
+        """Take the number of classes from the data set, or refuse one with another number before any work is done."""
         if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
             raise UserError("--model Supervised: it learns one class a picture; pictures of this data set show several")
         classes, mine = self.trainer.datamodule.num_classes, self.hparams["num_classes"]  # type: ignore[attr-defined]
-        if classes != mine:
+        if classes < 2:
+            raise UserError("--model Supervised: all images of this data set are of one class; there is nothing to learn")
+        if mine is None:
+            self._classify(classes)
+        elif classes != mine:
             raise UserError(
-                f"--model.num_classes is {mine}, but the data set has {classes} classes: set it to {classes}"
+                f"--model.num_classes {mine}: the data set has {classes} classes; leave the option out, or set "
+                f"{classes}"
             )
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:

@@ -203,7 +203,7 @@ def loss_and_gradient(rank: int, world_size: int, method: str, dtype: torch.dtyp
         simclr = SimCLR(backbone="resnet10", width=0.25, temperature=0.1)
         loss = simclr.loss(tuple(outputs), {})  # type: ignore[typeddict-item]
     else:
-        supervised = Supervised(backbone="resnet10", width=0.25)
+        supervised = Supervised(num_classes=10, backbone="resnet10", width=0.25)
         supervised.log_mean = lambda *args: None  # type: ignore[method-assign,assignment]
         loss = supervised.loss((outputs[0],), {"label": labels[share]})  # type: ignore[typeddict-item]
     loss.backward()

@@ -484,12 +484,6 @@ def test_an_existing_run_is_not_overwritten(runs: Path, capsys: pytest.CaptureFi
     assert (runs / "simclr" / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_classes_that_do_not_fit_the_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(options(tmp_path, "bad", "--model.num_classes=7", method="Supervised"))
-    assert "--model.num_classes is 7, but the data set has 10 classes" in capsys.readouterr().err
-
-
 class ExplodeIn(L.Callback):
     """Makes the weights NaN at the start of an epoch."""
 
