@@ -50,7 +50,7 @@ class Supervised(Method):
             raise UserError("--model Supervised: it learns one class a picture; pictures of this data set show several")
         classes, mine = self.trainer.datamodule.num_classes, self.hparams["num_classes"]  # type: ignore[attr-defined]
         if classes < 2:
-            raise UserError("--model Supervised: all images of this data set are of one class; there is nothing to learn")
+            raise UserError("--model Supervised: all images of the data set are of one class")
         if mine is None:
             self._classify(classes)
         elif classes != mine:
