@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from ssl_geometry.errors import Interrupted, UserError, nearest
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.ranges import check_arguments, check_value, expected, imported, one_line, without_annotated
 
 
@@ -23,7 +23,7 @@ class Parser(ArgumentParser):
         if self.exit_on_error is False or "--debug" in sys.argv:
             super().error(message, ex)
         print(f"error: {self.one_line(message)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.MISTAKE)
 
     def one_line(self, message: str) -> str:
         """A parser's message without the list of types that it tried."""
@@ -85,14 +85,14 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
         if "--debug" in args:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.MISTAKE)
     except Interrupted as stop:
         if str(stop):
             print(stop, file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def _quiet() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ssl_geometry.cli import Parser, run_command
-from ssl_geometry.errors import Interrupted
+from ssl_geometry.errors import ExitCode, Interrupted
 
 PROGRAM = "python -m ssl_geometry.doctor"
 
@@ -38,7 +38,7 @@ def examine(args: Sequence[str]) -> None:
         mark = f"[red]do[/]    {finding.subject}" if finding.to_do else f"[green]fine[/]  {finding.subject}"
         console.print(f"{mark}: {finding.said}" + (f"\n      -> {finding.to_do}" if finding.to_do else ""))
     if wrong:
-        raise Interrupted(f"{wrong} thing{'s' * (wrong > 1)} to do", code=1)
+        raise Interrupted(f"{wrong} thing{'s' * (wrong > 1)} to do", code=ExitCode.FAULT)
 
 
 def main(args: Sequence[str] | None = None) -> None:

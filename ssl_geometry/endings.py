@@ -10,9 +10,9 @@ from contextlib import suppress
 
 import lightning as L
 
-from ssl_geometry.callbacks import RESUMABLE, LostProcess, a_reader_ended
+from ssl_geometry.callbacks import LostProcess, a_reader_ended
 from ssl_geometry.devices import less_memory, out_of_memory
-from ssl_geometry.errors import Interrupted, UserError
+from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.runs import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.slurm import requeue, this_task
 
@@ -46,8 +46,8 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
     if isinstance(error, UserError):
         return error
     if a_reader_ended(error):
-        said = f"a process that reads pictures ended ({words.partition(NEWLINE)[0]}): where memory ran out"
-        return UserError(_how_to_continue(f"{said}, lower --data.num_workers", run))
+        said = f"a DataLoader worker died ({words.partition(NEWLINE)[0]}): if memory ran out, lower --data.num_workers"
+        return UserError(_how_to_continue(said, run))
     if full := out_of_memory(error):
         return UserError(
             f"out of memory ({full}) {less_memory(error, trainer, f'continue with --resume {run.directory}')}"
@@ -66,7 +66,7 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
 def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Exception:
     """Run the job again where a process ended, a dead node perhaps; not where it does so before any checkpoint."""
     reason = str(error).partition(NEWLINE)[0].rpartition("] ")[2]  # without torch's place in its source
-    said = f"another process of this run has ended or cannot be reached (see what it said; {reason})"
+    said = f"another process of this run died or cannot be reached (its own output may say why; {reason})"
     checkpoint = run.last_checkpoint
     if not checkpoint.exists() or checkpoint.stat().st_mtime_ns == checkpoint_at_start:
         return UserError(_how_to_continue(f"{said}; no checkpoint was written since the start", run))
@@ -90,30 +90,32 @@ def report_lost(process: str, run: Run, trainer: L.Trainer, checkpoint_at_start:
         run.note(status="stopped")
     is_error = isinstance(explained, UserError)
     print(f"error: {explained}" if is_error else explained, file=sys.stderr, flush=True)
-    return 2 if is_error else getattr(explained, "code", 1)
+    return ExitCode.MISTAKE if is_error else getattr(explained, "code", ExitCode.FAULT)
 
 
 def _interrupted(stop: Interrupted, run: Run) -> Interrupted:
     """What a signal leads to; the first process speaks and acts for all."""
     if not is_first_process():
-        return Interrupted("", 0)
+        return Interrupted("", ExitCode.DONE)
     said = f"{stop}; the last checkpoint is {run.last_checkpoint}" if run.last_checkpoint.exists() else str(stop)
-    return _again(said, run) if stop.code == RESUMABLE else Interrupted(_how_to_continue(said, run), stop.code)
+    return _again(said, run) if stop.code == ExitCode.RESUMABLE else Interrupted(_how_to_continue(said, run), stop.code)
 
 
 def _again(said: str, run: Run) -> Interrupted:
     """Put the job back into SLURM's queue, once for all of its processes, or say how to continue."""
     task = this_task()
     if not task:
-        return Interrupted(_how_to_continue(said, run), RESUMABLE)
+        return Interrupted(_how_to_continue(said, run), ExitCode.RESUMABLE)
     try:
         (run.directory / f".requeued-{task.job}-{task.restarts}").touch(exist_ok=False)
     except FileExistsError:
-        return Interrupted(f"{said}; SLURM will run this job again", 0)
+        return Interrupted(f"{said}; SLURM will run this job again", ExitCode.DONE)
     problem = requeue(task)
     if problem:
-        return Interrupted(_how_to_continue(f"{said}; not put back into the queue ({problem})", run), RESUMABLE)
-    return Interrupted(f"{said}; SLURM will run this job again", 0)
+        return Interrupted(
+            _how_to_continue(f"{said}; not put back into the queue ({problem})", run), ExitCode.RESUMABLE
+        )
+    return Interrupted(f"{said}; SLURM will run this job again", ExitCode.DONE)
 
 
 def _how_to_continue(said: str, run: Run) -> str:
@@ -131,6 +133,6 @@ def end_with_parent() -> None:
             time.sleep(1)
         time.sleep(GRACE_SECONDS)  # where training is under way, it ends by itself and says more
         print("error: the process that started this one has ended", file=sys.stderr)
-        os._exit(2)
+        os._exit(ExitCode.MISTAKE)
 
     threading.Thread(target=watch, daemon=True).start()

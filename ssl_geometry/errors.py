@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
 
 
 class UserError(ValueError):
@@ -9,6 +10,23 @@ class UserError(ValueError):
 
     The commands print it as one line and exit with code 2; in a library call it is an ordinary ``ValueError``.
     """
+
+
+class ExitCode(IntEnum):
+    """What the commands exit with; docs/reliability.md says what to do about each."""
+
+    DONE = 0
+    """All was done; or the run was saved, and SLURM runs its job again."""
+    FAULT = 1
+    """An error that nobody foresaw, with its traceback; or `doctor` or `zoo check` found something to do."""
+    MISTAKE = 2
+    """One line says what was wrong and what to do; nothing is done again by itself."""
+    RESUMABLE = 75
+    """The run was saved, and nobody runs it again: start it with `--resume`."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
+    TERMINATED = 143
+    """SIGTERM; the run was saved where there was time."""
 
 
 class Interrupted(Exception):
@@ -42,6 +60,8 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
         "known: 'cifar10', 'svhn'"
     """
     known = list(known)
+    if not known:
+        return "there is none"
     alike = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
     if alike:
         return f"did you mean {', '.join(map(repr, alike))}?"

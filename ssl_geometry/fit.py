@@ -55,10 +55,10 @@ from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy
 from ssl_geometry.endings import end_with_parent, explain, report_lost
-from ssl_geometry.errors import Interrupted, UserError, nearest
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
-from ssl_geometry.ranges import LARGEST_SEED, above, at_least, between
+from ssl_geometry.ranges import LARGEST_SEED, above, at_least, between, check_project
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
 from ssl_geometry.slurm import this_task, trainer_options
 
@@ -242,6 +242,7 @@ class FitCLI(LightningCLI):
             if config["trainer"].get(option) is not None:
                 raise UserError(f"--trainer.{option} {config['trainer'][option]}: use {instead}")
         self._check_trainer(config)
+        check_project(config["wandb_project"], "--wandb_project")
         self.settings = config
         self.run = open_run(config, config["runs"], config["experiment"], config["run_id"], self.config.resume)
         last = self.run.last_checkpoint
@@ -427,7 +428,7 @@ def fit(args: Sequence[str]) -> Run:
         cli = FitCLI(expand_bases([*_config_of_resumed(args), *args]))
     except ValueError as error:  # jsonargparse wraps what a constructor says
         raise mistake_behind(error) or error from None
-    exit_code = 1
+    exit_code: int = ExitCode.FAULT
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
         tested = is_overridden("test_step", cli.model, L.LightningModule)
@@ -436,7 +437,7 @@ def fit(args: Sequence[str]) -> Run:
         rate = {"images_per_second": round(speed, 1)} if speed else {}
         cli.watch.stop(Status.OVER)
         cli.run.note(status="finished", results=results, **rate)
-        exit_code = 0
+        exit_code = ExitCode.DONE
     except BaseException as error:
         reason = cli.stop_on_signal.stopped or error
         reported = cli.watch.stop(Status.OVER if isinstance(error, Interrupted) else Status.FAILED)

@@ -22,6 +22,11 @@ from ssl_geometry.errors import UserError, nearest
 LARGEST_SEED = 2**32 - 1
 SMALLEST_IMAGE = 8
 """Side in pixels below which the last stage of a ResNet has nothing left to see."""
+NAME = re.compile(r"\w[\w .+=@#()~-]*(?<![ .])")
+"""One folder that any file system and shell takes, and that `RUN,RUN` and `NAME=RUN` can be read with."""
+LONGEST_NAME = 128
+PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
+"""What W&B takes as the name of a project."""
 TYPES = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -146,6 +151,44 @@ def check_arguments(owner: type, values: Mapping[str, Any], prefix: str) -> None
         if value is None and parameter.default is not None and _is_ours(hint):
             raise UserError(f"{prefix}{name} null: expected {expected(hint)}")
         check_value(hint, value, prefix + name)
+
+
+def check_name(name: str, option: str) -> None:
+    """Refuse what is no name of one folder.
+
+    Args:
+        name: of a run or an experiment.
+        option: that gave it.
+
+    Raises:
+        UserError: a path, a name of other characters, or one that is too long.
+
+    Example:
+        >>> check_name("my run#1", "--run_id")
+        >>> check_name("../x", "--run_id")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: --run_id ../x: expected the name of one folder: letters, digits, spaces and ...
+    """
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    if size := max(0, len(name.encode(errors="replace")) - LONGEST_NAME):
+        raise UserError(f"{option} {shown}: {size + LONGEST_NAME} bytes; expected a name of at most {LONGEST_NAME}")
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"{option} {shown}: expected the name of one folder: letters, digits, spaces and any of .+=@#()~_-, a "
+            "letter or digit first, no space or dot at its end"
+        )
+
+
+def check_project(name: str, option: str) -> None:
+    """Refuse what W&B does not take as the name of a project.
+
+    Raises:
+        UserError: with the characters.
+    """
+    if not PROJECT.fullmatch(name):
+        shown = name if name.isprintable() else repr(name)[1:-1]
+        raise UserError(f"{option} {shown[:60]}: expected 1 to 128 characters, none of /\\#?%:")
 
 
 def expected(hint: Any) -> str:

@@ -36,6 +36,8 @@ from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo, untrained
 from ssl_geometry.models.zoo import TABLE
+from ssl_geometry.models.zoo.load import why_unreadable
+from ssl_geometry.ranges import check_name
 from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
 from ssl_geometry.resume import Progress, differences, progress
 from ssl_geometry.slurm import Task, this_task
@@ -126,15 +128,18 @@ def open_run(
         run_id: name of the run; by default the SLURM job's, or method, backbone, seed and time.
         resume: None starts anew; "auto" continues the run named by ``run_id`` or the SLURM job, else the newest
             unfinished run of this experiment with the same training options, and starts anew where there is none; a
-            path continues that run or checkpoint.
+            path continues that run or checkpoint, or starts a run again that has none.
 
     Returns:
         The run, its directory made.
 
     Raises:
-        UserError: the directory holds a run already; or a run cannot be continued, because there is nothing to resume
-            at the path, its checkpoint is damaged, or its options were others.
+        UserError: a name that is no folder's; the directory holds a run already; or a run cannot be continued, because
+            there is nothing to resume at the path, its checkpoint is damaged, or its options were others.
     """
+    check_name(experiment, "--experiment")
+    if run_id:
+        check_name(run_id, "--run_id")
     task = this_task()
     named = None if resume in (None, "auto") else Path(str(resume)).resolve()
     if named:
@@ -151,7 +156,8 @@ def open_run(
         directory = folder / (name or _new_id(folder, config))
     run = Run(directory)
     if not is_first_process():
-        return Run(directory, run.last_checkpoint) if named or (resume and run.last_checkpoint.exists()) else run
+        whole = (named and named.is_file()) or (resume and run.last_checkpoint.exists())
+        return Run(directory, run.last_checkpoint) if whole else run
     if resume is None and any((directory / part).exists() for part in ("checkpoints", "records")):
         raise UserError(
             f"{directory} holds a run already: continue it with --resume {directory}, or choose another --run_id"
@@ -183,8 +189,8 @@ def _run_of(path: Path) -> Path:
     """The directory of the run that ``--resume`` names, by itself or by a checkpoint."""
     if not path.is_file():
         last = Run(path).last_checkpoint
-        if not last.exists():
-            siblings = [str(other) for other in path.parent.glob("*/")]
+        if not last.exists() and not (path / "config.yaml").is_file():
+            siblings = [str(other.parent) for other in path.parent.glob("*/config.yaml")]
             raise UserError(f"--resume {path}: no checkpoint here ({last}); {nearest(str(path), siblings)}")
         return path
     if path.parent.name != "checkpoints":
@@ -219,7 +225,7 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
     if job and last.exists() and _is_later_start(job, facts.get("job")):
         checkpoint = last  # the one that the user named was for the first start
     if not checkpoint.exists():
-        logger.info(f"--resume auto: no checkpoint to continue, starting anew in {run.directory}")
+        logger.info(f"--resume: no checkpoint to continue, starting anew in {run.directory}")
         RecordStore(run.directory / "records").wind_back(*Progress(epochs=-1, step=0))
         return run
     if job and not named and not run_id and not _is_later_start(job, facts.get("job", job | {"restarts": 0})):
@@ -227,7 +233,10 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
             f"{run.directory} holds a run already, and not one of an earlier start of this very job: name this run "
             f"with --run_id, or continue that one with --resume {run.directory}"
         )
-    reached = progress(read_checkpoint(checkpoint, "--resume", mmap=True), checkpoint)
+    try:
+        reached = progress(read_checkpoint(checkpoint, "--resume", mmap=True), checkpoint)
+    except UserError as error:
+        raise UserError(f"{error}; {_instead_of(checkpoint)}") from error
     _check_options(run, config)
     file, aside = run.directory / "run.json", None
     if not facts and file.exists():
@@ -243,6 +252,16 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
     RecordStore(run.directory / "records").wind_back(*reached, aside)
     logger.info(f"continuing from {checkpoint}")
     return Run(run.directory, last)
+
+
+def _instead_of(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be continued."""
+    run = checkpoint.parent.parent
+    others = [*run.glob("checkpoints/*.ckpt"), *run.glob("superseded/*/*.ckpt")]
+    older = sorted((path for path in others if path != checkpoint), key=lambda path: path.stat().st_mtime)
+    if older:
+        return f"continue from an older one with --resume {older[-1]}"
+    return "the run has no other, so start it again under another --run_id"
 
 
 def _check_options(run: Run, config: Mapping[str, Any]) -> None:
@@ -360,10 +379,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             write_whole(path, write)
         except (OSError, RuntimeError) as error:
-            kept = (
-                f"the checkpoint before it is whole ({path})" if path.exists() else "no checkpoint was written before"
-            )
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            fault = _disk_fault(error)
+            reason = fault.strerror if fault else str(error).splitlines()[0]
+            kept = f"the checkpoint before it is whole ({path})" if path.exists() else "it would have been the first"
             raise UserError(
                 f"could not save {path}: {reason}; {kept}. Free space and continue with --resume {path.parent.parent}"
             ) from error
@@ -371,6 +389,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read tensors and plain data; code in a file never runs."""
         return read_checkpoint(path, "--resume", map_location or "cpu")
+
+
+def _disk_fault(error: BaseException | None) -> OSError | None:
+    """What the system said, where torch says that it found itself at another place in the file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def read_checkpoint(
@@ -393,14 +418,16 @@ def read_checkpoint(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file")
+    damaged, is_archive = None, zipfile.is_zipfile(path)
     try:
-        if zipfile.is_zipfile(path):  # as torch writes it; it does not look at the checksums when it reads
+        if is_archive:  # as torch writes it; it does not look at the checksums when it reads
             with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():
-                    raise ValueError(f"{damaged} is not what was written")
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+                damaged = file.testzip()
+                if damaged:
+                    raise ValueError(damaged)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_archive)
     except Exception as error:
-        reason = (str(error).strip() or f"{type(error).__name__}, {path.stat().st_size} bytes").splitlines()[0]
+        reason = f"its part {damaged} is not what was written" if damaged else why_unreadable(path, error)
         raise UserError(f"{option} {path}: not a whole, plain checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{option} {path}: expected a dictionary, found {type(checkpoint).__name__}")

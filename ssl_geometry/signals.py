@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
 
+from ssl_geometry.errors import ExitCode
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -46,6 +48,6 @@ def obey_the_parent_alone(worker: int) -> None:
             received = signal.sigtimedwait(SIGNALS, 2)
             if received and received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
                 break
-        os._exit(0)
+        os._exit(ExitCode.DONE)
 
     threading.Thread(target=listen, daemon=True).start()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssl_geometry.cli import Parser, run_command
-from ssl_geometry.errors import Interrupted, UserError, nearest
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.models.zoo import TABLE, Checkpoint, cache_folder, cached, fetch
 
 PROGRAM = "python -m ssl_geometry.zoo"
@@ -106,7 +106,7 @@ def run(args: Sequence[str]) -> None:
     if not here:
         console.print(f"the cache {cache_folder()} holds none of these")
     if wrong:
-        raise Interrupted(f"{wrong} of {len(rows)} not as they should be", code=1)
+        raise Interrupted(f"{wrong} of {len(rows)} not as they should be", code=ExitCode.FAULT)
 
 
 def main(args: Sequence[str] | None = None) -> None:

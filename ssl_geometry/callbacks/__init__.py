@@ -2,7 +2,7 @@
 
 from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
-from ssl_geometry.callbacks.interruption import RESUMABLE, LastCheckpoint, LostProcess, StopOnSignal, a_reader_ended
+from ssl_geometry.callbacks.interruption import LastCheckpoint, LostProcess, StopOnSignal, a_reader_ended
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
 from ssl_geometry.callbacks.loggers import LoggerName, finish_wandb, make_loggers
 from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
@@ -14,7 +14,6 @@ from ssl_geometry.callbacks.seeding import SeedSteps
 from ssl_geometry.callbacks.spectrum import SpectrumMonitor
 
 __all__ = [
-    "RESUMABLE",
     "CKAMonitor",
     "FitProgress",
     "FlushRecords",

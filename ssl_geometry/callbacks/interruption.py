@@ -21,13 +21,8 @@ from torch import Tensor
 from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.callbacks.measure import is_last
 from ssl_geometry.data.datamodule import Loader
-from ssl_geometry.errors import Interrupted, UserError
+from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.signals import SIGNALS
-
-RESUMABLE = 75
-"""Exit code after SIGUSR1 where no one put the job back into the queue: EX_TEMPFAIL, run it again."""
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code after SIGTERM, as a shell has it."""
 
 
 class LostProcess(Exception):
@@ -224,7 +219,7 @@ def _without_the_batch(trainer: L.Trainer) -> Iterator[None]:
 
 def _stop(number: int) -> Interrupted:
     name = signal.Signals(number).name
-    return Interrupted(f"stopped by {name}", RESUMABLE if number == signal.SIGUSR1 else TERMINATED)
+    return Interrupted(f"stopped by {name}", ExitCode.RESUMABLE if number == signal.SIGUSR1 else ExitCode.TERMINATED)
 
 
 def a_reader_ended(error: BaseException) -> bool:

@@ -46,6 +46,8 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: s
     Returns:
         The names.
 
+    Of a method, modules that do not run when it is measured (a loss, a memory bank, a metric) are no layers.
+
     Raises:
         UserError: nothing chosen, or a preset, name or glob that matches no layer of this network.
 
@@ -58,9 +60,16 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: s
     patterns = [layers] if isinstance(layers, str) else layers
     if not patterns:
         raise UserError(f"{option}={layers!r} chooses no layer; leave it out for all of them")
+    ran = _that_run(model, named) if any(pattern not in presets for pattern in patterns) else set(named)
     chosen: set[str] = set()
     for pattern in patterns:
-        found = presets.get(pattern) or [name for name in named if fnmatchcase(name, pattern)]
+        found = [name for name in named if name in ran and fnmatchcase(name, pattern)]
+        found = presets.get(pattern) or found
+        if not found and pattern in named:
+            raise UserError(
+                f"{option}={pattern!r} does not run when {type(_eager(model)).__name__} is measured, or gives no row "
+                "for each image; leave it out"
+            )
         if not found:
             usable = [preset for preset, names in presets.items() if names]
             raise UserError(
@@ -69,6 +78,37 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: s
             )
         chosen.update(found)
     return [name for name in named if name in chosen]
+
+
+def _that_run(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
+    """The names whose modules run when a method is measured, and give a row for each image; of other networks all."""
+    method = _eager(model)
+    view: Any = getattr(method, "clean_view", None)
+    if view is None:  # what images it takes is not known; Taps raise where a layer does not run
+        return set(named)
+    ran: set[str] = set()
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, list | tuple) else [output]
+        first = next((x for x in outputs if isinstance(x, Tensor)), None)
+        if first is not None and first.ndim > 1 and len(first) == 2:
+            ran.add(name)
+
+    device = next(method.parameters()).device
+    images = torch.zeros(2, 3, view.spec["size"], view.spec["size"], device=device)
+    modes = {part: part.training for part in method.modules()}
+    handles = [module.register_forward_hook(partial(note, name)) for name, module in named.items()]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        method.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            method(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part, training in modes.items():
+            part.training = training
+    return ran
 
 
 def present(model: nn.Module, layers: str | Sequence[str] | None, default: Sequence[str]) -> str | Sequence[str]:
@@ -111,16 +151,16 @@ def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
         {'stem': 0.0, 'layer2.0': 0.444..., 'layer3.0.conv1': 0.476..., 'pooled': 1.0}
     """
     named, presets = _layers(model)
-    position = {module: i for i, module in enumerate(named.values())}  # the same for both names of one module
-    head = [position[named[name]] for name in presets["head"]]
-    backbone = [position[named[name]] for name in presets["all"] if name not in presets["head"]] or [0]
+    position = {id(module): i for i, module in enumerate(named.values())}  # the same for both names of one module
+    head = [position[id(named[name])] for name in presets["head"]]
+    backbone = [position[id(named[name])] for name in presets["all"] if name not in presets["head"]] or [0]
     after = 1 + HEAD_STEP * np.arange(1, len(head) + 1)
     depths = {}
     for name in names:
         module = named.get(name.partition(":")[0])
         if module is None:
             raise UserError(f"{name!r} is no layer of {type(_eager(model)).__name__}; {nearest(name, named)}")
-        at = position[module]
+        at = position[id(module)]
         in_head = bool(head) and at >= head[0]
         place = np.interp(at, head, after) if in_head else np.interp(at, backbone, np.linspace(0, 1, len(backbone)))
         depths[name] = float(place)
@@ -317,9 +357,11 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
         head = [path for path, module in _post_order(parts["head"], "head") if not list(module.children())]
 
     named: dict[str, nn.Module] = {}
+    seen: set[int] = set()  # by identity: torchmetrics compares its modules by their values
     for path, module in _post_order(outer):
-        if not path or module in named.values() or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if not path or id(module) in seen or isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue  # the network itself, a shared module under a further name, a module without a forward
+        seen.add(id(module))
         named.pop(path, None)  # a method's head goes before a backbone's
         named[path] = module
         if path in aliases:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ssl_geometry.cli import Parser, run_command
-from ssl_geometry.ranges import above, between
+from ssl_geometry.ranges import above, between, check_project
 from ssl_geometry.report.page import RunRecords, fingerprint, read_run, render, smallest_loss, write_page
 from ssl_geometry.report.serve import Server
 
@@ -61,6 +61,8 @@ def report(args: Sequence[str]) -> Any:
     paths = list(dict.fromkeys(Path(path) for path in options.runs))
     console = Console(stderr=True)
     limit = 1e6 * options.max_mb
+    if options.project is not None:
+        check_project(options.project, "--project")
     if options.to_wandb:
         return to_wandb(paths, options.project, console, options.strict)
     if options.serve:

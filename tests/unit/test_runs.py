@@ -1,6 +1,7 @@
 """Run directories: who gets which, what is resumed, what is refused."""
 
 import copy
+import errno
 import json
 import os
 import pickle
@@ -442,9 +443,14 @@ class Evil:
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "x": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    for name in ("evil.ckpt", "raw.ckpt"):
-        with pytest.raises(UserError, match="not a whole, plain checkpoint"):
-            read_checkpoint(tmp_path / name, "--resume")
+    (tmp_path / "text.ckpt").write_text("hello")
+    reasons = {"evil": "it holds code, ", "raw": "a pickle that torch.save did not write", "text": "no file that torch"}
+    for name, reason in reasons.items():
+        for mmap in (None, True):
+            with pytest.raises(UserError, match="not a whole, plain checkpoint") as error:
+                read_checkpoint(tmp_path / f"{name}.ckpt", "--resume", mmap=mmap)
+            assert reason in str(error.value)
+            assert "weights_only" not in str(error.value), "torch's advice is to load it whatever it runs"
     assert not (tmp_path / "ran").exists()
 
 
@@ -455,6 +461,88 @@ def test_a_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
     for name in ("half", "empty"):
         with pytest.raises(UserError, match=r"--resume .*not a whole, plain checkpoint \(\w"):
             read_checkpoint(tmp_path / f"{name}.ckpt", "--resume")
+
+
+def test_a_checkpoint_of_an_older_torch_is_read_with_and_without_a_map_of_the_file(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(3)}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    for mmap in (None, True):
+        assert read_checkpoint(tmp_path / "old.ckpt", "--resume", mmap=mmap)["state_dict"]["w"].sum() == 3
+
+
+def test_a_damaged_checkpoint_names_the_one_to_continue_from(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    last = checkpoint(run.directory, epochs=2)
+    last.write_bytes(last.read_bytes()[:2000])
+    with pytest.raises(
+        UserError, match=r"cut short or damaged\); the run has no other, so start it again under another"
+    ):
+        open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
+    older = checkpoint(run.directory, "epoch=00001", epochs=1)
+    with pytest.raises(UserError, match=f"continue from an older one with --resume {older}$"):
+        open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
+    assert open_run(CONFIG, tmp_path, "e", resume=str(older)).resumed_from == last
+
+
+def test_a_full_disk_is_the_reason_and_its_advice_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports where in the file it found itself, and the disk's own words are behind that."""
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    run.release()
+
+    def save(content: Any, file: Any) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 185856 vs 185752")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ssl_geometry.runs.torch.save", save)
+        with pytest.raises(UserError, match="No space left on device; it would have been the first") as error:
+            WholeCheckpointIO().save_checkpoint({}, run.last_checkpoint)
+    advised = str(error.value).rpartition("--resume ")[2]
+    again = open_run(CONFIG, tmp_path / "elsewhere", "f", resume=advised)
+    assert (again.directory, again.resumed_from) == (run.directory, None)
+    monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
+    assert open_run(CONFIG, tmp_path, "f", resume=advised) == again
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x",
+        "/tmp/x",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "a\\b",
+        "a\nb",
+        "<script>",
+        "a:b",
+        "a,b",
+        "a;b",
+        "a?",
+        "*",
+        "a ",
+        "a.",
+        "-x",
+        "x" * 300,
+        "ä" * 100,
+        "\ud800",
+    ],
+    ids=ascii,
+)
+def test_a_name_is_that_of_one_folder(tmp_path: Path, name: str) -> None:
+    for names in ({"experiment": "e", "run_id": name}, {"experiment": name, "run_id": "a"}):
+        with pytest.raises(UserError, match=r"^--(run_id|experiment) ") as error:
+            open_run(CONFIG, tmp_path / "runs", **names)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 250
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+@pytest.mark.parametrize("name", ["my run#1", "seed_0", "größe (2)", "lr=0.1+wd", "2026-11-26"])
+def test_names_that_are_fine(tmp_path: Path, name: str) -> None:
+    assert open_run(CONFIG, tmp_path, name, run_id=name).directory == tmp_path / name / name
 
 
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.9])

@@ -18,6 +18,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
+from ssl_geometry.methods import SimCLR
 from ssl_geometry.models import build_backbone
 from ssl_geometry.models.taps import Taps, layer_depths, layer_names
 
@@ -160,6 +161,33 @@ def test_static_order_is_the_order_of_execution():
     for model in (small_resnet("resnet18"), small_resnet("resnet50"), small_method()):
         layers = ["conv1", "layer2.*.conv?", "layer2.*.downsample*", "layer2", "all"]
         assert list(take(model, layers, torch.rand(2, 3, 16, 16))) == layer_names(model, layers)
+
+
+class _Extras(SimCLR):
+    """A method with modules that do not run when it is measured, or give no row for each image."""
+
+    def __init__(self) -> None:
+        super().__init__(backbone="resnet10", width=0.25, image_size=16)
+        self.criterion = nn.Module()
+        self.criterion.memory_bank = nn.Linear(2, 2)
+        self.backbone.aux = nn.Linear(2, 2)
+
+
+def test_a_glob_takes_the_modules_that_run_when_a_method_is_measured():
+    method = _Extras().train()
+    state = torch.random.get_rng_state()
+    names = layer_names(method, "*", "--cka.layers")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(part.training for part in method.modules())
+    assert not any(part in name for name in names for part in ("criterion", "aux", "knn"))
+    assert {"conv1", "layer1.0", "layer1.0.conv1", "pooled", "head.layers.0"} <= set(names)
+    with Taps(method.eval(), names, lambda _, x: x.shape) as taps:
+        assert list(taps(torch.rand(2, 3, 16, 16)))
+
+
+def test_a_module_that_does_not_run_is_refused_by_its_option():
+    with pytest.raises(UserError, match=r"--cka.layers='criterion.memory_bank' does not run when _Extras is measured"):
+        layer_names(_Extras(), "criterion.memory_bank", "--cka.layers")
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,26 @@ def _tensor(array: np.ndarray) -> Tensor:
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 
+def why_unreadable(file: Path, error: Exception) -> str:
+    """Why torch does not read a file, in words of our own: torch's own advice is to load it whatever it runs.
+
+    Args:
+        file: that ``torch.load`` refused, with ``weights_only``.
+        error: that it raised.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    if not start:
+        return "the file is empty"
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it holds code, {found[1]}, which is not run"
+    if start.startswith(b"PK"):
+        return "the file is cut short or damaged"
+    if start.startswith(b"\x80"):
+        return "a pickle that torch.save did not write, and that may hold code, is not read"
+    return "no file that torch.save has written"
+
+
 def _from_torch(checkpoint: Checkpoint, file: Path) -> _Read:
     try:
         with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
@@ -125,7 +145,7 @@ def _from_torch(checkpoint: Checkpoint, file: Path) -> _Read:
     except Exception as error:
         if found := re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error)):
             raise UserError(f"{file}: holds {found[1]}, which is not plain data; nothing of it was loaded") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = why_unreadable(file, error)
         raise UserError(f"{file}: not a whole, plain checkpoint ({reason}); delete it and fetch it again") from error
     if checkpoint.container:
         state = state.get(checkpoint.container) if isinstance(state, dict) else None

@@ -1,0 +1,49 @@
+"""The exit codes: one list, which docs and code share."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from ssl_geometry.cli import run_command
+from ssl_geometry.errors import ExitCode, Interrupted, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_table_in_the_docs_has_every_code_and_no_other() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)
+    assert {name: int(code) for code, name in rows} == {code.name: code.value for code in ExitCode}
+    assert len(rows) == len(ExitCode)
+
+
+def test_no_command_ends_with_a_number_that_is_not_in_the_list() -> None:
+    ends = []
+    for path in (ROOT / "ssl_geometry").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "os._exit", "Interrupted"):
+                ends.append(path.name)
+                given = [*node.args, *(keyword.value for keyword in node.keywords)]
+                numbers = [arg for arg in given if isinstance(arg, ast.Constant) and isinstance(arg.value, int)]
+                assert not numbers, f"{path}:{node.lineno}: {ast.unparse(node)}"
+    assert {"cli.py", "endings.py", "zoo.py"} <= set(ends)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("--x 1: expected 2"), ExitCode.MISTAKE),
+        (Interrupted("saved", ExitCode.RESUMABLE), ExitCode.RESUMABLE),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED),
+    ],
+    ids=lambda value: getattr(value, "name", type(value).__name__),
+)
+def test_how_commands_end(error: BaseException, code: ExitCode) -> None:
+    def command(args: object) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command(command, [], interrupted="interrupted")
+    assert exit_.value.code == code
