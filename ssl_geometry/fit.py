@@ -58,7 +58,7 @@ from ssl_geometry.endings import end_with_parent, explain, report_lost
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
-from ssl_geometry.ranges import LARGEST_SEED, above, at_least, between, check_project
+from ssl_geometry.ranges import Seed, above, at_least, check_project
 from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
 from ssl_geometry.slurm import this_task, trainer_options
 
@@ -176,7 +176,7 @@ class FitCLI(LightningCLI):
         """The seed: a number, as it is the data's and the method's as well."""
         parser.add_argument(
             "--seed_everything",
-            type=Annotated[int, between(0, LARGEST_SEED)],
+            type=Seed,
             default=self.seed_everything_default,
             help="seed of everything random: weights, the order of images, views, the validation split",
         )

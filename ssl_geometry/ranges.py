@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ssl_geometry.errors import UserError, nearest
 
@@ -108,6 +108,10 @@ def between(low: float, high: float, below: bool = False) -> Range:
     return Range(low, high, below=below)
 
 
+Seed = Annotated[int, between(0, LARGEST_SEED)]
+Pixels = Annotated[int, at_least(SMALLEST_IMAGE)]
+
+
 def check_value(hint: Any, value: Any, option: str) -> None:
     """Refuse what lies outside the range of an annotation; a list is held to it item by item.
 
@@ -120,7 +124,6 @@ def check_value(hint: Any, value: Any, option: str) -> None:
         UserError: outside.
 
     Example:
-        >>> from typing import Annotated
         >>> check_value(Annotated[int, at_least(1)] | None, 0, "--keep")
         Traceback (most recent call last):
         ssl_geometry.errors.UserError: --keep 0: expected a whole number of at least 1
@@ -195,7 +198,6 @@ def expected(hint: Any) -> str:
     """An annotation in words.
 
     Example:
-        >>> from typing import Annotated
         >>> expected(list[Annotated[float, above(0, at_most=1)]])
         'numbers above 0, at most 1'
     """

@@ -37,7 +37,7 @@ from ssl_geometry.methods import Method
 from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo, untrained
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.models.zoo.load import why_unreadable
-from ssl_geometry.ranges import check_name
+from ssl_geometry.ranges import Seed, check_name, check_value
 from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
 from ssl_geometry.resume import Progress, differences, progress
 from ssl_geometry.slurm import Task, this_task
@@ -607,7 +607,9 @@ def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]
         if name in loaded:
             networks[name] = loaded[name]
         else:
-            torch.manual_seed(int(spec.partition(":")[2] or "0"))
+            seed = int(spec.partition(":")[2] or "0")
+            check_value(Seed, seed, "--models random:SEED")
+            torch.manual_seed(seed)
             networks[name] = type(first)(**first.init_args), None
     return networks
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_geometry.data.datasets import FIXED, Images, load, shuffled, stratified, torchvision_class
 from ssl_geometry.errors import UserError
-from ssl_geometry.ranges import LARGEST_SEED, SMALLEST_IMAGE, at_least, between, check_arguments
+from ssl_geometry.ranges import Pixels, Seed, at_least, between, check_arguments
 from ssl_geometry.signals import obey_the_parent_alone, withheld
 
 Batch = dict[str, Tensor]
@@ -271,7 +271,7 @@ class DataModule(L.LightningDataModule):
         self,
         dataset: str = "cifar10",
         root: str = "data",
-        image_size: Annotated[int, at_least(SMALLEST_IMAGE)] | None = None,
+        image_size: Pixels | None = None,
         batch_size: Annotated[int, at_least(2)] = 256,
         eval_batch_size: Annotated[int, at_least(1)] = 256,
         val_fraction: Annotated[float, between(0, 1, below=True)] = 0.1,
@@ -283,7 +283,7 @@ class DataModule(L.LightningDataModule):
         download: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         dataset_args: dict | None = None,
-        seed: Annotated[int, between(0, LARGEST_SEED)] = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         check_arguments(DataModule, locals(), "--data.")

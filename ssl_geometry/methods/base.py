@@ -26,7 +26,7 @@ from ssl_geometry.methods.compilation import is_compiled
 from ssl_geometry.methods.lars import LARS
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone
-from ssl_geometry.ranges import LARGEST_SEED, SMALLEST_IMAGE, above, at_least, between, check_arguments
+from ssl_geometry.ranges import Pixels, Seed, above, at_least, between, check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Method(L.LightningModule):
         backbone: str = "resnet50",
         stem: Literal["cifar", "imagenet"] | None = None,
         width: Annotated[float, above(0)] = 1.0,
-        image_size: Annotated[int, at_least(SMALLEST_IMAGE)] = 32,
+        image_size: Pixels = 32,
         normalize: str | tuple[list[float], list[float]] = "none",
         center_crop: Annotated[float, above(0, at_most=1)] = 1.0,
         augment: Augment = "none",
@@ -122,7 +122,7 @@ class Method(L.LightningModule):
         channels_last: bool = True,
         compile: bool | None = None,
         eval_precision: Precision = "float32",
-        seed: Annotated[int, between(0, LARGEST_SEED)] = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         check_arguments(Method, locals(), "--model.")

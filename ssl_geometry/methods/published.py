@@ -13,6 +13,7 @@ from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.methods.base import Batch, Method
 from ssl_geometry.models import RESNETS, vit_names
 from ssl_geometry.models.zoo import TABLE, fetch, load_checkpoint, load_strictly
+from ssl_geometry.ranges import Pixels, Seed, check_value
 
 
 class Published(Method):
@@ -163,7 +164,7 @@ def untrained(text: str) -> Published:
         The network, on the CPU.
 
     Raises:
-        UserError: an architecture that is not known, or no number where one is expected.
+        UserError: an architecture that is not known, or no number in range where one is expected.
 
     Example:
         >>> network = untrained("resnet10@32:1")
@@ -173,8 +174,10 @@ def untrained(text: str) -> Published:
     found = re.fullmatch(r"([^@:]+)(?:@(\d+))?(?::(\d+))?", text)
     if found is None:
         raise UserError(f"random:{text}: expected random:ARCH, random:ARCH@PIXELS, or either with :SEED")
-    torch.manual_seed(int(found[3] or 0))
-    size = int(found[2] or 224)
+    seed, size = int(found[3] or 0), int(found[2] or 224)
+    check_value(Seed, seed, "--models random:ARCH:SEED")
+    check_value(Pixels, size, "--models random:ARCH@PIXELS")
+    torch.manual_seed(seed)
     return Published(found[1], size, family="untrained", source=f"random:{text}")
 
 

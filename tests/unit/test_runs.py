@@ -22,6 +22,7 @@ from ssl_geometry.runs import (
     Run,
     WholeCheckpointIO,
     load_method,
+    load_networks,
     open_run,
     read_checkpoint,
 )
@@ -538,6 +539,21 @@ def test_a_name_is_that_of_one_folder(tmp_path: Path, name: str) -> None:
         assert str(error.value).isprintable()
         assert len(str(error.value)) < 250
     assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            "random:resnet10:99999999999999999999",
+            "--models random:ARCH:SEED 99999999999999999999: expected a whole number",
+        ),
+        ("random:resnet10@1", "--models random:ARCH@PIXELS 1: expected a whole number of at least 8"),
+    ],
+)
+def test_untrained_networks_have_a_seed_and_a_size_in_range(spec: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_networks([spec])
 
 
 @pytest.mark.parametrize("name", ["my run#1", "seed_0", "größe (2)", "lr=0.1+wd", "2026-11-26"])
