@@ -18,7 +18,7 @@ import torch
 from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.methods import Method
-from ssl_geometry.survey import MANIFOLDS, measure_model
+from ssl_geometry.survey import LAYERS, MANIFOLDS, measure_model
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.manifolds, options.layers, options.k = list(MANIFOLDS), ["stages", "pooled"], 50
+    options.manifolds, options.k = list(MANIFOLDS), 50
+    options.layers, options.default_layers = None, LAYERS
 
     data = DataModule(
         "digits", image_size=options.image_size, measure_size=options.images, eval_batch_size=options.batch

@@ -1,7 +1,7 @@
 """Compare networks layer by layer: the figures of Grigg et al. 2021 from runs, checkpoints or random initialisations.
 
     python -m ssl_geometry.compare --models simclr=runs/cifar10/simclr supervised=runs/cifar10/supervised
-    python -m ssl_geometry.compare --models a=RUN b=RUN untrained=random --out runs/compare/abc --layers blocks
+    python -m ssl_geometry.compare --models a=RUN,RUN,RUN b=RUN untrained=random --out runs/compare/ab --layers blocks
 
 Protocol: every network sees the same measurement images, and the same augmented copies of them; evaluation mode,
 float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices; the overlap of nearest neighbours stands
@@ -34,7 +34,7 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
-from ssl_geometry.findings import UNTRAINED, findings, views_of
+from ssl_geometry.findings import SUPERVISED, UNTRAINED, findings, views_of
 from ssl_geometry.geometry.cka import permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
@@ -42,8 +42,8 @@ from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import NEAREST, all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
-from ssl_geometry.models.taps import layer_depths, layer_names
-from ssl_geometry.networks import networks_parser, parse_networks
+from ssl_geometry.models.taps import layer_depths
+from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore, record
 from ssl_geometry.report.figures import (
@@ -55,12 +55,21 @@ from ssl_geometry.report.figures import (
     training_curves,
     view_heatmap,
 )
-from ssl_geometry.runs import load_networks, network_names
+from ssl_geometry.resume import recipe
+from ssl_geometry.runs import load_networks, network_names, split_seeds
 
 CANDIDATES = 50
 """Nearest images of which NNK chooses, where neighbours are shown."""
+SOURCES: Sources = {
+    "layers": {"cka.layers": unchanged, "invariance.layers": unchanged},
+    "gram_size": {"cka.gram_size": unchanged, "invariance.gram_size": unchanged},
+    "views": {"invariance.views": list},
+}
+"""Options of the monitors that measured the same."""
 MANIFOLDS = ("neighbors", "diameter", "affinity")
 KINDS = ("semantic", "policy")
+LONGEST_GROUP = 40
+"""Characters of the names of several networks in a legend."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
 """Neighbours in a row of pictures."""
@@ -71,11 +80,10 @@ class Network:
     """One network of the comparison, and what is kept of it: no activations, no weights."""
 
     name: str
-    group: str
-    """The method, by which seeds are put together."""
     learns_from_labels: bool | None
     """None where that is not known, or it was not trained."""
     epoch: int | None
+    """Completed epochs; None was not trained."""
     depths: dict[str, float]
     vectors: list[Tensor]
     """For each batch, the Gram vectors of the layers, (L, P)."""
@@ -93,7 +101,7 @@ def measure_network(
     name: str, method: Method, epoch: int | None, data: DataModule, options: Any, store: RecordStore, progress: Any
 ) -> Network:
     """One pass over the measurement images: Gram vectors, neighbours, invariance and class CKA of one network."""
-    names = tuple(layer_names(method, options.layers, option="--layers"))
+    names = tuple(chosen_layers(method, options))
     depths = layer_depths(method, names)
     clean, features = Request(names, GramVector(options.gram_size)), Request(names, pooled)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
@@ -115,20 +123,51 @@ def measure_network(
                 metric.to(method.device).update(looks[view, 0], looks[view, 1], batch=number)
             classes.to(method.device).update(reduced[clean], batch["label"], batch=number)
             progress.advance(task)
-    group = UNTRAINED if epoch is None else method.group
     by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
     alike = torch.tensor([all_alike(value) for value in by_layer.values()])
     shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
     kept_features = by_layer[shown[0]] if options.show_neighbors else None
     labels = None if epoch is None else method.learns_from_labels
-    network = Network(name, group, labels, epoch, depths, vectors, neighbors, alike, features=kept_features)
+    network = Network(name, labels, epoch, depths, vectors, neighbors, alike, features=kept_features)
     seen = {view: invariance[distinct[view]] for view in views}
     rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
     store.write(f"layers/{name}", rows, protocols)
     errors = torch.cat([metric.deviations().T for metric in (classes, *seen.values())])  # in the order of the rows
     network.layers = pd.DataFrame(rows).assign(deviations=list(errors.cpu().numpy()))
     return network
+
+
+def groups_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -> dict[str, str]:
+    """Which networks are runs of one recipe, and are shown as one band.
+
+    Args:
+        networks: name to network and its epochs, None where it was not trained.
+        options: of the command: ``seeds`` is the name that each was given, ``configs`` that of each run.
+
+    Returns:
+        Network to group: those of ``NAME=RUN,RUN`` are NAME; runs whose options differ in the seed alone, after as many
+        epochs, and untrained networks of one architecture are one group, which has their names; any other network is
+        its own.
+
+    Raises:
+        UserError: a network by the name of what it is not, ``untrained`` or ``supervised``, which findings speak of.
+    """
+    members: dict[Hashable, list[str]] = defaultdict(list)
+    for name, (method, epoch) in networks.items():
+        trained = method.recipe, epoch, recipe(options.configs.get(name, {}))
+        same = trained if epoch is not None else (UNTRAINED, method.init_args.get("backbone"))
+        members[options.seeds[name] if options.seeds[name] != name else same].append(name)
+    groups: dict[str, str] = {}
+    for key, names in members.items():
+        whole = " + ".join(names)
+        several = whole if len(whole) <= LONGEST_GROUP else f"{names[0]} + {len(names) - 1} more"
+        groups |= dict.fromkeys(names, key if isinstance(key, str) else several)
+    for name, (method, epoch) in networks.items():
+        is_what = {UNTRAINED: epoch is None, SUPERVISED: epoch is None or method.learns_from_labels is not False}
+        if not is_what.get(groups[name], True):
+            raise UserError(f"--models {groups[name]}=…: the findings call others so, and this one is not; rename it")
+    return {name: groups[name] for name in networks}
 
 
 def _common(network: Network, options: Any) -> dict[str, Any]:
@@ -226,7 +265,7 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bo
 
     Args:
         frame: the records of a comparison.
-        groups: network to method.
+        groups: of :func:`groups_of`.
         labels: network to whether it learned from labels, where that is known.
         out: folder.
 
@@ -326,8 +365,7 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
 def _parse(args: Sequence[str]) -> Any:
     parser = networks_parser(
         "compare",
-        "Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with pictures.",
-        args,
+        "Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with figures.",
         layers="all",
     )
     parser.add_argument("--gram_size", type=GramSize, default=64, help="images in a Gram matrix of CKA")
@@ -347,7 +385,8 @@ def _parse(args: Sequence[str]) -> Any:
         default=[],
         help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
     )
-    options = parse_networks(parser, "compare", args)
+    options = parse_networks(parser, "compare", args, "all", SOURCES)
+    options.models, options.seeds = split_seeds(options.models)
     shown = options.show_neighbors if isinstance(options.show_neighbors, list) else [options.show_neighbors]
     options.show_neighbors = list(dict.fromkeys(shown))
     for number in options.show_neighbors:
@@ -373,8 +412,9 @@ def compare(args: Sequence[str]) -> Path:
     options = _parse(args)
     out, data = options.out, options.data
     networks = load_networks(options.models)
+    groups = groups_of(networks, options)
     for method, _ in networks.values():
-        layer_names(method, options.layers, option="--layers")  # a mistake is told before anything is deleted
+        chosen_layers(method, options)  # a mistake is told before anything is deleted
         check_views(method, options.views, "--views")
     data.prepare_data()
     data.setup("test")
@@ -399,10 +439,10 @@ def compare(args: Sequence[str]) -> Path:
         if other != protocol.what["views"]["clean"]:
             protocol = Protocol({**protocol.what, "views of the other": other})
         pairs.append(compare_pair(a, b, protocol, options, store))
-    groups = {network.name: network.group for network in measured}
     labels = {network.name: network.learns_from_labels for network in measured}
     frame = store.read()
-    table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), groups, labels)
+    methods = {network.name: UNTRAINED if network.epoch is None else groups[network.name] for network in measured}
+    table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), methods, labels)
     table.to_parquet(out / "findings.parquet")
     (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
     pictures = draw(frame, groups, labels, out / "figures")

@@ -19,8 +19,8 @@ from numpy import ndarray as Array
 from ssl_geometry.geometry.contrast import Contrast, deviations, interval, verdict
 from ssl_geometry.report.figures import BLOCK
 
-UNTRAINED = "untrained"
-"""Method of networks that were not trained."""
+UNTRAINED, SUPERVISED = "untrained", "supervised"
+"""What claims call networks that were not trained, and those that learned from labels."""
 GAIN = 0.1
 """CKA of two views by which a network becomes invariant: from first to last blocks, or over an untrained network."""
 LEAST_RUNS = 3
@@ -78,7 +78,8 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str
     Args:
         frame: the records of a comparison, with a column ``deviations``: for each row the jackknife deviations over
             blocks of images, (J,), whose squares sum up to its squared standard error. Without it nothing is decided.
-        groups: network to method; networks of one method are its runs.
+        groups: network to method, or to what stands for it: networks of one are its runs. Those that were not trained
+            are ``untrained``; no method has that name or ``supervised``, unless it is.
         labels: network to whether it learned from labels; None is unknown (it takes part in nothing) or untrained.
 
     Returns:
@@ -172,7 +173,7 @@ class _Rows:
 
     def teams(self, method: str) -> dict[str, list[str]]:
         """The groups of runs that stand for something larger."""
-        return {method: self.of_method[method], "supervised": self.supervised, UNTRAINED: self.untrained}
+        return {method: self.of_method[method], SUPERVISED: self.supervised, UNTRAINED: self.untrained}
 
     def networks(self, one: Difference) -> set[str]:
         """Whose numbers enter a difference; those that only lend their views do not."""

@@ -1,19 +1,24 @@
-"""What the commands that measure networks share: their options, of which the images of the first run are a default."""
+"""What the commands that measure networks share: options, whose defaults are those that the runs were measured with."""
 
 import hashlib
+import inspect
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from torch import nn
 
 from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.runs import network_names
+from ssl_geometry.models.taps import layer_names, present
+from ssl_geometry.runs import config_of, network_names, split_seeds
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 80
 """Characters of the folder that is named after the networks in it."""
@@ -21,33 +26,51 @@ MODELS = (
     "networks, each NAME=SPEC or SPEC. SPEC: a run directory or a checkpoint; a published checkpoint by name, such as "
     "byol (python -m ssl_geometry.zoo list), or byol:FILE where its file was downloaded by hand; torchvision:NAME or "
     "timm:NAME with their weights; random[:SEED], an untrained twin of the first; random:ARCH[@PIXELS][:SEED], an "
-    "untrained network of that architecture"
+    "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""
+Convert = Callable[[Any], Any]
+Sources = Mapping[str, Mapping[str, Convert]]
+"""Option of a command to the options of ``fit`` that decide the same numbers, and what makes such a value one of the
+command's."""
 
 
-def networks_parser(
-    command: str, description: str, args: Sequence[str], layers: str | list[str] | None, resumable: bool = False
-) -> Parser:
+def unchanged(value: Any) -> Any:
+    """A value of ``fit`` that is one of the command's as it is."""
+    return value
+
+
+ABSENT = object()
+"""What a :data:`Convert` gives for a value that the command cannot have."""
+IMAGES: Sources = {
+    "data.dataset": {"data.dataset": lambda path: Path(path).name},  # a folder of images may have moved
+    **{
+        f"data.{name}": {f"data.{name}": unchanged}
+        for name in ("dataset_args", "image_size", "limit_test", "measure_size", "eval_batch_size")
+    },
+}
+"""Options of the data that every measurement depends on."""
+
+
+def networks_parser(command: str, description: str, layers: str, resumable: bool = False) -> Parser:
     """The parser of a command that measures networks, with the options that such commands share.
 
     Args:
         command: its name, such as ``compare``.
         description: of what it does.
-        args: command line; the images of the first run that it names are the default of ``--data``.
-        layers: default of ``--layers``.
+        layers: the default of ``--layers``, for the help.
         resumable: started again, the command goes on with what is in ``--out``; others refuse to replace it.
     """
     program = f"python -m ssl_geometry.{command}"
     usage = f"{program} --models [NAME=]SPEC [[NAME=]SPEC ...] [--option VALUE ...]"
-    parser = Parser(prog=program, usage=usage, description=description)
+    about = f"{description} Options that runs were measured with while they learned are defaults here."
+    parser = Parser(prog=program, usage=usage, description=about)
     parser.add_argument("--models", type=str, nargs="+", required=True, help=MODELS)
     parser.add_argument("--out", type=str | None, help=f"folder of the results (default: runs/{command}/NAME-NAME)")
     parser.add_argument(
         "--layers",
         type=str | list[str] | None,
-        default=layers,
-        help="a preset, a name, a glob, or a list",
+        help=f"a preset, a name, a glob, or a list (default: as the first run was measured, else {layers})",
     )
     parser.add_argument(
         "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure"
@@ -56,38 +79,45 @@ def networks_parser(
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_class_arguments(DataModule, "data", fail_untyped=False)
-    named = [path for spec in _specs(args) for path in spec.split(",")]
-    folders = [path.parent.parent if path.is_file() else path for path in map(Path, named)]
-    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
-    if run is not None:  # the images of the first run, unless told otherwise
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        trained_on = {"seed": config.get("seed_everything"), **config["data"]}  # the seed is linked, not written twice
-        parser.set_defaults({f"data.{name}": value for name, value in trained_on.items() if value is not None})
     return parser
 
 
-def _specs(args: Sequence[str]) -> Iterator[str]:
-    """What the words after ``--models`` say of where networks come from, before the command line is parsed."""
-    taken = False
-    for word in args:
-        if word.startswith("--"):
-            taken = word == "--models" or word.startswith("--models=")
-            word = word.removeprefix("--models").removeprefix("=")
-        if taken and word:
-            with suppress(UserError):  # it is told where the networks are loaded
-                yield from network_names([word]).values()
-
-
-def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
+def parse_networks(
+    parser: Parser, command: str, args: Sequence[str], layers: str | Sequence[str], sources: Sources
+) -> Any:
     """Read the command line with a :func:`networks_parser`, to which the command has added its own options.
 
+    What the command line leaves open is as the first run has it; where runs differ, a line names the option and the
+    values.
+
+    Args:
+        parser: with all options of the command.
+        command: its name.
+        args: the command line.
+        layers: default of ``--layers``, where no run says otherwise.
+        sources: options of ``fit`` that decide the same numbers.
+
     Returns:
-        The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder.
+        The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder, ``configs`` the
+        configuration of each network that is a run, ``layers`` None unless given, ``default_layers`` what stands for
+        it then (see :func:`chosen_layers`).
 
     Raises:
         UserError: no such device, or results that would be overwritten.
     """
+    configs = run_configs(args)
+    defaults, unlike = of_runs(configs, {**IMAGES, **sources})
+    trained_on = next(iter(configs.values()), {})
+    images = {"seed": trained_on.get("seed_everything"), **(trained_on.get("data") or {})}  # linked, not written twice
+    known = inspect.signature(DataModule).parameters
+    own = {name: value for name, value in defaults.items() if name in sources and name != "layers"}
+    own |= {f"data.{name}": value for name, value in images.items() if name in known}
+    parser.set_defaults({name: value for name, value in own.items() if value is not None})
     options = parser.parse_args(list(args))
+    options.configs, options.default_layers = configs, defaults.get("layers") or layers
+    for option, values in unlike.items():
+        if not is_given(option, args):
+            logger.warning(f"--{option} differs between the runs: {values}; the first is taken for all")
     names = "-".join(network_names(options.models))
     if len(names) > LONGEST:
         names = f"{names[:LONGEST]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
@@ -101,3 +131,86 @@ def parse_networks(parser: Parser, command: str, args: Sequence[str]) -> Any:
     if (options.out / "records").exists() and not options.get("overwrite", True):
         raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
     return options
+
+
+def chosen_layers(network: nn.Module, options: Any) -> list[str]:
+    """The layers of a network that ``--layers`` asks for; of a default, those that it has.
+
+    Args:
+        network: a network or method.
+        options: of :func:`parse_networks`.
+
+    Raises:
+        UserError: given layers that the network does not have.
+    """
+    return layer_names(network, present(network, options.layers, options.default_layers), option="--layers")
+
+
+def run_configs(args: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The networks of a command line that are runs, or checkpoints of runs, each with the run's configuration.
+
+    Args:
+        args: the command line, which is not parsed yet: its defaults depend on the runs.
+    """
+    found, taken = {}, False
+    for word in args:
+        if word.startswith("--"):
+            taken = word == "--models" or word.startswith("--models=")
+            word = word.removeprefix("--models").removeprefix("=")
+        if taken and word:
+            with suppress(UserError):  # it is told where the networks are loaded
+                for name, spec in network_names(split_seeds([word])[0]).items():
+                    path = Path(spec)
+                    if config := config_of(path.parent.parent if path.is_file() else path):
+                        found[name] = config
+    return found
+
+
+def of_runs(configs: Mapping[str, Mapping[str, Any]], sources: Sources) -> tuple[dict[str, Any], dict[str, str]]:
+    """What runs were measured with, as options of a command.
+
+    Args:
+        configs: run to its configuration.
+        sources: options of ``fit`` that decide the same numbers; those of a monitor that is off do not count.
+
+    Returns:
+        Option to its value in the first run that has it, None for a default of ``fit``; and for each option that runs
+        do not agree on, all values, each with its runs.
+
+    Example:
+        >>> sources = {"gram_size": {"cka.gram_size": unchanged, "invariance.gram_size": unchanged}}
+        >>> one = {"cka": {"every_n_epochs": 1, "gram_size": 32}, "invariance": {"every_n_epochs": 0, "gram_size": 64}}
+        >>> of_runs({"a": one}, sources)
+        ({'gram_size': 32}, {})
+        >>> of_runs({"a": one, "b": {"cka": {"every_n_epochs": 5, "gram_size": 64}}}, sources)
+        ({'gram_size': 32}, {'gram_size': '32 (a: cka), 64 (b: cka)'})
+    """
+    first: dict[str, Any] = {}
+    unlike: dict[str, str] = {}
+    for option, ways in sources.items():
+        runs_of: dict[str, list[str]] = {}
+        for name, config in configs.items():
+            for source, convert in ways.items():
+                group, _, key = source.partition(".")
+                given = config.get(group) or {}
+                if key not in given or given.get("every_n_epochs", 1) <= 0:
+                    continue
+                value = given[key] if given[key] is None else convert(given[key])
+                if value is not ABSENT:
+                    first.setdefault(option, value)
+                    text = "the default" if value is None else str(value)
+                    runs_of.setdefault(text, []).append(f"{name}: {group}" if len(ways) > 1 else name)
+        if len(runs_of) > 1:
+            unlike[option] = ", ".join(f"{text} ({', '.join(runs)})" for text, runs in runs_of.items())
+    return first, unlike
+
+
+def is_given(option: str, args: Sequence[str]) -> bool:
+    """Whether a command line names an option, or the group that it is in.
+
+    Example:
+        >>> [is_given("data.root", [word]) for word in ("--data.root=x", "--data.roots", "--data=file.yaml", "--root")]
+        [True, False, True, False]
+    """
+    names = "|".join(re.escape(name) for name in (option, option.partition(".")[0]))
+    return any(re.match(rf"--({names})(=|$)|--{re.escape(option)}[.+]", word) for word in args)

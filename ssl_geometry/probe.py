@@ -58,7 +58,7 @@ from ssl_geometry.geometry.probes import (
 from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import layer_depths, layer_names
-from ssl_geometry.networks import networks_parser, parse_networks
+from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
@@ -72,6 +72,12 @@ SEVERAL_CLASSES = ("layers", "labels")
 POOLED = "pooled"
 """The layer that everything but the curve over layers is read off: the input of a classifier on top."""
 UNTRAINED, PIXELS = "untrained", "raw pixels"
+SOURCES: Sources = {
+    "layers": {"probes.layers": unchanged},
+    **{f"data.{name}": {f"data.{name}": unchanged} for name in ("limit_train", "val_fraction")},
+}
+"""Options of the monitor that measured the same, and of the images that classifiers learn from. How many these are
+(``--probes.train_images``) is no such option: live they are fewer on purpose."""
 FRACTIONS = (0.01, 0.1, 1.0)
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates of linear evaluation, on features of the probe bank's scale."""
@@ -149,7 +155,7 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
     Raises:
         UserError: features that do not fit into memory, or are not finite.
     """
-    wanted = [POOLED] if isinstance(method, RawPixels) else [*options.layers, POOLED]
+    wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method, options), POOLED]
     layers = tuple(layer_names(method, wanted, option="--layers"))
     widths = layer_widths(method, layers, data.image_shape)
     _check_memory(name, widths, data, options)
@@ -513,8 +519,7 @@ def _parse(args: Sequence[str]) -> Any:
         "Read classes off frozen networks: linear classifiers on every layer, linear evaluation, nearest neighbours, "
         "few labels, fine-tuning. Several paths of one NAME, separated by commas, are seeds: the table gives mean and "
         "standard deviation. An untrained network and the raw pixels stand beside them.",
-        args,
-        layers=list(LAYERS),
+        layers="block outputs, pooled features and head",
     )
     parser.add_argument(
         "--evaluations",
@@ -559,9 +564,8 @@ def _parse(args: Sequence[str]) -> Any:
         default=0.05,
         help="learning rate of fine-tuning for a batch of 256 images",
     )
-    options = parse_networks(parser, "probe", args)
+    options = parse_networks(parser, "probe", args, LAYERS, SOURCES)
     options.evaluations = _as_list(options.evaluations)
-    options.layers = list(LAYERS) if options.layers is None else _as_list(options.layers)
     for name in options.evaluations:
         if name not in EVALUATIONS:
             raise UserError(f"--evaluations {name}: {nearest(name, EVALUATIONS)}")
@@ -661,7 +665,7 @@ def probe(args: Sequence[str]) -> Path:
     networks, groups = load_subjects(options)
     for method, _ in networks.values():
         if not isinstance(method, RawPixels):
-            layer_names(method, options.layers, option="--layers")  # a mistake is told before anything is deleted
+            chosen_layers(method, options)  # a mistake is told before anything is deleted
         method.measuring_view(options.augment)
     data.prepare_data()
     data.setup("test")

@@ -1,5 +1,6 @@
 """With what a run may be continued: the options that it was trained with, and a whole checkpoint of it."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ FREE_OPTIONS = {
     "model.eval_precision",
 }
 """Options of the method and the data that change where and how fast it is trained, or what is looked at meanwhile."""
+SEEDS = {"seed_everything", "data.seed", "model.seed"}
+"""Options that runs of one recipe may differ in."""
 CONTENT = {
     "state_dict": dict,
     "loops": dict,
@@ -79,6 +82,23 @@ def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
     if "dataset" in data:
         options["data.dataset"] = Path(data["dataset"]).name  # a folder of pictures may have moved
     return {name: value for name, value in options.items() if name not in FREE_OPTIONS}
+
+
+def recipe(config: Mapping[str, Any]) -> str:
+    """All options that change what is trained, and for how long, but for the seed: runs that share them are its seeds.
+
+    Args:
+        config: the configuration of a run.
+
+    Example:
+        >>> one, two = ({"seed_everything": seed, "data": {"batch_size": 64, "num_workers": seed}} for seed in (0, 1))
+        >>> recipe(one) == recipe(two), recipe(one) == recipe({"data": {"batch_size": 32}})
+        (True, False)
+    """
+    trainer = config.get("trainer") or {}
+    length = {f"trainer.{name}": trainer.get(name) for name in ("max_epochs", "max_steps", "max_time")}
+    options = {name: value for name, value in _trained_with(config).items() if name not in SEEDS}
+    return json.dumps(options | length, sort_keys=True, default=str)
 
 
 class Progress(NamedTuple):

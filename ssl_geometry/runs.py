@@ -266,7 +266,7 @@ def _instead_of(checkpoint: Path) -> str:
 
 def _check_options(run: Run, config: Mapping[str, Any]) -> None:
     """Refuse to go on with other options than the run's own, and say what a new length means."""
-    before = _config_of(run.directory)
+    before = config_of(run.directory)
     if before is None:
         raise UserError(
             f"--resume {run.directory}: its config.yaml, which says how it was trained, is missing or damaged: put "
@@ -284,7 +284,7 @@ def _check_options(run: Run, config: Mapping[str, Any]) -> None:
             logger.info(f"--trainer.{option} was {old} and is {new}: the learning rate now follows that schedule")
 
 
-def _config_of(directory: Path) -> dict[str, Any] | None:
+def config_of(directory: Path) -> dict[str, Any] | None:
     """The configuration of a run; None where there is none, or it is damaged."""
     try:
         config = yaml.safe_load((directory / "config.yaml").read_text())
@@ -324,7 +324,7 @@ def _is_later_start(job: Mapping[str, Any], noted: Mapping[str, Any] | None) -> 
 def _newest_unfinished(folder: Path, config: Mapping[str, Any]) -> str | None:
     runs = []
     for path in folder.glob("*/run.json"):
-        before = _config_of(path.parent)
+        before = config_of(path.parent)
         if before and _facts(path.parent).get("status") != "finished" and not differences(before, config):
             run = Run(path.parent)
             with suppress(OSError):  # someone else's
@@ -491,7 +491,7 @@ def _method_class(class_path: str, directory: Path, source: str) -> type[Method]
     module = class_path.rpartition(".")[0]
     imported = class_path
     if not module.startswith("ssl_geometry.") and module not in sys.modules:
-        imported = str(((_config_of(directory) or {}).get("model") or {}).get("class_path"))
+        imported = str(((config_of(directory) or {}).get("model") or {}).get("class_path"))
         if imported.partition(".")[0] != class_path.partition(".")[0]:
             raise UserError(
                 f"{source}: its method {class_path} is not imported on the word of a checkpoint: name the run "

@@ -50,9 +50,9 @@ from ssl_geometry.geometry.prediction import (
 )
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
-from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.models.zoo import TABLE
-from ssl_geometry.networks import networks_parser, parse_networks
+from ssl_geometry.networks import ABSENT, Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore, read_records
 from ssl_geometry.records.store import write_whole
@@ -74,11 +74,22 @@ MANIFOLDS = ("semantic", *SETTINGS)
 METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
 STATISTICS = ("mean", "std", "median")
 LAYERS = ("stages", "pooled")
+LEAST_COPIES = 3
+SOURCES: Sources = {
+    "layers": {"neighbors.layers": unchanged, "spectrum.layers": unchanged},
+    "k": {"neighbors.k": unchanged},
+    "copies": {
+        "neighbors.copies": unchanged,
+        "spectrum.copies": lambda copies: copies if copies >= LEAST_COPIES else ABSENT,
+    },
+    "manifolds": {"neighbors.settings": lambda settings: ["semantic", *settings]},
+}
+"""Options of the monitors that measured the same."""
 UNTRAINED = "untrained"
 LEAST_OF_A_CLASS = 3
 """Images of a class with fewer have no two neighbours, and no manifold."""
 LEAST_MODELS = 4
-"""Fewer are not mapped; fewer recipes cannot be predicted from each other."""
+"""Fewer are not mapped; fewer recipes are not correlated, nor predicted from each other."""
 PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
 
 
@@ -96,7 +107,7 @@ def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabr
         ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``,
         ``overlaps`` (setting to a number for each layer).
     """
-    names = tuple(backbone_layers(method, options.layers))
+    names = tuple(chosen_layers(method.backbone, options))
     settings = [name for name in options.manifolds if name != "semantic"]
     copies = {name: [Request(names, pooled, SETTINGS[name], i) for i in range(options.copies)] for name in settings}
     clean, seen = Request(names, pooled), copies.get("policy", [])
@@ -150,11 +161,6 @@ def survey_model(
     rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)
     progress.remove_task(task)
     return rows, [on_manifolds, on_spectra]
-
-
-def backbone_layers(method: Method, layers: str | Sequence[str] | None) -> list[str]:
-    """Names of the chosen layers of the encoder: heads differ, and published models have none."""
-    return layer_names(method.backbone, present(method.backbone, layers, LAYERS), option="--layers")
 
 
 def fingerprint(method: nn.Module) -> str:
@@ -394,10 +400,19 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
     pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
     if len(facts) >= LEAST_MODELS:
         try:
-            tables, figures = _alike(table, families, recipes, n, options.clusters, out / "tables")
+            tables, figures = _alike(table, families, n, options.clusters, out / "tables")
             made, pictures = made + tables, pictures | figures
         except ValueError as error:  # all models are the same, or collapsed
             Console(stderr=True).print(f"no map of models: {error}", highlight=False)
+    several = len({recipes[model] for model in facts})
+    if several >= LEAST_MODELS:
+        tables, figures = _together(table, recipes, out / "tables")
+        made, pictures = made + tables, pictures | figures
+    else:
+        for stale in (*(out / "tables").glob("correlation.*"), *(out / "figures").glob("correlation.*")):
+            stale.unlink()  # of more models
+        told = f"no correlations of metrics: {several} of the {LEAST_MODELS} recipes that they need (--recipes)"
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
     if options.targets:
         targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()}, recipes)
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
@@ -431,9 +446,9 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
 
 
 def _alike(
-    table: pd.DataFrame, families: Mapping[str, str], recipes: Mapping[str, str], n: int, clusters: int, folder: Path
+    table: pd.DataFrame, families: Mapping[str, str], n: int, clusters: int, folder: Path
 ) -> tuple[list[Path], dict[str, Figure]]:
-    """Which models are alike, and which metrics say the same: tables and pictures."""
+    """Which models are alike: table and figures."""
     found = group(table.to_numpy(), clusters)
     place = pd.DataFrame(found.place, index=table.index, columns=["PC1", "PC2"])
     place.insert(0, "cluster", found.labels)
@@ -445,18 +460,22 @@ def _alike(
         f"components ({found.explained[0]:.0%} and {found.explained[1]:.0%} of the variance)."
     )
     made = [_write_table(place, {"Which models are alike": text}, folder / "map", note)]
+    title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
+    return made, {
+        "tree": model_tree(found.merges, list(table.index), families, title),
+        "map": model_map(found.place, found.explained, found.labels.tolist(), families, title),
+    }
+
+
+def _together(table: pd.DataFrame, recipes: Mapping[str, str], folder: Path) -> tuple[list[Path], dict[str, Figure]]:
+    """Which metrics say the same over recipes: table and figure."""
     means = table.xs("mean", axis=1, level="statistic")
     of_recipes = unit_means(means.to_numpy(), [recipes[model] for model in table.index])
     correlation = pd.DataFrame(of_recipes, columns=means.columns.map(" ".join)).corr("spearman")
     text = correlation.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
     note = f"Spearman correlations of means over {len(of_recipes)} recipes ({len(table)} models)."
-    made.append(_write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note))
-    title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
-    return made, {
-        "tree": model_tree(found.merges, list(table.index), families, title),
-        "map": model_map(found.place, found.explained, found.labels.tolist(), families, title),
-        "correlation": correlation_map(correlation, len(of_recipes), "Manifold graph metrics (means)"),
-    }
+    made = [_write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note)]
+    return made, {"correlation": correlation_map(correlation, len(of_recipes), "Manifold graph metrics (means)")}
 
 
 def _training(models: Mapping[str, str]) -> dict[str, Figure]:
@@ -492,8 +511,7 @@ def _parse(args: Sequence[str]) -> Any:
         "survey",
         "Measure the manifolds of many models, and say which models are alike and what predicts how they transfer. "
         "Started again, the same command goes on with the models that are missing.",
-        args,
-        layers=None,
+        layers="stages and pooled features; heads differ, and published models have none",
         resumable=True,
     )
     parser.add_argument(
@@ -517,7 +535,7 @@ def _parse(args: Sequence[str]) -> Any:
     )
     parser.add_argument(
         "--recipes",
-        type=dict[str, str],
+        type=dict | list | str,  # what is no dictionary is told in one line
         default={},
         help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
         "of one recipe count once where something is predicted",
@@ -525,8 +543,9 @@ def _parse(args: Sequence[str]) -> Any:
     one = Annotated[int, at_least(1)]
     parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
     parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
-    options = parse_networks(parser, "survey", args)
+    options = parse_networks(parser, "survey", args, LAYERS, SOURCES)
     options.models, options.seeds = split_seeds(options.models)
+    options.recipes = _named_recipes(options.recipes)
     if not options.manifolds:
         raise UserError(f"--manifolds []: expected some of {', '.join(MANIFOLDS)}")
     for name in options.manifolds:
@@ -536,6 +555,12 @@ def _parse(args: Sequence[str]) -> Any:
     if options.k >= options.data.measure_size:
         raise UserError(f"--k {options.k}: expected fewer than --data.measure_size {options.data.measure_size} images")
     return options
+
+
+def _named_recipes(given: Any) -> dict[str, str]:
+    if not isinstance(given, dict) or any(name is None or isinstance(name, dict | list) for name in given.values()):
+        raise UserError(f"--recipes {given}: expected models with the names of their recipes, such as '{{a: x, b: x}}'")
+    return {str(model): str(name) for model, name in given.items()}
 
 
 def _fabric(options: Any) -> L.Fabric:
@@ -593,7 +618,7 @@ def survey(args: Sequence[str]) -> Path:
     if options.targets:  # tell mistakes
         read_targets(options.targets, {name: _source(method) for name, (method, _) in networks.items()}, recipes)
     for method, _ in networks.values():
-        backbone_layers(method, options.layers)
+        chosen_layers(method.backbone, options)
     data.setup("test")
     if data.multi_label:
         raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
@@ -635,7 +660,7 @@ def survey(args: Sequence[str]) -> Path:
 
 def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
-    names, kind, source = backbone_layers(method, options.layers), type(method.backbone).__name__, _source(method)
+    names, kind, source = chosen_layers(method.backbone, options), type(method.backbone).__name__, _source(method)
     facts = {
         "family": f"{UNTRAINED} {kind}" if epoch is None else getattr(method, "family", type(method).__name__),
         "epochs": epoch,

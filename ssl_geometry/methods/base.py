@@ -237,11 +237,6 @@ class Method(L.LightningModule):
         checkpoint["method"] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": self.init_args}
 
     @property
-    def group(self) -> str:
-        """Under what figures and tables put this network together with others: its method."""
-        return type(self).__name__
-
-    @property
     def recipe(self) -> str:
         """What was trained, apart from the seed: the class and all options that change the network.
 

@@ -15,6 +15,12 @@ from ssl_geometry.models import RESNETS, vit_names
 from ssl_geometry.models.zoo import TABLE, fetch, load_checkpoint, load_strictly
 from ssl_geometry.ranges import Pixels, Seed, check_value
 
+IMAGENET_CLASSES = {1_000, 11_221, 11_821, 21_841, 21_843}
+"""Of ImageNet-1k, the processed 21k, 12k, and the two counts of 22k: weights with such a classifier saw labels.
+
+Without one, or with an embedding of images and texts (CLIP), they may have or not.
+"""
+
 
 class Published(Method):
     """A network to measure: its backbone, how it wants its pictures, and whose it is.
@@ -46,11 +52,6 @@ class Published(Method):
         self.source = source
         self.learns_from_labels = None if family in ("untrained", "unknown") else family == "supervised"
         self.eval()
-
-    @property
-    def group(self) -> str:
-        """Supervised networks are one method; any other checkpoint is its own."""
-        return "Supervised" if self.family == "supervised" else self.source
 
     @property
     def recipe(self) -> str:
@@ -127,6 +128,8 @@ def from_torchvision(name: str) -> Published:
 def from_timm(name: str) -> Published:
     """A ResNet or a plain vision transformer of timm with its published weights, normalised as they say.
 
+    Weights that were published with a classifier of ImageNet learned from labels; of others that is unknown.
+
     Args:
         name: of timm, with or without a tag: ``vit_small_patch16_224.dino``.
 
@@ -149,7 +152,8 @@ def from_timm(name: str) -> Published:
     given: dict[str, Any] = trained.pretrained_cfg  # type: ignore[assignment]
     normalize = list(given["mean"]), list(given["std"])
     size = given["input_size"][1]
-    network = Published(architecture, size, normalize, given["crop_pct"], source=f"timm:{name}")
+    family = "supervised" if given["num_classes"] in IMAGENET_CLASSES else "unknown"
+    network = Published(architecture, size, normalize, given["crop_pct"], family, source=f"timm:{name}")
     _take(network, trained.state_dict(), "fc.", f"timm:{name}")
     return network
 

@@ -111,22 +111,23 @@ def _that_run(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
     return ran
 
 
-def present(model: nn.Module, layers: str | Sequence[str] | None, default: Sequence[str]) -> str | Sequence[str]:
+def present(model: nn.Module, layers: str | Sequence[str] | None, default: str | Sequence[str]) -> str | Sequence[str]:
     """The layers that were asked for, or those of a default that the network has (all, where it has none of them).
 
     Args:
         model: a network or a method.
         layers: as of :func:`layer_names`; None was not asked for anything.
-        default: presets and names.
+        default: presets, names and globs.
 
     Example:
-        >>> present(nn.Sequential(nn.Linear(2, 2)), None, ["post_residual", "pooled"])
+        >>> present(nn.Sequential(nn.Linear(2, 2)), None, ["post_residual", "pooled", "layer4.*"])
         ['post_residual']
     """
     if layers is not None:
         return layers
     named, presets = _layers(model)
-    return [name for name in default if name in named or presets.get(name)] or "all"
+    patterns = [default] if isinstance(default, str) else default
+    return [name for name in patterns if presets.get(name) or any(fnmatchcase(layer, name) for layer in named)] or "all"
 
 
 def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ssl_geometry.compare import Network, _parse, compare, main, show_neighbors
+from ssl_geometry.compare import Network, _parse, compare, groups_of, main, show_neighbors
+from ssl_geometry.errors import UserError
 from ssl_geometry.fit import fit
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
@@ -24,6 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     views = "--invariance.views=[own, simclr, color]"
     more = ["--invariance.every_n_epochs=2", views, "--data.eval_batch_size=64"]
+    more += ["--cka.gram_size=32", "--invariance.gram_size=32"]  # no default of compare
     fit(options(folder, "supervised", *more, method="Supervised"))
     fit(options(folder, "simclr", *more, f"--cka.reference={folder / 'e' / 'supervised'}"))
     return folder / "e"
@@ -32,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compared(runs: Path) -> Path:
     models = [f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}", "untrained=random:5"]
-    return compare(["--models", *models, "--out", str(runs.parent / "compared"), "--views=[own, simclr, color]"])
+    return compare(["--models", *models, "--out", str(runs.parent / "compared")])
 
 
 def test_it_gives_the_numbers_that_the_monitors_gave(runs: Path, compared: Path) -> None:
@@ -133,7 +135,7 @@ def test_one_picture_or_several_are_shown_each_once(given: list[str], numbers: l
 @pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
 def test_a_picture_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
     features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
-    network = Network("net", "SimCLR", False, 1, {}, [], torch.empty(0), torch.empty(0), features=features)
+    network = Network("net", False, 1, {}, [], torch.empty(0), torch.empty(0), features=features)
     batch = {"image": torch.zeros(80, 3, 4, 4, dtype=torch.uint8), "label": torch.zeros(80, dtype=torch.long)}
     data: Any = SimpleNamespace(loader=lambda split: [batch], class_names=["zero"])
     figure = show_neighbors(network, data, [5])
@@ -162,17 +164,17 @@ def test_findings_are_contrasts_with_intervals(compared: Path) -> None:
     frame = read_records(compared)
     at = frame[(frame["metric"] == "class_cka") & frame["layer"].isin(["layer4.0", "layer4.1"])]
     means = at.groupby("model")["value"].mean()
-    (row,) = table[table["contrast"] == "last blocks: nearer to the classes than those of SimCLR"].to_dict("records")
+    (row,) = table[table["contrast"] == "last blocks: nearer to the classes than those of simclr"].to_dict("records")
     assert row["effect"] == pytest.approx(means["supervised"] - means["simclr"])
 
 
 @pytest.mark.parametrize("layers", ["[stem, pooled]", "layer2.0.residual"])
 def test_layers_that_are_no_blocks(tmp_path: Path, layers: str, capsys: pytest.CaptureFixture[str]) -> None:
-    models = ["--models", "a=random:resnet10@16", "b=random:resnet10@16:1"]
+    models = ["--models", "a=random:resnet10@16,random:resnet10@16:1"]
     data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64"]
     out = compare([*models, *data, f"--out={tmp_path}", f"--layers={layers}", "--views=[]", "--permutations=9"])
     figures = {path.stem for path in (out / "figures").iterdir()}
-    assert {"layers_a_a", "layers_a_b", "layers_b_b", "invariance_and_classes"} <= figures
+    assert {"layers_a-1_a-1", "layers_a-1_a-2", "layers_a-2_a-2", "invariance_and_classes"} <= figures
     assert pd.read_parquet(out / "findings.parquet").empty, "nothing is claimed of untrained networks"
     assert "| claim | contrast" in (out / "findings.md").read_text()
 
@@ -187,3 +189,44 @@ def test_whether_a_network_learned_from_labels_is_its_own_property() -> None:
     assert Method.learns_from_labels is None
     for family, learned in (("supervised", True), ("prototype", False), ("untrained", None), ("unknown", None)):
         assert Published("resnet10", family=family).learns_from_labels is learned
+
+
+def test_runs_of_one_recipe_are_one_group() -> None:
+    def made(method: type[Method], epoch: int | None = 3, **options: Any) -> tuple[Method, int | None]:
+        return method(**{"backbone": "resnet10", "width": 0.25, "image_size": 16} | options), epoch
+
+    def config(**trainer: Any) -> dict[str, Any]:
+        return {"model": {"class_path": "SimCLR"}, "trainer": trainer}
+
+    networks = {
+        "s0": made(SimCLR, seed=0),
+        "s1": made(SimCLR, seed=1),
+        "early": made(SimCLR, epoch=1),
+        "cold": made(SimCLR, temperature=0.1),
+        "long": made(SimCLR, seed=2),
+        "mine": made(Mine),
+        "labels": made(Supervised),
+        "mixed-1": made(SimCLR, lr=1.0),
+        "mixed-2": made(SimCLR, lr=2.0),
+        "twin": made(SimCLR, epoch=None),
+        "fresh": (Published("resnet10", family="untrained"), None),
+        "wide": made(SimCLR, epoch=None, backbone="resnet18"),
+        "byol": (Published("resnet10", family="non-contrastive", source="byol"), 0),
+        "timm": (Published("resnet10", source="timm:resnet10"), 0),
+    }
+    options = SimpleNamespace(
+        seeds={name: "mixed" if name.startswith("mixed") else name for name in networks},
+        configs={"s0": config(max_epochs=3), "s1": config(max_epochs=3), "long": config(max_epochs=9)},
+    )
+    assert groups_of(networks, options) == {
+        **dict.fromkeys(("s0", "s1"), "s0 + s1"),
+        **{name: name for name in ("early", "cold", "long", "mine", "labels", "wide", "byol", "timm")},
+        **dict.fromkeys(("mixed-1", "mixed-2"), "mixed"),
+        **dict.fromkeys(("twin", "fresh"), "twin + fresh"),
+    }
+    many = {f"a-long-name-{seed}": made(SimCLR, seed=seed) for seed in range(4)}
+    options = SimpleNamespace(seeds={name: name for name in many}, configs={})
+    assert set(groups_of(many, options).values()) == {"a-long-name-0 + 3 more"}
+    for name in ("untrained", "supervised"):
+        with pytest.raises(UserError, match=f"--models {name}=…: the findings call others so"):
+            groups_of({name: made(SimCLR)}, SimpleNamespace(seeds={name: name}, configs={}))

@@ -69,7 +69,7 @@ class TestASurvey:
 
     def test_leaves_tables_and_pictures(self, surveyed: Path) -> None:
         figures = {path.name for path in (surveyed / "figures").iterdir()}
-        names = ("profiles", "collapse", "collapse_training", "tree", "map", "correlation")
+        names = ("profiles", "collapse", "collapse_training", "tree", "map")  # three recipes are not correlated
         assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
         table = pd.read_parquet(surveyed / "tables" / "mgm.parquet")
         assert table.shape == (4, 6 * 3 * 3)
@@ -83,11 +83,16 @@ class TestASurvey:
         place = pd.read_parquet(surveyed / "tables" / "map.parquet")
         assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained ResNet", "untrained ResNet"]
 
-    def test_started_again_it_measures_what_is_missing_or_has_changed(self, runs: Path, surveyed: Path) -> None:
-        arguments = [*models(runs), f"--out={surveyed}", *SMALL]
+    def test_started_again_it_measures_what_is_missing_or_has_changed(
+        self, runs: Path, surveyed: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = [*models(runs), f"--out={surveyed}"]  # k and copies are those of the runs
         before = times(surveyed)
+        (surveyed / "tables" / "correlation.md").write_text("of more models")
         survey(arguments)
         assert times(surveyed) == before
+        assert "no correlations of metrics: 3 of the 4 recipes that they need (--recipes)" in capsys.readouterr().err
+        assert not list(surveyed.glob("*/correlation.*")), "nothing of more recipes stands beside these"
         (surveyed / "records" / "models" / "supervised.parquet").unlink()
         survey(arguments)
         assert {name for name, time in times(surveyed).items() if time != before[name]} == {"supervised"}
@@ -274,7 +279,7 @@ def test_published_targets_name_models_and_say_where_they_come_from() -> None:
     assert pd.read_csv(command.PUBLISHED)["provenance"].notna().all()
 
 
-def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path) -> None:
+def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = [f"{name}={runs / name}" for name in ("simclr", "supervised")]
     arguments = ["--models", *spec, "untrained=random", "other=random:1"]
     out = probe([*arguments, f"--out={tmp_path / 'digits'}", "--evaluations=[knn]", "--k=[5]"])
@@ -282,6 +287,8 @@ def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path) -> N
     with pytest.raises(command.UserError, match=r"no task has results of 4 recipes.*: 3 at most"):
         survey(arguments)  # two untrained networks of one architecture
     survey([*arguments, "--recipes={other: another}"])
+    assert "over 4 recipes (4 models)" in (surveyed / "tables" / "correlation.md").read_text()
+    assert (surveyed / "figures" / "correlation.png").exists()
     text = (surveyed / "tables" / "prediction.md").read_text()
     assert "knn5: digits | 4 | 4 |" in text
     assert "With 4 recipes no p can be below 0.083, nor below 1 after Holm." in text
@@ -402,6 +409,12 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
         (["--targets=[{tmp}/few.csv]"], "no task has results of 4 recipes"),
         (["--recipes.simcrl=x"], "--recipes.simcrl: no such model; did you mean 'simclr'"),
+        (
+            ["--recipes", "simclr=x"],
+            "--recipes simclr=x: expected models with the names of their recipes, such as '{a:",
+        ),
+        (["--recipes=[simclr]"], "--recipes ['simclr']: expected models with"),
+        (["--recipes={simclr: [x]}"], "--recipes {'simclr': ['x']}: expected models with"),
         (["--layers=layer9"], "--layers='layer9' matches no layer"),
     ],
 )

@@ -387,12 +387,8 @@ def test_torchvision_and_timm_give_their_networks(tmp_path: Path, monkeypatch: p
     torch.save(original.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
     network, epochs = load_networks(["torchvision:resnet18"])["resnet18"]
     assert isinstance(network, Published)
-    assert (epochs, network.group, network.clean_view.size, network.clean_view.center_crop) == (
-        0,
-        "Supervised",
-        224,
-        0.875,
-    )
+    assert (epochs, network.learns_from_labels) == (0, True)
+    assert (network.clean_view.size, network.clean_view.center_crop) == (224, 0.875)
     assert network.clean_view.spec["normalize"][0] == [0.485, 0.456, 0.406]
     images = torch.rand(1, 3, 224, 224)
     original.fc = nn.Identity()
@@ -410,7 +406,11 @@ def test_torchvision_and_timm_give_their_networks(tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", pretrained)
+        unknown, _ = load_networks(["timm:vit_small_patch16_224.dino"]).popitem()[1]
+        made.clear()
         network, epochs = load_networks(["timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"]).popitem()[1]
+    assert network.learns_from_labels, "its weights were published with a classifier of ImageNet"
+    assert unknown.learns_from_labels is None
     (name, vit), *_ = [(name, net) for name, net in made if "." in name]
     assert name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     view = network.clean_view.spec

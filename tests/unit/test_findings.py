@@ -233,6 +233,10 @@ def test_methods_are_judged_each_by_themselves_and_unknown_ones_not_at_all() -> 
     assert sum("VICReg" in claim for claim in table["claim"].unique()) == 6
     pair = {"t": "Supervised", "x": "timm"}
     assert judge(records(pair), pair).empty
+    pair = {"v": "VICReg", "t": "Supervised"}
+    table = judge(records(pair), pair)
+    assert len(table)
+    assert not table.map(str).apply(lambda column: column.str.contains("SimCLR")).any(axis=None)
 
 
 # -- the layers --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Commands start from what the runs that they get were measured with, and name what runs do not agree on."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssl_geometry import compare, probe, survey
+
+LAYERS = ["stem", "pooled"]
+CONFIG: dict[str, Any] = {
+    "seed_everything": 3,
+    "data": {"dataset": "digits", "measure_size": 256, "limit_test": 300, "limit_train": 99, "gone": 1},
+    "cka": {"every_n_epochs": 1, "gram_size": 32, "layers": LAYERS},
+    "invariance": {"every_n_epochs": 0, "gram_size": 16, "layers": "all", "views": ["own", "crop"]},
+    "neighbors": {"every_n_epochs": 5, "k": 20, "copies": 4, "settings": ["crop", "policy"], "layers": None},
+    "spectrum": {"every_n_epochs": 5, "copies": 0, "layers": None},
+    "probes": {"every_n_epochs": 5, "layers": ["stages"], "train_images": 10},
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Callable[..., list[str]]:
+    """Makes runs, of which nothing but the configuration is there, and names them a, b, ..."""
+
+    def make(*changes: dict[str, Any]) -> list[str]:
+        specs = []
+        for name, change in zip("abc", changes, strict=False):
+            config = {group: {**options, **change.pop(group, {})} if isinstance(options, dict) else options
+                      for group, options in CONFIG.items()}  # fmt: skip
+            (tmp_path / name / "checkpoints").mkdir(parents=True)
+            (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+            (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config | change))
+            specs.append(f"{name}={tmp_path / name}")
+        return ["--models", *specs]
+
+    return make
+
+
+def test_what_the_run_was_measured_with_is_the_default(runs: Callable[..., list[str]]) -> None:
+    models = runs({})
+    options = compare._parse(models)
+    assert (options.gram_size, options.views) == (32, list(compare.VIEWS)), "invariance was not measured"
+    assert (options.layers, options.default_layers) == (None, LAYERS)
+    assert (options.data.measure_size, options.data.limit_test, options.data.seed) == (256, 300, 3)
+    options = survey._parse(models)
+    assert (options.k, options.copies, options.manifolds) == (20, 4, ["semantic", "crop", "policy"])
+    assert options.default_layers == survey.LAYERS
+    options = probe._parse(models)
+    assert (options.default_layers, options.train_images) == (["stages"], None)
+
+
+def test_a_checkpoint_of_a_run_and_seeds_name_the_run(runs: Callable[..., list[str]]) -> None:
+    a, b = (spec.partition("=")[2] for spec in runs({}, {"cka": {"gram_size": 8}})[1:])
+    options = compare._parse(["--models", f"x={a}/checkpoints/last.ckpt,{b}"])
+    assert options.gram_size == 32
+    assert options.seeds == {"x-1": "x", "x-2": "x"}
+    assert set(options.configs) == {"x-1", "x-2"}
+
+
+def test_the_command_line_wins(runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture) -> None:
+    models = runs({}, {"cka": {"gram_size": 8}, "data": {"measure_size": 64}})
+    given = ["--gram_size=64", "--layers", "all", "--data.measure_size", "200", "--views=[own]"]
+    options = compare._parse([*models, *given])
+    assert (options.gram_size, options.layers, options.data.measure_size, options.views) == (64, "all", 200, ["own"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "line"),
+    [
+        (compare, {"cka": {"gram_size": 64}}, "--gram_size differs between the runs: 32 (a: cka), 64 (b: cka)"),
+        (
+            compare,
+            {"invariance": {"every_n_epochs": 2}, "cka": {"every_n_epochs": 0}},
+            "--gram_size differs between the runs: 32 (a: cka), 16 (b: invariance)",
+        ),
+        (compare, {"cka": {"layers": "all"}}, "--layers differs between the runs: ['stem', 'pooled'] (a: cka), all (b"),
+        (
+            compare,
+            {"data": {"limit_test": None}},
+            "--data.limit_test differs between the runs: 300 (a), the default (b)",
+        ),
+        (survey, {"neighbors": {"k": 50}}, "--k differs between the runs: 20 (a), 50 (b)"),
+        (
+            survey,
+            {"spectrum": {"copies": 10}},
+            "--copies differs between the runs: 4 (a: neighbors, b: neighbors), 10 (b: s",
+        ),
+        (probe, {"probes": {"layers": None}}, "--layers differs between the runs: ['stages'] (a), the default (b)"),
+        (probe, {"data": {"limit_train": 9}}, "--data.limit_train differs between the runs: 99 (a), 9 (b)"),
+        (compare, {"data": {"limit_train": 9}}, ""),
+        (compare, {"data": {"dataset": "/elsewhere/digits", "num_workers": 9}, "seed_everything": 9}, ""),
+        (compare, {"invariance": {"gram_size": 8}}, ""),
+    ],
+)
+def test_what_runs_do_not_agree_on_is_one_line(
+    runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture, module: Any, change: dict[str, Any], line: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        options = module._parse(runs({}, change))
+    said = [record.getMessage() for record in caplog.records if record.name == "ssl_geometry.networks"]
+    assert all("the first is taken for all" in text for text in said)
+    assert (any(text.startswith(line) for text in said) and line) or not (line or said), said
+    assert options.data.limit_test == 300
