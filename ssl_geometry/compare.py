@@ -39,7 +39,7 @@ from ssl_geometry.geometry.cka import permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
-from ssl_geometry.geometry.overlap import NEAREST, all_alike, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import ALIKE, NEAREST, all_alike, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths
@@ -70,6 +70,8 @@ MANIFOLDS = ("neighbors", "diameter", "affinity")
 KINDS = ("semantic", "policy")
 LONGEST_GROUP = 40
 """Characters of the names of several networks in a legend."""
+SEED, CHANCE = 0, 0.95
+"""Of the permutations, and the quantile of theirs that a search over layers is held against."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
 """Neighbours in a row of pictures."""
@@ -197,7 +199,8 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
     found = torch.stack([matrix.reshape(shape) for matrix in (cka.compute(), *cka.interval())], 2).tolist()
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
-    knn_protocol = Protocol({**protocol.what, "metric": f"mutual kNN, k={options.k}, {NEAREST}, pooled features"})
+    metric = f"mutual kNN, k={options.k}, {NEAREST}, pooled features; none where directions are within {ALIKE} roundings"
+    knn_protocol = Protocol({**protocol.what, "metric": metric})
     rows, overlaps, common = [], [], {**_common(a, options), "view": "clean"}
     for i, (layer, depth) in enumerate(a.depths.items()):
         for j, (layer_other, depth_other) in enumerate(b.depths.items()):
@@ -214,7 +217,8 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
             overlaps.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))
     searched, protocols = [], [protocol, knn_protocol]
     if a is not b and options.permutations:
-        what = {"permutations": options.permutations, "permuted": "images within Gram matrices, alike in all layers"}
+        permuted = f"images within Gram matrices, alike in all layers, seed {SEED}; null: quantile {CHANCE:g}"
+        what = {"permutations": options.permutations, "permuted": permuted}
         protocols.append(Protocol({**protocol.what, **what}))
         searched = against_chance(
             a, b, torch.tensor(found, dtype=torch.float64)[..., 0], options, **common, protocol=protocols[-1].hash
@@ -239,7 +243,7 @@ def against_chance(
         For each layer of ``a`` three records: ``max_cka``, with the layer that has it; ``max_cka_null``, which one
         search in twenty exceeds when images are permuted; ``max_cka_p``, how often it reads as much as here.
     """
-    null = permuted_cka(a.vectors, b.vectors, options.gram_size, options.permutations)
+    null = permuted_cka(a.vectors, b.vectors, options.gram_size, options.permutations, SEED)
     blocks = torch.tensor([bool(re.fullmatch(BLOCK, layer)) for layer in b.depths])
     rows: list[dict[str, Any]] = []
     for layer, row, draws in zip(a.depths, values, null.unbind(1), strict=True):
@@ -253,7 +257,7 @@ def against_chance(
         place |= {"depth": a.depths[layer], "depth_other": b.depths[other]}
         found = {
             "max_cka": row[best],
-            "max_cka_null": by_chance.quantile(0.95),
+            "max_cka_null": by_chance.quantile(CHANCE),
             "max_cka_p": permutation_p(row[best], by_chance),
         }
         rows += [record(**common, **place, metric=name, value=float(value)) for name, value in found.items()]

@@ -29,7 +29,10 @@ from torch import Tensor, nn
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.callbacks.probes import (
+    FEW_SELECTION,
     LAYERS,
+    SOLVER,
+    STATISTICS,
     check_images,
     highest_decay,
     layer_widths,
@@ -57,6 +60,7 @@ from ssl_geometry.geometry.probes import (
 )
 from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
+from ssl_geometry.metrics.probe_bank import MOMENTUM
 from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import above, at_least, between
@@ -83,6 +87,11 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates of linear evaluation, on features of the probe bank's scale."""
 PIXEL_SIDE = 32
 """Raw pixels of larger pictures are averaged down to this side."""
+TEMPERATURE = 0.07
+"""Of the votes of nearest neighbours."""
+SEED = 0
+"""Of the head and the views of fine-tuning."""
+FINETUNING: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "warmup_epochs": 0}
 LEAST_STEPS = 10
 """Of linear evaluation: with fewer, nothing was learnt yet."""
 PICTURE = "linear_probes"
@@ -280,12 +289,12 @@ def evaluate_layers(subject: Subject, data: DataModule, options: Any, progress: 
 
 
 def evaluate_knn(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
-    """Votes of the nearest training images, weighted (temperature 0.07) and by heads."""
+    """Votes of the nearest training images, weighted by similarity and each counting one."""
     found = {}
     classes, vary = data.num_classes, directions_vary(subject.train[POOLED])
     distances, neighbours = knn_search(subject.test[POOLED], subject.train[POOLED], max(options.k))
     for k in options.k:
-        for temperature, kind in ((0.07, ""), (None, "_majority")):
+        for temperature, kind in ((TEMPERATURE, ""), (None, "_majority")):
             predicted = knn_vote(distances[:, :k], neighbours[:, :k], subject.train_labels, classes, temperature)
             # One column more than classes: of the images that have no neighbour.
             numbers = _numbers(one_hot(predicted % (classes + 1), classes + 1), subject)
@@ -415,13 +424,12 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
     shared = ("backbone", "stem", "width", "image_size", "normalize", "center_crop", "channels_last")
     for fraction in options.label_fractions:
         progress.console.print(f"fine-tuning {subject.name} on {100 * fraction:g}% of the labels", highlight=False)
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         network = Supervised(
             data.num_classes,
             augment=options.augment,
             lr=options.finetune_lr,
-            weight_decay=0.0,
-            warmup_epochs=0,
+            **FINETUNING,
             compile=False,  # a new network for each share of the labels: compiling takes longer than it saves
             **{key: given[key] for key in shared},
         )
@@ -470,33 +478,38 @@ RUN: dict[str, Callable[[Subject, DataModule, Any, Any], Found]] = {
 def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Protocol]:
     """For each evaluation, all that changes its numbers."""
     chosen = {
-        "layers": {"l2": list(L2)},
-        "knn": {"similarity": f"cosine, {RANKING}", "k": options.k, "temperature": 0.07},
+        "layers": {"l2": list(L2), "solver": f"logistic regression: {SOLVER}"},
+        "knn": {"similarity": f"cosine, {RANKING}", "k": options.k, "temperature": TEMPERATURE},
         "linear": {
             "epochs": options.linear_epochs,
             "batch": data.batch_size,
             "weight_decay": options.linear_weight_decay,
             "learning_rates": list(RATES),
             "schedule": "cosine",
-            "momentum": 0.9,
+            "momentum": MOMENTUM,
+            "statistics": STATISTICS,
         },
-        "labels": {"l2": list(L2), "fractions": options.label_fractions, "draws": options.draws},
+        "labels": {"l2": list(L2), "solver": SOLVER, "fractions": options.label_fractions, "draws": options.draws},
         "finetune": {
             "epochs": options.finetune_epochs,
             "learning_rate for 256 images": options.finetune_lr,
             "batch": data.batch_size,
             "training views": options.augment,
             "fractions": options.label_fractions,
+            "seed": SEED,
+            **FINETUNING,
         },
     }
     chosen["linear_augmented"] = {**chosen["linear"], "batch": data.eval_batch_size, "training views": options.augment}
     chosen["knn"]["selection"] = "none"
     chosen["labels"]["selection"] = (
         "accuracy on a tenth of each class of a subset, one image at least; a class of one image is learnt from"
-        "; of fewer than 100 images, five-fold cross-validation"
+        f"{FEW_SELECTION}"
     )
     chosen["finetune"] |= {"selection": "none", "encoder": "trained as well, in training mode"}
-    bank = {"clean training images": len(data.loader("bank", options.train_images).sampler.rows)}
+    bank: dict[str, Any] = {"clean training images": len(data.loader("bank", options.train_images).sampler.rows)}
+    if isinstance(method, RawPixels):
+        bank["pixels"] = f"averaged down to {PIXEL_SIDE} x {PIXEL_SIDE}"
     return {name: probe_protocol(name, data, method, "test", **bank, **chosen[name]) for name in options.evaluations}
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, forward_pass, measuring
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, gram_vector
+from ssl_geometry.geometry.cka import DUST, MIN_GRAM_SIZE, gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
+from ssl_geometry.metrics.cka import BLOCKS
 from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
@@ -220,7 +221,8 @@ def cka_protocol(data: DataModule, gram_size: int, network: L.LightningModule, v
         {
             "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
             "gram_size": gram_size,
-            "error bars": "95 %, Student's t on a jackknife over 16 blocks of Gram matrices",
+            "constant": f"Gram matrices within {DUST} roundings",
+            "error bars": f"95 %, Student's t on a jackknife over {BLOCKS} blocks of Gram matrices",
             "order": "Gram matrices of consecutive images, which are in one fixed random order",
             # how batches fall into Gram matrices: no matter while they hold whole ones
             "batch": data.eval_batch_size if data.eval_batch_size % gram_size else "of whole Gram matrices",

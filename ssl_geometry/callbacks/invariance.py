@@ -18,6 +18,7 @@ from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Re
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA
+from ssl_geometry.metrics.cka import LONELY
 from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.ranges import check_arguments
 from ssl_geometry.records import Protocol, record
@@ -171,7 +172,8 @@ def layer_records(
     for name, view, metric in measured:
         protocol = cka_protocol(data, gram_size, method, {name: method.measuring_view(view).spec})
         if metric is classes and metric.sizes is not None:
-            weighed = "one-hot; pairs of images of a class of n_c images count n_c/(n_c - 1) times"
+            weighed = "one-hot; pairs of images of a class of n_c images count n_c/(n_c - 1) times; no more than "
+            weighed += f"{LONELY:.0%} of them may be those of classes of a single image"
             protocol = Protocol({**protocol.what, "classes": weighed})
         protocols.append(protocol)
         found = (tensor.reshape(-1).tolist() for tensor in (metric.compute(), *metric.interval()))

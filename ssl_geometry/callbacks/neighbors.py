@@ -20,10 +20,13 @@ from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.neighbors import RANKING
-from ssl_geometry.geometry.overlap import NEAREST, jaccard, mutual_knn
+from ssl_geometry.geometry.dimension import DISCARD
+from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
+from ssl_geometry.geometry.neighbors import EXACT_ROWS, LINKS, RANKING
+from ssl_geometry.geometry.nnk import ACTIVE, INDEPENDENT, OPTIMAL, RESOLUTION
+from ssl_geometry.geometry.overlap import ALIKE, NEAREST, jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
-from ssl_geometry.metrics.neighborhoods import LayerNeighbors
+from ssl_geometry.metrics.neighborhoods import DIMENSION_K, MIN_IMAGES, LayerNeighbors
 from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
@@ -263,8 +266,16 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
     return Protocol(
         {
             "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
-            "nearest": f"cosine, {RANKING}",
-            "nnk": "posed in the differences between a query and its candidates",
+            "nearest": f"cosine, {RANKING}; of more than {EXACT_ROWS:,} images on a CPU by HNSW of {LINKS} links",
+            "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
+            "nnk": {
+                "posed": "in the differences between a query and its candidates",
+                "enters": f"above {OPTIMAL:g}, independent above {INDEPENDENT:g}",
+                "is a neighbour": f"above {ACTIVE:g} of the largest weight",
+                "is solved": f"radius of {RESOLUTION} roundings",
+            },
+            "directions": f"squared singular value of at least {DIRECTIONS:g} of the largest",
+            "random pairs": f"seed {SEED}",
             "pooling": "average over space",
             "network": f"evaluation mode, {network.dtype}",
             "views": {"clean": network.clean_view.spec, **views},
@@ -273,7 +284,8 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
             "batch": data.eval_batch_size,  # the random baselines of affinity and angle come from one batch
             "overlap": {"k": _overlap_k(data), "nearest": NEAREST},
             "intervals": "Student's t, n - 1; semantic: pairs of images that share an image are not independent",
-            "intrinsic dimension": "of equal images, one counts",
+            "intrinsic dimension": f"{DIMENSION_K} neighbours, of equal images one counts",
+            "two_nn": f"without the largest {DISCARD:g} of the ratios",
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
         }

@@ -27,9 +27,9 @@ from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, measuring, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.probes import held_out
+from ssl_geometry.geometry.probes import FEW, FOLDS, HELD_OUT, ITERATIONS, TOLERANCE, held_out
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
-from ssl_geometry.metrics.probe_bank import LEARNING_RATES, WEIGHT_DECAYS
+from ssl_geometry.metrics.probe_bank import LEARNING_RATES, MEMORY, WEIGHT_DECAYS
 from ssl_geometry.models.taps import Taps, layer_depths
 from ssl_geometry.ranges import above, at_least, check_arguments
 from ssl_geometry.records import Protocol, record
@@ -38,8 +38,10 @@ from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 logger = logging.getLogger(__name__)
 
 LAYERS = ("post_residual", "pooled", "head")
-SELECTION = "accuracy on a fixed tenth of the training images, chosen by index; of equals, the loss there"
-FEW_SELECTION = "; of fewer than 100 training images, by five-fold cross-validation"
+SELECTION = f"accuracy on one of {HELD_OUT} training images, chosen by index; ties broken by the loss there"
+FEW_SELECTION = f"; of fewer than {FEW} training images, by {FOLDS}-fold cross-validation"
+SOLVER = f"L-BFGS until an entry of the gradient is at most {TOLERANCE:g} of the objective, {ITERATIONS} steps at most"
+STATISTICS = f"features standardised by running statistics, which keep {MEMORY} from step to step"
 MOST_IN_FLOAT32 = 32 * 2**20
 """Bytes of gradients that processes send each other in float32 by default; more go in bfloat16."""
 HIGHEST_RATE = 7.0
@@ -289,6 +291,8 @@ class ProbeMonitor(Monitor):
         protocols = []
         for name, probe in self._probes.items():
             options: dict[str, Any] = {"train_images": self.train_images, "l2": list(probe.l2)}
+            if name == "logistic_probe":
+                options["solver"] = SOLVER
             protocol = probe_protocol(name, data, method, "measure", **options)
             try:
                 found = {key: value.reshape(-1).tolist() for key, value in probe.compute().items()}
@@ -306,6 +310,7 @@ class ProbeMonitor(Monitor):
                 "views an image": method.num_views,
                 "batch": data.batch_size,
                 "momentum": self.bank.momentum,
+                "statistics": STATISTICS,
                 **self._online_options,
             }
             if self.bank.sent_in != torch.float32 and trainer.world_size > 1:

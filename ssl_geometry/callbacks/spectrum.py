@@ -18,6 +18,7 @@ from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Re
 from ssl_geometry.callbacks.neighbors import LAYERS
 from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.geometry.spectrum import FIRST, LAST, LIDAR_DELTA, LIDAR_EPS, POTENTIAL, RANK_SHARE, RANKME_EPS
 from ssl_geometry.metrics import Spectrum
 from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.ranges import at_least, check_arguments
@@ -137,8 +138,10 @@ def spectrum_protocol(data: DataModule, network: Any, copies: int) -> Protocol:
             "network": f"evaluation mode, {network.dtype}",
             "views": {"clean": network.clean_view.spec, "copies": network.measuring_view(VIEW).spec},
             "copies": copies,
-            "lidar": f"{copies} views of each image, delta 1e-4, eps 1e-8 for all eigenvalues",
-            "alpha_req": "eigenvalues 11 to 100, at most 0.9 of the rank; weights 1/i",
+            "rankme": f"eps {RANKME_EPS:g}",
+            "lidar": f"{copies} views of each image, delta {LIDAR_DELTA:g}, eps {LIDAR_EPS:g} for all eigenvalues",
+            "alpha_req": f"eigenvalues {FIRST} to {LAST}, at most {RANK_SHARE:g} of the rank; weights 1/i",
+            "uniformity": f"t = {POTENTIAL:g}",
             "images": data.measure_ids,
             "n": data.measure_size,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},

@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+DISCARD = 0.1
+"""Share of the largest ratios that TwoNN leaves out."""
 
-def two_nn(squared_distances: Float[Tensor, "N k"], discard: float = 0.1) -> Float[Tensor, ""]:
+
+def two_nn(squared_distances: Float[Tensor, "N k"], discard: float = DISCARD) -> Float[Tensor, ""]:
     """Dimension from the ratio of the distances to the second and the first neighbour.
 
     The ratios mu of points of a d-dimensional manifold follow the Pareto law P(mu > m) = m^-d; d is the slope of

@@ -23,6 +23,8 @@ from ssl_geometry.geometry.nnk import NNK, RESOLUTION, centered, over_chunks, pr
 
 DIRECTIONS = 0.1
 """Directions of at least this share of the largest squared singular value span a neighbourhood."""
+SEED = 0
+"""Chooses the images, or copies, that the random baselines compare with."""
 DISTANCES = 2**22
 """Distances between the copies of images (m³ an image, float64) that are held at once: some tens of these arrays."""
 
@@ -32,7 +34,7 @@ def manifold_metrics(
     ids: Int64[Tensor, "N K"],
     result: NNK,
     *,
-    seed: int = 0,
+    seed: int = SEED,
     chunk: int | None = None,
 ) -> dict[str, Float[Tensor, " N"]]:
     """Size and orientation of every image's NNK neighbourhood.
@@ -78,7 +80,7 @@ def manifold_metrics_and_errors(
     result: NNK,
     labels: Int64[Tensor, " N"],
     *,
-    seed: int = 0,
+    seed: int = SEED,
     chunk: int | None = None,
 ) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Float[Tensor, ""]]]:
     """:func:`manifold_metrics`, and the standard error of the mean of each over all images.
@@ -189,7 +191,7 @@ def _standard_error(
 
 
 def augmentation_metrics(
-    copies: Float[Tensor, "B m D"], *, seed: int = 0, chunk: int | None = None
+    copies: Float[Tensor, "B m D"], *, seed: int = SEED, chunk: int | None = None
 ) -> dict[str, Float[Tensor, " B"]]:
     """The metrics of :func:`manifold_metrics` for the manifold of each image's augmented copies.
 

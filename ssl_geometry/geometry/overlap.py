@@ -15,6 +15,9 @@ from ssl_geometry.geometry.neighbors import RANKING, nearest
 NEAREST = f"cosine, {RANKING}; zeros have no neighbours and are none"
 """Which neighbours are compared, for protocols."""
 
+ALIKE = 8
+"""Roundings of the features' dtype up to which directions do not differ."""
+
 
 def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10) -> Int64[Tensor, "N k"]:
     """The k images most alike each image, by cosine similarity, itself left out by its index.
@@ -145,7 +148,7 @@ def all_alike(features: Float[Tensor, "N D"]) -> bool:
         total += _directions(part).sum(0)
     mean = total / len(features)
     apart = sum(((_directions(part) - mean).square().sum() for part in parts), mean.new_zeros(()))
-    resolution = 8 * torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
+    resolution = ALIKE * torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
     return not bool(apart / len(features) > resolution**2 * mean.square().sum())
 
 

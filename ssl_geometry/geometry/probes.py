@@ -20,6 +20,8 @@ HELD_OUT = 10  # one image of so many teaches nothing and chooses
 FEW = 100
 """Fewer images choose by cross-validation: a tenth of them is too few to choose by."""
 FOLDS = 5
+TOLERANCE, ITERATIONS = 3e-6, 2000
+"""Where logistic regression ends: share of the objective that an entry of its gradient may have, and steps."""
 MEMORY = 12  # steps that L-BFGS remembers
 TRIALS = 12  # of a step's length, at most
 GROUP_BYTES = {"cpu": 0, "cuda": 3 * 2**30}
@@ -594,8 +596,8 @@ def logistic_regression(
     num_classes: int,
     l2: Sequence[float] = L2,
     *,
-    tolerance: float = 3e-6,
-    max_iterations: int = 2000,
+    tolerance: float = TOLERANCE,
+    max_iterations: int = ITERATIONS,
 ) -> dict[str, LinearProbe]:
     """Minimise mean cross-entropy + l2/2 |W|^2 on standardised features, for all layers and strengths.
 

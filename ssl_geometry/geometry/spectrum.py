@@ -8,6 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+RANKME_EPS = 1e-7
+"""Added to each share of the singular values, as in RankMe's paper."""
+FIRST, LAST, RANK_SHARE = 11, 100, 0.9
+"""Eigenvalues between which alpha-ReQ fits its law, and the share of the rank at which it ends before that."""
+LIDAR_DELTA, LIDAR_EPS = 1e-4, 1e-8
+"""Added to the covariance within images, and to each share of the eigenvalues."""
+POTENTIAL = 2.0
+"""The t of the Gaussian potential of uniformity."""
+
 
 def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
     """Singular values in descending order, min(N, D) of them; NaN for features that are not finite.
@@ -42,7 +51,7 @@ def entropy_rank(values: Float[Tensor, " M"], eps: float = 0.0) -> Float[Tensor,
     return torch.special.entr(p).sum().exp()
 
 
-def rankme(features: Float[Tensor, "N D"], eps: float = 1e-7) -> Float[Tensor, ""]:
+def rankme(features: Float[Tensor, "N D"], eps: float = RANKME_EPS) -> Float[Tensor, ""]:
     """RankMe: the exponential of the entropy of the singular values, features not centred.
 
     Args:
@@ -96,7 +105,7 @@ def evenness(values: Float[Tensor, " M"]) -> Float[Tensor, ""]:
 
 
 def alpha_req(
-    features: Float[Tensor, "N D"], first: int = 11, last: int = 100
+    features: Float[Tensor, "N D"], first: int = FIRST, last: int = LAST
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Decay alpha of the covariance's eigenvalues, lambda_i ~ i^-alpha, and how well that law holds.
 
@@ -126,7 +135,9 @@ def alpha_req(
     return decay(covariance_eigenvalues(features), first, last)
 
 
-def decay(values: Float[Tensor, " M"], first: int = 11, last: int = 100) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def decay(
+    values: Float[Tensor, " M"], first: int = FIRST, last: int = LAST
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """:func:`alpha_req` of the covariance's eigenvalues, in descending order.
 
     Example:
@@ -134,7 +145,7 @@ def decay(values: Float[Tensor, " M"], first: int = 11, last: int = 100) -> tupl
         >>> round(float(alpha), 3), round(float(fit), 3)
         (1.5, 1.0)
     """
-    end = (0.9 * (values > 0).sum()).floor().clamp_max(last)
+    end = (RANK_SHARE * (values > 0).sum()).floor().clamp_max(last)
     index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
     used = (index >= first) & (index <= end)
     weight = torch.where(used & (end >= 2 * first), 1 / index, 0)  # no index: 0 / 0 is not a number
@@ -155,7 +166,11 @@ def view_statistics(views: Float[Tensor, "n q D"]) -> tuple[Float[Tensor, "n D"]
 
 
 def lidar(
-    means: Float[Tensor, "n D"], scatter: Float[Tensor, "D D"], views: int, delta: float = 1e-4, eps: float = 1e-8
+    means: Float[Tensor, "n D"],
+    scatter: Float[Tensor, "D D"],
+    views: int,
+    delta: float = LIDAR_DELTA,
+    eps: float = LIDAR_EPS,
 ) -> Float[Tensor, ""]:
     """LiDAR: the effective rank of what linear discriminant analysis sees when every image is a class of its views.
 
@@ -205,7 +220,7 @@ def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor,
     return (_unit(x) - _unit(y)).square().sum(1)
 
 
-def uniformity(x: Float[Tensor, "N D"], t: float = 2.0, chunk: int = 1024) -> Float[Tensor, ""]:
+def uniformity(x: Float[Tensor, "N D"], t: float = POTENTIAL, chunk: int = 1024) -> Float[Tensor, ""]:
     """Logarithm of the mean Gaussian potential of all pairs of unit vectors: the lower, the more evenly spread.
 
     Args:

@@ -33,6 +33,8 @@ FLAT = (
     "varies by less than 1e-19 in float32; of classes, no two images share one, or all do)"
 )
 INFINITE = "activations are not finite, or above 1e19, whose squares float32 does not hold"
+BLOCKS = 16
+"""Blocks that Gram matrices are dealt into in turn, for the error bar."""
 FEW_PAIRS = 100
 """Pairs of images of one class below which class CKA is only known to about a tenth."""
 RARE = 0.1
@@ -86,7 +88,7 @@ class LayerwiseCKA(Metric):
     cols_self: Tensor
 
     def __init__(
-        self, rows: Sequence[str], cols: Sequence[str] | None = None, gram_size: int = 64, blocks: int = 16
+        self, rows: Sequence[str], cols: Sequence[str] | None = None, gram_size: int = 64, blocks: int = BLOCKS
     ) -> None:
         super().__init__()
         self.rows = list(rows)
@@ -210,7 +212,7 @@ class InvarianceCKA(LayerwiseCKA):
         True
     """
 
-    def __init__(self, layers: Sequence[str], gram_size: int = 64, blocks: int = 16) -> None:
+    def __init__(self, layers: Sequence[str], gram_size: int = 64, blocks: int = BLOCKS) -> None:
         super().__init__(layers, layers, gram_size, blocks)
 
     def update(  # type: ignore[override]
@@ -275,7 +277,7 @@ class ClassCKA(LayerwiseCKA):
         layers: Sequence[str],
         num_classes: int,
         gram_size: int = 64,
-        blocks: int = 16,
+        blocks: int = BLOCKS,
         sizes: Int64[Tensor, " C"] | None = None,
     ) -> None:
         super().__init__(layers, ["classes"], gram_size, blocks)

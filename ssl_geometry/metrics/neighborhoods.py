@@ -22,6 +22,8 @@ from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import all_alike
 from ssl_geometry.metrics.features import LayerFeatures
 
+DIMENSION_K = 20
+"""Nearest images that tell the intrinsic dimension, as far as there are so many candidates."""
 MIN_IMAGES = 4  # fewer have no three neighbours, and no dimension
 MANIFOLD_METRICS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 """What is measured of the manifold around each image; see :mod:`ssl_geometry.geometry.manifold`."""
@@ -130,7 +132,7 @@ class Neighborhoods(LayerFeatures):
             return LayerNeighbors(nobody, nobody, dict.fromkeys(MANIFOLD_METRICS, unknown), statistics, {})
         features, labels = features[rows], labels[rows]
         k = min(self.k, len(rows) - 1)
-        cosine, euclidean = nearest(features, k=k), nearest(features, k=min(k, 20), metric="l2")
+        cosine, euclidean = nearest(features, k=k), nearest(features, k=min(k, DIMENSION_K), metric="l2")
         solved = nnk(features, cosine.ids)
         nnk_ids = cosine.ids.where(solved.active, -1)
         same = same_class_ids(features, labels, k)

@@ -19,6 +19,7 @@ from ssl_geometry.geometry.probes import held_out
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-3)
+MOMENTUM = 0.9
 MEMORY = 0.99  # of the running mean and variance, from step to step
 
 
@@ -70,7 +71,7 @@ class ProbeBank(nn.Module):
         num_classes: int,
         learning_rates: Sequence[float] = LEARNING_RATES,
         weight_decays: Sequence[float] = WEIGHT_DECAYS,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         sent_in: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.spectrum import (
+    RANKME_EPS,
     alignment,
     covariance_eigenvalues,
     decay,
@@ -105,7 +106,7 @@ class Spectrum(LayerFeatures):
             values, variances = singular_values(features), covariance_eigenvalues(features)  # decomposed once each
             alpha, fit = decay(variances)
             row = {
-                "rankme": entropy_rank(values, eps=1e-7),
+                "rankme": entropy_rank(values, RANKME_EPS),
                 "effective_rank": entropy_rank(values),
                 "participation_ratio": evenness(variances),
                 "alpha_req": alpha,

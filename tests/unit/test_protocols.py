@@ -1,0 +1,111 @@
+"""The hash of a protocol changes with every constant in the code that changes the numbers behind it."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ssl_geometry import probe
+from ssl_geometry.callbacks import cka, invariance, neighbors, spectrum
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.methods import SimCLR
+from ssl_geometry.metrics import ClassCKA
+from ssl_geometry.records import Protocol
+
+
+@pytest.fixture(scope="module")
+def data() -> DataModule:
+    data = DataModule("digits", measure_size=64, limit_test=64, limit_train=64)
+    data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def method() -> SimCLR:
+    return SimCLR(backbone="resnet10", width=0.25, image_size=16)
+
+
+def of_neighbors(data: DataModule, method: SimCLR) -> list[Protocol]:
+    return [neighbors.neighbor_protocol(data, method, k=5, copies=4, settings=("crop",))]
+
+
+def of_spectra(data: DataModule, method: SimCLR) -> list[Protocol]:
+    return [spectrum.spectrum_protocol(data, method, 10)]
+
+
+def of_cka(data: DataModule, method: SimCLR) -> list[Protocol]:
+    return [cka.cka_protocol(data, 64, method, {"clean": method.clean_view.spec})]
+
+
+def of_classes(data: DataModule, method: SimCLR) -> list[Protocol]:
+    classes = ClassCKA(["x"], 10, sizes=data.measure_sizes)
+    with pytest.warns(UserWarning, match="CKA is NaN"):  # of no image
+        return invariance.layer_records(method, data, {"x": 0.0}, 64, {}, classes)[1]
+
+
+def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, SimCLR], list[Protocol]]:
+    def made(data: DataModule, method: SimCLR) -> list[Protocol]:
+        options = SimpleNamespace(
+            evaluations=evaluations, train_images=None, k=[5], linear_epochs=3, linear_weight_decay=0.0, draws=2,
+            label_fractions=[0.1], augment="supervised", finetune_epochs=1, finetune_lr=0.1,
+        )  # fmt: skip
+        options_of = {name: value for name, value in method.init_args.items() if name in ("image_size", "normalize")}
+        measured = probe.RawPixels(**options_of) if pixels else method
+        return list(probe.protocols(data, measured, options).values())
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "protocols"),
+    [
+        *(
+            (neighbors, name, value, of_neighbors)
+            for name, value in {
+                "DIMENSION_K": 10, "DISCARD": 0.2, "DIRECTIONS": 0.2, "SEED": 1, "ACTIVE": 1e-3, "OPTIMAL": 1e-9,
+                "INDEPENDENT": 1e-9, "RESOLUTION": 4, "ALIKE": 4, "MIN_IMAGES": 9, "OVERLAP_K": 5, "EXACT_ROWS": 9,
+                "LINKS": 9, "RANKING": "by hand",
+            }.items()
+        ),
+        *(
+            (spectrum, name, value, of_spectra)
+            for name, value in {
+                "RANKME_EPS": 0.0, "FIRST": 2, "LAST": 50, "RANK_SHARE": 1.0, "LIDAR_DELTA": 1.0, "LIDAR_EPS": 0.0,
+                "POTENTIAL": 1.0, "VIEW": "crop",
+            }.items()
+        ),
+        (cka, "BLOCKS", 8, of_cka),
+        (cka, "DUST", 4, of_cka),
+        (invariance, "LONELY", 0.5, of_classes),
+        (probe, "TEMPERATURE", 0.1, of_probes("knn")),
+        (probe, "RATES", (1.0,), of_probes("linear", "linear_augmented")),
+        (probe, "MOMENTUM", 0.5, of_probes("linear", "linear_augmented")),
+        (probe, "STATISTICS", "none", of_probes("linear", "linear_augmented")),
+        (probe, "SOLVER", "by hand", of_probes("layers", "labels")),
+        (probe, "L2", (1.0,), of_probes("layers", "labels")),
+        (probe, "FEW_SELECTION", "", of_probes("labels")),
+        (probe, "SEED", 1, of_probes("finetune")),
+        (probe, "FINETUNING", {"optimizer": "adamw"}, of_probes("finetune")),
+        (probe, "PIXEL_SIDE", 8, of_probes("knn", pixels=True)),
+    ],
+)  # fmt: skip
+def test_a_constant_that_changes_numbers_is_in_the_protocol(
+    data: DataModule,
+    method: SimCLR,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    value: Any,
+    protocols: Callable[[DataModule, SimCLR], list[Protocol]],
+) -> None:
+    before = [protocol.hash for protocol in protocols(data, method)]
+    monkeypatch.setattr(module, name, value)
+    after = [protocol.hash for protocol in protocols(data, method)]
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_the_choice_of_hyperparameters_is_told_with_its_constants() -> None:
+    assert all(word in probe.SOLVER for word in ("3e-06", "2000"))
+    assert "0.99" in probe.STATISTICS
+    assert "100 training images" in probe.FEW_SELECTION
