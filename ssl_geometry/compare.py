@@ -199,7 +199,8 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
     found = torch.stack([matrix.reshape(shape) for matrix in (cka.compute(), *cka.interval())], 2).tolist()
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
-    metric = f"mutual kNN, k={options.k}, {NEAREST}, pooled features; none where directions are within {ALIKE} roundings"
+    alike = f"no neighbours where directions are within {ALIKE} roundings"
+    metric = f"mutual kNN, k={options.k}, {NEAREST}, pooled features; {alike}"
     knn_protocol = Protocol({**protocol.what, "metric": metric})
     rows, overlaps, common = [], [], {**_common(a, options), "view": "clean"}
     for i, (layer, depth) in enumerate(a.depths.items()):
