@@ -91,9 +91,10 @@ def test_a_protocol_says_what_was_classified_and_what_was_learnt_from(runs: Path
     out = probe(["--models", *models, f"--out={tmp_path / 'o'}", *more])
     assert set(read_records(out)["n"]) == {128}
     afterwards = protocols(out, "knn")
-    assert [(p["test images"]["split"], p["test images"]["n"]) for p in afterwards] == [("test", 128)] * 2
+    assert [(p["test images"]["split"], p["test images"]["n"]) for p in afterwards] == [("test", 128)] * 3
     text = (out / "tables.md").read_text()
-    assert "(small, raw pixels)" in text, "each protocol stands with its networks"
+    assert "(small)" in text, "each protocol stands with its networks"
+    assert "(raw pixels)" in text, "whose protocol says how far they are averaged down"
     assert "(large)" in text
     latex = (out / "tables.tex").read_text()
     assert '%  "temperature": 0.07' in latex
