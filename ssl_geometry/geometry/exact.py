@@ -10,6 +10,7 @@ FAISS is imported here and nowhere else, when something is searched first, with 
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ TIE = 8 * torch.finfo(torch.float64).eps  # relative difference of float64 dista
 TORCH_FROM_K = 50  # users measured torch's product and top-k ahead of FAISS on CUDA at this k
 PRODUCTS = {"cpu": 2**24, "cuda": 2**27}  # float32 products of one block: 64 and 512 MiB
 GPU_WORKSPACE = 2**28  # bytes that FAISS keeps on each GPU that it searched on; it would take 1.5 GB
+GPU_ROOM = 2 * GPU_WORKSPACE  # bytes that are free before it starts there: also for cuBLAS, without which it aborts
 MODERN = {"Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's kernels for x86 with AVX2 or more
 
 
@@ -152,7 +154,18 @@ def backend(device: torch.device, k: int) -> Backend:
 
 @cache
 def gpu_resources(device: int) -> Any:
-    """FAISS's on one GPU, made once (0.1 to 0.2 s) and kept: 256 MiB there, none pinned on the host."""
+    """FAISS's on one GPU, made once (0.1 to 0.2 s) and kept: 256 MiB there, none pinned on the host.
+
+    Raises:
+        torch.OutOfMemoryError: no room for them, also without what torch only keeps for later.
+    """
+    if torch.cuda.mem_get_info(device)[0] < GPU_ROOM:  # FAISS does not allocate from torch's cache
+        torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < GPU_ROOM:
+        raise torch.OutOfMemoryError(
+            f"GPU {device} has {free / 2**20:.0f} MiB free, FAISS needs {GPU_ROOM / 2**20:.0f}"
+        )
     resources = faiss().StandardGpuResources()
     resources.setTempMemory(GPU_WORKSPACE)
     resources.setPinnedMemory(0)  # for copies from the host, of which there are none
@@ -226,9 +239,26 @@ def _by_faiss(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Ten
 
 
 def _by_faiss_gpu(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
-    device = points.device.index
-    with torch.cuda.device(device):  # whose stream FAISS joins
-        return faiss().knn_gpu(gpu_resources(device), queries, points, k, metric=_metric(inner), device=device)
+    """Twice where memory was full: the second time without torch's cache, then on the CPU.
+
+    Not run on a GPU whose memory is full; a test takes allocations from a pretended one.
+    """
+    device, options = points.device.index, {"metric": _metric(inner), "device": points.device.index}
+    reason = ""  # not the error, whose traceback would keep FAISS's resources
+    for _ in range(2):
+        try:
+            with torch.cuda.device(device):  # whose stream FAISS joins
+                return faiss().knn_gpu(gpu_resources(device), queries, points, k, **options)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "alloc fail" in str(error)):
+                raise
+            reason = str(error).strip().splitlines()[-1]
+        gpu_resources.cache_clear()  # which an allocation that failed may have left half made
+        torch.cuda.empty_cache()
+    warnings.warn(f"neighbours are searched on the CPU, as FAISS has no memory on GPU {device}: {reason}", stacklevel=2)
+    search = _by_faiss if backend(torch.device("cpu"), k) == "faiss" else _by_torch
+    values, ids = search(queries.cpu(), points.cpu(), k, inner)
+    return values.to(points.device), ids.to(points.device)
 
 
 def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -227,6 +228,64 @@ def test_a_pretended_gpu(gpu_support: bool, metric: Any, k: int, monkeypatch: py
     assert not gpu.faults, gpu.report()
     assert torch.equal(ids, here.ids)
     torch.testing.assert_close(values, here.values, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("free", "failures", "emptied", "where"),
+    [
+        ([2**30, 2**30], 0, 0, "GPU"),
+        ([2**20, 2**30], 0, 1, "GPU"),  # torch's cache gives it back
+        ([2**30] * 4, 1, 1, "GPU"),  # what the search itself allocates
+        ([2**30] * 4, 2, 2, "CPU"),
+        ([2**20] * 4, 0, 4, "CPU"),  # FAISS is not started: where cuBLAS has no memory, it aborts the process
+    ],
+)
+def test_a_gpu_whose_memory_is_full(
+    free: list[int], failures: int, emptied: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points, told, room = cloud("normal", 60, 4, 0), [], iter(free)
+    here = nearest(points, k=3)
+    with FakeCuda() as gpu, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        library, calls = exact.faiss(), []
+        search: Callable[..., Any] = library.knn_gpu
+
+        def knn_gpu(*args: Any, **options: Any) -> Any:
+            calls.append(args[0])
+            if len(calls) <= failures:
+                raise RuntimeError(
+                    "Error in allocMemory at x.cpp:1: Error: 'err == cudaSuccess' failed: alloc fail type"
+                )
+            return search(*args, **options)
+
+        monkeypatch.setattr(library, "knn_gpu", knn_gpu)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("empty"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(room), 2**34))
+        exact.gpu_resources.cache_clear()
+        there = nearest(points.to("cuda"), k=3)
+        assert there.ids.is_cuda
+        ids = there.ids.cpu()
+        monkeypatch.undo()
+    exact.gpu_resources.cache_clear()
+    assert not gpu.faults, gpu.report()
+    assert torch.equal(ids, here.ids)
+    assert len(told) == emptied
+    assert len({id(resources) for resources in calls}) == len(calls), "made anew after a failure"
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (where == "CPU")
+    assert all("on the CPU" in message and "\n" not in message for message in messages)
+
+
+def test_other_errors_of_a_search_on_a_gpu_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def knn_gpu(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with FakeCuda():
+        monkeypatch.setattr(exact.faiss(), "knn_gpu", knn_gpu)
+        with pytest.raises(RuntimeError, match="assert"):
+            nearest(cloud("normal", 30, 4, 0).to("cuda"), k=3)
+        monkeypatch.undo()
+    exact.gpu_resources.cache_clear()
 
 
 def test_resources_of_a_gpu_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
