@@ -486,8 +486,9 @@ def _markdown(table: pd.DataFrame, options: Any, n: int) -> str:
         "",
         f"Networks: {', '.join(options.models)}; {n} images. These are numbers of these runs, not the paper's. A claim "
         f"is supported if the {LEVEL:.0%} intervals of all of its contrasts lie above {SMALLEST}, and contradicted if "
-        f"one of k lies below -{SMALLEST} at a level of {LEVEL:.0%} for all k; else it is undecided. An interval over "
-        "images alone speaks of these networks, not of their methods; where one kind of network has several runs, "
+        f"one of k lies below -{SMALLEST} at a level of {LEVEL:.0%} for all k; else it is undecided, which more images "
+        "(--data.measure_size), and more runs with other seeds where intervals are over runs, may decide. An interval "
+        "over images alone speaks of these networks, not of their methods; where one kind of network has several runs, "
         "a single network of another kind has no interval. The criteria: docs/cka.md.",
         "",
         "| claim | contrast (positive where the claim holds) | numbers | effect, 95 % interval | baseline | verdict |",

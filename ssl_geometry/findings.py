@@ -84,8 +84,8 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str
 
     Returns:
         One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken
-        (and which kind of network needs more runs for there to be one), the baseline, and the verdict on the claim.
-        Claims whose networks or layers are not there are left out.
+        (and whether more images, or more runs of which kind of network, are needed for there to be one), the baseline,
+        and the verdict on the claim. Claims whose networks or layers are not there are left out.
     """
     rows = _Rows(frame, groups, labels)
     return _decided(rows, _plan(rows))
@@ -129,9 +129,13 @@ def _decided(rows: "_Rows", plans: list[_Plan]) -> pd.DataFrame:
                 elif len(members) > 1 and (left_out != value).any():
                     runs[f"{len(members)} runs of {team}"] = deviations(left_out)
             unknown = [np.zeros(1)] * len(single)
-            contrasts.append(Contrast(value, one.error(rows.deviations), [*runs.values(), *unknown]))
+            images = one.error(rows.deviations)
+            contrasts.append(Contrast(value, images, [*runs.values(), *unknown]))
             over = ", ".join(["images", *runs]) if runs else "images alone"
-            overs.append(f"{over}; needs more runs of {' and of '.join(single)}" if single else over)
+            few = np.isnan(interval(Contrast(value, images))).any()
+            needed = ["images (two Gram matrices at least)"] if few else []
+            needed += ["runs of " + " and of ".join(single)] if single else []
+            overs.append(f"{over}; needs more {', and more '.join(needed)}" if needed else over)
         held = ", ".join(dict.fromkeys(one.baseline for one in plan.contrasts if one.baseline and one.parts))
         decided = verdict(contrasts)
         for one, contrast, over in zip(plan.contrasts, contrasts, overs, strict=True):

@@ -138,6 +138,8 @@ class TestOfThreeKinds:
         assert table[["low", "high"]].isna().all(axis=None)
         one_gram_matrix = judge(frame.assign(deviations=[np.zeros(1)] * len(frame)), groups)
         assert set(one_gram_matrix["verdict"]) == {"undecided"}
+        measured = one_gram_matrix["effect"].notna()
+        assert one_gram_matrix["over"][measured].str.contains("needs more images").all()
 
 
 # -- what a verdict must not be helped by ------------------------------------------------------------------------------
