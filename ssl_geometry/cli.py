@@ -1,18 +1,32 @@
 """What all commands share: a parser that tells a mistake in one line, and the exit codes. It loads in no time."""
 
 import argparse
+import importlib
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
-from ssl_geometry.ranges import check_arguments, check_value, expected, imported, one_line, without_annotated
+from ssl_geometry.ranges import check_arguments, check_value, expected, imported, parameters, range_of
+
+TYPES = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list such as [a, b]",
+    "<class 'collections.abc.Sequence'>": "a list such as [a, b]",
+    "<class 'dict'>": "a mapping such as {a: b}",
+    "<class 'NoneType'>": "",
+}
+"""How the parser names a type, and how a user does."""
 
 
 class Parser(ArgumentParser):
@@ -55,7 +69,7 @@ class Parser(ArgumentParser):
             value = options.get(action.dest)
             check_value(annotation(action), value, name)
             for part in value if isinstance(value, list) else [value]:  # classes with their arguments
-                if isinstance(part, Namespace) and isinstance(owner := imported(part.get("class_path", "")), type):
+                if isinstance(part, Namespace) and (owner := imported(part.get("class_path") or "")):
                     check_arguments(owner, vars(part.get("init_args") or Namespace()), f"{name}.")
         return options
 
@@ -67,6 +81,82 @@ class Parser(ArgumentParser):
 def annotation(action: argparse.Action) -> Any:
     """What an option was declared to take."""
     return getattr(action, "hint", None) or getattr(action, "_typehint", None)
+
+
+def one_line(message: str, hints: Mapping[str, Any]) -> str:
+    r"""A parser's message as one line: the option as typed, the value, and what is expected.
+
+    Args:
+        message: of jsonargparse, with all types that it tried.
+        hints: annotations of the parser's options.
+
+    Example:
+        >>> one_line("Parser key \"k\":\n  Expected a <class 'int'>. Got value: x", {})
+        '--k x: expected a whole number'
+    """
+    lines = message.splitlines()
+    places = [i for i, line in enumerate(lines) if 'Parser key "' in line]
+    if not places:
+        return re.sub(r"^argument ", "", "; ".join(line.strip() for line in lines if line.strip()))
+    option = "--" + ".".join(match[1] for i in places if (match := re.search(r'Parser key "([^"]+)"', lines[i])))
+    indent = len(lines[places[-1]]) - len(lines[places[-1]].lstrip())
+    inner = [line.strip(" -") for line in _block(lines[places[-1] + 1 :], indent)]
+    paths = re.findall(r"Problem with given class_path '([^']*)'", message)
+    if paths and (problem := next((i for i, line in enumerate(inner) if "class_path" in line), None)) is not None:
+        return _class_problem(option, paths[-1], " ".join(inner[problem + 1 : problem + 2]))
+    given = [line.partition("Given value: ")[2] for line in inner if "Given value: " in line]
+    given += [line.partition("Got value: ")[2] for line in inner if "Got value: " in line]
+    value = {"None": "null", "True": "true", "False": "false"}.get(given[0], given[0]) if given else ""
+    hint = hints.get(option.removeprefix("--"))
+    if hint is None and paths and (owner := imported(paths[-1])):
+        parameter = parameters(owner).get(option.rpartition(".")[2])
+        hint = parameter.annotation if parameter else None
+    words = expected(hint) if hint is not None and range_of(hint) else _types(inner)
+    return f"{option} {value}: expected {words}" if words else f"{option}: {'; '.join(line for line in inner if line)}"
+
+
+def without_annotated(text: str) -> str:
+    """``--help`` with ``int, at least 1`` where the parser writes ``Annotated[int, at least 1]``."""
+    return re.sub(r"Annotated\[\s*(\w+),(\s+)([^\[\]]*?)\]", r"\1,\2\3", text)
+
+
+def _block(lines: list[str], indent: int) -> Iterator[str]:
+    """The lines that are indented deeper, up to the first that is not."""
+    for line in lines:
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            return
+        yield line
+
+
+def _types(lines: list[str]) -> str:
+    """The types that a parser tried, in words."""
+    words, literals = [], []
+    for line in lines:
+        for kind in re.findall(r"Expected an? (<class [^>]+>|typing\.Literal\[.*?\](?=\.|$))", line):
+            if kind.startswith("typing"):
+                literals += [value.strip("' ") for value in kind.removeprefix("typing.Literal[")[:-1].split(",")]
+            else:
+                words.append(TYPES.get(kind, kind))
+    if "a number" in words and "a whole number" in words:
+        words.remove("a whole number")
+    words += [f"one of {', '.join(dict.fromkeys(literals))}"] if literals else []
+    return " or ".join(word for word in dict.fromkeys(words) if word)
+
+
+def _class_problem(option: str, path: str, reason: str) -> str:
+    """A class that cannot be imported, or that does not take an option."""
+    owner = imported(path)
+    if owner and (found := re.search(r"Option '([\w.]+)' is not accepted", reason)):
+        return (
+            f"unknown option '{option}.{found[1]}'; {nearest(found[1], parameters(owner))} (see {option}.help {path})"
+        )
+    module_name, _, name = path.rpartition(".")
+    with suppress(ImportError, ValueError):
+        module = importlib.import_module(module_name)
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        if owner is None:
+            return f"{option} {path}: {module_name} has no {name}; {nearest(name, classes)}"
+    return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.methods.SimCLR"
 
 
 def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | None, interrupted: str) -> None:

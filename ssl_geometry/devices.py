@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
@@ -102,8 +101,10 @@ def check_devices(accelerator: Any, devices: Any) -> None:
     if accelerator not in ("auto", "cpu", "gpu", "cuda") or devices in (None, "auto"):
         return
     asked = devices
-    if isinstance(asked, str):  # "2" is a number, "0,1" a list
-        asked = yaml.safe_load(f"[{asked}]" if "," in asked else asked)
+    if isinstance(asked, str) and re.fullmatch(r"-?\d+", asked):
+        asked = int(asked)
+    elif isinstance(asked, str) and re.fullmatch(r"\d+(,\d+)*,?", asked):
+        asked = [int(number) for number in asked.split(",") if number]
     shown = f"[{', '.join(map(str, devices))}]" if isinstance(devices, list) else devices
     if accelerator == "cpu" or not gpus:
         if type(asked) is not int or asked < 1:

@@ -11,13 +11,13 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError
 
 LARGEST_SEED = 2**32 - 1
 SMALLEST_IMAGE = 8
@@ -27,17 +27,6 @@ NAME = re.compile(r"\w[\w .+=@#()~-]*(?<![ .])")
 LONGEST_NAME = 128
 PROJECT = re.compile(r"[^/\\#?%:\x00-\x1f]{1,128}")
 """What W&B takes as the name of a project."""
-TYPES = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "text",
-    "<class 'list'>": "a list such as [a, b]",
-    "<class 'collections.abc.Sequence'>": "a list such as [a, b]",
-    "<class 'dict'>": "a mapping such as {a: b}",
-    "<class 'NoneType'>": "",
-}
-"""How the parser names a type, and how a user does."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class Range:
             return True
         more = value > self.low if self.above else value >= self.low
         less = value < self.high if self.below else value <= self.high
-        return math.isfinite(value) and more and less
+        return more and less and (isinstance(value, int) or math.isfinite(value))
 
     def __repr__(self) -> str:
         """As it stands in an error and in ``--help``."""
@@ -116,7 +105,7 @@ def check_value(hint: Any, value: Any, option: str) -> None:
     """Refuse what lies outside the range of an annotation; a list is held to it item by item.
 
     Args:
-        hint: the annotation, or a :class:`Range`.
+        hint: the annotation.
         value: what was given.
         option: as it was typed.
 
@@ -128,7 +117,7 @@ def check_value(hint: Any, value: Any, option: str) -> None:
         Traceback (most recent call last):
         ssl_geometry.errors.UserError: --keep 0: expected a whole number of at least 1
     """
-    limits = _range(hint)
+    limits = range_of(hint)
     items = value if isinstance(value, list | tuple) else [value]
     numbers = [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
     outside = limits is not None and not all(number in limits for number in numbers)
@@ -147,7 +136,7 @@ def check_arguments(owner: type, values: Mapping[str, Any], prefix: str) -> None
     Raises:
         UserError: outside, or null where a value is needed.
     """
-    for name, parameter in _parameters(owner).items():
+    for name, parameter in parameters(owner).items():
         if name not in values:
             continue
         hint, value = parameter.annotation, values[name]
@@ -210,99 +199,27 @@ def expected(hint: Any) -> str:
     text = str(hint)
     whole, several = "int" in text and "float" not in text, re.search(r"list\[|Sequence\[", text)
     kind = ("whole numbers" if whole else "numbers") if several else ("a whole number" if whole else "a number")
-    limits = _range(hint)
+    limits = range_of(hint)
     if limits is None:
         return kind if "int" in text or "float" in text else "a value"
     return f"{kind} {'of ' if str(limits).startswith('at ') else ''}{limits}"
 
 
-def one_line(message: str, hints: Mapping[str, Any]) -> str:
-    r"""A parser's message as one line: the option as typed, the value, and what is expected.
+def imported(path: str) -> type | None:
+    """The class of an import path; None where there is none.
 
     Args:
-        message: of jsonargparse, with all types that it tried.
-        hints: annotations of the parser's options.
-
-    Example:
-        >>> one_line("Parser key \"k\":\n  Expected a <class 'int'>. Got value: x", {})
-        '--k x: expected a whole number'
+        path: such as ``ssl_geometry.methods.SimCLR``.
     """
-    lines = message.splitlines()
-    places = [i for i, line in enumerate(lines) if 'Parser key "' in line]
-    if not places:
-        return re.sub(r"^argument ", "", "; ".join(line.strip() for line in lines if line.strip()))
-    option = "--" + ".".join(match[1] for i in places if (match := re.search(r'Parser key "([^"]+)"', lines[i])))
-    indent = len(lines[places[-1]]) - len(lines[places[-1]].lstrip())
-    inner = [line.strip(" -") for line in _block(lines[places[-1] + 1 :], indent)]
-    paths = re.findall(r"Problem with given class_path '([^']*)'", message)
-    if paths and (problem := next((i for i, line in enumerate(inner) if "class_path" in line), None)) is not None:
-        return _class_problem(option, paths[-1], " ".join(inner[problem + 1 : problem + 2]))
-    given = [line.partition("Given value: ")[2] for line in inner if "Given value: " in line]
-    given += [line.partition("Got value: ")[2] for line in inner if "Got value: " in line]
-    value = {"None": "null", "True": "true", "False": "false"}.get(given[0], given[0]) if given else ""
-    hint = hints.get(option.removeprefix("--"))
-    if hint is None and paths and (owner := imported(paths[-1])):
-        parameter = _parameters(owner).get(option.rpartition(".")[2])
-        hint = parameter.annotation if parameter else None
-    words = expected(hint) if hint is not None and _range(hint) else _types(inner)
-    return f"{option} {value}: expected {words}" if words else f"{option}: {'; '.join(line for line in inner if line)}"
-
-
-def without_annotated(text: str) -> str:
-    """``--help`` with ``int, at least 1`` where the parser writes ``Annotated[int, at least 1]``."""
-    return re.sub(r"Annotated\[\s*(\w+),(\s+)([^\[\]]*?)\]", r"\1,\2\3", text)
-
-
-def _block(lines: list[str], indent: int) -> Iterator[str]:
-    """The lines that are indented deeper, up to the first that is not."""
-    for line in lines:
-        if line.strip() and len(line) - len(line.lstrip()) <= indent:
-            return
-        yield line
-
-
-def _types(lines: list[str]) -> str:
-    """The types that a parser tried, in words."""
-    words, literals = [], []
-    for line in lines:
-        for kind in re.findall(r"Expected an? (<class [^>]+>|typing\.Literal\[.*?\](?=\.|$))", line):
-            if kind.startswith("typing"):
-                literals += [value.strip("' ") for value in kind.removeprefix("typing.Literal[")[:-1].split(",")]
-            else:
-                words.append(TYPES.get(kind, kind))
-    if "a number" in words and "a whole number" in words:
-        words.remove("a whole number")
-    words += [f"one of {', '.join(dict.fromkeys(literals))}"] if literals else []
-    return " or ".join(word for word in dict.fromkeys(words) if word)
-
-
-def _class_problem(option: str, path: str, reason: str) -> str:
-    """A class that cannot be imported, or that does not take an option."""
-    owner = imported(path)
-    if owner and (found := re.search(r"Option '([\w.]+)' is not accepted", reason)):
-        return (
-            f"unknown option '{option}.{found[1]}'; {nearest(found[1], _parameters(owner))} (see {option}.help {path})"
-        )
-    module_name, _, name = path.rpartition(".")
-    with suppress(ImportError, ValueError):
-        module = importlib.import_module(module_name)
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        if owner is None:
-            return f"{option} {path}: {module_name} has no {name}; {nearest(name, classes)}"
-    return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.methods.SimCLR"
-
-
-def imported(path: str) -> type | None:
-    """The class of an import path; None where there is none."""
     module, _, name = path.rpartition(".")
-    with suppress(ImportError, ValueError):
+    with suppress(Exception):  # whatever a module does when it is imported; the parser has said it already
         found = getattr(importlib.import_module(module), name, None)
         return found if isinstance(found, type) else None
     return None
 
 
 @cache
-def _parameters(owner: type) -> dict[str, inspect.Parameter]:
+def parameters(owner: type) -> dict[str, inspect.Parameter]:
     """Arguments of a class's constructor and of those that it hands the rest to, with their annotations."""
     found: dict[str, inspect.Parameter] = {}
     for base in owner.__mro__:
@@ -311,22 +228,25 @@ def _parameters(owner: type) -> dict[str, inspect.Parameter]:
         constructor = vars(base)["__init__"]
         try:
             hints = get_type_hints(constructor, include_extras=True)
-            parameters = list(inspect.signature(constructor).parameters.values())[1:]
+            taken = list(inspect.signature(constructor).parameters.values())[1:]
         except (NameError, TypeError, ValueError):  # annotations that mean something to a type checker alone
             continue
-        for parameter in parameters:
+        for parameter in taken:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 annotation = hints.get(parameter.name, Any)
                 found.setdefault(parameter.name, parameter.replace(annotation=annotation))
     return found
 
 
-def _range(hint: Any) -> Range | None:
-    """The range in an annotation, wherever in it."""
-    if isinstance(hint, Range):
-        return hint
+def range_of(hint: Any) -> Range | None:
+    """The range in an annotation, wherever in it.
+
+    Example:
+        >>> range_of(list[Annotated[int, at_least(1)]] | None), range_of(int)
+        (at least 1, None)
+    """
     own = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range)]
-    return next(iter(own), None) or next((found for part in get_args(hint) if (found := _range(part))), None)
+    return next(iter(own), None) or next((found for part in get_args(hint) if (found := range_of(part))), None)
 
 
 def _literals(hint: Any) -> list[str]:
@@ -337,7 +257,7 @@ def _literals(hint: Any) -> list[str]:
 
 def _is_ours(hint: Any) -> bool:
     """Whether an annotation says in words what is expected, and null is not."""
-    return type(None) not in get_args(hint) and (hint in (bool, str) or bool(_range(hint) or _literals(hint)))
+    return type(None) not in get_args(hint) and (hint in (bool, str) or bool(range_of(hint) or _literals(hint)))
 
 
 def _as_typed(value: Any) -> str:

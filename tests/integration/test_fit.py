@@ -461,6 +461,9 @@ def test_memory_that_is_full_in_commands_that_measure(
         (["--resume=no/such/run"], ["--resume", "no/such/run"]),
         (["--runs=/proc/nowhere"], ["--runs", "/proc/nowhere"]),
         (["--loggers=[wandbb]"], ["wandbb"]),
+        (["--invariance.views=[sepia]", "--invariance.every_n_epochs=1"], ["--invariance.views [sepia]"]),
+        (["--trainer.max_time=soon"], ["--trainer: ", "'soon'"]),
+        (["--model.no_such=1"], ["unknown option '--model.no_such'"]),
     ],
     ids=lambda value: value[0].partition("=")[0] if isinstance(value, list) and value[0].startswith("--") else "",
 )

@@ -16,6 +16,7 @@ from ssl_geometry.devices import (
     FEW_IMAGES,
     FEW_PIXELS,
     ManyDevices,
+    check_devices,
     check_strategy,
     memory_for_measuring,
     out_of_memory,
@@ -63,6 +64,20 @@ def name_of(strategy: Any) -> str:
 def test_strategies_that_copy_a_run_into_processes_are_refused(strategy: Any) -> None:
     with pytest.raises(UserError, match=r"^--trainer\.strategy .*starts the processes by .*expected auto or ddp$"):
         check_strategy(strategy)
+
+
+@pytest.mark.parametrize("devices", ["auto", -1, "-1", 1, 2, "2", [0, 1], [1], "0,1", "1,"])
+def test_devices_that_a_machine_with_two_gpus_has(monkeypatch: pytest.MonkeyPatch, devices: Any) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for accelerator in ("auto", "gpu", "cuda"):
+        check_devices(accelerator, devices)
+
+
+@pytest.mark.parametrize("devices", [0, -2, 3, [0, 0], [2], [], [-1], "abc", "[", "0,0", "1.5", 1.5, "nan", {"a": 1}])
+def test_devices_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch, devices: Any) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^--trainer\.devices .*(expected auto|this machine has 2 GPUs)"):
+        check_devices("gpu", devices)
 
 
 @pytest.mark.parametrize("strategy", SHARDED, ids=name_of)

@@ -4,13 +4,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
 import torch
 
 from ssl_geometry import compare, probe, survey
-from ssl_geometry.callbacks import SpectrumMonitor
+from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, SpectrumMonitor
 from ssl_geometry.cli import Parser, annotation
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
@@ -314,6 +315,37 @@ def test_a_library_call_is_held_to_the_same_ranges() -> None:
         SimCLR(backbone="resnet10", width=0.25, lr=-1.0)
     with pytest.raises(UserError, match=r"--spectrum\.copies 1: expected"):
         SpectrumMonitor(copies=1)
+
+
+def small() -> SimCLR:
+    return SimCLR(backbone="resnet10", width=0.25, image_size=16)
+
+
+def test_accumulation_over_more_batches_than_an_epoch_has() -> None:
+    method = small()
+    method.trainer = SimpleNamespace(  # type: ignore[assignment]
+        accumulate_grad_batches=100,
+        num_training_batches=4,
+        world_size=1,
+        datamodule=SimpleNamespace(batch_size=64),
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
+    )
+    with pytest.raises(UserError, match=r"^--trainer.accumulate_grad_batches 100: an epoch has only 4 batches"):
+        method.configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("monitor", "words"),
+    [
+        (InvarianceMonitor(1, views=["own", "sepia"]), "--invariance.views [sepia]: no operation or policy is called"),
+        (CKAMonitor(layers="layer9"), "--cka.layers='layer9' matches no layer"),
+        (SpectrumMonitor(1, layers=["pooled", "knn"]), "--spectrum.layers='knn' does not run when SimCLR is measured"),
+    ],
+)
+def test_monitors_are_held_to_the_method_before_images_are_read(monitor: Any, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        monitor.check(small())
+    assert str(error.value).startswith(words)
 
 
 class Mine(SimCLR):
