@@ -297,7 +297,7 @@ class ClassCKA(LayerwiseCKA):
         """
         classes = class_vector(labels, self.num_classes, self.gram_size)
         self.pairs += same_class_pairs(labels, self.num_classes, self.gram_size)
-        self.images += F.one_hot(labels, self.num_classes).sum(0)
+        self.images += (F.one_hot(labels, self.num_classes) if labels.ndim == 1 else labels).sum(0)
         if self.sizes is not None:
             self.sizes = self.sizes.to(labels.device)
             weights = class_weights(labels, self.sizes, self.gram_size)

@@ -521,6 +521,14 @@ def test_weights_follow_the_groups_of_the_gram_vector() -> None:
     assert pairs_of_a_class(multi, 3).tolist() == pairs_of_a_class(labels, 3).tolist()
 
 
+def test_labels_of_several_classes_an_image_are_taken_as_they_are() -> None:
+    labels = torch.arange(64) % 3
+    one, several = (ClassCKA(["a"], num_classes=3) for _ in range(2))
+    for metric, shown in ((one, labels), (several, torch.eye(3, dtype=torch.long)[labels])):
+        metric.update({"a": gram_vector(torch.eye(3)[labels].cumsum(1))}, shown)
+    torch.testing.assert_close(several.compute(), one.compute())
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_classes_collapsed_to_a_simplex_have_class_cka_one_whatever_their_sizes(order: int) -> None:
     sizes = torch.tensor([2, 3, 90, 33])
