@@ -471,7 +471,8 @@ def _together(table: pd.DataFrame, recipes: Mapping[str, str], folder: Path) -> 
     """Which metrics say the same over recipes: table and figure."""
     means = table.xs("mean", axis=1, level="statistic")
     of_recipes = unit_means(means.to_numpy(), [recipes[model] for model in table.index])
-    correlation = pd.DataFrame(of_recipes, columns=means.columns.map(" ".join)).corr("spearman")
+    correlation = pd.DataFrame(of_recipes, columns=means.columns.map(" ".join))
+    correlation = correlation.corr("spearman", min_periods=LEAST_MODELS)
     text = correlation.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
     note = f"Spearman correlations of means over {len(of_recipes)} recipes ({len(table)} models)."
     made = [_write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note)]

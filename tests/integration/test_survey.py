@@ -318,6 +318,16 @@ def rows_of(names: list[str], values: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"task": "t", "dataset": "d", "model": names, "value": values})
 
 
+def test_metrics_are_correlated_over_four_recipes_at_least(tmp_path: Path) -> None:
+    columns = pd.MultiIndex.from_product([["crop"], ["a", "b"], ["mean"]], names=["manifold", "metric", "statistic"])
+    table = pd.DataFrame([[1, 1], [2, 3], [3, 2], [4, 4], [5, 5]], list("vwxyz"), columns, dtype=float)
+    for missing, expected in ((1, 0.8), (2, np.nan)):
+        table.iloc[:missing, 1] = np.nan
+        _, figures = command._together(table, dict(zip("vwxyz", "vwxyz", strict=True)), tmp_path)
+        (image,) = figures["correlation"].axes[0].images
+        assert image.get_array().filled(np.nan)[0, 1] == pytest.approx(expected, nan_ok=True)
+
+
 def test_what_is_one_recipe() -> None:
     def untrained(spec: str) -> tuple[Method, None]:
         return command.load_networks([f"x={spec}"])["x"][0], None
