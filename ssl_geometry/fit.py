@@ -185,11 +185,17 @@ class FitCLI(LightningCLI):
         """Options in the order in which ``--help`` shows them: the run, the method, the data, monitors, the trainer."""
         parser.add_argument("--base", type=str | None, help="in a config file: another config file to start from")
         parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
-        parser.add_argument("--experiment", type=str, default="default", help="folder of the runs that belong together")
+        parser.add_argument(
+            "--experiment",
+            type=str,
+            default="default",
+            help="name of the folder of the runs that belong together, at most 128 bytes",
+        )
         parser.add_argument(
             "--run_id",
             type=str | None,
-            help="name of this run (default: the SLURM job, or method, backbone, seed and time)",
+            help="name of this run and of its folder, at most 128 bytes (default: the SLURM job, or method, backbone, "
+            "seed and time)",
         )
         parser.add_argument(
             "--resume",
@@ -214,7 +220,9 @@ class FitCLI(LightningCLI):
             default=["wandb"],
             help="where to watch curves, beside the records: wandb (offline without a key), tensorboard, csv",
         )
-        parser.add_argument("--wandb_project", type=str, default="ssl_geometry", help="W&B project")
+        parser.add_argument(
+            "--wandb_project", type=str, default="ssl_geometry", help="W&B project, at most 128 characters"
+        )
         parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(DataModule, "data")

@@ -519,7 +519,7 @@ def network_names(models: Sequence[str]) -> dict[str, str]:
         Name to specification.
 
     Raises:
-        UserError: nothing where a name or a specification is expected, or a name twice.
+        UserError: nothing where a name or a specification is expected, a name that is no folder's, or a name twice.
 
     Example:
         >>> network_names(["mine=runs/cifar10/simclr", "byol", "runs/cifar10/supervised", "random:resnet18@32:1"])
@@ -531,6 +531,8 @@ def network_names(models: Sequence[str]) -> dict[str, str]:
         name, equals, spec = model.partition("=")
         if not equals or "/" in name:  # a path may hold the sign
             spec, name = model, _name_of(model)
+        elif name:  # files and folders are named after it
+            check_name(name, "--models")
         if not name or not spec or name in named:
             raise UserError(
                 f"--models {' '.join(models)}: expected NAME=PATH, each name once, such as simclr=runs/x/simclr"
@@ -575,6 +577,8 @@ def _name_of(spec: str) -> str:
     if kind in TABLE:
         return kind
     path = Path(spec.partition(",")[0])
+    if path.name in ("", ".."):
+        path = path.resolve()
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem if path.is_file() else path.name
 
 

@@ -23,6 +23,7 @@ from ssl_geometry.runs import (
     WholeCheckpointIO,
     load_method,
     load_networks,
+    network_names,
     open_run,
     read_checkpoint,
 )
@@ -646,3 +647,12 @@ def test_a_checkpoint_does_not_decide_what_is_imported(tmp_path: Path, monkeypat
     assert type(load_method(run / "checkpoints" / "ours.ckpt").method).__module__ == "ours_package.inner"
     alone = (run / "checkpoints" / "ours.ckpt").rename(tmp_path / "alone.ckpt")
     assert load_method(alone).epochs == 0, "imported already"
+
+
+def test_a_run_named_by_a_path_that_ends_in_dots_has_its_folders_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seed_0" / "records").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "seed_0" / "records")
+    assert network_names([".."]) == {"seed_0": ".."}
+    assert network_names(["."]) == {"records": "."}

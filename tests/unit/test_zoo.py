@@ -465,6 +465,8 @@ def test_networks_are_named(tmp_path: Path) -> None:
     [
         (["byol", "byol:x.pkl"], ["--models byol byol:x.pkl", "each name once"]),
         (["a="], ["--models a=", "NAME=PATH"]),
+        (["..=b"], ["--models ..: expected the name of one folder"]),
+        (["<b>=b"], ["--models <b>: expected the name of one folder"]),
         (["=b"], ["--models =b", "NAME=PATH"]),
         (["byoll"], ["--models byoll", "did you mean 'byol'"]),
         (["dino_vits16"], ["did you mean 'dino-vits16'"]),
