@@ -31,11 +31,11 @@ from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol
 from ssl_geometry.callbacks.invariance import VIEWS, check_views, distinct_views, invariance_requests, layer_records
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.cli import run_command
-from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.data.datamodule import DataModule, size_within
 from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, findings, views_of
-from ssl_geometry.geometry.cka import permutation_p, permuted_cka
+from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
@@ -66,6 +66,8 @@ SOURCES: Sources = {
     "views": {"invariance.views": list},
 }
 """Options of the monitors that measured the same."""
+NEIGHBORS = 10
+"""Nearest images that mutual kNN compares, unless others are asked for."""
 MANIFOLDS = ("neighbors", "diameter", "affinity")
 KINDS = ("semantic", "policy")
 LONGEST_GROUP = 40
@@ -380,7 +382,11 @@ def _parse(args: Sequence[str]) -> Any:
         default=200,
         help="permutations of the images that say what the most similar layer reads by chance; 0 leaves it out",
     )
-    parser.add_argument("--k", type=Annotated[int, at_least(1)], default=10, help="neighbours that mutual kNN compares")
+    parser.add_argument(
+        "--k",
+        type=Annotated[int, at_least(1)] | None,
+        help=f"neighbours that mutual kNN compares (default: {NEIGHBORS}, or all others where there are fewer images)",
+    )
     parser.add_argument(
         "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
     )
@@ -394,12 +400,18 @@ def _parse(args: Sequence[str]) -> Any:
     options.models, options.seeds = split_seeds(options.models)
     shown = options.show_neighbors if isinstance(options.show_neighbors, list) else [options.show_neighbors]
     options.show_neighbors = list(dict.fromkeys(shown))
-    for number in options.show_neighbors:
-        if not 0 <= number < options.data.measure_size:
-            raise UserError(f"--show_neighbors {number}: expected 0 to {options.data.measure_size - 1}")
-    if options.k >= options.data.measure_size:
-        raise UserError(f"--k {options.k}: expected fewer than --data.measure_size {options.data.measure_size} images")
     return options
+
+
+def _hold_to_images(options: Any, n: int) -> None:
+    """Options that count images, when their number is known."""
+    for number in options.show_neighbors:
+        if number >= n:
+            raise UserError(f"--show_neighbors {number}: expected 0 to {n - 1}, the numbers of the measurement images")
+    if n < MIN_GRAM_SIZE:
+        raise UserError(f"--data.measure_size {n}: CKA needs at least {MIN_GRAM_SIZE} images")
+    there = f"each of {n} measurement images has {n - 1} others"
+    options.k = size_within("--k", options.k, NEIGHBORS, n - 1, there)
 
 
 def compare(args: Sequence[str]) -> Path:
@@ -423,6 +435,7 @@ def compare(args: Sequence[str]) -> Path:
         check_views(method, options.views, "--views")
     data.prepare_data()
     data.setup("test")
+    _hold_to_images(options, data.measure_size)
     shutil.rmtree(out / "records", ignore_errors=True)
     store, console = RecordStore(out / "records"), Console()
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)

@@ -40,7 +40,7 @@ from ssl_geometry.callbacks.probes import (
     probe_rows,
 )
 from ssl_geometry.cli import run_command
-from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
+from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule, size_within
 from ssl_geometry.data.datasets import stratified
 from ssl_geometry.devices import out_of_memory
 from ssl_geometry.errors import UserError, nearest
@@ -82,6 +82,7 @@ SOURCES: Sources = {
 }
 """Options of the monitor that measured the same, and of the images that classifiers learn from. How many these are
 (``--probes.train_images``) is no such option: live they are fewer on purpose."""
+NEIGHBORS = (20, 200)
 FRACTIONS = (0.01, 0.1, 1.0)
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates of linear evaluation, on features of the probe bank's scale."""
@@ -124,9 +125,8 @@ class LabelledImages(DataModule):
     """
 
     def __init__(self, images: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "batch_size": min(kwargs.get("batch_size") or BATCH_SIZE, images)})
         self.images = images
-        self.batch_size = min(self.batch_size, images)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data set, and leave images without a label out of training."""
@@ -545,7 +545,11 @@ def _parse(args: Sequence[str]) -> Any:
         type=Annotated[int, between(1, BANK_SIZE)] | None,
         help="clean training images to learn from, at most (default: 50,000)",
     )
-    parser.add_argument("--k", type=list[Annotated[int, at_least(1)]], default=[20, 200], help="neighbours that vote")
+    parser.add_argument(
+        "--k",
+        type=list[Annotated[int, at_least(1)]] | None,
+        help="neighbours that vote (default: 20 and 200, as far as there are so many training images)",
+    )
     parser.add_argument(
         "--linear_epochs", type=Annotated[int, at_least(1)], default=100, help="epochs of SGD in linear evaluation"
     )
@@ -587,8 +591,8 @@ def _parse(args: Sequence[str]) -> Any:
             f"--linear_weight_decay {options.linear_weight_decay}: expected 0 to {highest_decay(max(RATES)):.2g}, up "
             f"to which a learning rate of {max(RATES):g} is stable"
         )
-    for name, known in {"evaluations": EVALUATIONS, "label_fractions": FRACTIONS, "k": (20, 200)}.items():
-        if not getattr(options, name):
+    for name, known in {"evaluations": EVALUATIONS, "label_fractions": FRACTIONS, "k": NEIGHBORS}.items():
+        if getattr(options, name) in ([], ()):
             raise UserError(f"--{name} []: expected one at least, such as {known[0]}")
     return options
 
@@ -599,6 +603,9 @@ def _check_data(options: Any, data: DataModule) -> None:
     n = len(data.loader("bank", options.train_images).sampler.rows)
     choosing = not asked.isdisjoint({"layers", "linear", "linear_augmented"})
     check_images(data, options.train_images, f"--train_images {options.train_images or n}", choosing)
+    there = f"there are {n} training images"
+    if options.k is None:
+        options.k = sorted({size_within("--k", None, k, n, there) for k in NEIGHBORS})
     if "knn" in asked and max(options.k) > n:
         raise UserError(
             f"--k {options.k}: {max(options.k)} neighbours cannot vote where there are {n} training images; set {n} at "

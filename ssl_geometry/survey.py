@@ -27,7 +27,10 @@ from torch import Tensor, nn
 
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.callbacks.neighbors import (
+    CANDIDATES,
+    LEAST_CANDIDATES,
     SETTINGS,
+    candidates,
     graph_records,
     manifold_records,
     neighbor_protocol,
@@ -522,7 +525,11 @@ def _parse(args: Sequence[str]) -> Any:
         help="semantic (images of a class), and copies of an image under policy (the views of SimCLR), crop, color, "
         "rotate, translate",
     )
-    parser.add_argument("--k", type=Annotated[int, at_least(3)], default=50, help="nearest images of which NNK chooses")
+    parser.add_argument(
+        "--k",
+        type=Annotated[int, at_least(LEAST_CANDIDATES)] | None,
+        help=f"nearest images of which NNK chooses (default: {CANDIDATES}, or all others where there are fewer)",
+    )
     parser.add_argument("--copies", type=Annotated[int, at_least(3)], default=10, help="augmented copies of each image")
     parser.add_argument(
         "--clusters", type=Annotated[int, at_least(2)], default=3, help="groups that the models are cut into"
@@ -553,8 +560,6 @@ def _parse(args: Sequence[str]) -> Any:
         if name not in MANIFOLDS:
             raise UserError(f"--manifolds {name}: {nearest(name, MANIFOLDS)}")
     check_nodes(options.num_nodes, "--num_nodes")
-    if options.k >= options.data.measure_size:
-        raise UserError(f"--k {options.k}: expected fewer than --data.measure_size {options.data.measure_size} images")
     return options
 
 
@@ -623,6 +628,7 @@ def survey(args: Sequence[str]) -> Path:
     data.setup("test")
     if data.multi_label:
         raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
+    options.k = candidates("--k", options.k, data)
     if "semantic" in options.manifolds:
         _check_classes(data, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)

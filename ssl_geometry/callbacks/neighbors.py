@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, pooled
-from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.data.datamodule import DataModule, size_within
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.dimension import DISCARD
 from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
@@ -33,6 +33,8 @@ from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 LAYERS = ("stages", "pooled", "head")
+CANDIDATES, LEAST_CANDIDATES = 50, 3
+"""Nearest images of which NNK chooses: unless others are asked for, and at least."""
 SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rotate", "translate": "translate"}
 """Setting of an augmentation manifold to the view that makes the copies."""
 QUANTILES = tuple(share / 20 for share in range(21))
@@ -47,7 +49,7 @@ class NeighborhoodMonitor(Monitor):
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
             has them.
-        k: nearest images of which NNK chooses.
+        k: nearest images of which NNK chooses; None takes 50, or all others where there are fewer.
         settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
         copies: augmented copies of each image.
     """
@@ -58,7 +60,7 @@ class NeighborhoodMonitor(Monitor):
         self,
         every_n_epochs: Epochs = 0,
         layers: str | list[str] | None = None,
-        k: Annotated[int, at_least(3)] = 50,
+        k: Annotated[int, at_least(LEAST_CANDIDATES)] | None = None,
         settings: Sequence[str] = tuple(SETTINGS),
         copies: Annotated[int, at_least(3)] = 10,
     ) -> None:
@@ -66,9 +68,15 @@ class NeighborhoodMonitor(Monitor):
         super().__init__(every_n_epochs)
         if unknown := [name for name in settings if name not in SETTINGS]:
             raise UserError(f"--neighbors.settings {unknown[0]}: expected some of {', '.join(SETTINGS)}")
-        self.layers, self.k, self.settings, self.copies = layers, k, tuple(settings), copies
+        self.layers, self.settings, self.copies = layers, tuple(settings), copies
+        self._asked_k = k
         self.curves: list[Row] = []  # the means of each manifold over training
         self.last: dict[str, Tensor] = {}  # the graph of the last moment, to see how much of it is left
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hold k to the images."""
+        if self.every_n_epochs and hasattr(pl_module, "measuring_view"):
+            self.k = candidates("--neighbors.k", self._asked_k, trainer.datamodule)  # type: ignore[attr-defined]
 
     def requests(self, method: L.LightningModule) -> Sequence[Request]:
         """Pooled features of clean images, and of all copies."""
@@ -84,10 +92,6 @@ class NeighborhoodMonitor(Monitor):
     def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
         """Fresh sums."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not self.k < data.measure_size:
-            raise UserError(
-                f"--neighbors.k {self.k}: expected fewer than --data.measure_size {data.measure_size} images"
-            )
         if data.multi_label:
             raise UserError(
                 "--neighbors: semantic manifolds need one class a picture; set --neighbors.every_n_epochs 0"
@@ -155,6 +159,24 @@ class NeighborhoodMonitor(Monitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint left."""
         self.curves, self.last = state_dict["curves"], state_dict["last"]
+
+
+def candidates(option: str, asked: int | None, data: DataModule) -> int:
+    """Nearest images of which NNK chooses.
+
+    Args:
+        option: as it is typed.
+        asked: how many were asked for; None takes the default, or all others where there are fewer.
+        data: whose measurement images they are.
+
+    Raises:
+        UserError: as many as there are images, or images too few for a neighbourhood.
+    """
+    there = f"each of {data.measure_size} measurement images has {data.measure_size - 1} others"
+    k = size_within(option, asked, CANDIDATES, data.measure_size - 1, there)
+    if k < LEAST_CANDIDATES:
+        raise UserError(f"{option}: {there}, {LEAST_CANDIDATES} are needed; raise --data.measure_size")
+    return k
 
 
 def manifold_records(

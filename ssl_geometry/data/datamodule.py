@@ -14,6 +14,7 @@ images that follow each other for a random sample.
 
 import hashlib
 import itertools
+import logging
 import math
 import os
 import warnings
@@ -35,11 +36,45 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.ranges import Pixels, Seed, at_least, between, check_arguments
 from ssl_geometry.signals import obey_the_parent_alone, withheld
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
 
+BATCH_SIZE = 256  # these two unless others are asked for, or the data set has less
+MEASURE_SIZE = 2048
 AUTO_BYTES = 2 * 2**30  # an image folder that decodes to no more than this is kept in memory
 BANK_SIZE = 50_000  # training images at most that vote in nearest-neighbour classification
 AUTO_SHARE = 0.25  # of the free memory of a CUDA device may go to pictures
+MUCH_DROPPED = 0.1  # of the training images of an epoch
+
+
+def size_within(option: str, asked: int | None, usual: int, most: int, there: str) -> int:
+    """A size that a user asked for, or the usual one; where the data set has less, as much as it has.
+
+    Args:
+        option: as it is typed.
+        asked: what was given; None is nothing.
+        usual: the default.
+        most: what there is.
+        there: says so, for messages.
+
+    Raises:
+        UserError: more was asked for than there is.
+
+    Example:
+        >>> size_within("--k", None, 20, 100, "100 images"), size_within("--k", None, 20, 7, "7 images")
+        (20, 7)
+        >>> size_within("--k", 20, 20, 7, "there are 7 images")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: --k 20: there are 7 images; set at most 7, or leave the option out
+    """
+    if asked is not None:
+        if asked > most:
+            raise UserError(f"{option} {asked}: {there}; set at most {most}, or leave the option out")
+        return asked
+    if most < usual:
+        logger.info(f"{option} {most} (by default {usual}): {there}")
+    return min(usual, most)
 
 
 def shares(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[slice]:
@@ -228,11 +263,13 @@ class DataModule(L.LightningDataModule):
         root: folder of the downloaded files, or of ImageNet's train/ and val/. Not used by digits and image folders.
         image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the pictures' own size
             (16 for digits, 256 for imagenet).
-        batch_size: training images in a step, over all processes together.
+        batch_size: training images in a step, over all processes together; None takes 256, or all where there are
+            fewer.
         eval_batch_size: images in a batch of validation, test and measurement, in each process.
         val_fraction: share of the training images that is kept for validation, with the classes in proportion. 0 trains
             on all of them.
-        measure_size: test images that every measurement looks at; the same ones in every run.
+        measure_size: test images that every measurement looks at; the same ones in every run. None takes 2,048, or all
+            where there are fewer.
         limit_train: train on this many images at most, with the classes in proportion.
         limit_test: use this many test images at most, with the classes in proportion.
         storage: device keeps all pixels in the memory of the training device, workers read pictures anew in each epoch,
@@ -264,6 +301,10 @@ class DataModule(L.LightningDataModule):
     """(3, height, width) of every picture."""
     num_train: int
     """Images trained on."""
+    batch_size: int
+    """Training images in a step, over all processes together."""
+    measure_size: int
+    """Images that every measurement looks at."""
     multi_label: bool
     """Whether a picture may show several classes: labels are then (B,C) int64 of zeros and ones."""
 
@@ -272,10 +313,10 @@ class DataModule(L.LightningDataModule):
         dataset: str = "cifar10",
         root: str = "data",
         image_size: Pixels | None = None,
-        batch_size: Annotated[int, at_least(2)] = 256,
+        batch_size: Annotated[int, at_least(2)] | None = None,
         eval_batch_size: Annotated[int, at_least(1)] = 256,
         val_fraction: Annotated[float, between(0, 1, below=True)] = 0.1,
-        measure_size: Annotated[int, at_least(1)] = 2048,
+        measure_size: Annotated[int, at_least(1)] | None = None,
         limit_train: Annotated[int, at_least(1)] | None = None,
         limit_test: Annotated[int, at_least(1)] | None = None,
         storage: Literal["auto", "device", "workers"] = "auto",
@@ -290,10 +331,10 @@ class DataModule(L.LightningDataModule):
         self.dataset = dataset
         self.root = root
         self.image_size = image_size
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
-        self.measure_size = measure_size
+        self._measure_size = measure_size
         self.limit_train = limit_train
         self.limit_test = limit_test
         self.storage = storage
@@ -322,9 +363,10 @@ class DataModule(L.LightningDataModule):
             UserError: where files are missing or damaged, or a split is smaller than what is asked of it.
         """
         trains = self.trainer is not None  # measurements share images by whole batches, whatever their number
-        if trains and (self.batch_size % self._world_size or self.batch_size < 2 * self._world_size):
+        asked = self._batch_size
+        if trains and asked and (asked % self._world_size or asked < 2 * self._world_size):
             raise UserError(
-                f"--data.batch_size {self.batch_size}: expected a multiple of the {self._world_size} processes, "
+                f"--data.batch_size {asked}: expected a multiple of the {self._world_size} processes, "
                 f"at least 2 images for each"
             )
         if self._train is None or self._test is None:
@@ -354,11 +396,8 @@ class DataModule(L.LightningDataModule):
         n_train = self.limit_train or len(train)
         train = train.select(stratified(train.labels, self.seed)[: n_val + n_train])
         test = test.select(stratified(test.labels, FIXED)[: self.limit_test])
-        if len(test) < self.measure_size:
-            raise UserError(
-                f"--data.measure_size {self.measure_size}: the test split has only {len(test)} images; "
-                f"set that number or less"
-            )
+        there = f"the test split has {len(test)} images"
+        self.measure_size = size_within("--data.measure_size", self._measure_size, MEASURE_SIZE, len(test), there)
         if train.shape != test.shape:
             raise UserError(
                 f"--data.image_size None: training images have the shape {train.shape}, test images {test.shape}; "
@@ -367,6 +406,10 @@ class DataModule(L.LightningDataModule):
         self.num_classes = len(self.class_names)
         self.multi_label = train.labels.ndim == 2
         self.num_train = len(train) - n_val
+        self.batch_size = self._batch_size or min(BATCH_SIZE, self._multiple(self.num_train))
+        if self.trainer and self._batch_size is None and self.batch_size < BATCH_SIZE:
+            there = f"there are {self.num_train} training images"
+            logger.info(f"--data.batch_size {self.batch_size} (by default {BATCH_SIZE}): {there}")
         self.image_shape = train.shape
         labelled = (train.labels.view(len(train), -1) >= 0).all(1).nonzero().squeeze(1)  # STL-10 has others
         self._rows = {
@@ -380,6 +423,10 @@ class DataModule(L.LightningDataModule):
         if self._on_device:
             train, test = (images.decode(self._cores, show=self._rank == 0) for images in (train, test))
         return train, test
+
+    def _multiple(self, images: int) -> int:
+        """At most so many images, equally many in each process, and at least two."""
+        return max(2, images // self._world_size) * self._world_size
 
     def _fits(self, *splits: Images) -> bool:
         """Whether ``storage: auto`` keeps the pixels in memory."""
@@ -415,6 +462,13 @@ class DataModule(L.LightningDataModule):
             raise UserError(
                 f"--data.batch_size {self.batch_size}: the training split has only {self.num_train} images, and an "
                 f"incomplete batch is dropped; set that number or less"
+            )
+        if (dropped := self.num_train % self.batch_size) > MUCH_DROPPED * self.num_train:
+            fewer = self._multiple(self.num_train // math.ceil(self.num_train / self.batch_size))
+            logger.warning(
+                f"--data.batch_size {self.batch_size}: incomplete batches are dropped, so each epoch leaves out "
+                f"{dropped} of {self.num_train} training images, others each time; a batch size of {fewer} leaves out "
+                f"{self.num_train % fewer}"
             )
         slices = shares(self.num_train, self.batch_size, self._rank, self._world_size)
         self._train_loader = self._loader("train", slices, self.seed)

@@ -19,6 +19,7 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from ssl_geometry.data.datamodule import size_within
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import full_float32
@@ -42,6 +43,8 @@ A colour or a blur acts on every image; a flip and a grey on half of them, becau
 both grey, do not differ.
 """
 
+NEIGHBORS = 20
+"""Nearest training images that vote on an image to be classified."""
 NOT_THE_RECIPE = {"seed", "channels_last", "compile"}
 """Options of a method that seeds of one recipe may differ in."""
 
@@ -133,7 +136,7 @@ class Method(L.LightningModule):
         self.view = View(augment, size=image_size, normalize=normalize, center_crop=center_crop)
         self._compiled_view: View | None = None  # of training steps alone: its bits are not those of the view
         self.clean_view = View("none", size=image_size, normalize=normalize, center_crop=center_crop)
-        self.knn = KNNAccuracy()
+        self.knn = KNNAccuracy(NEIGHBORS)
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
 
@@ -333,7 +336,10 @@ class Method(L.LightningModule):
         self.knn.reset()
         if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
             return  # neighbours vote for one class
-        for batch in self.trainer.datamodule.bank_dataloader():  # type: ignore[attr-defined]
+        bank = self.trainer.datamodule.bank_dataloader()  # type: ignore[attr-defined]
+        there = f"there are {len(bank.sampler.rows)} labelled training images"
+        self.knn.k = size_within("nearest neighbours that vote:", None, NEIGHBORS, len(bank.sampler.rows), there)
+        for batch in bank:
             features = self.features(batch["image"].to(self.device), precision)
             self.knn.update_bank(features, batch["label"].to(self.device))
 

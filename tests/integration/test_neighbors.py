@@ -118,7 +118,7 @@ def test_pictures(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--neighbors.k=128"], ["--neighbors.k 128", "measure_size 128"]),
+        (["--neighbors.k=128"], ["--neighbors.k 128: each of 128 measurement images has 127 others"]),
         (["--neighbors.k=1"], ["--neighbors.k 1"]),
         (["--neighbors.copies=2"], ["--neighbors.copies 2"]),
         (["--neighbors.settings=[crops]"], ["crops", "crop"]),

@@ -410,7 +410,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
     ("arguments", "words"),
     [
         (["--manifolds=[semantic, colour]"], "--manifolds colour: did you mean 'color'"),
-        (["--k=128"], "--k 128: expected fewer than --data.measure_size 128"),
+        (["--k=128"], "--k 128: each of 128 measurement images has 127 others; set at most 127"),
         (["--manifolds=[]"], "--manifolds []: expected some of semantic, policy"),
         (["--device=gpu"], "--device gpu: expected cpu, cuda, or cuda:NUMBER"),
         (["--copies=2"], "--copies 2: expected a whole number of at least 3"),

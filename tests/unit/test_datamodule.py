@@ -384,6 +384,31 @@ def test_a_training_set_smaller_than_a_batch_is_refused():
     assert "40" in text
 
 
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 100), (3, 99)])
+def test_a_batch_size_that_nobody_asked_for_shrinks_to_the_images(world_size, batch_size):
+    data = digits(0, world_size, batch_size=None, limit_train=100)
+    assert data.batch_size == batch_size
+    assert len(data.train_dataloader()) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "line"),
+    [
+        (
+            216,
+            128,
+            "each epoch leaves out 88 of 216 training images, others each time; a batch size of 108 leaves out 0",
+        ),
+        (216, 108, None),
+        (219, 200, None),
+    ],
+)
+def test_batches_that_leave_out_many_images_are_told_in_one_line(caplog, images, batch_size, line):
+    digits(batch_size=batch_size, limit_train=images).train_dataloader()
+    assert len(caplog.messages) == (line is not None)
+    assert all(line in message and message.startswith("--data.batch_size 128: ") for message in caplog.messages)
+
+
 def test_pictures_of_mixed_sizes_name_the_option(folder):
     assert "--data.image_size None" in message(lambda: list(of_folder(folder, image_size=None).loader("train")))
 

@@ -118,11 +118,9 @@ COMPARE = """
 --permutations -1: expected a whole number from 0 to 10,000
 --permutations 10001: expected a whole number from 0 to 10,000
 --k 0: expected a whole number of at least 1
---k 9999: expected fewer than --data.measure_size 2048 images
 --k many: expected a whole number of at least 1
 --show_neighbors -1: expected whole numbers of at least 0
 --show_neighbors [5, -1]: expected whole numbers of at least 0
---show_neighbors 2048: expected 0 to 2047
 --data.batch_size 0: expected a whole number of at least 2
 --device tpu: expected cpu, cuda, or cuda:NUMBER
 """

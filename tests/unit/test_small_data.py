@@ -1,0 +1,99 @@
+"""Sizes that nobody asked for shrink to the data, with one line each; others are refused in one line."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+
+from ssl_geometry.callbacks import NeighborhoodMonitor
+from ssl_geometry.compare import _hold_to_images
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
+from ssl_geometry.methods import SimCLR
+from ssl_geometry.probe import _check_data
+
+SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def _all_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ssl_geometry")
+
+
+def images(train: int, test: int, **options: Any) -> DataModule:
+    data = DataModule("digits", image_size=8, limit_train=train, limit_test=test, **options)
+    data.setup()
+    return data
+
+
+def test_images_to_measure(caplog: pytest.LogCaptureFixture) -> None:
+    assert images(60, 48).measure_size == 48
+    assert caplog.messages == ["--data.measure_size 48 (by default 2048): the test split has 48 images"]
+    assert images(60, 48, measure_size=48).measure_size == 48
+    with pytest.raises(UserError, match=r"^--data.measure_size 49: the test split has 48 images; set at most 48"):
+        images(60, 48, measure_size=49)
+
+
+def test_neighbours_while_training(caplog: pytest.LogCaptureFixture) -> None:
+    data = images(60, 48)
+    caplog.clear()
+    trainer: Any = SimpleNamespace(datamodule=data)
+    method = SimCLR(**SMALL)
+    monitor = NeighborhoodMonitor(every_n_epochs=1)
+    monitor.on_fit_start(trainer, method)
+    assert monitor.k == 47
+    assert caplog.messages == ["--neighbors.k 47 (by default 50): each of 48 measurement images has 47 others"]
+    with pytest.raises(
+        UserError, match=r"^--neighbors.k 48: each of 48 measurement images has 47 others; set at most 47"
+    ):
+        NeighborhoodMonitor(every_n_epochs=1, k=48).on_fit_start(trainer, method)
+    NeighborhoodMonitor(k=48).on_fit_start(trainer, method)
+    data.measure_size = 3
+    with pytest.raises(UserError, match=r"^--neighbors.k: each of 3 .* 3 are needed; raise --data.measure_size"):
+        monitor.on_fit_start(trainer, method)
+
+
+def test_compared_neighbours(caplog: pytest.LogCaptureFixture) -> None:
+    options = SimpleNamespace(k=None, show_neighbors=[7])
+    _hold_to_images(options, 8)
+    assert options.k == 7
+    assert caplog.messages == ["--k 7 (by default 10): each of 8 measurement images has 7 others"]
+    for wrong, words in {
+        (8, ()): r"^--k 8: each of 8",
+        (7, (3, 8)): r"^--show_neighbors 8: expected 0 to 7",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            _hold_to_images(SimpleNamespace(k=wrong[0], show_neighbors=list(wrong[1])), 8)
+    with pytest.raises(UserError, match=r"^--data.measure_size 3: CKA needs at least 4 images"):
+        _hold_to_images(SimpleNamespace(k=None, show_neighbors=[]), 3)
+
+
+def test_neighbours_that_vote(caplog: pytest.LogCaptureFixture) -> None:
+    data = images(120, 20, val_fraction=0.0)
+    caplog.clear()
+    given: dict[str, Any] = {"evaluations": ["knn"], "train_images": None, "linear_epochs": 100}
+    options = SimpleNamespace(k=None, **given)
+    _check_data(options, data)
+    assert options.k == [20, 120]
+    assert caplog.messages == ["--k 120 (by default 200): there are 120 training images"]
+    with pytest.raises(UserError, match=r"^--k \[20, 200\]: 200 neighbours cannot vote where there are 120"):
+        _check_data(SimpleNamespace(k=[20, 200], **given), data)
+
+
+def test_a_run_on_fewer_images_than_vote(caplog: pytest.LogCaptureFixture) -> None:
+    method, data = SimCLR(**SMALL), DataModule("digits", image_size=8, limit_train=12, limit_test=8, val_fraction=0.0)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(method, data)
+    (results,) = trainer.test(method, data, verbose=False)
+    assert 0 <= results["test/knn"] <= 1
+    assert method.knn.k == data.batch_size == 12
+    assert "--data.batch_size 12 (by default 256): there are 12 training images" in caplog.messages
+    assert "nearest neighbours that vote: 12 (by default 20): there are 12 labelled training images" in caplog.messages
