@@ -41,13 +41,13 @@ from ssl_geometry.callbacks import (
     LoggerName,
     NeighborhoodMonitor,
     ProbeMonitor,
+    ResumableWandbLogger,
     SeedSteps,
     SpectrumMonitor,
     Status,
     StopOnNaN,
     StopOnSignal,
     WatchProcesses,
-    finish_wandb,
     make_loggers,
 )
 from ssl_geometry.callbacks.measure import Monitor
@@ -463,7 +463,9 @@ def fit(args: Sequence[str]) -> Run:
         for process in multiprocessing.active_children():
             if process not in others:  # a data worker: torch waits five seconds for each that nobody has ended
                 process.terminate()
-        finish_wandb(exit_code)  # last: a server that is away must not keep a job from the queue
+        for logger in cli.trainer.loggers:
+            if isinstance(logger, ResumableWandbLogger):
+                logger.finish(exit_code)  # last: a server that is away must not keep a job from the queue
         cli.stop_on_signal.restore()
         cli.run.release()
     print_summary(cli.run, cli.trainer, results)

@@ -5,8 +5,6 @@
 environment, or from the SLURM job that they share.
 """
 
-import errno
-import fcntl
 import getpass
 import importlib
 import itertools
@@ -21,9 +19,9 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -38,6 +36,7 @@ from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.models.zoo.load import why_unreadable
 from ssl_geometry.ranges import Seed, check_name, check_value
+from ssl_geometry.records.lock import lock, unlock
 from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
 from ssl_geometry.resume import Progress, differences, progress
 from ssl_geometry.slurm import Task, this_task
@@ -57,15 +56,23 @@ class Run:
     Args:
         directory: ``runs/<experiment>/<run-id>``.
         resumed_from: the checkpoint that training continues from, if any.
+        resumed_step: its completed optimiser steps, where this is the first process.
     """
 
     directory: Path
     resumed_from: Path | None = None
+    resumed_step: int | None = field(default=None, compare=False)
 
     @property
     def last_checkpoint(self) -> Path:
         """Where the newest checkpoint is, or will be."""
         return self.directory / "checkpoints" / "last.ckpt"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Those that training can continue from, the newest first, by their names: the last one, and kept ones."""
+        kept = sorted(self.last_checkpoint.parent.glob("epoch=*.ckpt"), reverse=True)
+        return [*([self.last_checkpoint] if self.last_checkpoint.exists() else []), *kept]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -82,30 +89,11 @@ class Run:
         """Write a file of the run, whole or not at all."""
         write_whole(self.directory / name, lambda temporary: temporary.write_text(text))
 
-    def lock(self) -> bool:
-        """Hold the directory until this process ends or :meth:`release`; False where another process holds it."""
-        if self.directory in _locks:
-            return True
-        file = (self.directory / ".lock").open("w")  # stays open
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, gone with the process
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                return False
-            logger.info(f"{self.directory}: this file system has no locks ({error.strerror})")
-        _locks[self.directory] = file
-        return True
-
     def release(self) -> None:
         """Let other processes continue this run; those that this one starts later are no part of it."""
-        if file := _locks.pop(self.directory, None):
-            file.close()
+        if unlock(self.directory):
             for variable in (DIRECTORY_VARIABLE, PARENT_VARIABLE):
                 os.environ.pop(variable, None)
-
-
-_locks: dict[Path, IO[str]] = {}
 
 
 def is_first_process() -> bool:
@@ -118,8 +106,9 @@ def open_run(
 ) -> Run:
     """The directory of this run: a new one, or with ``resume`` the one to continue.
 
-    Continued, the run is first made to be as it was when its checkpoint was written. Where an older one was named than
-    the last, what came later, that last one and records, is kept in ``superseded/<number>/``.
+    Continued, the run is first made to be as it was when its checkpoint was written. Where that is an older one than
+    the last, because it was named or the last is missing or damaged, what came later, checkpoints and records, is kept
+    in ``superseded/<number>/``; so are the records of a run that has no checkpoint and starts anew.
 
     Args:
         config: the configuration as plain data; it becomes the run's ``config.yaml``.
@@ -156,7 +145,7 @@ def open_run(
         directory = folder / (name or _new_id(folder, config))
     run = Run(directory)
     if not is_first_process():
-        whole = (named and named.is_file()) or (resume and run.last_checkpoint.exists())
+        whole = (named and named.is_file()) or (resume and run.checkpoints)
         return Run(directory, run.last_checkpoint) if whole else run
     if resume is None and any((directory / part).exists() for part in ("checkpoints", "records")):
         raise UserError(
@@ -188,10 +177,12 @@ def open_run(
 def _run_of(path: Path) -> Path:
     """The directory of the run that ``--resume`` names, by itself or by a checkpoint."""
     if not path.is_file():
-        last = Run(path).last_checkpoint
-        if not last.exists() and not (path / "config.yaml").is_file():
+        run = Run(path)
+        if not run.checkpoints and not (path / "config.yaml").is_file():
             siblings = [str(other.parent) for other in path.parent.glob("*/config.yaml")]
-            raise UserError(f"--resume {path}: no checkpoint here ({last}); {nearest(str(path), siblings)}")
+            raise UserError(
+                f"--resume {path}: no checkpoint here ({run.last_checkpoint}); {nearest(str(path), siblings)}"
+            )
         return path
     if path.parent.name != "checkpoints":
         raise UserError(f"--resume {path}: not inside a run directory (expected RUN/checkpoints/NAME.ckpt)")
@@ -202,7 +193,7 @@ def _take(run: Run, task: Task | None) -> None:
     """Lock the directory, and clear away what killed processes left half written."""
     host = run.facts.get("host", "an unknown machine")
     patience = LOCK_SECONDS if task and task.restarts else 0
-    while not run.lock():
+    while not lock(run.directory):
         if patience <= 0:
             raise UserError(
                 f"another process trains in {run.directory} (on {host}): wait for it, or choose another --run_id"
@@ -221,46 +212,80 @@ def _take(run: Run, task: Task | None) -> None:
 def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Task | None, run_id: str | None) -> Run:
     """Bring a run back to the checkpoint that it goes on from; the first process does so, and holds the lock."""
     last, facts, job = run.last_checkpoint, run.facts, _job(task)
-    checkpoint = named if named and named.is_file() else last
-    if job and last.exists() and _is_later_start(job, facts.get("job")):
-        checkpoint = last  # the one that the user named was for the first start
-    if not checkpoint.exists():
-        logger.info(f"--resume: no checkpoint to continue, starting anew in {run.directory}")
-        RecordStore(run.directory / "records").wind_back(*Progress(epochs=-1, step=0))
-        return run
+    candidates = run.checkpoints
+    if named and named.is_file() and not (job and last.exists() and _is_later_start(job, facts.get("job"))):
+        candidates = [named]  # else it was for the first start
+    if not candidates:
+        return _anew(run)
     if job and not named and not run_id and not _is_later_start(job, facts.get("job", job | {"restarts": 0})):
         raise UserError(
             f"{run.directory} holds a run already, and not one of an earlier start of this very job: name this run "
             f"with --run_id, or continue that one with --resume {run.directory}"
         )
     try:
-        reached = progress(read_checkpoint(checkpoint, "--resume", mmap=True), checkpoint)
+        checkpoint, reached = _newest_whole(candidates)
     except UserError as error:
-        raise UserError(f"{error}; {_instead_of(checkpoint)}") from error
+        raise UserError(f"{error}; {_instead_of(run, candidates)}") from error
     _check_options(run, config)
     file, aside = run.directory / "run.json", None
     if not facts and file.exists():
         damaged = file.rename(f"{file}.damaged")
         logger.warning(f"{file} was damaged, what is left of it is now {damaged.name}: W&B will show a new run")
     if not last.exists() or not checkpoint.samefile(last):
-        places = (run.directory / "superseded" / str(number) for number in itertools.count(1))
-        aside = next(place for place in places if not place.exists())
+        aside = _free_place(run)
         run.note(wandb_id=None)  # before: what W&B has of the run beyond this checkpoint, it keeps
         if last.exists():
             copy_whole(last, aside / last.name)
         copy_whole(checkpoint, last)
+        for kept in run.checkpoints[1:]:
+            if kept.name > f"epoch={reached.epochs:05d}.ckpt":
+                aside.mkdir(parents=True, exist_ok=True)
+                kept.rename(aside / kept.name)
     RecordStore(run.directory / "records").wind_back(*reached, aside)
-    logger.info(f"continuing from {checkpoint}")
-    return Run(run.directory, last)
+    later = f"; what came later is now in {aside}" if aside and aside.exists() else ""
+    logger.info(f"continuing from {checkpoint}{later}")
+    return Run(run.directory, last, reached.step)
 
 
-def _instead_of(checkpoint: Path) -> str:
-    """What to do about a checkpoint that cannot be continued."""
-    run = checkpoint.parent.parent
-    others = [*run.glob("checkpoints/*.ckpt"), *run.glob("superseded/*/*.ckpt")]
-    older = sorted((path for path in others if path != checkpoint), key=lambda path: path.stat().st_mtime)
-    if older:
-        return f"continue from an older one with --resume {older[-1]}"
+def _newest_whole(candidates: Sequence[Path]) -> tuple[Path, Progress]:
+    """The first checkpoint, of those given from the newest on, that training can continue from; and how far it came."""
+    mistakes: list[UserError] = []
+    for path in candidates:
+        try:
+            reached = progress(read_checkpoint(path, "--resume", mmap=True), path)
+        except UserError as error:
+            mistakes.append(error)
+            continue
+        for mistake in mistakes:
+            logger.warning(str(mistake))
+        return path, reached
+    raise mistakes[0]
+
+
+def _anew(run: Run) -> Run:
+    """Start a run that has no checkpoint from the beginning; what it has measured is kept, and its run in W&B."""
+    aside, records = _free_place(run), RecordStore(run.directory / "records")
+    kept = ""
+    if any(records.directory.glob("**/*.parquet")):
+        run.note(wandb_id=None)
+        records.wind_back(*Progress(epochs=-1, step=0), aside)
+        kept = f"; what it has measured is now in {aside}"
+    logger.info(f"--resume: no checkpoint to continue, starting anew in {run.directory}{kept}")
+    return run
+
+
+def _free_place(run: Run) -> Path:
+    """Where to put what a run is about to leave behind."""
+    places = (run.directory / "superseded" / str(number) for number in itertools.count(1))
+    return next(place for place in places if not place.exists())
+
+
+def _instead_of(run: Run, damaged: Sequence[Path]) -> str:
+    """What to do about checkpoints that cannot be continued."""
+    for path in run.checkpoints:
+        with suppress(UserError):
+            if path not in damaged:
+                return f"continue from an older one with --resume {_newest_whole([path])[0]}"
     return "the run has no other, so start it again under another --run_id"
 
 
@@ -326,10 +351,9 @@ def _newest_unfinished(folder: Path, config: Mapping[str, Any]) -> str | None:
     for path in folder.glob("*/run.json"):
         before = config_of(path.parent)
         if before and _facts(path.parent).get("status") != "finished" and not differences(before, config):
-            run = Run(path.parent)
             with suppress(OSError):  # someone else's
-                if run.lock():  # else another process is at it
-                    run.release()
+                if lock(path.parent):  # else another process is at it
+                    unlock(path.parent)
                     runs.append((_number(path), path.parent.name))
     return max(runs)[1] if runs else None
 

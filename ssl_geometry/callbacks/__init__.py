@@ -4,7 +4,7 @@ from ssl_geometry.callbacks.cka import CKAMonitor
 from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.callbacks.interruption import LastCheckpoint, LostProcess, StopOnSignal, a_reader_ended
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
-from ssl_geometry.callbacks.loggers import LoggerName, finish_wandb, make_loggers
+from ssl_geometry.callbacks.loggers import LoggerName, ResumableWandbLogger, make_loggers
 from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
 from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.callbacks.processes import Status, WatchProcesses
@@ -24,6 +24,7 @@ __all__ = [
     "NeighborhoodMonitor",
     "ProbeMonitor",
     "RecordsLogger",
+    "ResumableWandbLogger",
     "SeedSteps",
     "SpectrumMonitor",
     "Status",
@@ -31,6 +32,5 @@ __all__ = [
     "StopOnSignal",
     "WatchProcesses",
     "a_reader_ended",
-    "finish_wandb",
     "make_loggers",
 ]

@@ -32,6 +32,8 @@ class LostProcess(Exception):
 class LastCheckpoint(ModelCheckpoint):
     """``last.ckpt``, so often that a killed run repeats at most so many minutes of training.
 
+    That of a new run is there after a tenth of that time: where a node dies early, the job can go on from it.
+
     It is written at the end of an epoch where that of the next would be too late, or in mid-epoch where an epoch is
     longer than that (:class:`StopOnSignal` then calls :meth:`save` between two steps); and at the end of training. The
     first process's clock decides for all.
@@ -68,8 +70,10 @@ class LastCheckpoint(ModelCheckpoint):
         self.wanted = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; the checkpoint of a resumed run is as good as new."""
+        """Start the clock; the checkpoint of a resumed run is as good as new, a new run is saved early once."""
         self._saved_at = self._epoch_began = self.clock()
+        if trainer.global_step == 0:
+            self._saved_at -= 0.9 * 60 * self.every_n_minutes
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save where this is the last epoch end that is not too late."""

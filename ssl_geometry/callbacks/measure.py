@@ -24,7 +24,6 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
@@ -301,8 +300,7 @@ def log(trainer: L.Trainer, found: Findings, moment: Moment, part: str) -> None:
             drawn: dict[str, Any] = figures() if isinstance(logger, WandbLogger) else {}
             shown = _for_wandb(drawn) if drawn else {}
             row = {**found.scalars, **shown, "epoch": float(moment.epoch)}  # pictures in one row with their epoch
-            send = logger.log_moment if isinstance(logger, ResumableWandbLogger) else logger.log_metrics
-            send(row, moment.step)
+            logger.log_metrics(row, moment.step)
         if isinstance(logger, TensorBoardLogger):
             for name, figure in figures().items():
                 logger.experiment.add_figure(name, figure, global_step=moment.step)

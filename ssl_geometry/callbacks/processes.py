@@ -14,11 +14,12 @@ import selectors
 import socket
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 
@@ -141,16 +142,38 @@ def _server() -> socket.socket:
 
 
 def _accepted(server: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
-    """The connections of the other processes; strangers are turned away."""
+    """The connections of the other processes, all within one time limit; strangers are turned away."""
     found: dict[int, socket.socket] = {}
-    with server:
-        server.settimeout(CONNECT_SECONDS)
+    said: dict[socket.socket, bytes] = {}
+    end, size = time.monotonic() + CONNECT_SECONDS, len(token) + MESSAGE.size
+    with server, selectors.DefaultSelector() as selector:
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
         while len(found) < count:
-            connection, _ = server.accept()
-            connection.settimeout(CONNECT_SECONDS)
-            said = _exactly(connection, len(token) + MESSAGE.size)
-            if said[: len(token)] == token:
-                found[MESSAGE.unpack(said[len(token) :])[1]] = connection
+            ready = selector.select(max(end - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError(f"{len(found)} of {count} have connected within {CONNECT_SECONDS} s")
+            for key, _ in ready:
+                if key.fileobj is server:
+                    with suppress(OSError):  # of one that has gone again
+                        connection, _ = server.accept()
+                        selector.register(connection, selectors.EVENT_READ)
+                        said[connection] = b""
+                    continue
+                connection, more = cast(socket.socket, key.fileobj), b""
+                with suppress(OSError):
+                    more = connection.recv(size - len(said[connection]))
+                said[connection] += more
+                if more and len(said[connection]) < size:
+                    continue
+                selector.unregister(connection)
+                words = said.pop(connection)
+                if len(words) == size and words.startswith(token):
+                    found[MESSAGE.unpack(words[len(token) :])[1]] = connection
+                else:
+                    connection.close()
+    for stranger in said:
+        stranger.close()
     return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -116,6 +116,15 @@ class FlushRecords(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called before the checkpoint is written."""
+        self._flush(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Means over the last epoch are logged after its checkpoint, and it is not run again."""
+        self._flush(trainer)
+
+    def _flush(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RecordsLogger):
                 logger.flush()
+            elif isinstance(logger, CSVLogger):
+                logger.save()

@@ -103,7 +103,7 @@ def to_wandb(paths: Sequence[Path], project: str | None, console: Console, stric
     for path in paths:
         read_run(path, strict=strict)
         sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))
-        print(f"{path}: {sent:,} numbers and pictures sent" if sent else f"{path}: W&B has everything already")
+        print(f"{path}: {sent:,} numbers and figures sent" if sent else f"{path}: W&B has everything already")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -14,6 +14,9 @@ from ssl_geometry.report.figures import MANIFOLDS, cka_curves, cka_heatmap, laye
 Row = Mapping[str, Any]
 Pictures = dict[str, Callable[[], Figure]]
 
+MEASURED = ("cka", "invariance", "probes", "neighbors", "spectrum")
+"""Sections of the names that measurements are logged under."""
+
 PROBES = {
     "ridge_probe": "ridge",
     "ridge_probe_l2": "ridge_l2",
@@ -38,6 +41,16 @@ SPECTRUM = (
     "uniformity",
     "mean_cosine",
 )
+
+
+def under_way(name: str) -> bool:
+    """Whether Lightning logs a number before it counts the step and the epoch that the number belongs to.
+
+    Example:
+        >>> under_way("train/loss"), under_way("val/knn"), under_way("test/knn"), under_way("cka/to_init/pooled")
+        (True, True, False, False)
+    """
+    return name.partition("/")[0] not in ("test", *MEASURED)
 
 
 def twins(rows: Iterable[Row]) -> list[Row]:

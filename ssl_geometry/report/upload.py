@@ -1,27 +1,30 @@
-"""Runs in W&B: what a run is called there, what its axes are, and records sent after training.
+"""Runs in W&B: what a run is called there, what its axes are, and how its rows get there, live or later.
 
-A run is found by one id, which stands in ``run.json``, whether it is logged live or later. What was sent is what W&B's
-own files below ``wandb/`` hold, so a second upload adds nothing.
+W&B's step is the number of completed optimiser steps, and all that belongs to it (loss, validation, measurements with
+their figures, test) is one row. So the rows of a run have an order that its records know as well, and W&B itself
+reports on resume how many of them it has: the rest is sent from the records.
 """
 
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import wandb
 import yaml
 
 from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.records import RecordStore, wandb_files
-from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
+from ssl_geometry.records import RecordStore
+from ssl_geometry.records.lock import lock, unlock
+from ssl_geometry.records.store import write_whole
+from ssl_geometry.report.moments import MEASURED, Pictures, Row, curve_rows, pictures, scalars, under_way
 
-LOGGED = ("train", "val", "test")
-"""Prefixes of the numbers that training itself logs, which are metrics of the records under the same name."""
 TIMEOUT_SECONDS = 30
+Shown = Callable[[list["LoggedRow"]], Iterable["LoggedRow"]]
+"""Passes rows on, and shows how far they are."""
 
 
 def wandb_options(directory: Path, config: Mapping[str, Any], facts: Mapping[str, Any], project: str) -> dict[str, Any]:
@@ -62,22 +65,8 @@ def wandb_options(directory: Path, config: Mapping[str, Any], facts: Mapping[str
         "tags": tags,
         "config": {**config, **summary},
         "resume": "allow",
+        "dir": directory,
     }
-
-
-def define_axes(run: Any, names: Iterable[str]) -> None:
-    """Epochs are the horizontal axis of everything but the training steps; neither is drawn as a curve of its own.
-
-    Name by name: Lightning defines ``*`` for itself, and of two patterns that fit W&B takes either one.
-
-    Args:
-        run: of W&B.
-        names: to be logged for the first time.
-    """
-    for name in ("epoch", wandb_files.STEP):
-        run.define_metric(name, hidden=True)
-    for name in names:
-        run.define_metric(name, step_metric=wandb_files.STEP if name.startswith("train/") else "epoch")
 
 
 def new_id(directory: Path) -> str:
@@ -85,93 +74,175 @@ def new_id(directory: Path) -> str:
     return f"{directory.name}-{uuid.uuid4().hex[:8]}"
 
 
-def upload(directory: Path, project: str | None, tell: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> int:
-    """Send the records of a run to W&B that are not there yet.
+class Sender:
+    """Sends the rows of a run to W&B in their order, each once.
+
+    Rows before the step that W&B starts a resumed run with are there. As a row that W&B has cannot be added to, each
+    waits here until the next one begins: a row that a failed run left incomplete is not sent, but whole on resume.
+
+    Args:
+        run: of W&B, just started.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._step = 0
+        self._row: dict[str, Any] = {}
+        self._defined: set[str] = set()
+        run.define_metric("epoch", hidden=True)
+
+    def lacks(self, step: int) -> bool:
+        """Whether W&B does not have the row of so many completed steps."""
+        return step >= self._run.starting_step
+
+    def add(self, step: int, epoch: float | None, values: Mapping[str, Any]) -> None:
+        """Add to the row of a step; the one before is sent.
+
+        Args:
+            step: completed optimiser steps; what comes late joins the row that is under way.
+            epoch: completed epochs, that of the row counted; None where it is not known.
+            values: numbers and figures by name.
+        """
+        if step > self._step:
+            self.send()
+            self._step = step
+        if self.lacks(self._step):
+            known = {} if epoch is None else {"epoch": max(float(epoch), self._row.get("epoch", 0.0))}
+            self._row |= {**values, **known}
+
+    def send(self) -> None:
+        """The row is complete."""
+        row, self._row = self._row, {}
+        for name in row.keys() - self._defined:
+            if name.partition("/")[0] in ("val", "test", *MEASURED):
+                self._run.define_metric(name, step_metric="epoch")
+        self._defined |= row.keys()
+        if row:  # W&B drops a row behind its own step, which is further where others log to the run as well
+            self._run.log(row, step=max(self._step, self._run.step), commit=True)
+
+
+class LoggedRow(NamedTuple):
+    """What W&B gets of one step.
+
+    Args:
+        step: completed optimiser steps.
+        epoch: completed epochs.
+        numbers: by logged name.
+        figures: what draws them, by logged name.
+    """
+
+    step: int
+    epoch: int
+    numbers: dict[str, float]
+    figures: Pictures
+
+
+def logged_rows(records: Iterable[Row]) -> Iterator[LoggedRow]:
+    """The records of a run as W&B got them live, in their order.
+
+    Args:
+        records: of one run.
+    """
+    steps = defaultdict[int, list[Row]](list)
+    for row in records:
+        if row["step"] is not None:
+            steps[row["step"] + (row["protocol"] is None and under_way(row["metric"]))].append(row)
+    curves: list[Row] = []
+    for step, rows in sorted(steps.items()):
+        measured = [row for row in rows if row["protocol"] is not None]
+        logged = {row["metric"]: row["value"] for row in rows if row["protocol"] is None}
+        curves = [*curves, *curve_rows(measured)]
+        epoch = max(row["epoch"] or 0 for row in rows)
+        yield LoggedRow(step, epoch, {**logged, **scalars(measured)}, pictures(measured, curves))
+
+
+def send_records(sender: Sender, directory: Path, shown: Shown = iter) -> int:
+    """Send what W&B lacks of a run's records; the last row waits for :meth:`Sender.send`.
+
+    Args:
+        sender: of the run.
+        directory: the run directory.
+        shown: passes rows on, and shows how far they are.
+
+    Returns:
+        How many numbers and figures they hold.
+    """
+    missing = [row for row in logged_rows(RecordStore(directory / "records").rows()) if sender.lacks(row.step)]
+    for row in shown(missing):
+        drawn = {name: wandb.Image(draw()) for name, draw in row.figures.items()}
+        sender.add(row.step, row.epoch, {**row.numbers, **drawn})
+    return sum(len(row.numbers) + len(row.figures) for row in missing)
+
+
+def end_wandb(exit_code: int) -> BaseException | None:
+    """End W&B's run and its process, which writes its last block before it is gone.
+
+    Args:
+        exit_code: from which W&B knows a run that failed.
+
+    Returns:
+        What went wrong first, if anything.
+    """
+    problems: list[BaseException] = []
+    for end in (wandb.finish, wandb.teardown):
+        try:
+            end(exit_code)
+        except (Exception, SystemExit) as error:  # its process is gone; teardown then exits
+            problems.append(error)
+    wandb.run = None  # W&B keeps a run whose process is gone, and starts no other one
+    return problems[0] if problems else None
+
+
+def upload(directory: Path, project: str | None, shown: Shown = iter) -> int:
+    """Send the records of a run to W&B that are not there yet; offline, write them all into a folder of W&B's.
 
     Args:
         directory: the run directory.
         project: of W&B; None takes the run's own.
-        tell: passes moments on, and shows how far they are.
+        shown: passes rows on, and shows how far they are.
 
     Returns:
-        How many numbers and pictures were sent.
+        How many numbers and figures were sent.
 
     Raises:
-        UserError: no run of ``fit``, no key, or a server that does not answer.
+        UserError: no run of ``fit``, one that a process is at, no key, or W&B does not take it.
     """
-    config, facts = _described(directory)
-    online = os.environ.get("WANDB_MODE") not in ("offline", "dryrun")
-    if online:
-        _log_in()
-    if not facts.get("wandb_id"):
-        facts["wandb_id"] = new_id(directory)
-        temporary = directory / f".run.json.{os.getpid()}.partial"
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(temporary, directory / "run.json")
-    points = wandb_files.points(directory, facts["wandb_id"], on_server=online)
-    sent = {(name.removesuffix("/_type"), step) for name, step, _ in points}
-    new = [moment for moment in moments(RecordStore(directory / "records").rows()) if moment.lacks(sent)]
-    if not new:
-        return 0
-    options = wandb_options(directory, config, facts, project or config.get("wandb_project", "ssl_geometry"))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    settings = wandb.Settings(init_timeout=TIMEOUT_SECONDS)
+    config, _ = _described(directory)
+    if not lock(directory):
+        raise UserError(f"RUN {directory}: another process trains in it, or sends it: wait for it to end")
     try:
-        run = wandb.init(**options, dir=directory, mode="online" if online else "offline", settings=settings)
+        if os.environ.get("WANDB_MODE") not in ("offline", "dryrun"):
+            _log_in()
+        _, facts = _described(directory)
+        if not facts.get("wandb_id"):
+            facts["wandb_id"] = new_id(directory)
+            text = json.dumps(facts, indent=1) + "\n"
+            write_whole(directory / "run.json", lambda temporary: temporary.write_text(text))
+        options = wandb_options(directory, config, facts, project or config.get("wandb_project", "ssl_geometry"))
+        return _sent(directory, options, shown)
+    finally:
+        unlock(directory)
+
+
+def _sent(directory: Path, options: Mapping[str, Any], shown: Shown) -> int:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    problem: BaseException | None = None
+    try:
+        sender = Sender(wandb.init(**options, settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS)))
+        count = send_records(sender, directory, shown)
+        sender.send()
     except Exception as error:
-        raise UserError(f"--to-wandb: W&B does not take the run ({str(error).splitlines()[0]})") from error
-    count = 0
-    with run:
-        define_axes(run, dict.fromkeys(name for moment in new for name in moment.lacks(sent)))
-        for moment in tell(new):
-            names = moment.lacks(sent)
-            row = {name: moment.draw(name) for name in names}
-            run.log({**row, "epoch": float(moment.epoch), wandb_files.STEP: moment.step})
-            count += len(names)
-    wandb.teardown()  # the end of `run` does not wait for the last block of its file, which a second upload reads
-    return count
-
-
-class LoggedMoment:
-    """What loggers get of one moment.
-
-    Args:
-        rows: the moment's records.
-        curves: the lasting ones of it and of all before it.
-    """
-
-    def __init__(self, rows: list[dict[str, Any]], curves: list[Row]) -> None:
-        self.epoch, self.step = int(rows[0]["epoch"] or 0), int(rows[0]["step"] or 0)
-        logged = {row["metric"]: row["value"] for row in rows if _is_logged(row)}
-        measured = [row for row in rows if not _is_logged(row)]
-        self.numbers = {**logged, **scalars(measured)}
-        self.pictures = pictures(measured, curves)
-
-    def lacks(self, sent: set[tuple[str, int]]) -> list[str]:
-        """Names that were not sent."""
-        return [name for name in (*self.numbers, *self.pictures) if (name, self.step) not in sent]
-
-    def draw(self, name: str) -> Any:
-        """A number, or a picture as W&B takes it."""
-        return self.numbers[name] if name in self.numbers else wandb.Image(self.pictures[name]())
-
-
-def _is_logged(row: Row) -> bool:
-    return row["layer"] is None and row["metric"].partition("/")[0] in LOGGED
-
-
-def moments(rows: Iterable[dict[str, Any]]) -> list[LoggedMoment]:
-    """Records by moment, as loggers got them live.
-
-    Args:
-        rows: records of a run, in the order of epochs and steps.
-    """
-    found, curves = [], list[Row]()
-    for _, group in groupby(rows, key=lambda row: (row["epoch"], row["step"])):
-        here = list(group)
-        curves = [*curves, *curve_rows(here)]
-        found.append(LoggedMoment(here, curves))
-    return found
+        problem = error
+    problem = problem or end_wandb(0)
+    if problem is None:
+        return count
+    end_wandb(1)
+    if isinstance(problem, UserError):  # of the records
+        raise problem
+    reason = (str(problem) or type(problem).__name__).splitlines()[0]
+    raise UserError(
+        f"--to-wandb: W&B did not take the whole run ({reason}); the same command sends the rest"
+    ) from problem
 
 
 def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

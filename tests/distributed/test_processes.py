@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,3 +188,31 @@ def test_what_is_replaced_in_lightning_is_there() -> None:
     observer = subprocess_script._ChildProcessObserver(os.getpid(), [])
     assert observer._child_processes == []
     assert observer._run(), "without children it is done"
+
+
+def test_strangers_that_say_nothing_keep_no_one_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    server, token = processes._server(), b"t" * processes.TOKEN_BYTES
+    port = server.getsockname()[1]
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    strangers[0].sendall(b"t")
+    strangers[1].sendall(b"x" * 100)
+    members = [processes._connected(port, token, rank)[0] for rank in (3, 1, 2)]
+    found = processes._accepted(server, token, 3)
+    assert sorted(found) == [1, 2, 3]
+    assert [found[rank].getpeername()[1] for rank in (3, 1, 2)] == [member.getsockname()[1] for member in members]
+    for stranger in strangers:
+        with suppress(ConnectionResetError):
+            assert stranger.recv(1) == b"", "turned away"
+    for connection in (*strangers, *members, *found.values()):
+        connection.close()
+
+
+def test_all_have_one_time_limit_to_connect_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "CONNECT_SECONDS", 0.05)
+    server, token = processes._server(), b"t" * processes.TOKEN_BYTES
+    silent = [socket.create_connection(("127.0.0.1", server.getsockname()[1])) for _ in range(2)]
+    with pytest.raises(TimeoutError, match=r"0 of 2 have connected within 0.05 s"):
+        processes._accepted(server, token, 2)
+    for connection in silent:
+        connection.close()

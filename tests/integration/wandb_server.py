@@ -6,8 +6,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from ssl_geometry.records.wandb_files import STEP
-
 PROJECT = {"id": "UHJvajox", "name": "p", "entity": {"id": "RW50OjE=", "name": "u"}}
 RUN = {"id": "UnVuOjE=", "displayName": "r", "config": "{}", "project": PROJECT, "tags": []}
 USER = {"id": "VXNlcjox", "username": "u", "entity": "u", "email": "e", "flags": "{}", "teams": {"edges": []}}
@@ -22,6 +20,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lines: list[str] = []
         """The history, row by row."""
+        self.run: dict[str, Any] = {}
+        """What the run is called, and its configuration."""
         self.back = threading.Event()
         self.back.set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -30,15 +30,33 @@ class Server(ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         """Variables that send W&B here."""
         url = f"http://127.0.0.1:{self.server_address[1]}"
-        return {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+        often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # in seconds; by default 15
+        return {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", **often}
 
-    def points(self) -> list[tuple[str, int]]:
-        """Name and training step of each number."""
-        found = []
-        for row in map(json.loads, self.lines):
-            if STEP in row:
-                found += [(name, int(row[STEP])) for name in row if name[0] != "_" and name not in ("epoch", STEP)]
-        return found
+    def rows(self) -> list[dict[str, Any]]:
+        """The history without what W&B adds for itself; ``step`` is its own."""
+        rows = map(json.loads, self.lines)
+        return [{"step": row["_step"], **{name: row[name] for name in row if name[0] != "_"}} for row in rows]
+
+    def points(self) -> dict[tuple[str, int], Any]:
+        """Name and step of each number and figure, to its value."""
+        return {
+            (name, row["step"]): value
+            for row in self.rows()
+            for name, value in row.items()
+            if name not in ("step", "epoch")
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the run."""
+        return {name: item["value"] for name, item in json.loads(self.run["config"]).items() if name != "_wandb"}
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """The axis of each metric that has one of its own; W&B notes it in the configuration."""
+        metrics = json.loads(self.run["config"])["_wandb"]["value"]["m"]
+        return {metric["1"]: metrics[metric["5"] - 1]["1"] for metric in metrics if "5" in metric}
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         """What a request gets."""
@@ -48,7 +66,10 @@ class Server(ThreadingHTTPServer):
                 self.lines[history["offset"] :] = history["content"]
             return {}
         asked = json.loads(body) if path.endswith("graphql") else {}
-        run = {**RUN, "name": asked.get("variables", {}).get("name")}
+        variables = asked.get("variables", {})
+        if "UpsertBucket" in asked.get("query", ""):
+            self.run |= {name: value for name, value in variables.items() if value is not None}
+        run = {**RUN, "name": variables.get("name")}
         if "RunResumeStatus" in asked.get("query", ""):
             there = {"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "summaryMetrics": "{}"}
             there |= {

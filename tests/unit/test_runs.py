@@ -234,12 +234,65 @@ def test_winding_back_sets_aside_what_came_later(tmp_path: Path) -> None:
     assert not (run.directory / "superseded" / "2").exists()
 
 
-def test_a_run_that_starts_anew_has_no_earlier_rows(tmp_path: Path) -> None:
+def test_a_run_that_starts_anew_has_no_earlier_rows_and_loses_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    run.note(wandb_id="a-1")
     store = RecordStore(run.directory / "records")
-    store.write("cka/epoch=00000", rows(0, [0]))
-    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from is None
+    for epoch in (0, 7):
+        store.write(f"cka/epoch={epoch:05d}", rows(epoch, [epoch]))
+    with caplog.at_level("INFO"):
+        again = open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    aside = run.directory / "superseded" / "1"
+    assert f"starting anew in {run.directory}; what it has measured is now in {aside}" in caplog.text
+    assert again.resumed_from is None
+    assert again.facts["wandb_id"] is None
     assert not len(store.read())
+    assert RecordStore(aside).read()["epoch"].tolist() == [0, 7]
+    open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert not (run.directory / "superseded" / "2").exists(), "there was nothing to keep"
+
+
+@pytest.mark.parametrize("last", ["missing", "damaged"])
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_without_a_whole_last_checkpoint_the_newest_kept_one_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: str, how: str
+) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    run.note(wandb_id="a-1")
+    kept = [checkpoint(run.directory, f"epoch={epoch:05d}", epochs=epoch) for epoch in (2, 10, 12)]
+    kept[2].write_bytes(b"half")
+    store = RecordStore(run.directory / "records")
+    for epoch in (2, 10, 11):
+        store.write(f"cka/epoch={epoch:05d}", rows(epoch, [10 * epoch]))
+    if last == "damaged":
+        run.last_checkpoint.write_bytes(b"half")
+    with caplog.at_level("INFO"):
+        resume = {"auto": "auto", "path": str(run.directory)}[how]
+        again = open_run(CONFIG, tmp_path, "e", run_id="a", resume=resume)
+    aside = run.directory / "superseded" / "1"
+    assert f"continuing from {kept[1]}; what came later is now in {aside}" in caplog.text
+    assert caplog.text.count("not a whole, plain checkpoint") == 1 + (last == "damaged")
+    assert (again.resumed_from, again.resumed_step) == (run.last_checkpoint, 100)
+    assert weight(run.last_checkpoint) == 10
+    assert store.read()["epoch"].tolist() == [2, 10]
+    assert RecordStore(aside).read()["epoch"].tolist() == [11]
+    assert again.facts["wandb_id"] is None
+    assert {path.name for path in aside.glob("*.ckpt")} == {"epoch=00012.ckpt"} | {
+        name for name in ["last.ckpt"] if last == "damaged"
+    }
+    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_step == 100
+    assert not (run.directory / "superseded" / "2").exists()
+
+
+def test_other_processes_continue_where_only_a_kept_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory, "epoch=00001")
+    monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
+    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == run.last_checkpoint
 
 
 def test_a_run_wound_back_and_killed_continues_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +534,7 @@ def test_a_damaged_checkpoint_names_the_one_to_continue_from(tmp_path: Path) -> 
         open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
     older = checkpoint(run.directory, "epoch=00001", epochs=1)
     with pytest.raises(UserError, match=f"continue from an older one with --resume {older}$"):
-        open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
+        open_run(CONFIG, tmp_path, "e", resume=str(last))
     assert open_run(CONFIG, tmp_path, "e", resume=str(older)).resumed_from == last
 
 

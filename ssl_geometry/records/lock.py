@@ -1,0 +1,49 @@
+"""A run directory is written by one process at a time: by the one that trains in it, or that sends it to W&B."""
+
+import errno
+import fcntl
+import logging
+from pathlib import Path
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+_held: dict[Path, IO[str]] = {}
+
+
+def lock(directory: Path) -> bool:
+    """Hold a directory until this process ends or :func:`unlock`.
+
+    Args:
+        directory: of a run.
+
+    Returns:
+        False where another process holds it.
+    """
+    if directory in _held:
+        return True
+    file = (directory / ".lock").open("w")  # stays open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, gone with the process
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return False
+        logger.info(f"{directory}: this file system has no locks ({error.strerror})")
+    _held[directory] = file
+    return True
+
+
+def unlock(directory: Path) -> bool:
+    """Let other processes have it.
+
+    Args:
+        directory: of a run.
+
+    Returns:
+        Whether this process held it.
+    """
+    file = _held.pop(directory, None)
+    if file is not None:
+        file.close()
+    return file is not None
