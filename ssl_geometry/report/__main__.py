@@ -108,7 +108,7 @@ def to_wandb(paths: Sequence[Path], project: str | None, console: Console, stric
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ssl_geometry.report``."""
-    run_command(report, args, interrupted="interrupted: nothing was written")
+    run_command(report, args, interrupted="interrupted: no page was written; --to-wandb goes on where it stopped")
 
 
 if __name__ == "__main__":
