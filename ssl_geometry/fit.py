@@ -34,6 +34,7 @@ from rich.table import Table
 
 from ssl_geometry.callbacks import (
     CKAMonitor,
+    EvaluateAtStart,
     FitProgress,
     FlushRecords,
     InvarianceMonitor,
@@ -297,6 +298,7 @@ class FitCLI(LightningCLI):
             FitProgress(),  # first: its clock starts before the first measurement
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
+            EvaluateAtStart(),
             SeedSteps(self.settings["seed_everything"]),
             losses,
             self.stop_on_signal,

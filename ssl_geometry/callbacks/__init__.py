@@ -1,6 +1,7 @@
 """Lightning glue only: when to measure, what to feed, where to log."""
 
 from ssl_geometry.callbacks.cka import CKAMonitor
+from ssl_geometry.callbacks.evaluation import EvaluateAtStart
 from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.callbacks.interruption import LastCheckpoint, LostProcess, StopOnSignal, a_reader_ended
 from ssl_geometry.callbacks.invariance import InvarianceMonitor
@@ -15,6 +16,7 @@ from ssl_geometry.callbacks.spectrum import SpectrumMonitor
 
 __all__ = [
     "CKAMonitor",
+    "EvaluateAtStart",
     "FitProgress",
     "FlushRecords",
     "InvarianceMonitor",

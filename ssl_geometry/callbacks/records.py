@@ -16,7 +16,8 @@ from ssl_geometry.records import Protocol, RecordStore, record
 def completed_epochs(name: str, metrics: Mapping[str, float]) -> int:
     """The epoch that a number logged by Lightning belongs to.
 
-    Lightning counts the epochs before: training and validation belong to the one that is under way.
+    Lightning counts the epochs before: training and validation belong to the one that is under way, and the validation
+    of the initialisation to the one before the first, -1.
 
     Example:
         >>> completed_epochs("train/loss", {"train/loss": 0.1, "epoch": 4}), completed_epochs("test/knn", {"epoch": 5})

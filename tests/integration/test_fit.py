@@ -281,6 +281,7 @@ def test_a_run_wound_back_has_one_past(tmp_path: Path) -> None:
     more = ["--keep_every_n_epochs=1", "--trainer.check_val_every_n_epoch=1"]
     run = fit(options(tmp_path, "a", *more, epochs=3))
     before = read_records(run.directory)
+    assert before[before["metric"] == "val/knn"]["epoch"].tolist() == [0, 1, 2, 3]
     back = run.directory / "checkpoints" / "epoch=00001.ckpt"
     fit([f"--resume={back}", "--trainer.max_epochs=2"])
     after = read_records(run.directory)

@@ -1,12 +1,16 @@
-"""Validation in the precision that was chosen, by its name; tests in float32."""
+"""Validation from the initialisation on, in the precision that was chosen, by its name; tests in float32."""
+
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ssl_geometry.callbacks import EvaluateAtStart, FlushRecords, RecordsLogger
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.methods import Method, SimCLR, Supervised
+from ssl_geometry.records import read_records
 
 
 @pytest.mark.parametrize(
@@ -62,3 +66,49 @@ def test_validation_is_in_the_chosen_precision_and_says_so(
     exact, chosen_features = method.features(images), method.features(images, chosen)
     assert torch.equal(exact, chosen_features) is not bool(suffix)
     torch.testing.assert_close(chosen_features, exact, rtol=0.05, atol=0.05)
+
+
+def trained(folder: Path, every: int, *callbacks: L.Callback, resume: Path | None = None) -> tuple[L.Trainer, Method]:
+    torch.manual_seed(0)
+    method = Supervised(backbone="resnet10", width=0.125, image_size=8, warmup_epochs=0)
+    data = DataModule("digits", image_size=8, limit_train=60, limit_test=20, measure_size=20, batch_size=27)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        check_val_every_n_epoch=every,
+        num_sanity_val_steps=0,
+        logger=RecordsLogger(folder),
+        callbacks=[*callbacks, FlushRecords()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(method, data, ckpt_path=resume)
+    return trainer, method
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [])])
+def test_the_initialisation_is_evaluated_where_the_run_evaluates(tmp_path: Path, every: int, epochs: list[int]) -> None:
+    with_it, method = trained(tmp_path / "with", every, EvaluateAtStart())
+    _, alone = trained(tmp_path / "without", every)
+    assert all(map(torch.equal, method.state_dict().values(), alone.state_dict().values())), "training is the same"
+    records, others = (read_records(tmp_path / name) for name in ("with", "without"))
+    assert records[records["metric"] == "val/acc"]["epoch"].tolist() == epochs
+    assert records[records["metric"] == "train/loss"]["epoch"].tolist() == [1, 1, 2, 2]
+    first = records["metric"].str.startswith("val/") & (records["epoch"] == 0)
+    assert set(records[first]["step"]) <= {0}
+    assert records[~first]["value"].tolist() == others["value"].tolist()
+    if epochs:
+        torch.manual_seed(0)
+        start = Supervised(backbone="resnet10", width=0.125, image_size=8, warmup_epochs=0)
+        known = with_it.validate(start, with_it.datamodule, verbose=False)[0]  # type: ignore[attr-defined]
+        assert records[first].set_index("metric")["value"].to_dict() == pytest.approx(known)
+
+
+def test_a_resumed_run_is_not_evaluated_again_at_its_start(tmp_path: Path) -> None:
+    trainer, _ = trained(tmp_path / "first", 1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trained(tmp_path / "second", 1, EvaluateAtStart(), resume=tmp_path / "last.ckpt")
+    assert not any((tmp_path / "second").glob("records/**/*.parquet")), "it was finished"
