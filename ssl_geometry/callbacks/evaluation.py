@@ -17,7 +17,7 @@ class EvaluateAtStart(L.Callback):
         progress.completed = -1  # Lightning logs the epoch under way, counted from 0: this is the one before it
         trainer.validating = True
         try:
-            with isolate_rng():
+            with isolate_rng(include_cuda=False):
                 trainer.fit_loop.epoch_loop.val_loop.run()
         finally:
             trainer.training = True
