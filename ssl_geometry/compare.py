@@ -159,7 +159,8 @@ def groups_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -
     """
     members: dict[Hashable, list[str]] = defaultdict(list)
     for name, (method, epoch) in networks.items():
-        trained = method.recipe, epoch, recipe(options.configs.get(name, {}))
+        source = getattr(method, "source", "")  # versions of a published recipe are no seeds of it
+        trained = method.recipe, source, epoch, recipe(options.configs.get(name, {}))
         same = trained if epoch is not None else (UNTRAINED, method.init_args.get("backbone"))
         members[options.seeds[name] if options.seeds[name] != name else same].append(name)
     groups: dict[str, str] = {}

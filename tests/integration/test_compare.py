@@ -211,6 +211,7 @@ def test_runs_of_one_recipe_are_one_group() -> None:
         "fresh": (Published("resnet10", family="untrained"), None),
         "wide": made(SimCLR, epoch=None, backbone="resnet18"),
         "byol": (Published("resnet10", family="non-contrastive", source="byol"), 0),
+        **{name: (Published("resnet10", family="contrastive", source=name), 200) for name in ("moco-v1", "moco-v2")},
         "timm": (Published("resnet10", source="timm:resnet10"), 0),
     }
     options = SimpleNamespace(
@@ -219,7 +220,10 @@ def test_runs_of_one_recipe_are_one_group() -> None:
     )
     assert groups_of(networks, options) == {
         **dict.fromkeys(("s0", "s1"), "s0 + s1"),
-        **{name: name for name in ("early", "cold", "long", "mine", "labels", "wide", "byol", "timm")},
+        **{
+            name: name
+            for name in ("early", "cold", "long", "mine", "labels", "wide", "byol", "timm", "moco-v1", "moco-v2")
+        },
         **dict.fromkeys(("mixed-1", "mixed-2"), "mixed"),
         **dict.fromkeys(("twin", "fresh"), "twin + fresh"),
     }
