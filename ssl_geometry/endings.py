@@ -39,14 +39,15 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
     words = str(error)
     if isinstance(error, Interrupted):
         return _interrupted(error, run)
-    if isinstance(error, SystemExit):  # what Lightning makes of Ctrl-C
-        return KeyboardInterrupt()
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # Lightning makes the one of the other
+        return Interrupted(_how_to_continue("interrupted", run) if is_first_process() else "", ExitCode.INTERRUPTED)
     if isinstance(error, LostProcess):
         return _lost(error.__cause__ or error, run, checkpoint_at_start)
     if isinstance(error, UserError):
         return error
     if a_reader_ended(error):
-        said = f"a DataLoader worker died ({words.partition(NEWLINE)[0]}): if memory ran out, lower --data.num_workers"
+        reason = words.partition(NEWLINE)[0].rstrip(" .")
+        said = f"a DataLoader worker died ({reason}): if memory ran out, lower --data.num_workers"
         return UserError(_how_to_continue(said, run))
     if full := out_of_memory(error):
         return UserError(

@@ -73,7 +73,10 @@ def networks_parser(command: str, description: str, layers: str, resumable: bool
         help=f"a preset, a name, a glob, or a list (default: as the first run was measured, else {layers})",
     )
     parser.add_argument(
-        "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to measure"
+        "--device",
+        type=str,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to measure: cpu, cuda or cuda:NUMBER",
     )
     if not resumable:
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")

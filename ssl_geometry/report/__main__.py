@@ -52,7 +52,9 @@ def report(args: Sequence[str]) -> Any:
     )
     parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
     parser.add_argument("--to-wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
-    parser.add_argument("--project", type=str | None, help="W&B project (default: the run's own)")
+    parser.add_argument(
+        "--project", type=str | None, help="W&B project, at most 128 characters (default: the run's own)"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="refuse a run of which a part is damaged, instead of showing the rest"
     )

@@ -3,11 +3,15 @@
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ssl_geometry.cli import run_command
+from ssl_geometry.endings import explain
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
+from ssl_geometry.runs import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +51,21 @@ def test_how_commands_end(error: BaseException, code: ExitCode) -> None:
     with pytest.raises(SystemExit) as exit_:
         run_command(command, [], interrupted="interrupted")
     assert exit_.value.code == code
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()], ids=repr)
+def test_ctrl_c_names_the_run_to_continue(tmp_path: Path, error: BaseException) -> None:
+    trainer: Any = SimpleNamespace(world_size=1)
+    ended = explain(error, Run(tmp_path), trainer, None)
+    assert isinstance(ended, Interrupted)
+    assert (str(ended), ended.code) == (f"interrupted; continue with --resume {tmp_path}", ExitCode.INTERRUPTED)
+
+
+def test_a_worker_that_was_killed_is_said_plainly(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(world_size=1)
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
+    said = str(explain(error, Run(tmp_path), trainer, None))
+    assert said == (
+        "a DataLoader worker died (DataLoader worker (pid 7) is killed by signal: Killed): if memory ran out, lower "
+        f"--data.num_workers; continue with --resume {tmp_path}"
+    )
