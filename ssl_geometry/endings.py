@@ -67,7 +67,7 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
 def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Exception:
     """Run the job again where a process ended, a dead node perhaps; not where it does so before any checkpoint."""
     reason = str(error).partition(NEWLINE)[0].rpartition("] ")[2]  # without torch's place in its source
-    said = f"another process of this run died or cannot be reached (its own output may say why; {reason})"
+    said = f"another process of this run has ended or cannot be reached (its own output may say why; {reason})"
     checkpoint = run.last_checkpoint
     if not checkpoint.exists() or checkpoint.stat().st_mtime_ns == checkpoint_at_start:
         return UserError(_how_to_continue(f"{said}; no checkpoint was written since the start", run))

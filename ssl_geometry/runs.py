@@ -36,7 +36,7 @@ from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.models.zoo.load import why_unreadable
 from ssl_geometry.ranges import Seed, check_name, check_value
-from ssl_geometry.records.lock import lock, unlock
+from ssl_geometry.records.lock import holder, lock, unlock
 from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
 from ssl_geometry.resume import Progress, differences, progress
 from ssl_geometry.slurm import Task, this_task
@@ -191,15 +191,15 @@ def _run_of(path: Path) -> Path:
 
 def _take(run: Run, task: Task | None) -> None:
     """Lock the directory, and clear away what killed processes left half written."""
-    host = run.facts.get("host", "an unknown machine")
     patience = LOCK_SECONDS if task and task.restarts else 0
     while not lock(run.directory):
+        who = holder(run.directory) or f"a process on {run.facts.get('host', 'an unknown machine')}"
         if patience <= 0:
             raise UserError(
-                f"another process trains in {run.directory} (on {host}): wait for it, or choose another --run_id"
+                f"another process trains in {run.directory} ({who}): wait for it, or choose another --run_id"
             )
         if patience == LOCK_SECONDS:
-            logger.info(f"{run.directory} is locked by a process on {host}: waiting {patience} s for it to be gone")
+            logger.info(f"{run.directory} is locked by {who}: waiting {patience} s for it to be gone")
         time.sleep(LOCK_POLL_SECONDS)
         patience -= LOCK_POLL_SECONDS
     for pattern in (".*.partial", "checkpoints/.*.partial", "records/**/.*.partial", "superseded/**/.*.partial"):

@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import logging
+import os
+import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +25,7 @@ def lock(directory: Path) -> bool:
     """
     if directory in _held:
         return True
-    file = (directory / ".lock").open("w")  # stays open
+    file = (directory / ".lock").open("a+")  # stays open; whoever holds it stands in it
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, gone with the process
     except OSError as error:
@@ -31,7 +34,22 @@ def lock(directory: Path) -> bool:
             return False
         logger.info(f"{directory}: this file system has no locks ({error.strerror})")
     _held[directory] = file
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
     return True
+
+
+def holder(directory: Path) -> str:
+    """Who holds a directory that :func:`lock` did not get, such as ``process 4711 on node5``; "" if it is not known.
+
+    Args:
+        directory: of a run.
+    """
+    with suppress(OSError, UnicodeDecodeError):
+        return (directory / ".lock").read_text()
+    return ""
 
 
 def unlock(directory: Path) -> bool:
@@ -45,5 +63,7 @@ def unlock(directory: Path) -> bool:
     """
     file = _held.pop(directory, None)
     if file is not None:
+        with suppress(OSError):
+            file.truncate(0)
         file.close()
     return file is not None

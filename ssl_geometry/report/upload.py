@@ -7,6 +7,7 @@ reports on resume how many of them it has: the rest is sent from the records.
 
 import json
 import os
+import re
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,11 +19,13 @@ import yaml
 
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.records import RecordStore
-from ssl_geometry.records.lock import lock, unlock
+from ssl_geometry.records.lock import holder, lock, unlock
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.moments import MEASURED, Pictures, Row, curve_rows, pictures, scalars, under_way
 
 TIMEOUT_SECONDS = 30
+LONGEST_ID = 55
+"""Characters of a run's name in its id of W&B, which has at most 64."""
 Shown = Callable[[list["LoggedRow"]], Iterable["LoggedRow"]]
 """Passes rows on, and shows how far they are."""
 
@@ -70,8 +73,14 @@ def wandb_options(directory: Path, config: Mapping[str, Any], facts: Mapping[str
 
 
 def new_id(directory: Path) -> str:
-    """An id that no other run of any project has."""
-    return f"{directory.name}-{uuid.uuid4().hex[:8]}"
+    """An id that no other run of any project has, of the characters that W&B takes.
+
+    Example:
+        >>> re.sub("[0-9a-f]{8}$", "...", new_id(Path("runs/e/my run#1")))
+        'my-run-1-...'
+    """
+    name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", directory.name).strip("-")[:LONGEST_ID]
+    return f"{name or 'run'}-{uuid.uuid4().hex[:8]}"
 
 
 class Sender:
@@ -209,7 +218,8 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> int:
     """
     config, _ = _described(directory)
     if not lock(directory):
-        raise UserError(f"RUN {directory}: another process trains in it, or sends it: wait for it to end")
+        who = holder(directory) or "on an unknown machine"
+        raise UserError(f"RUN {directory}: another process trains in it, or sends it ({who}): wait for it to end")
     try:
         if os.environ.get("WANDB_MODE") not in ("offline", "dryrun"):
             _log_in()

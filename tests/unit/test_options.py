@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 import torch
+import wandb
 
 from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, SpectrumMonitor
@@ -20,6 +21,7 @@ from ssl_geometry.methods import SimCLR
 from ssl_geometry.networks import networks_parser
 from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
 from ssl_geometry.report.__main__ import report
+from ssl_geometry.report.upload import new_id
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -390,3 +392,12 @@ def test_config_files(tmp_path: Path, content: bytes, words: str) -> None:
     assert str(error.value).startswith(f"--config {path}: ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["seed_0", "my run#1", "größe (2)", "名前", "lr=0.1+wd", "x" * 128])
+def test_wandb_takes_the_id_of_every_run(name: str) -> None:
+    """As its own settings check it."""
+    identity = new_id(Path("runs/e") / name)
+    assert wandb.Settings(run_id=identity).run_id == identity
+    assert re.fullmatch(r"[A-Za-z0-9_.=+-]{1,64}", identity)
+    assert new_id(Path(name)) != identity, "of this run alone"

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,8 @@ assert open_run(config, {str(tmp_path)!r}, "e", resume="auto").resumed_from is N
 open_run(config, {str(tmp_path)!r}, "e", run_id="a", resume="auto")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert f"another process trains in {mine.directory}" in done.stderr.splitlines()[-1]
+    said = f"another process trains in {mine.directory} (process {os.getpid()} on {platform.node()})"
+    assert said in done.stderr.splitlines()[-1]
     mine.release()
     assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == mine.last_checkpoint
 
@@ -387,7 +389,7 @@ def test_a_requeued_job_waits_for_the_lock_of_a_dead_node(
                 assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from
                 assert len(polls) == 3
             else:
-                with pytest.raises(UserError, match=r"another process trains in .* \(on node5\)"):
+                with pytest.raises(UserError, match=r"another process trains in .* \(a process on node5\)"):
                     open_run(CONFIG, tmp_path, "e", resume="auto")
                 assert sum(polls) == LOCK_SECONDS
         assert caplog.text.count("locked by a process on node5") == 1
