@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -156,6 +155,8 @@ def _csv(run: Run) -> CSVLogger:
 
 def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogger:
     """A W&B run that is the run directory's own, found again on resume; it never asks and never stops training."""
+    import wandb  # a third of a second
+
     identity = run.facts.get("wandb_id")
     if identity is None:  # a new run, or one that was wound back
         identity = new_id(run.directory)

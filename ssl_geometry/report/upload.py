@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import wandb
 import yaml
 
 from ssl_geometry.errors import UserError, nearest
@@ -176,6 +175,8 @@ def send_records(sender: Sender, directory: Path, shown: Shown = iter) -> int:
     Returns:
         How many numbers and figures they hold.
     """
+    import wandb  # a third of a second, here and below: no --help waits for it
+
     missing = [row for row in logged_rows(RecordStore(directory / "records").rows()) if sender.lacks(row.step)]
     for row in shown(missing):
         drawn = {name: wandb.Image(draw()) for name, draw in row.figures.items()}
@@ -192,6 +193,8 @@ def end_wandb(exit_code: int) -> BaseException | None:
     Returns:
         What went wrong first, if anything.
     """
+    import wandb
+
     problems: list[BaseException] = []
     for end in (wandb.finish, wandb.teardown):
         try:
@@ -235,6 +238,8 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> int:
 
 
 def _sent(directory: Path, options: Mapping[str, Any], shown: Shown) -> int:
+    import wandb
+
     os.environ.setdefault("WANDB_SILENT", "true")
     problem: BaseException | None = None
     try:
@@ -268,6 +273,8 @@ def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _log_in() -> None:
+    import wandb
+
     try:
         known = wandb.login(prompt=False)
     except Exception as error:
