@@ -301,10 +301,6 @@ class DataModule(L.LightningDataModule):
     """(3, height, width) of every picture."""
     num_train: int
     """Images trained on."""
-    batch_size: int
-    """Training images in a step, over all processes together."""
-    measure_size: int
-    """Images that every measurement looks at."""
     multi_label: bool
     """Whether a picture may show several classes: labels are then (B,C) int64 of zeros and ones."""
 
@@ -332,9 +328,11 @@ class DataModule(L.LightningDataModule):
         self.root = root
         self.image_size = image_size
         self._batch_size = batch_size
+        self.batch_size = batch_size or BATCH_SIZE  # until setup knows how many there are
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self._measure_size = measure_size
+        self.measure_size = measure_size or MEASURE_SIZE
         self.limit_train = limit_train
         self.limit_test = limit_test
         self.storage = storage
