@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs gallery clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test check lint docs gallery clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -14,7 +16,10 @@ demo: .venv/installed
 	@echo "CKA curves over the epochs:   runs/demo/simclr/figures/cka_epochs_init.png"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) tests/unit
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -51,13 +51,14 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 AuthInfo=cred_expire=5
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=30
+KillWait=${SLURM_LOCAL_KILL_WAIT:-30}
 OverTimeLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=${SLURM_LOCAL_NODE_TIMEOUT:-30}

@@ -1,8 +1,34 @@
-"""Tests marked ``gpu`` run on a CUDA device; where there is none, on a pretended one that must find no fault."""
+"""Tests marked ``gpu`` run on a CUDA device; where there is none, on a pretended one that must find no fault.
 
+Files that take minutes come first: dealt out to several workers, short ones fill up what is left at the end.
+"""
+
+import os
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
+
+LONG_FIRST = ("tests/slurm", "tests/integration/test_interruption", "tests/integration", "tests/distributed", "tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((i for i, start in enumerate(LONG_FIRST) if item.nodeid.startswith(start)), len(LONG_FIRST))
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files_go(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What killed processes leave beside the tests' own folders, such as W&B's copies of images."""
+    tmp_path_factory.getbasetemp()  # stays for who looks for the reason of a failure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/inductor"))
+        with TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True) as folder:
+            patch.setenv("TMPDIR", folder)
+            patch.setattr("tempfile.tempdir", folder)
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,11 @@ import torch
 
 from docs.gallery import TUTORIAL, blocks
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.fit import fit
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import load_method, read_checkpoint
-from tests.integration.test_fit import ROOT, options
+from tests.integration.test_fit import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "studies").glob("*.md"))]
 OWN_TESTS = {"add-a-method.md", "architecture.md"}
@@ -39,9 +38,9 @@ OFF = ("invariance", "probes", "neighbors", "spectrum")
 TRAINER = ["--trainer.max_epochs=1", "--trainer.precision=32-true", "--loggers=[]", "--data.batch_size=64"]
 SHRUNK = {
     "fit": [*NETWORK, *IMAGES, *MONITORS, *TRAINER],
-    "compare": [*IMAGES, "--views=[own]", "--layers=stages", "--overwrite=true"],
-    "probe": [*IMAGES, "--linear_epochs=10", "--draws=1", "--label_fractions=[1.0]", "--k=[5]", "--overwrite=true"],
-    "survey": [*IMAGES, "--k=10", "--copies=3", "--manifolds=[semantic, crop]"],
+    "compare": [*IMAGES, "--views=[own]", "--layers=stages", "--permutations=20", "--overwrite=true"],
+    "probe": [*IMAGES, "--linear_epochs=3", "--draws=1", "--label_fractions=[1.0]", "--k=[5]", "--overwrite=true"],
+    "survey": [*IMAGES, "--layers=pooled", "--k=10", "--copies=3", "--manifolds=[semantic, crop]"],
     "report": [],
     "zoo": [],
 }
@@ -70,12 +69,9 @@ RUNS = (
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def trained(runs: Path) -> dict[str, Path]:
     """A small run of each method."""
-    folder = tmp_path_factory.mktemp("runs")
-    for method in ("SimCLR", "Supervised"):
-        fit(options(folder, method, *MONITORS, epochs=1, method=method))
-    return {method: folder / "e" / method for method in ("SimCLR", "Supervised")}
+    return {"SimCLR": runs / "simclr", "Supervised": runs / "supervised"}
 
 
 @pytest.fixture

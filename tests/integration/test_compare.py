@@ -11,30 +11,17 @@ import torch
 
 from ssl_geometry.compare import Network, _parse, compare, groups_of, main, show_neighbors
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import fit
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.methods import Method, Published, SimCLR, Supervised
 from ssl_geometry.records import read_records
 from ssl_geometry.report.figures import BLOCK
-from tests.integration.test_fit import options
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    views = "--invariance.views=[own, simclr, color]"
-    more = ["--invariance.every_n_epochs=2", views, "--data.eval_batch_size=64"]
-    more += ["--cka.gram_size=32", "--invariance.gram_size=32"]  # no default of compare
-    fit(options(folder, "supervised", *more, method="Supervised"))
-    fit(options(folder, "simclr", *more, f"--cka.reference={folder / 'e' / 'supervised'}"))
-    return folder / "e"
-
-
-@pytest.fixture(scope="module")
-def compared(runs: Path) -> Path:
+def compared(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = [f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}", "untrained=random:5"]
-    return compare(["--models", *models, "--out", str(runs.parent / "compared")])
+    return compare(["--models", *models, "--out", str(tmp_path_factory.mktemp("compared") / "out")])
 
 
 def test_it_gives_the_numbers_that_the_monitors_gave(runs: Path, compared: Path) -> None:

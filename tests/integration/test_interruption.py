@@ -34,7 +34,7 @@ from ssl_geometry.report.upload import logged_rows
 from ssl_geometry.runs import read_checkpoint
 from tests.integration.test_fit import ROOT, SMALL, clean_environment
 from tests.integration.wandb_server import Server
-from tests.processes import PROCESSES, finish, start, start_ranks
+from tests.processes import HANG_SECONDS, PROCESSES, finish, start, start_ranks
 
 MONITORS = [
     "--cka.every_n_epochs=1",
@@ -186,8 +186,11 @@ def at(name: str, step: int, number: int) -> str:
     return f"--trainer.callbacks={json.dumps([callback])}"
 
 
-@pytest.mark.parametrize("step", [0, 5, 7], ids=["first step", "mid epoch", "last step of an epoch"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(0, signal.SIGUSR1), (5, signal.SIGTERM), (7, signal.SIGUSR1), (7, signal.SIGTERM)],
+    ids=["first step", "mid epoch", "last step of an epoch", "last step of an epoch, SIGTERM"],
+)
 def test_a_signal_ends_the_step_and_saves(tmp_path: Path, undisturbed: Path, step: int, number: int) -> None:
     callback = json.dumps({"class_path": f"{__name__}.SignalAt", "init_args": {"step": step, "number": int(number)}})
     args = options(tmp_path, "told", *MONITORS)
@@ -453,8 +456,8 @@ def test_a_signal_to_all_processes(tmp_path: Path, undisturbed: Path, number: in
     assert_in_wandb(server, run)
 
 
-def assert_gone(processes: Iterable[int], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def assert_gone(processes: Iterable[int]) -> None:
+    end = time.monotonic() + HANG_SECONDS
     for pid in processes:
         while is_alive(pid):
             assert time.monotonic() < end, f"process {pid} is left"

@@ -10,7 +10,7 @@ from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.callbacks.neighbors import SETTINGS
 from ssl_geometry.compare import compare
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.fit import fit, main
+from ssl_geometry.fit import main
 from ssl_geometry.geometry.manifold import manifold_metrics, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
@@ -21,16 +21,10 @@ from ssl_geometry.report.moments import scalars
 from ssl_geometry.runs import load_method
 from tests.integration.test_fit import options
 
-NEIGHBORS = ["--neighbors.every_n_epochs=1", "--neighbors.copies=4", "--neighbors.k=20", "--spectrum.every_n_epochs=1"]
-QUIET = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", "--spectrum.copies=4"]
-
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    fit(options(folder, "simclr", *NEIGHBORS, *QUIET))
-    fit(options(folder, "supervised", *NEIGHBORS, *QUIET, method="Supervised"))
-    return folder / "e"
+def runs(manifold_runs: Path) -> Path:
+    return manifold_runs
 
 
 def test_every_manifold_of_every_layer_is_recorded(runs: Path) -> None:

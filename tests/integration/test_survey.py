@@ -16,25 +16,19 @@ from torch import Tensor, nn
 
 from ssl_geometry import survey as command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.fit import fit
 from ssl_geometry.methods import Method, Published
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import MANIFOLDS, main, metric_table, predict, read_targets, recipes_of, survey
-from tests.integration.test_fit import ROOT, clean_environment, options
+from tests.integration.test_fit import ROOT, clean_environment
 from tests.unit.test_datasets import pixels, save
 
-MONITORS = ["--neighbors.every_n_epochs=1", "--neighbors.copies=4", "--neighbors.k=20", "--spectrum.every_n_epochs=1"]
-QUIET = ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0", "--spectrum.copies=4"]
 SMALL = ["--k=20", "--copies=4"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    fit(options(folder, "simclr", *MONITORS, *QUIET))
-    fit(options(folder, "supervised", *MONITORS, *QUIET, method="Supervised"))
-    return folder / "e"
+def runs(manifold_runs: Path) -> Path:
+    return manifold_runs
 
 
 def models(runs: Path) -> list[str]:
@@ -84,9 +78,11 @@ class TestASurvey:
         assert place["family"].tolist() == ["SimCLR", "Supervised", "untrained ResNet", "untrained ResNet"]
 
     def test_started_again_it_measures_what_is_missing_or_has_changed(
-        self, runs: Path, surveyed: Path, capsys: pytest.CaptureFixture[str]
+        self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = [*models(runs), f"--out={surveyed}"]  # k and copies are those of the runs
+        few = [f"--out={tmp_path / 'out'}", "--layers=pooled", "--manifolds=[crop, color]"]
+        arguments, surveyed = [*models(runs), *few], tmp_path / "out"  # k and copies are those of the runs
+        survey(arguments)
         before = times(surveyed)
         (surveyed / "tables" / "correlation.md").write_text("of more models")
         survey(arguments)
@@ -103,20 +99,27 @@ class TestASurvey:
             between = times(surveyed)
             survey(arguments)
             assert {name for name, time in times(surveyed).items() if time != between[name]} == {"untrained"}
-        more = [*models(runs), "third=random:2", f"--out={surveyed}", *SMALL]
+        more = [*models(runs), "third=random:2", *few]
         between = times(surveyed)
         survey(more)
         assert {name for name, time in times(surveyed).items() if time != between.get(name)} == {"third"}
 
-    def test_three_processes_give_the_numbers_of_one(self, runs: Path, surveyed: Path, tmp_path: Path) -> None:
-        arguments = [*models(runs), *SMALL, "--device=cpu", "--data.eval_batch_size=50", "--layers=pooled"]
+    def test_two_processes_give_the_numbers_of_one(self, runs: Path, tmp_path: Path) -> None:
+        arguments = [
+            "--models",
+            f"simclr={runs / 'simclr'}",
+            "untrained=random",
+            *SMALL,
+            "--device=cpu",
+            "--data.eval_batch_size=50",
+            "--layers=pooled",
+        ]
         done = subprocess.run(
-            [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=3"],
+            [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=2"],
             cwd=ROOT,
             env=clean_environment(OMP_NUM_THREADS="1"),
             capture_output=True,
             text=True,
-            timeout=240,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         survey([*arguments, f"--out={tmp_path / 'one'}"])
@@ -126,7 +129,7 @@ class TestASurvey:
             for path in (tmp_path / "one", tmp_path / "survey")
         )
         left, right = (frame.fillna({"layer_other": ""}).sort_values([*keys, "layer_other"]) for frame in (left, right))
-        assert len(left) == len(right) > 500
+        assert len(left) == len(right) > 250
         np.testing.assert_allclose(right["value"], left["value"], rtol=1e-9, atol=1e-12)
 
 

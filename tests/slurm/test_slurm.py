@@ -3,6 +3,7 @@
 The cluster runs on this machine (``slurm/local_cluster.sh``): Debian's slurm-wlm and munge, as root.
 """
 
+import json
 import os
 import re
 import shutil
@@ -19,10 +20,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ssl_geometry.callbacks.interruption import StopOnSignal
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import read_checkpoint
 from ssl_geometry.survey import survey
 from tests.integration.test_fit import SMALL, losses
+from tests.processes import HANG_SECONDS, finish, start_ranks
 
 ROOT = Path(__file__).parents[2]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
@@ -30,18 +33,32 @@ READY = os.geteuid() == 0 and all(shutil.which(name, path=PATH) for name in ("sl
 pytestmark = pytest.mark.skipif(not READY, reason="needs root and Debian's slurm-wlm and munge")
 
 
-class Slow(L.Callback):
-    """Steps that take as long as those of a large network."""
+class Hold(L.Callback):
+    """Waits before a step until a signal has come, whenever that is; a job that runs again goes on.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    Args:
+        step: the step.
+        rank: of the process that waits, -1 for all.
+        task: of a job array that waits; "" where there is none.
+    """
 
-    def on_train_batch_start(self, *args: object, **kwargs: object) -> None:
-        time.sleep(self.seconds)
+    def __init__(self, step: int, rank: int = -1, task: str = "") -> None:
+        self.step, self.rank, self.task = step, rank, task
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: object, **kwargs: object) -> None:
+        here = os.environ.get("SLURM_ARRAY_TASK_ID", "") == self.task and self.rank in (-1, trainer.global_rank)
+        if trainer.global_step != self.step or not here or "SLURM_RESTART_COUNT" in os.environ:
+            return
+        Path(trainer.default_root_dir, f"held.{trainer.global_rank}").touch()
+        (stop,) = (callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
+        while not stop.signal:
+            time.sleep(0.05)
 
 
-def slow(seconds: float) -> str:
-    return f'--trainer.callbacks=[{{"class_path":"{__name__}.Slow","init_args":{{"seconds":{seconds}}}}}]'
+def hold(step: int, **more: object) -> str:
+    return (
+        f"--trainer.callbacks={json.dumps([{'class_path': f'{__name__}.Hold', 'init_args': {'step': step, **more}}])}"
+    )
 
 
 class Cluster:
@@ -54,6 +71,7 @@ class Cluster:
             "SLURM_CONF": str(directory / "slurm.conf"),
             "SLURM_LOCAL_PORT": "17100",
             "SLURM_LOCAL_NODE_TIMEOUT": "10",
+            "SLURM_LOCAL_KILL_WAIT": "300",  # beside other work, saving takes as long as it takes
             "PATH": PATH,
             "MASTER_ADDR": "127.0.0.1",  # n1 and n2 are names of SLURM's alone
             "OMP_NUM_THREADS": "1",
@@ -64,7 +82,7 @@ class Cluster:
 
     def __call__(self, *command: str) -> str:
         done = subprocess.run(
-            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=60
+            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=HANG_SECONDS
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
@@ -76,23 +94,37 @@ class Cluster:
     def facts(self, job: str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", job)))
 
-    def wait(self, job: str, until: Callable[[dict[str, str]], bool], seconds: float) -> dict[str, str]:
-        end = time.monotonic() + seconds
+    def wait(self, job: str, until: Callable[[dict[str, str]], bool]) -> dict[str, str]:
+        end = time.monotonic() + HANG_SECONDS
         while not until(facts := self.facts(job)):
-            assert time.monotonic() < end, f"{facts['JobState']}\n{self.output(job)}"
-            time.sleep(0.5)
+            over = facts["JobState"] in ENDED and until is not has_ended
+            assert not over, f"{facts['JobState']}\n{self.output(job)}"
+            assert time.monotonic() < end, f"it hangs: {facts['JobState']}\n{self.output(job)}"
+            time.sleep(0.2)
         return facts
 
-    def ended(self, job: str, seconds: float) -> dict[str, str]:
-        return self.wait(
-            job, lambda facts: facts["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), seconds
-        )
+    def wait_until(self, condition: Callable[[], bool], job: str) -> None:
+        end = time.monotonic() + HANG_SECONDS
+        while not condition():
+            assert time.monotonic() < end, f"it hangs\n{self.output(job)}"
+            time.sleep(0.2)
 
-    def said(self, job: str, words: str, seconds: float = 90) -> None:
-        self.wait(job, lambda _: words in self.output(job), seconds)
+    def ended(self, job: str) -> dict[str, str]:
+        return self.wait(job, has_ended)
 
     def output(self, job: str) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.directory.glob(f"slurm-{job}*.out")))
+
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def has_ended(facts: dict[str, str]) -> bool:
+    return facts["JobState"] in ENDED
+
+
+def runs_again(facts: dict[str, str]) -> bool:
+    return facts["Restarts"] == "1"
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +133,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     script = str(ROOT / "slurm" / "local_cluster.sh")
     cluster(script, "start", str(cluster.directory))
     yield cluster
-    subprocess.run([script, "stop", str(cluster.directory)], env=cluster.environment, timeout=60)
+    subprocess.run([script, "stop", str(cluster.directory)], env=cluster.environment)
 
 
-def options(runs: Path, *more: str, epochs: int = 12) -> list[str]:
+def options(runs: Path, *more: str, epochs: int = 4) -> list[str]:
     model = "--model=ssl_geometry.methods.SimCLR"
-    fast = ["--trainer.check_val_every_n_epoch=100", "--probes.every_n_epochs=6", "--cka.every_n_epochs=3"]
+    fast = ["--trainer.check_val_every_n_epoch=100", "--probes.every_n_epochs=2", "--cka.every_n_epochs=2"]
+    fast += ["--cka.layers=stages", "--probes.layers=stages"]
     return [model, *SMALL, *fast, f"--runs={runs}", "--experiment=e", f"--trainer.max_epochs={epochs}", *more]
 
 
@@ -119,15 +152,20 @@ def _environments() -> dict[int, set[bytes]]:
     return found
 
 
+def _processes_of(job: str) -> list[int]:
+    return [process for process, given in _environments().items() if f"SLURM_JOB_ID={job}".encode() in given]
+
+
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster) -> Path:
-    runs = cluster.directory / "undisturbed"
-    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs))
-    assert cluster.ended(job, 180)["JobState"] == "COMPLETED", cluster.output(job)
-    return runs / "e" / f"slurm-{job}"
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training by two processes without SLURM."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    processes = start_ranks(2, options(runs, "--run_id=a"), runs / "out")
+    assert [finish(process) for process in processes] == [0, 0], (runs / "out").read_text()
+    return runs / "e" / "a"
 
 
 def assert_as_undisturbed(run: Path, undisturbed: Path) -> None:
@@ -142,12 +180,13 @@ def assert_as_undisturbed(run: Path, undisturbed: Path) -> None:
 
 def test_a_job_of_two_nodes_runs_into_its_time_limit_and_goes_on(cluster: Cluster, undisturbed: Path) -> None:
     runs = cluster.directory / "limit"
-    # SLURM sends the signal up to a minute early; a limit of one minute and 20 s mean 10 to 40 s after the start.
-    limits = ("--time=1", "--signal=USR1@20")
-    job = cluster.submit("fit.sbatch", *TWO_NODES, *limits, args=options(runs, slow(0.9)))
-    facts = cluster.ended(job, 300)
-    assert facts["JobState"] == "COMPLETED", cluster.output(job)
-    assert int(facts["Restarts"]) >= 1
+    # SLURM looks every half minute: the signal comes 10 to 40 s after the start, and the end after three minutes.
+    limits = ("--time=3", "--signal=USR1@140")
+    job = cluster.submit("fit.sbatch", *TWO_NODES, *limits, args=options(runs, hold(5)))
+    cluster.wait(job, runs_again)
+    cluster("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    facts = cluster.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
     assert "stopped by SIGUSR1" in cluster.output(job)
     assert "SLURM will run this job again" in cluster.output(job)
     assert "Traceback" not in cluster.output(job)
@@ -157,18 +196,19 @@ def test_a_job_of_two_nodes_runs_into_its_time_limit_and_goes_on(cluster: Cluste
 
 def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
     runs = cluster.directory / "sweep"
-    small = [*SMALL, "--trainer.max_epochs=3", slow(0.5)]
+    monitors = ("cka", "invariance", "probes", "neighbors", "spectrum")
+    small = [*SMALL, "--trainer.max_epochs=2", hold(2, task="4")]
     job = cluster.submit(
         "sweep.sbatch",
         "--array=1,4",
         f"--chdir={ROOT}",
         f"--output={cluster.directory}/slurm-%A_%a.out",
-        args=[*small, f"--runs={runs}", "--probes.every_n_epochs=0"],
+        args=[*small, f"--runs={runs}", *(f"--{monitor}.every_n_epochs=0" for monitor in monitors)],
     )
-    cluster.said(f"{job}_4", "epoch 1/")
+    cluster.wait(f"{job}_4", lambda _: (runs / "sweep" / f"slurm-{job}_4" / "held.0").exists())
     cluster("scancel", "--signal=USR1", f"{job}_4")  # the array's last has the number of the array itself
     for task, restarts in (("4", "1"), ("1", "0")):
-        facts = cluster.ended(f"{job}_{task}", 120)
+        facts = cluster.ended(f"{job}_{task}")
         assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", restarts), cluster.output(job)
     found = sorted((runs / "sweep").iterdir())
     assert [path.name for path in found] == [f"slurm-{job}_1", f"slurm-{job}_4"]
@@ -180,39 +220,38 @@ def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
     """SLURM signals every process: those that train, those that read pictures for them, and W&B's."""
     runs = cluster.directory / "cancel"
-    more = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]", slow(0.4)]
+    more = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]", hold(5)]
     job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, *more))
-    cluster.said(job, "epoch 2/")
+    run = runs / "e" / f"slurm-{job}"
+    cluster.wait(job, lambda _: all((run / f"held.{rank}").exists() for rank in range(2)))
     cluster("scancel", job)
-    facts = cluster.ended(job, 60)
-    assert facts["JobState"] == "CANCELLED"
-    cluster.said(job, "stopped by SIGTERM", 30)
-    cluster.said(job, "task 0: Exited with exit code 143", 60)
+    assert cluster.ended(job)["JobState"] == "CANCELLED"
+    cluster.wait_until(lambda: "task 0: Exited with exit code 143" in cluster.output(job), job)
+    cluster.wait_until(lambda: not _processes_of(job), job)
     said = cluster.output(job)
+    assert "stopped by SIGTERM" in said
     assert "Traceback" not in said
     assert not re.search("^error: ", said, re.MULTILINE), said
-    run = runs / "e" / f"slurm-{job}"
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt", "")
-    assert checkpoint["global_step"] > 8, "beyond the checkpoint of the second epoch"
+    assert checkpoint["global_step"] > 4, "beyond the checkpoint of the first epoch"
     assert losses(run).index.tolist() == list(range(checkpoint["global_step"]))
-    time.sleep(8)
-    assert cluster.facts(job)["Restarts"] == "0"
-    assert not [process for process, given in _environments().items() if f"SLURM_JOB_ID={job}".encode() in given]
+    facts = cluster.facts(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), "nobody is left to put it back into the queue"
 
 
 def test_a_node_dies_and_the_job_goes_on(cluster: Cluster, undisturbed: Path) -> None:
     runs = cluster.directory / "node"
-    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, slow(0.3)))
-    cluster.said(job, "epoch 3/")
+    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, hold(9, rank=1)))
+    cluster.wait(job, lambda _: (runs / "e" / f"slurm-{job}" / "held.1").exists())
     for process, environment in _environments().items():  # all that runs on n2, at once
         if {b"SLURMD_NODENAME=n2", f"SLURM_JOB_ID={job}".encode()} <= environment:
             os.kill(process, signal.SIGKILL)
     os.kill(int((cluster.directory / "slurmd.n2.pid").read_text()), signal.SIGKILL)
     try:
-        cluster.wait(job, lambda facts: facts["JobState"] == "PENDING" and facts["Restarts"] == "1", 90)
+        cluster.wait(job, runs_again)
     finally:  # the tests after this one need two nodes
-        subprocess.run(["setsid", "slurmd", "-N", "n2"], env=cluster.environment, check=True, timeout=30)
-    assert cluster.ended(job, 180)["JobState"] == "COMPLETED", cluster.output(job)
+        subprocess.run(["setsid", "slurmd", "-N", "n2"], env=cluster.environment, check=True)
+    assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)
     assert [path.name for path in (runs / "e").iterdir()] == [f"slurm-{job}"]
     assert_as_undisturbed(runs / "e" / f"slurm-{job}", undisturbed)
 
@@ -222,7 +261,7 @@ def test_two_nodes_share_the_images_of_a_survey(cluster: Cluster, undisturbed: P
     args += ["--data.eval_batch_size=50", "--layers=pooled"]
     two, one = (cluster.directory / name for name in ("survey_two", "survey_one"))
     job = cluster.submit("survey.sbatch", *TWO_NODES, args=[*args, f"--out={two}"])
-    assert cluster.ended(job, 120)["JobState"] == "COMPLETED", cluster.output(job)
+    assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)
     survey([*args, f"--out={one}"])
     frames = [read_records(path).query("metric != 'nnk_jaccard'") for path in (two, one)]
     assert len(frames[0]) == len(frames[1]) > 80
@@ -234,6 +273,6 @@ def test_a_job_that_is_started_without_srun_is_told(cluster: Cluster) -> None:
         "sbatch", "--parsable", "--nodes=2", "--ntasks=2", "--output=slurm-%j.out",
         f"--wrap={sys.executable} -m ssl_geometry.fit {' '.join(options(cluster.directory / 'wrong'))}",
     ).strip()  # fmt: skip
-    assert cluster.ended(job, 60)["JobState"] == "FAILED"
+    assert cluster.ended(job)["JobState"] == "FAILED"
     assert "without srun" in cluster.output(job)
     assert not (cluster.directory / "wrong").exists()

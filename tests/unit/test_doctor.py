@@ -1,25 +1,10 @@
-"""``python -m ssl_geometry.doctor``: each line says fine, or what to do."""
+"""``python -m ssl_geometry.doctor``: each line says fine, or what to do. Its two processes: tests/distributed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ssl_geometry import doctor, machine
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_a_machine_that_is_ready(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ssl_geometry.doctor", f"--runs={tmp_path / 'runs'}", f"--data={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
-    lines = done.stdout.splitlines()
-    subjects = [line.split(":")[0].removeprefix("fine").strip() for line in lines if line.startswith("fine")]
-    assert {"python", "torch", "lightning", "cores", "FAISS", "SLURM", "W&B", "runs", "data"} <= set(subjects)
-    assert "2 processes" in subjects
-    assert "loss, gradient and CKA as of one" in done.stdout
-    assert not (tmp_path / "runs").exists(), "it only looks"
 
 
 def lines(capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -44,15 +29,6 @@ def test_what_is_to_do_is_told(
     for words in ("lightning>=2.6.6", "srun python -m ssl_geometry.fit", "update the driver"):
         assert words in said
     assert "0" * 40 not in said, "a key is never shown"
-
-
-def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    true = machine._numbers
-    monkeypatch.setattr(
-        machine, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
-    )
-    (finding,) = machine.parity()
-    assert "do not train with several processes" in finding.to_do
 
 
 def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
