@@ -126,7 +126,8 @@ class Sender:
                 self._run.define_metric(name, step_metric="epoch")
         self._defined |= row.keys()
         if row:  # W&B drops a row behind its own step, which is further where others log to the run as well
-            self._run.log(row, step=max(self._step, self._run.step), commit=True)
+            own = getattr(self._run, "_local_step", 0)  # `run.step` asks its process, and training would wait
+            self._run.log(row, step=max(self._step, own), commit=True)
 
 
 class LoggedRow(NamedTuple):
