@@ -256,13 +256,14 @@ class DataModule(L.LightningDataModule):
     """Pictures of any data set for training, validation, test and measurement.
 
     Args:
-        dataset: cifar10, cifar100, stl10, svhn, digits, imagenet, torchvision.datasets.<Class>, or the path of an image
+        dataset: cifar10, cifar100, stl10, svhn, imagenet, digits (of scikit-learn), colored_digits (the same on
+            backgrounds of any colour, half of them inverted), torchvision.datasets.<Class>, or the path of an image
             folder: PATH/train/<class>/ with PATH/test/<class>/ (or val/), or PATH/<class>/, of which a fixed fifth
             becomes the test split; or, for pictures of several classes each, PATH/train/ and PATH/test/ with a
             labels.csv in each (columns `file` and, for each class, 0 or 1).
         root: folder of the downloaded files, or of ImageNet's train/ and val/. Not used by digits and image folders.
         image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the pictures' own size
-            (16 for digits, 256 for imagenet).
+            (16 for both kinds of digits, 256 for imagenet).
         batch_size: training images in a step, over all processes together; None takes 256, or all where there are
             fewer.
         eval_batch_size: images in a batch of validation, test and measurement, in each process.

@@ -35,8 +35,9 @@ from ssl_geometry.errors import UserError, nearest
 logger = logging.getLogger(__name__)
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}
-NAMES = [*TORCHVISION, "digits", "imagenet"]
+NAMES = [*TORCHVISION, "digits", "colored_digits", "imagenet"]
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
+CONTRAST = 0.25  # of a coloured digit with its background, in every channel
 FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test pictures
 
 LIST = "labels.csv"  # beside pictures that may show several classes: columns `file` and, for each class, 0 or 1
@@ -341,7 +342,7 @@ def load(
     Args:
         dataset: one of ``NAMES``, ``torchvision.datasets.<Class>``, or the path of an image folder.
         root: folder of torchvision's files, or of ImageNet's train/ and val/.
-        image_size: side in pixels; None keeps the pictures' own (16 for digits, 256 for ImageNet).
+        image_size: side in pixels; None keeps the pictures' own (16 for both kinds of digits, 256 for ImageNet).
         download: fetch missing files; torchvision checks them against published hashes.
         args: further arguments of the torchvision class.
 
@@ -358,6 +359,8 @@ def load(
     """
     if dataset == "digits":
         return _digits(16 if image_size is None else image_size)
+    if dataset == "colored_digits":
+        return _digits(16 if image_size is None else image_size, colored=True)
     if dataset == "imagenet":
         return _folder(Path(root), "--data.root", 256 if image_size is None else image_size)
     if name := torchvision_class(dataset):
@@ -370,12 +373,25 @@ def load(
     )
 
 
-def _digits(size: int) -> tuple[Images, Images, list[str]]:
+def _digits(size: int, colored: bool = False) -> tuple[Images, Images, list[str]]:
     from sklearn.datasets import load_digits  # here: other data sets do without
 
     data = load_digits()
-    gray = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)
-    return *_fifth(_array(gray, torch.from_numpy(data.target).long(), size)), [str(digit) for digit in range(10)]
+    pixels = data.images * (255 / 16)
+    pixels = torch.from_numpy(_on_colors(pixels) if colored else pixels).round().to(torch.uint8)
+    return *_fifth(_array(pixels, torch.from_numpy(data.target).long(), size)), [str(digit) for digit in range(10)]
+
+
+def _on_colors(gray: np.ndarray) -> np.ndarray:
+    """Grey images (N,H,W) from 0 to 255 on backgrounds of any colour, (N,3,H,W), half of them inverted.
+
+    White on black becomes a contrast of ``CONTRAST`` in every channel: the background is most of what differs.
+    """
+    random = np.random.default_rng(FIXED)
+    darkest = random.uniform(0, 1 - CONTRAST, (len(gray), 3, 1, 1))
+    inverted = random.random((len(gray), 1, 1, 1)) < 0.5
+    gray = gray[:, None]
+    return 255 * darkest + CONTRAST * np.where(inverted, 255 - gray, gray)
 
 
 def _folder(path: Path, option: str, size: int | None) -> tuple[Images, Images, list[str]]:

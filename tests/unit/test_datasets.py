@@ -185,6 +185,21 @@ def test_digits_are_scikit_learns_scaled_to_bytes():
     assert (everything(bigger)["image"][:50].float() - expected).abs().max() <= 1
 
 
+def test_colored_digits_are_digits_of_one_contrast_on_any_background():
+    train, test, classes = load("colored_digits", image_size=8)
+    plain = load("digits", image_size=8)
+    for split, gray in zip((train, test), plain, strict=False):
+        assert split.index.equal(gray.index)
+        assert split.labels.equal(gray.labels)
+        pixels, ink = everything(split)["image"].float(), everything(gray)["image"].float()
+        spread = [(pixels + sign * 0.25 * ink).flatten(2) for sign in (-1, 1)]  # a background is left, of one colour
+        flat = [(rest.amax(2) - rest.amin(2)).amax(1) <= 1.01 for rest in spread]
+        assert (flat[0] ^ flat[1]).all()
+        assert 0.4 < flat[1].float().mean() < 0.6, "half are inverted"
+        assert torch.where(flat[1][:, None, None], spread[1], spread[0])[..., 0].std(0).min() > 50, "of any colour"
+    assert classes == [str(digit) for digit in range(10)]
+
+
 # Pictures
 
 
