@@ -85,7 +85,8 @@ class ResumableWandbLogger(WandbLogger):
         for name, value in metrics.items():
             if name != "epoch":
                 ahead = under_way(name)
-                self._sender.add((step or 0) + ahead, None if epoch is None else epoch + ahead, {name: value})
+                started = ahead and (epoch is None or epoch >= 0)  # -1: the initialisation, before any step
+                self._sender.add((step or 0) + started, None if epoch is None else epoch + ahead, {name: value})
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:

@@ -202,7 +202,7 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
         _layer_ticks(axes.yaxis, list(table.index))
         axes.set_xticks(range(values.shape[1]), list(table.columns), rotation=45, ha="right", fontsize=7)
         axes.set_ylabel("layer")
-        axes.set_xlabel("augmentation of both copies")
+        axes.set_xlabel("augmentation of both views")
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label=described("invariance").axis, shrink=0.8)
         axes.set_title(title or f"Invariance of {first['model']}\nepoch {first['epoch']}, {first['n']} images")

@@ -155,7 +155,8 @@ def logged_rows(records: Iterable[Row]) -> Iterator[LoggedRow]:
     steps = defaultdict[int, list[Row]](list)
     for row in records:
         if row["step"] is not None:
-            steps[row["step"] + (row["protocol"] is None and under_way(row["metric"]))].append(row)
+            ahead = row["protocol"] is None and row["epoch"] != 0 and under_way(row["metric"])  # 0: before any step
+            steps[row["step"] + ahead].append(row)
     curves: list[Row] = []
     for step, rows in sorted(steps.items()):
         measured = [row for row in rows if row["protocol"] is not None]
