@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from ssl_geometry.callbacks import measure
 
 PROCESSES = mp.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "ssl_geometry.survey", "tests.processes"])
+LOADED_LATE = ["lightly.models.modules.heads", "scipy.stats", "sklearn.datasets", "wandb"]
+PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "ssl_geometry.survey", "tests.processes", *LOADED_LATE])
 HANG_SECONDS = 600
 """No process takes nearly as long: it hangs, and the test ends."""
 

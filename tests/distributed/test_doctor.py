@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_geometry import doctor
+from ssl_geometry import doctor, machine
 from tests.processes import PROCESSES
 
 
@@ -22,10 +22,10 @@ def test_a_machine_that_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = doctor._numbers
+    true = machine._numbers
     monkeypatch.setattr(
-        doctor, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
+        machine, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
     )
-    monkeypatch.setattr(doctor.torch.multiprocessing, "get_context", lambda kind: PROCESSES)
-    (finding,) = doctor.parity()
+    monkeypatch.setattr(machine.torch.multiprocessing, "get_context", lambda kind: PROCESSES)
+    (finding,) = machine.parity()
     assert "do not train with several processes" in finding.to_do
