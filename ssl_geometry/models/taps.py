@@ -94,7 +94,7 @@ def _that_run(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
         if first is not None and first.ndim > 1 and len(first) == 2:
             ran.add(name)
 
-    device = next(method.parameters()).device
+    device = next((parameter.device for parameter in method.parameters()), torch.device("cpu"))  # raw pixels have none
     images = torch.zeros(2, 3, view.spec["size"], view.spec["size"], device=device)
     modes = {part: part.training for part in method.modules()}
     handles = [module.register_forward_hook(partial(note, name)) for name, module in named.items()]

@@ -427,7 +427,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
             "--recipes simclr=x: expected models with the names of their recipes, such as '{a:",
         ),
         (["--recipes=[simclr]"], "--recipes ['simclr']: expected models with"),
-        (["--recipes={simclr: [x]}"], "--recipes {'simclr': ['x']}: expected models with"),
+        (["--recipes={{simclr: [x]}}"], "--recipes {'simclr': ['x']}: expected models with"),
         (["--layers=layer9"], "--layers='layer9' matches no layer"),
     ],
 )

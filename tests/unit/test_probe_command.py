@@ -21,10 +21,12 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.datasets import Images, stratified
 from ssl_geometry.errors import UserError
 from ssl_geometry.metrics import ProbeBank
+from ssl_geometry.models.taps import layer_names
 from ssl_geometry.probe import (
     POOLED,
     RATES,
     LabelledImages,
+    RawPixels,
     Subject,
     _left_in_control_groups,
     _reason,
@@ -288,3 +290,7 @@ def test_why_a_network_was_not_measured() -> None:
     assert _reason("a", UserError("--layers x"), options) == "--layers x"
     with pytest.raises(RuntimeError, match="else"):
         _reason("a", RuntimeError("something else"), options)
+
+
+def test_a_network_without_weights_has_layers() -> None:
+    assert layer_names(RawPixels(image_size=16), ["pooled"]) == ["pooled"]
