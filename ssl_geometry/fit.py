@@ -399,8 +399,8 @@ class _UniqueKeys(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
                 raise UserError(
-                    f"--config {self.name}: {key.value!r} stands twice, in lines {lines[key.value]} and {line}; "
-                    "join the two"
+                    f"--config {self.name}: {key.value!r} is given twice, in lines {lines[key.value]} and {line}; "
+                    "merge them"
                 )
         return super().construct_mapping(node, deep)
 

@@ -405,7 +405,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             fault = _disk_fault(error)
             reason = fault.strerror if fault else str(error).splitlines()[0]
-            kept = f"the checkpoint before it is whole ({path})" if path.exists() else "it would have been the first"
+            kept = f"the checkpoint before it is whole ({path})" if path.exists() else "there is no earlier checkpoint"
             raise UserError(
                 f"could not save {path}: {reason}; {kept}. Free space and continue with --resume {path.parent.parent}"
             ) from error

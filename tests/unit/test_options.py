@@ -375,9 +375,9 @@ def test_ranges_hold_numbers_alone() -> None:
     [
         (
             b"trainer: {max_epochs: 3}\nmodel: null\ntrainer: {max_steps: 4}\n",
-            "'trainer' stands twice, in lines 1 and 3",
+            "'trainer' is given twice, in lines 1 and 3",
         ),
-        (b"trainer:\n  max_epochs: 3\n  max_epochs: 4\n", "'max_epochs' stands twice, in lines 2 and 3"),
+        (b"trainer:\n  max_epochs: 3\n  max_epochs: 4\n", "'max_epochs' is given twice, in lines 2 and 3"),
         (bytes(range(256)), "not YAML"),
         (b"\x80\x04\x95\xff", "not YAML"),
         (b"[1, 2]", "expected options as `key: value`, found list"),

@@ -501,7 +501,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "x": Evil(tmp_path / "ran")}, tmp_path / "evil.ckpt")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     (tmp_path / "text.ckpt").write_text("hello")
-    reasons = {"evil": "it holds code, ", "raw": "a pickle that torch.save did not write", "text": "no file that torch"}
+    reasons = {"evil": "it contains code (", "raw": "a raw pickle", "text": "not a file written by torch.save"}
     for name, reason in reasons.items():
         for mmap in (None, True):
             with pytest.raises(UserError, match="not a whole, plain checkpoint") as error:
@@ -553,7 +553,7 @@ def test_a_full_disk_is_the_reason_and_its_advice_works(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("ssl_geometry.runs.torch.save", save)
-        with pytest.raises(UserError, match="No space left on device; it would have been the first") as error:
+        with pytest.raises(UserError, match="No space left on device; there is no earlier checkpoint") as error:
             WholeCheckpointIO().save_checkpoint({}, run.last_checkpoint)
     advised = str(error.value).rpartition("--resume ")[2]
     again = open_run(CONFIG, tmp_path / "elsewhere", "f", resume=advised)

@@ -129,12 +129,12 @@ def why_unreadable(file: Path, error: Exception) -> str:
     if not start:
         return "the file is empty"
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it holds code, {found[1]}, which is not run"
+        return f"it contains code ({found[1]}), which is never run"
     if start.startswith(b"PK"):
         return "the file is cut short or damaged"
     if start.startswith(b"\x80"):
-        return "a pickle that torch.save did not write, and that may hold code, is not read"
-    return "no file that torch.save has written"
+        return "a raw pickle, which may contain code and is never loaded"
+    return "not a file written by torch.save"
 
 
 def _from_torch(checkpoint: Checkpoint, file: Path) -> _Read:
