@@ -57,6 +57,20 @@ def test_the_table_is_that_of_the_sources() -> None:
             assert name in ("supervised", "simclr-v2")
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"XDG_CACHE_HOME": "/cache"}, {"TORCH_HOME": "~/torch"}, {"TORCH_HOME": "/t", "XDG_CACHE_HOME": "/c"}],
+)
+def test_the_cache_lies_in_torch_hubs_folder(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_GEOMETRY_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in environment.items():
+        monkeypatch.setenv(name, folder)
+    assert download.cache_folder() == Path(torch.hub.get_dir()) / "ssl_geometry"
+    monkeypatch.setenv("SSL_GEOMETRY_CACHE", "/mine")
+    assert download.cache_folder() == Path("/mine")
+
+
 def test_files_are_named_without_the_query() -> None:
     assert TABLE["infomin"].file_names == ("InfoMin_800.pth",)
     assert TABLE["simclr-v2"].file_names == ("model.ckpt-250228.index", "model.ckpt-250228.data-00000-of-00001")
