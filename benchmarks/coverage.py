@@ -4,7 +4,8 @@
     python benchmarks/coverage.py --images 256 --classes 10 --order rounds --bars normal   # as it was before
 
 Images are chosen as ``DataModule`` chooses them: the beginning of a stratified order of 10,000 labels, then a random
-order (another one each time; a run has a fixed one). Features are class means plus Gaussian noise, whose
+order. Both are others in each repetition (a run has fixed ones): which classes are chosen, and which of them have an
+image more than others, is part of the chance that a bar is about. Features are class means plus Gaussian noise, whose
 CKA is known in closed form. Two layers are compared, and one layer with the classes.
 """
 
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_geometry.data.datasets import FIXED, shuffled, stratified
+from ssl_geometry.data.datasets import shuffled, stratified
 from ssl_geometry.geometry.cka import (
     MIN_GRAM_SIZE,
     class_vector,
@@ -59,8 +60,7 @@ class Population:
         self.generator = torch.Generator().manual_seed(self.classes)
         shares = 1 / torch.arange(1, self.classes + 1).double() if self.unequal else torch.ones(self.classes).double()
         counts = (shares / shares.sum() * TEST_IMAGES).round().long().clamp_min(1)
-        labels = torch.repeat_interleave(torch.arange(self.classes), counts)
-        self.labels = labels[stratified(labels, FIXED)]
+        self.labels = torch.repeat_interleave(torch.arange(self.classes), counts)
         self.shares = counts.double() / counts.sum()
         self.spread = torch.arange(1, WIDTH + 1).double() ** -0.5
         self.means = self.separation * self._normal(self.classes, WIDTH) * self.spread
@@ -85,9 +85,10 @@ class Population:
 
     def draw(self, images: int, seeds: range, order: Order) -> tuple[Tensor, Tensor, Tensor]:
         """Features of two layers (R, N, D) and labels (R, N), in the order in which they are measured."""
-        labels = self.labels[:images].expand(len(seeds), -1)
+        rows = [stratified(self.labels, seed)[:images] for seed in seeds]
         if order == "random":
-            labels = torch.stack([row[shuffled(images, seed, 1)] for row, seed in zip(labels, seeds, strict=True)])
+            rows = [row[shuffled(images, seed, 1)] for row, seed in zip(rows, seeds, strict=True)]
+        labels = self.labels[torch.stack(rows)]
         shape = len(seeds), images, WIDTH
         x = self.means[labels] + self.spread * self._normal(*shape)
         if self.tails is not None:
@@ -110,7 +111,7 @@ def measure(
     What the metrics do for one set of images, for many at once.
     """
     x, y, labels = population.draw(images, seeds, order)
-    sizes = labels[0].bincount(minlength=population.classes)
+    sizes = torch.stack([row.bincount(minlength=population.classes) for row in labels])
 
     def vectors(make: Callable[[Tensor], Tensor], parts: Tensor) -> Tensor:
         if images % gram_size:
@@ -121,11 +122,11 @@ def measure(
     hot = torch.stack([class_vector(part, population.classes, gram_size) for part in labels])
     weights = torch.ones_like(hot)
     if order == "random":
-        weights = vectors(lambda part: class_weights(part, sizes, gram_size), labels)
+        weights = torch.stack([class_weights(*both, gram_size) for both in zip(labels, sizes, strict=True)])
     layers = _bars(v, w, images, gram_size, bars)
     classes = _bars(v * weights, hot * weights, images, gram_size, bars)
-    if order == "random" and (sizes == 1).sum() > LONELY * sizes.square().sum():
-        classes = torch.full_like(classes, torch.nan)  # too many classes of a single image, says the metric
+    if order == "random":  # too many classes of a single image, says the metric
+        classes[(sizes == 1).sum(1) > LONELY * sizes.square().sum(1)] = torch.nan
     return layers, classes
 
 

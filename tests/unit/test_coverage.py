@@ -72,6 +72,13 @@ def test_error_bars_cover_the_truth_as_often_as_they_say(classes, images, repeti
     assert not misses(of_classes, repetitions, at_most=1)
 
 
+def test_which_classes_are_chosen_is_chance_and_no_bias():
+    """256 images of 1,000 classes show one in four: each repetition chooses others."""
+    layers, of_classes = simulation().simulate(simulation().Population(1000, separation=3), 256, 200)
+    assert not misses(layers, 200)
+    assert of_classes.undefined == 1, "no two images share a class"
+
+
 @pytest.mark.parametrize(
     ("options", "classes", "expected"),
     [
