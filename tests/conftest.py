@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("beside other work", deadline=None)
+settings.load_profile("beside other work")
 
 LONG_FIRST = ("tests/slurm", "tests/integration/test_interruption", "tests/integration", "tests/distributed", "tests")
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lightning.fabric.strategies.launchers import subprocess_script
 
 from ssl_geometry.callbacks import Status, WatchProcesses, processes
-from tests.processes import PROCESSES
+from tests.processes import HANG_SECONDS, PROCESSES
 
 REPORTED = 75
 
@@ -109,12 +109,12 @@ def live(
     for process in started:
         process.start()
     try:
-        until(lambda: len(list(folder.glob("ready.*"))) == len(ends), 120)
+        until(lambda: len(list(folder.glob("ready.*"))) == len(ends))
         if meanwhile:
             meanwhile(started)
         (folder / "go").touch()
         if not more["unreachable"]:
-            until(lambda: all(process.exitcode is not None for process in started), 60)
+            until(lambda: all(process.exitcode is not None for process in started))
         codes = [process.exitcode for process in started]
     finally:
         for process in started:
@@ -123,10 +123,10 @@ def live(
     return codes, {int(path.suffix[1:]): path.read_text() for path in folder.glob("reported.*")}
 
 
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + HANG_SECONDS
     while not condition():
-        assert time.monotonic() < end, "it takes too long"
+        assert time.monotonic() < end, "it hangs"
         time.sleep(0.02)
 
 
@@ -166,9 +166,9 @@ def test_a_process_that_is_stopped_for_a_while_is_not_dead(tmp_path: Path) -> No
 
     def stop_one(started: list[Any]) -> None:
         os.kill(started[1].pid, signal.SIGSTOP)
-        until(lambda: "State:\tT" in Path(f"/proc/{started[1].pid}/status").read_text(), 10)
+        until(lambda: "State:\tT" in Path(f"/proc/{started[1].pid}/status").read_text())
         (tmp_path / "go").touch()
-        until(lambda: started[0].exitcode is not None and started[2].exitcode is not None, 60)
+        until(lambda: started[0].exitcode is not None and started[2].exitcode is not None)
         os.kill(started[1].pid, signal.SIGCONT)
 
     assert live(tmp_path, ["over", "over", "over"], 0.1, stop_one) == ([0, 0, 0], {})

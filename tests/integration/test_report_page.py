@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 
 from ssl_geometry.records import RecordStore, record
 from ssl_geometry.report.__main__ import main
+from tests.processes import HANG_SECONDS
 from tests.unit.test_page import make_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -44,10 +44,9 @@ class Reader:
         self.page.on("console", lambda message: self.problems.append(message.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        started = time.perf_counter()
+        self.page.set_default_timeout(1000 * HANG_SECONDS)
         self.page.goto(address)
         self.page.wait_for_selector("html[data-ready]")
-        self.seconds = time.perf_counter() - started
 
     def section(self, name: str) -> Any:
         """The section, scrolled to, its figures drawn."""
@@ -97,7 +96,6 @@ def test_every_section_is_drawn_without_network_and_without_errors(
     browser: Any, page: Path, scheme: str, tmp_path: Path
 ) -> None:
     reader = Reader(browser, page.as_uri(), scheme)
-    assert reader.seconds < 2
     assert reader.page.locator("main > section").evaluate_all("parts => parts.map(part => part.id)") == SECTIONS
     for name in SECTIONS:
         section = reader.section(name)
@@ -283,7 +281,7 @@ def test_a_served_page_takes_new_records_and_keeps_its_place(
     slider.press("ArrowLeft")
     place = reader.page.evaluate("scrollY")
     make_run(run, epochs=3)
-    reader.page.locator('#cka-epoch[max="2"]').wait_for(timeout=20_000)
+    reader.page.locator('#cka-epoch[max="2"]').wait_for()
     assert slider.get_attribute("aria-valuetext") == "epoch 0", "where the reader put it"
     assert abs(reader.page.evaluate("scrollY") - place) < 50
     slider.press("End")
@@ -291,7 +289,7 @@ def test_a_served_page_takes_new_records_and_keeps_its_place(
     assert reader.problems == []
     assert all(request.startswith(address) for request in reader.requests)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate()
     assert process.returncode == 0
     assert output.strip() == "stopped"
     assert "Traceback" not in errors

@@ -31,9 +31,7 @@ for command in sys.argv[1:]:
 
 def run(*command: str | Path, cwd: Path) -> str:
     environment = {name: value for name, value in clean_environment().items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

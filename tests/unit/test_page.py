@@ -192,7 +192,7 @@ def test_a_page_is_served_to_this_machine_by_its_own_names_alone(host: str, stat
     with Server("127.0.0.1", 0, lambda: 1, lambda: b"", lambda packed, version: "") as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = HTTPConnection("127.0.0.1", port)
         connection.putrequest("GET", "/version", skip_host=True)
         connection.putheader("Host", host.format(port=port))
         connection.endheaders()

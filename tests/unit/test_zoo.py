@@ -268,7 +268,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits(server: Server, tmp_
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
             other.communicate("\n")
-            assert waiting.result(timeout=10).read_bytes() == b"theirs"
+            assert waiting.result().read_bytes() == b"theirs"
 
 
 # -- TensorFlow --------------------------------------------------------------------------------------------------------
