@@ -130,7 +130,7 @@ class ResumableWandbLogger(WandbLogger):
 
 def _announced(rows: list[LoggedRow]) -> list[LoggedRow]:
     if rows:
-        LOGGER.info(f"W&B lacks the rows of {len(rows):,} steps: they are sent from the records")
+        LOGGER.info(f"W&B lacks {len(rows):,} row{'s' * (len(rows) > 1)} of this run, sent now from the records")
     return rows
 
 
