@@ -237,9 +237,7 @@ def test_the_names_of_baselines_are_taken(
     assert "another" in line
 
 
-@pytest.mark.parametrize(
-    "option", ["learning_rates=[]", "learning_rates=[8.0]", "weight_decays=[-1.0]", "train_images=5"]
-)
+@pytest.mark.parametrize("option", ["learning_rates=[]", "learning_rates=[8]", "weight_decays=[-1]", "train_images=5"])
 def test_a_mistake_in_live_probes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         fit_main(options(tmp_path, "a", f"--probes.{option}"))
