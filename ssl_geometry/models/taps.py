@@ -207,7 +207,10 @@ class Taps:
         layers: str | Sequence[str] = "all",
         reduce: Callable[[str, Tensor], Any] | None = None,
     ) -> None:
-        self.names = layer_names(model, layers)
+        named, _ = _layers(model)
+        exact = not isinstance(layers, str) and len(layers) > 0 and all(name in named for name in layers)
+        # Names that were chosen before need no forward to see what runs: one pass over the images stays one.
+        self.names = [name for name in named if name in set(layers)] if exact else layer_names(model, layers)
         self._net = _eager(model)
         self._backbone = _backbone(model)
         self._last_axis = any(re.search(LAST_AXIS, type(part).__name__) for part in self._backbone.modules())
