@@ -207,8 +207,9 @@ class Taps:
         layers: str | Sequence[str] = "all",
         reduce: Callable[[str, Tensor], Any] | None = None,
     ) -> None:
-        named, _ = _layers(model)
-        exact = not isinstance(layers, str) and len(layers) > 0 and all(name in named for name in layers)
+        named, presets = _layers(model)
+        exact = bool(layers) and not isinstance(layers, str)
+        exact = exact and all(name in named and (presets.get(name) or [name]) == [name] for name in layers)
         # Names that were chosen before need no forward to see what runs: one pass over the images stays one.
         self.names = [name for name in named if name in set(layers)] if exact else layer_names(model, layers)
         self._net = _eager(model)
