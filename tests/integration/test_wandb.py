@@ -77,6 +77,7 @@ def online() -> Iterator[Callable[[], Server]]:
         patch.setattr(Figure, "savefig", lambda _, file, **options: Image.new("1", (1, 1)).save(file, "png"))
 
         def start() -> Server:
+            upload.end_wandb(0)  # what W&B remembers of the server before
             server = Server()
             for name, value in server.environment.items():
                 patch.setenv(name, value)
