@@ -5,6 +5,7 @@ Files that take minutes come first: dealt out to several workers, short ones fil
 
 import os
 from collections.abc import Iterator
+from multiprocessing.util import get_temp_dir
 from tempfile import TemporaryDirectory, gettempdir
 
 import pytest
@@ -27,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _temporary_files_go(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What killed processes leave beside the tests' own folders, such as W&B's copies of images."""
     tmp_path_factory.getbasetemp()  # stays for who looks for the reason of a failure
+    get_temp_dir()  # of multiprocessing, which removes it at exit
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/inductor"))
         with TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True) as folder:

@@ -39,7 +39,7 @@ TRAINER = ["--trainer.max_epochs=1", "--trainer.precision=32-true", "--loggers=[
 SHRUNK = {
     "fit": [*NETWORK, *IMAGES, *MONITORS, *TRAINER],
     "compare": [*IMAGES, "--views=[own]", "--layers=stages", "--permutations=20", "--overwrite=true"],
-    "probe": [*IMAGES, "--linear_epochs=3", "--draws=1", "--label_fractions=[1.0]", "--k=[5]", "--overwrite=true"],
+    "probe": [*IMAGES, "--linear_epochs=10", "--draws=1", "--label_fractions=[1.0]", "--k=[5]", "--overwrite=true"],
     "survey": [*IMAGES, "--layers=pooled", "--k=10", "--copies=3", "--manifolds=[semantic, crop]"],
     "report": [],
     "zoo": [],
