@@ -20,7 +20,7 @@ from tests.fake_cuda import on_a_gpu
 from tests.integration.test_fit import SMALL
 
 FEW = [
-    *("--data.limit_train=96", "--data.limit_test=64", "--data.measure_size=64", "--data.eval_batch_size=64"),
+    *("--data.limit_train=128", "--data.limit_test=64", "--data.measure_size=64", "--data.eval_batch_size=64"),
     *("--trainer.accelerator=cuda", "--trainer.devices=1", "--trainer.precision=bf16-mixed"),
     "--trainer.check_val_every_n_epoch=1",
 ]
