@@ -50,6 +50,12 @@ for some in survey/s survey/supervised survey/simclr; do
 done
 survey $named $untrained vit=random:vit_tiny_patch16_224@64
 
+# What Grigg et al. 2021 found, on two seeds of each method and two untrained networks.
+two() { echo "runs/survey/$1-s0,runs/survey/$1-s1"; }
+[ -f runs/compare-cifar10-jpeg/findings.md ] ||
+    python -m ssl_geometry.compare --models "simclr=$(two simclr)" "supervised=$(two supervised)" untrained=random:0,random:1 \
+        --out runs/compare-cifar10-jpeg --overwrite true
+
 # Initialisation: ResNet-50 and ViT-S/16, three seeds each, on pictures enlarged to 96 pixels.
 python -m ssl_geometry.survey --data.dataset "$pictures" --data.measure_size 1024 --manifolds [semantic] --layers all \
     --models {resnet50-s0=random:resnet50@96:0,resnet50-s1=random:resnet50@96:1,resnet50-s2=random:resnet50@96:2} \
