@@ -88,6 +88,7 @@ class Network:
     """None where that is not known, or it was not trained."""
     epoch: int | None
     """Completed epochs; None was not trained."""
+    architecture: str
     depths: dict[str, float]
     vectors: list[Tensor]
     """For each batch, the Gram vectors of the layers, (L, P)."""
@@ -133,7 +134,8 @@ def measure_network(
     shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
     kept_features = by_layer[shown[0]] if options.show_neighbors else None
     labels = None if epoch is None else method.learns_from_labels
-    network = Network(name, labels, epoch, depths, vectors, neighbors, alike, features=kept_features)
+    architecture = str(method.init_args.get("backbone"))
+    network = Network(name, labels, epoch, architecture, depths, vectors, neighbors, alike, features=kept_features)
     seen = {view: invariance[distinct[view]] for view in views}
     rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
     store.write(f"layers/{name}", rows, protocols)
@@ -461,7 +463,8 @@ def compare(args: Sequence[str]) -> Path:
     labels = {network.name: network.learns_from_labels for network in measured}
     frame = store.read()
     methods = {network.name: UNTRAINED if network.epoch is None else groups[network.name] for network in measured}
-    table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), methods, labels)
+    architectures = {network.name: network.architecture for network in measured}
+    table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), methods, labels, architectures)
     table.to_parquet(out / "findings.parquet")
     (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
     pictures = draw(frame, groups, labels, out / "figures")

@@ -9,7 +9,7 @@ methods, and a single network says nothing of how far the next one of its kind w
 interval. (Another method's spread cannot stand in: it need not be alike, and most contrasts have no counterpart there.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +72,12 @@ class Difference(NamedTuple):
         return sum((part.factor * part.of(deviations) for part in self.parts.values()), np.zeros(deviations.shape[1]))
 
 
-def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None]) -> pd.DataFrame:
+def findings(
+    frame: pd.DataFrame,
+    groups: Mapping[str, str],
+    labels: Mapping[str, bool | None],
+    architectures: Mapping[str, Hashable] | None = None,
+) -> pd.DataFrame:
     """What the records decide about the findings of Grigg et al. 2021, for each self-supervised method.
 
     Args:
@@ -81,13 +86,15 @@ def findings(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str
         groups: network to method, or to what stands for it: networks of one are its runs. Those that were not trained
             are ``untrained``; no method has that name or ``supervised``, unless it is.
         labels: network to whether it learned from labels; None is unknown (it takes part in nothing) or untrained.
+        architectures: network to architecture: an untrained network is a baseline for networks of its own. None: all
+            have the same.
 
     Returns:
         One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken
         (and whether more images, or more runs of which kind of network, are needed for there to be one), the baseline,
         and the verdict on the claim. Claims whose networks or layers are not there are left out.
     """
-    rows = _Rows(frame, groups, labels)
+    rows = _Rows(frame, groups, labels, architectures)
     return _decided(rows, _plan(rows))
 
 
@@ -148,15 +155,21 @@ def _decided(rows: "_Rows", plans: list[_Plan]) -> pd.DataFrame:
 class _Rows:
     """The rows that claims are about, and where in its network each layer is."""
 
-    def __init__(self, frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None]) -> None:
-        self.groups = groups
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        groups: Mapping[str, str],
+        labels: Mapping[str, bool | None],
+        architectures: Mapping[str, Hashable] | None = None,
+    ) -> None:
+        self.groups, self.architectures = groups, architectures or dict.fromkeys(groups)
         self.supervised = [name for name, label in labels.items() if label]
         self.of_method = {
             method: [name for name in groups if groups[name] == method and labels[name] is False]
             for method in groups.values()
         }
         self.methods = list(dict.fromkeys(groups[name] for name, label in labels.items() if label is False))
-        self.untrained = [name for name, group in groups.items() if group == UNTRAINED]
+        self._untrained = [name for name, group in groups.items() if group == UNTRAINED]
         frame = frame[frame["metric"].isin(["cka", "class_cka", "invariance"])].reset_index(drop=True)
         layer = frame["layer"].astype(str)
         frame["kind"] = np.select(
@@ -177,7 +190,16 @@ class _Rows:
 
     def teams(self, method: str) -> dict[str, list[str]]:
         """The groups of runs that stand for something larger."""
-        return {method: self.of_method[method], SUPERVISED: self.supervised, UNTRAINED: self.untrained}
+        trained = {method: self.of_method[method], SUPERVISED: self.supervised}
+        kinds = dict.fromkeys(self.architectures[name] for names in trained.values() for name in names)
+        blank = {kind: [name for name in self._untrained if self.architectures[name] == kind] for kind in kinds}
+        return trained | {UNTRAINED if len(kinds) == 1 else f"{UNTRAINED} {kind}": blank[kind] for kind in kinds}
+
+    def untrained(self, networks: Sequence[str]) -> list[str]:
+        """The baseline of networks: untrained ones of their architectures, where there is one of each."""
+        kinds = {self.architectures[name] for name in networks}
+        found = [name for name in self._untrained if self.architectures[name] in kinds]
+        return found if kinds == {self.architectures[name] for name in found} else []
 
     def networks(self, one: Difference) -> set[str]:
         """Whose numbers enter a difference; those that only lend their views do not."""
@@ -214,7 +236,8 @@ class _Rows:
 
         of_group = [[name for name in (*ours, *theirs) if self.groups[name] == group] for group in self.of_method]
         repeated = [runs for runs in of_group if len(runs) >= LEAST_RUNS]
-        pair, fresh = between(ours, theirs), between([*ours, *theirs], self.untrained)
+        both = [*ours, *theirs]
+        pair, fresh = between(ours, theirs), between(both, self.untrained(both))
         middle, last, branch = at("middle"), at("last"), at("middle", "branch")
         runs, chance = "runs of one method", "untrained networks"
 
@@ -249,7 +272,7 @@ class _Rows:
                 runs,
             ),
         ]
-        if not self.untrained and not repeated:
+        if not self.untrained(both) and not repeated:
             found.append(Difference(claim, NO_LEVEL, {}, NO_LEVEL, np.nan))
 
         claim = f"{method} and supervised: they become similar by dissimilar means"
@@ -275,7 +298,8 @@ class _Rows:
         kept = [views_of(name) for name in ours if name != run]
         own = invariance & frame["view"].isin(kept)  # every network under the views of all runs of the method
         itself = own & (frame["view"] == "views of " + frame["model"]) & frame["model"].isin(ours)
-        their, blank = frame["model"].isin(theirs), frame["model"].isin(self.untrained)
+        us, their = frame["model"].isin(ours), frame["model"].isin(theirs)
+        our_blank, their_blank = (frame["model"].isin(self.untrained(names)) for names in (ours, theirs))
         deepest = frame["deepest"]
         claim = f"{method}: its last layer fits augmentation invariance"
         found += [
@@ -287,12 +311,11 @@ class _Rows:
             Difference(
                 claim,
                 f"last layer: more invariant to the views of {method} than an untrained network's",
-                {method: self.mean(itself & deepest), UNTRAINED: self.mean(own & blank & deepest, -1)},
+                {method: self.mean(itself & deepest), UNTRAINED: self.mean(own & our_blank & deepest, -1)},
                 chance,
             ),
         ]
 
-        us = frame["model"].isin(ours)
         claim = f"supervised: its last layers fit the classes (beside {method})"
         found += [
             Difference(
@@ -303,7 +326,10 @@ class _Rows:
             Difference(
                 claim,
                 "last blocks: nearer to the classes than those of an untrained network",
-                {"supervised": self.mean(classes & their & last), UNTRAINED: self.mean(classes & blank & last, -1)},
+                {
+                    "supervised": self.mean(classes & their & last),
+                    UNTRAINED: self.mean(classes & their_blank & last, -1),
+                },
                 chance,
             ),
         ]
@@ -318,7 +344,7 @@ class _Rows:
             Difference(
                 claim,
                 "intermediate blocks: nearer to the classes than those of an untrained network",
-                {method: self.mean(classes & us & middle), UNTRAINED: self.mean(classes & blank & middle, -1)},
+                {method: self.mean(classes & us & middle), UNTRAINED: self.mean(classes & our_blank & middle, -1)},
                 chance,
             ),
         ]
@@ -334,7 +360,7 @@ class _Rows:
             Difference(
                 claim,
                 f"last blocks: less than {GAIN} more invariant than an untrained network's",
-                {UNTRAINED: self.mean(own & blank & last), "supervised": self.mean(own & their & last, -1)},
+                {UNTRAINED: self.mean(own & their_blank & last), "supervised": self.mean(own & their & last, -1)},
                 chance,
                 GAIN,
             ),

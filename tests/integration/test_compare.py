@@ -121,7 +121,7 @@ def test_one_picture_or_several_are_shown_each_once(given: list[str], numbers: l
 @pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
 def test_a_picture_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
     features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
-    network = Network("net", False, 1, {}, [], torch.empty(0), torch.empty(0), features=features)
+    network = Network("net", False, 1, "resnet10", {}, [], torch.empty(0), torch.empty(0), features=features)
     batch = {"image": torch.zeros(80, 3, 4, 4, dtype=torch.uint8), "label": torch.zeros(80, dtype=torch.long)}
     data: Any = SimpleNamespace(loader=lambda split: [batch], class_names=["zero"])
     figure = show_neighbors(network, data, [5])

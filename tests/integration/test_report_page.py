@@ -134,6 +134,28 @@ def test_overlap_of_views_stands_beside_the_manifolds_and_that_of_layers_beside_
 
 
 @in_a_browser
+def test_curves_say_with_whom_and_their_bands_do_not_rule_the_axis(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    rows = []
+    for epoch in range(2):
+        at: dict[str, Any] = {"run": "one", "model": "one", "view": "own", "epoch": epoch, "metric": "invariance"}
+        rows += [record(**at, layer=f"layer{i}", depth=i, value=0.4 + i / 5, low=-3, high=4) for i in range(2)]
+    RecordStore(run / "records").write("more", rows)
+    main([str(run), "-o", str(tmp_path / "report.html")])
+    reader = Reader(browser, (tmp_path / "report.html").as_uri(), width=390)
+    titles = reader.section("cka").locator("figcaption").all_inner_texts()
+    assert any(title.startswith("CKA (unbiased) with its own initialisation: against depth") for title in titles)
+    for figure, (low, high) in {"views: against depth": (-0.1, 1.1), "over training": (0.4, 0.6)}.items():
+        drawn = reader.section("invariance").locator("figure", has_text=figure)
+        heights = [float(tick) for tick in drawn.locator("svg text[text-anchor=end]").all_text_contents()]
+        assert heights, figure
+        assert low <= min(heights) <= max(heights) <= high
+    tables = reader.section("training").locator(".scroll").all()
+    assert all(table.evaluate("box => box.scrollWidth <= box.clientWidth") for table in tables)
+    assert reader.problems == []
+
+
+@in_a_browser
 def test_names_that_are_html_are_text(browser: Any, page: Path) -> None:
     reader = Reader(browser, page.as_uri())
     for name in SECTIONS:
@@ -167,7 +189,7 @@ def test_a_figure_is_read_by_keyboard(browser: Any, page: Path) -> None:
     reader = Reader(browser, page.as_uri())
     reader.page.keyboard.press("Tab")
     assert reader.page.evaluate("document.activeElement.textContent") == "Skip to the figures"
-    figure = reader.section("cka").locator("figure", has_text="one and its initialisation").locator("svg[role=img]")
+    figure = reader.section("cka").locator("figure", has_text="one and its own initialisation").locator("svg[role=img]")
     figure.focus()
     for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
         figure.press(key)

@@ -207,6 +207,24 @@ def test_similar_needs_a_level() -> None:
     assert of_claims(table)[1:] == ["supports"] * 5
 
 
+def test_an_untrained_network_of_another_architecture_is_no_baseline() -> None:
+    groups = WITH_UNTRAINED | {"v": "untrained"}
+    labels = {name: LABELS[method] for name, method in groups.items()}
+    frame = records(groups, **published())
+
+    def table(**architectures: str) -> pd.DataFrame:
+        return findings(frame, groups, labels, dict.fromkeys(groups, "resnet18") | architectures)
+
+    without = frame[~frame["model"].isin(["u", "v"]) & ~frame["model_other"].isin(["u", "v"])]
+    pd.testing.assert_frame_equal(table(u="vit", v="vit"), judge(without, PAIR))
+    of_one = frame[(frame["model"] != "v") & (frame["model_other"] != "v")]
+    pd.testing.assert_frame_equal(table(v="vit"), judge(of_one, WITH_UNTRAINED))
+    mixed = table(t="vit", v="resnet18", u="resnet18").set_index("contrast")["effect"]
+    assert mixed.index.str.contains("intermediate blocks: nearer to the classes than those of an untrained").any()
+    assert not mixed.index.str.contains("last blocks: nearer to the classes than those of an untrained").any()
+    assert NO_LEVEL in mixed.index, "of the supervised network's architecture none is untrained"
+
+
 def test_runs_of_one_method_are_not_those_of_another() -> None:
     """Supervised networks of two methods, one run each short of three: their likeness is no level."""
     groups = {"s": "SimCLR", **{f"t{i}": "Supervised" for i in range(2)}, **{f"m{i}": "Mine" for i in range(2)}}

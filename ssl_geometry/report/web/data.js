@@ -31,7 +31,7 @@ class Report {
       series.paired = place[2] !== null;
       const run = this.runs[series.run].label;
       series.name = series.model === null || run.split("/").pop() === series.model ? run : `${run}: ${series.model}`;
-      series.against = series.other === series.model ? "itself" : series.other === "init" ? "its initialisation" : series.other;
+      series.against = series.other === series.model ? "itself" : series.other === "init" ? "its own initialisation" : series.other;
     }
   }
 

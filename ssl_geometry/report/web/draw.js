@@ -173,12 +173,15 @@ const MARKS = [
 
 // {title, lines, xlabel, ylabel, whole, scale}: a line is {name, points: [{x, value, low, high, text}]} with `place`, its
 // number among named lines, or `share`, its place on an ordered scale; `scale` is {label, low, high} for the
-// latter; `domain` is the least that the horizontal axis shows.
-function lineChart({ title, lines, xlabel, ylabel, whole, scale, domain }) {
+// latter, whose bands are not drawn; `domain` is the least that the horizontal axis shows, `range` the most that a band
+// makes the vertical one show.
+function lineChart({ title, lines, xlabel, ylabel, whole, scale, domain, range = [-Infinity, Infinity] }) {
   const left = 52, top = 10, width = scale ? 320 : 380, height = 215, bottom = 40;
   const svg = frame(left + width + (scale ? 66 : 14), top + height + bottom, title);
   const all = lines.flatMap((line) => line.points), finite = all.filter((p) => Number.isFinite(p.value));
-  const ends = finite.flatMap((p) => [p.value, p.low, p.high]).filter((v) => Number.isFinite(v));
+  const values = finite.map((p) => p.value), low = Math.min(range[0], ...values), high = Math.max(range[1], ...values);
+  const bars = scale ? [] : finite.flatMap((p) => [p.low, p.high]).filter((v) => Number.isFinite(v));
+  const ends = [...values, ...bars.map((v) => Math.min(Math.max(v, low), high))];
   const at = all.map((p) => p.x);
   let [x0, x1] = [Math.min(domain?.[0] ?? Infinity, ...at), Math.max(domain?.[1] ?? -Infinity, ...at)];
   let [y0, y1] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
@@ -205,7 +208,8 @@ function lineChart({ title, lines, xlabel, ylabel, whole, scale, domain }) {
     const barred = line.points.filter((p) => Number.isFinite(p.low) && Number.isFinite(p.high));
     if (barred.length > 1 && !scale) {
       const up = barred.map((p) => `${x(p.x).toFixed(1)} ${y(p.high).toFixed(1)}`), down = barred.map((p) => `${x(p.x).toFixed(1)} ${y(p.low).toFixed(1)}`);
-      group.append(make("path", { class: "band", d: `M${up.join("L")}L${down.reverse().join("L")}z` }));
+      const inset = `inset(${top}px 0 ${bottom}px 0) view-box`;
+      group.append(make("path", { class: "band", d: `M${up.join("L")}L${down.reverse().join("L")}z`, "clip-path": inset }));
     }
     const dash = scale ? "" : DASHES[Math.floor(line.place / 6) % 4];
     group.append(make("path", { class: `line${line.strong ? " strong" : scale ? " faint" : ""}`, d, "stroke-dasharray": dash || null }));

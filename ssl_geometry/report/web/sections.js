@@ -15,6 +15,8 @@ let METRICS = {};  // label with its unit, and section, of each metric: the buil
 const named = (metric) => METRICS[metric]?.label ?? metric;
 const sectionOf = (one) => (one.metric === "mutual_knn" && one.paired ? "cka" : METRICS[one.metric].section);  // of layers, or of views
 const DEPTH = "depth of the layer (0 = stem, 1 = end of the backbone)";
+// What bands over the choice of images are cut off at: few Gram matrices give very wide ones.
+const RANGES = Object.fromEntries(["cka", "invariance", "class_cka"].map((metric) => [metric, [-0.1, 1.1]]));
 const unique = (values) => [...new Set(values)];
 const images = (rows) => {
   const n = unique(rows.map((row) => row.n).filter((n) => n !== null)).sort((a, b) => a - b);
@@ -100,7 +102,7 @@ function comparedFigure(report, series, epoch) {
   const epochs = unique(rows.map((row) => row.epoch)).filter((e) => e !== null);
   for (const line of lines) line.points = line.rows.map(onDepth);
   return { lines, note: `${epochs.length > 1 ? "each run's last epoch up to" : "epoch"} ${Math.max(...epochs, 0)}, ${images(rows)}${barred ? "; band: 95 %" : ""}`,
-    svg: lineChart({ title: `${named(series[0].metric)} against depth`, lines, domain: [0, 1], xlabel: DEPTH, ylabel: named(series[0].metric) }) };
+    svg: lineChart({ title: `${named(series[0].metric)} against depth`, lines, domain: [0, 1], range: RANGES[series[0].metric], xlabel: DEPTH, ylabel: named(series[0].metric) }) };
 }
 
 // One run over its training: a line an epoch over depth, or a line a layer over epochs.
@@ -147,7 +149,7 @@ function scalarFigure(report, series) {
     svg: lineChart({ title: named(series[0].metric), lines, whole: true, xlabel: steps ? "optimiser step" : "epoch", ylabel: named(series[0].metric) }) };
 }
 
-const LONG = 400;
+const LONG = 400, NUMBERS = new Set(["epoch", "value", "95 %", "n"]);
 function tableFigure(report, series) {
   const rows = [...report.of(series)];
   const cells = (row) => [row.series.name, row.series.against && row.series.other !== null ? row.series.against : "", named(row.series.metric), row.layer ?? "", row.layerOther ?? "", row.series.view ?? "", row.series.split ?? "", row.epoch ?? "",
@@ -156,8 +158,8 @@ function tableFigure(report, series) {
   const kept = head.map((_, i) => rows.slice(0, LONG).some((row) => cells(row)[i] !== ""));
   const only = (list) => list.filter((_, i) => kept[i]);
   return { note: rows.length > LONG ? `the first ${LONG} of ${rows.length.toLocaleString("en")} rows; the CSV has all` : `${rows.length} row${rows.length > 1 ? "s" : ""}`,
-    body: make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table" }, make("table", {}, make("thead", {}, make("tr", {}, ...only(head).map((name) => make("th", { scope: "col" }, name)))),
-      make("tbody", {}, ...rows.slice(0, LONG).map((row) => make("tr", {}, ...only(cells(row)).map((cell) => make("td", typeof cell === "number" ? { class: "number" } : {}, String(cell))))))))};
+    body: make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table" }, make("table", {}, make("thead", {}, make("tr", {}, ...only(head).map((name) => make("th", { scope: "col", class: NUMBERS.has(name) ? "number" : null }, name)))),
+      make("tbody", {}, ...rows.slice(0, LONG).map((row) => make("tr", {}, ...only(cells(row)).map((cell, i) => make("td", { class: NUMBERS.has(only(head)[i]) ? "number" : null }, String(cell))))))))};
 }
 
 // ---- a section -----------------------------------------------------------------------------------------------------
@@ -221,13 +223,14 @@ function fillSection(page, section, body, all) {
       if (mine.length > 1) add(`${named(state.metric)}: ${name}`, mine, () => mapFigure(report, mine, epoch()));
     }
   }
-  const what = `${named(state.metric)}${state.choice && choices.length > 1 ? `, ${paired ? `with ${state.choice}` : state.choice}` : ""}`;
+  const chosen = !state.choice ? "" : paired ? ` with ${state.choice}` : choices.length > 1 ? `, ${state.choice}` : "";  // with whom is always said
+  const what = `${named(state.metric)}${chosen}`;
   if (shown.length) add(`${what}: against depth`, shown, () => comparedFigure(report, shown, epoch()));
   const spread = placed(page, layered.filter((one) => one.metric === `${state.metric}_quantile` && (!state.choice || key(one) === state.choice)));
   if (spread.length) add(`${what}: spread over images`, spread, () => spreadFigure(report, spread, epoch()));
   for (const one of shown.filter(single)) {
     if (report.epochs([one]).length < 2) continue;
-    const who = `${named(one.metric)}: ${one.label}${state.choice && choices.length > 1 ? `, ${paired ? "with " : ""}${state.choice}` : ""}`;
+    const who = `${named(one.metric)}: ${one.label}${chosen}`;
     add(`${who}, against depth`, [one], () => trainingFigure(report, one, "depth", epoch()));
     add(`${who}, over training`, [one], () => trainingFigure(report, one, "epoch"));
   }
