@@ -74,8 +74,8 @@ class Parser(ArgumentParser):
         return options
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """With ranges as words."""
-        return without_annotated(super().format_help(*args, **kwargs))
+        """With ranges as words, and lists as they are typed."""
+        return without_annotated(super().format_help(*args, **kwargs)).replace("[ITEM,...]", "'[ITEM, ...]'")
 
 
 def annotation(action: argparse.Action) -> Any:
@@ -111,7 +111,15 @@ def one_line(message: str, hints: Mapping[str, Any]) -> str:
     if hint is None and paths and (owner := imported(paths[-1])):
         parameter = parameters(owner).get(option.rpartition(".")[2])
         hint = parameter.annotation if parameter else None
+    if nested := re.match(r"NestedArg\(key='([^']*)'", value):  # an option of one that has none
+        group = option.rpartition(".")[0]
+        owner = imported(paths[-1]) if paths else None
+        known = [f"{group}.{name}" for name in parameters(owner)] if owner else [f"--{name}" for name in hints]
+        return f"unknown option '{option}.{nested[1]}'; {nearest(f'{group}.{nested[1]}', known, n=1)} (see --help)"
     words = expected(hint) if hint is not None and range_of(hint) else _types(inner)
+    is_list = any(re.search(r"Expected a <class '.*(list|Sequence)'>", line) for line in inner)
+    if is_list and "," in value and "[" not in value:
+        words += f"; write '[{', '.join(part.strip() for part in value.split(','))}]', with the quotes"
     return f"{option} {value}: expected {words}" if words else f"{option}: {'; '.join(line for line in inner if line)}"
 
 

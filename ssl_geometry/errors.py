@@ -42,16 +42,17 @@ class Interrupted(Exception):
         self.code = code
 
 
-def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], n: int = 3, otherwise: str | None = None) -> str:
     """The known names most like ``name``, as text for an error message.
 
     Args:
         name: what the user wrote.
         known: the valid names.
         n: how many to offer.
+        otherwise: what to say where none is alike; None lists the first valid names.
 
     Returns:
-        ``"did you mean 'a', 'b'?"``, or the first valid names where none is alike.
+        ``"did you mean 'a', 'b'?"``, or ``otherwise``.
 
     Example:
         >>> nearest("cifra10", ["cifar10", "cifar100", "svhn"])
@@ -65,5 +66,7 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     alike = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
     if alike:
         return f"did you mean {', '.join(map(repr, alike))}?"
+    if otherwise is not None:
+        return otherwise
     shown = ", ".join(map(repr, known[:12]))
     return f"known: {shown}{', …' if len(known) > 12 else ''}"

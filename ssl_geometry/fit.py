@@ -160,18 +160,25 @@ class FitCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.args = args
-        super().__init__(
-            L.LightningModule,
-            DataModule,
-            run=False,
-            subclass_mode_model=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_class=FitParser,
-            parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
-            args=list(args),
-        )
+        try:
+            super().__init__(
+                L.LightningModule,
+                DataModule,
+                run=False,
+                subclass_mode_model=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_class=FitParser,
+                parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
+                args=list(args),
+            )
+        except BaseException:  # a mistake that only a constructor sees: nothing runs in the directory
+            if run := getattr(self, "run", None):
+                with suppress(OSError):
+                    run.note(status="stopped")
+                run.release()
+            raise
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The seed: a number, as it is the data's and the method's as well."""
@@ -491,9 +498,9 @@ def _config_of_resumed(args: Sequence[str]) -> list[str]:
 @rank_zero_only
 def print_summary(run: Run, trainer: L.Trainer, results: Mapping[str, float]) -> None:
     """Accuracies, and where the files are."""
-    table = Table(
-        title=f"{run.directory.name}: {trainer.current_epoch} epochs, {trainer.global_step} steps", title_justify="left"
-    )
+    counts = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+    done = ", ".join(f"{n} {unit}{'' if n == 1 else 's'}" for unit, n in counts.items())
+    table = Table(title=f"{run.directory.name}: {done}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     names = {"test/acc": "test accuracy (classifier)", "test/knn": "test accuracy (20 nearest neighbours)"}

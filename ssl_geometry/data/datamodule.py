@@ -418,6 +418,10 @@ class DataModule(L.LightningDataModule):
             "measure": shuffled(self.measure_size, FIXED, 1),
             "bank": labelled[labelled >= n_val][:BANK_SIZE],
         }
+        if self.trainer:
+            sizes = {"training": self.num_train, "validation": len(self._rows["val"]), "test": len(test)}
+            counts = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
+            logger.info(f"{counts} images of {self.num_classes:,} classes ({self.dataset})")
         self._on_device = self.storage == "device" or (self.storage == "auto" and self._fits(train, test))
         if self._on_device:
             train, test = (images.decode(self._cores, show=self._rank == 0) for images in (train, test))
@@ -464,10 +468,11 @@ class DataModule(L.LightningDataModule):
             )
         if (dropped := self.num_train % self.batch_size) > MUCH_DROPPED * self.num_train:
             fewer = self._multiple(self.num_train // math.ceil(self.num_train / self.batch_size))
+            default = "" if self._batch_size else " (default)"
             logger.warning(
-                f"--data.batch_size {self.batch_size}: incomplete batches are dropped, so each epoch leaves out "
-                f"{dropped} of {self.num_train} training images, others each time; a batch size of {fewer} leaves out "
-                f"{self.num_train % fewer}"
+                f"--data.batch_size {self.batch_size}{default}: incomplete batches are dropped, so each epoch "
+                f"leaves out {dropped} of {self.num_train} training images, others each time; a batch size of {fewer} "
+                f"leaves out {self.num_train % fewer}"
             )
         slices = shares(self.num_train, self.batch_size, self._rank, self._world_size)
         self._train_loader = self._loader("train", slices, self.seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.methods.base import Batch, Method
-from ssl_geometry.models import RESNETS, vit_names
+from ssl_geometry.models import RESNETS, vit_names, why_unknown
 from ssl_geometry.models.zoo import TABLE, fetch, load_checkpoint, load_strictly
 from ssl_geometry.ranges import Pixels, Seed, check_value
 
@@ -144,7 +144,7 @@ def from_timm(name: str) -> Published:
     architecture = name.partition(".")[0]
     known = [known for known in timm.list_pretrained() if known.partition(".")[0] in {*RESNETS, *vit_names()}]
     if name not in known and name not in {known.partition(".")[0] for known in known}:
-        raise UserError(f"timm:{name}: {nearest(name, known)}")
+        raise UserError(f"timm:{name} is unknown; {why_unknown(name, known)}")
     try:
         trained = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of the network, the disk or the file; what is kept of it is timm's matter
@@ -177,7 +177,10 @@ def untrained(text: str) -> Published:
     """
     found = re.fullmatch(r"([^@:]+)(?:@(\d+))?(?::(\d+))?", text)
     if found is None:
-        raise UserError(f"random:{text}: expected random:ARCH, random:ARCH@PIXELS, or either with :SEED")
+        raise UserError(
+            f"random:{text}: expected random:ARCH, random:ARCH@PIXELS, or either with :SEED, where ARCH is a name "
+            f"without timm: or torchvision: before it, such as resnet18 or vit_tiny_patch16_224"
+        )
     seed, size = int(found[3] or 0), int(found[2] or 224)
     check_value(Seed, seed, "--models random:ARCH:SEED")
     check_value(Pixels, size, "--models random:ARCH@PIXELS")

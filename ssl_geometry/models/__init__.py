@@ -7,9 +7,18 @@ classifier. Weights are the architecture's random initialisation: nothing is dow
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ssl_geometry.models.backbones import RESNETS, SMALL_IMAGE, ResNet, Stem, build_backbone, build_vit, vit_names
+    from ssl_geometry.models.backbones import (
+        RESNETS,
+        SMALL_IMAGE,
+        ResNet,
+        Stem,
+        build_backbone,
+        build_vit,
+        vit_names,
+        why_unknown,
+    )
 
-__all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names"]
+__all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names", "why_unknown"]
 
 if not TYPE_CHECKING:  # where mypy looks, a name that is not there stays a mistake
 

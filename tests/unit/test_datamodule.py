@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -20,6 +21,7 @@ from torch import distributed, multiprocessing
 from ssl_geometry.data import datamodule
 from ssl_geometry.data.datamodule import DataModule, evenly, every_nth, shares
 from ssl_geometry.errors import UserError
+from ssl_geometry.fit import expand_bases
 
 REAL_PICTURES = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
@@ -404,9 +406,34 @@ def test_a_batch_size_that_nobody_asked_for_shrinks_to_the_images(world_size, ba
     ],
 )
 def test_batches_that_leave_out_many_images_are_told_in_one_line(caplog, images, batch_size, line):
-    digits(batch_size=batch_size, limit_train=images).train_dataloader()
+    data = digits(batch_size=batch_size, limit_train=images)
+    caplog.clear()
+    data.train_dataloader()
     assert len(caplog.messages) == (line is not None)
     assert all(line in message and message.startswith("--data.batch_size 128: ") for message in caplog.messages)
+
+
+def test_a_batch_size_that_nobody_gave_is_called_the_default(caplog):
+    digits(batch_size=None, limit_train=400).train_dataloader()
+    assert caplog.messages[-1].startswith("--data.batch_size 256 (default): incomplete batches are dropped")
+
+
+def test_training_says_once_how_many_images_there_are(caplog):
+    caplog.set_level("INFO", "ssl_geometry")
+    data = digits(limit_train=216, limit_test=150, val_fraction=0.1)
+    data.setup()
+    (line,) = [line for line in caplog.messages if " training, " in line]
+    assert line == "216 training, 144 validation, 150 test images of 10 classes (digits)"
+
+
+def test_a_folder_of_images_keeps_a_tenth_for_validation():
+    configs = Path(__file__).parents[2] / "configs"
+    given = [f"--config={configs / name}.yaml" for name in ("simclr_resnet18_cifar10", "image_folder")]
+    files = [arg for arg in expand_bases(given) if arg.endswith(".yaml")]
+    merged = {}
+    for file in files:
+        merged |= yaml.safe_load(Path(file).read_text()).get("data") or {}
+    assert merged["val_fraction"] == 0.1
 
 
 def test_pictures_of_mixed_sizes_name_the_option(folder):

@@ -16,12 +16,13 @@ from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, SpectrumMonito
 from ssl_geometry.cli import Parser, annotation
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import FitCLI, expand_bases
+from ssl_geometry.fit import FitCLI, expand_bases, fit, print_summary
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.networks import networks_parser
 from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
 from ssl_geometry.report.__main__ import report
 from ssl_geometry.report.upload import new_id
+from ssl_geometry.runs import Run, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -128,6 +129,8 @@ COMPARE = """
 --k many: expected a whole number of at least 1
 --show_neighbors -1: expected whole numbers of at least 0
 --show_neighbors [5, -1]: expected whole numbers of at least 0
+--views own,crop: expected a list such as [a, b]; write '[own, crop]', with the quotes
+--show_neighbors 5,6: expected whole numbers of at least 0; write '[5, 6]', with the quotes
 --data.batch_size 0: expected a whole number of at least 2
 --device tpu: expected cpu, cuda, or cuda:NUMBER
 """
@@ -263,6 +266,45 @@ def test_report(capsys: pytest.CaptureFixture[str], option: str, value: str, wor
 def test_what_is_in_range_is_taken(cli: FitCLI, args: list[str]) -> None:
     with pytest.raises(Accepted):
         read(cli, [*QUICK, *args])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--model.backbone.width=16", "--model.width"),
+        ("--data.dataset.image_size=16", "--data.image_size"),
+    ],
+)
+def test_an_option_of_an_option_names_both(
+    cli: FitCLI, capsys: pytest.CaptureFixture[str], typed: str, meant: str
+) -> None:
+    said = refused(capsys, lambda: read(cli, [*QUICK, typed]))
+    assert said == f"unknown option {typed.partition('=')[0]!r}; did you mean {meant!r}? (see --help)"
+
+
+def test_help_shows_a_list_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare._parse(["--help"])
+    text = capsys.readouterr().out
+    assert "--views '[ITEM, ...]'" in text
+    assert "[ITEM,...]" not in text
+
+
+def test_a_start_that_a_constructor_refuses_is_no_running_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_geometry.fit.open_run", open_run)  # the command line above has none
+    args = [*QUICK, f"--runs={tmp_path}", "--experiment=e", "--run_id=a", "--loggers=[]"]
+    for _ in range(2):  # the directory is free again
+        with pytest.raises(UserError, match="'convnext_atto' is unknown; timm has it"):
+            fit([*args, "--model.backbone=convnext_atto"])
+        assert Run(tmp_path / "e" / "a").facts["status"] == "stopped"
+    assert (tmp_path / "e" / "a" / ".lock").read_text() == ""
+
+
+@pytest.mark.parametrize(("n", "words"), [(1, "1 epoch, 1 step"), (2, "2 epochs, 2 steps")])
+def test_the_summary_counts_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], n: int, words: str) -> None:
+    trainer: Any = SimpleNamespace(current_epoch=n, global_step=n)
+    print_summary(Run(tmp_path), trainer, {})
+    assert capsys.readouterr().out.splitlines()[0].rstrip().endswith(f": {words}")
 
 
 def test_a_short_run_of_a_config_with_a_longer_warm_up_is_a_warning(
