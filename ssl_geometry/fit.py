@@ -109,7 +109,24 @@ class FitParser(Parser, LightningArgumentParser):
 
 
 class KeptCheckpoint(ModelCheckpoint):
-    """The checkpoints that stay, named by completed epochs as the records are."""
+    """The checkpoints that stay, named by completed epochs as the records are.
+
+    That of an epoch which is trained again after a kill replaces the one before.
+
+    Args:
+        folder: where to save.
+        every_n_epochs: how often.
+    """
+
+    def __init__(self, folder: Path, every_n_epochs: int) -> None:
+        super().__init__(
+            folder,
+            "{epoch:05d}",
+            save_top_k=-1,
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
 
     @property
     def state_key(self) -> str:
@@ -314,15 +331,7 @@ class FitCLI(LightningCLI):
             last,
         ]
         if self.settings["keep_every_n_epochs"]:
-            callbacks.append(
-                KeptCheckpoint(
-                    self.run.directory / "checkpoints",
-                    "{epoch:05d}",
-                    save_top_k=-1,
-                    every_n_epochs=self.settings["keep_every_n_epochs"],
-                    save_on_train_epoch_end=True,
-                )
-            )
+            callbacks.append(KeptCheckpoint(self.run.last_checkpoint.parent, self.settings["keep_every_n_epochs"]))
         trainer = {
             **self._get(self.config_init, "trainer", default={}),
             "callbacks": callbacks,

@@ -106,7 +106,7 @@ def parse_networks(
         it then (see :func:`chosen_layers`).
 
     Raises:
-        UserError: no such device, or results that would be overwritten.
+        UserError: no such device, a folder of results that is a training run, or results that would be overwritten.
     """
     configs = run_configs(args)
     defaults, unlike = of_runs(configs, {**IMAGES, **sources})
@@ -131,6 +131,10 @@ def parse_networks(
         raise UserError(f"--device {options.device}: expected cpu, cuda, or cuda:NUMBER")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
+    if any((options.out / part).exists() for part in ("run.json", "checkpoints")):
+        raise UserError(
+            f"--out {options.out} is a training run, whose records these would replace: choose another folder"
+        )
     if (options.out / "records").exists() and not options.get("overwrite", True):
         raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
     return options

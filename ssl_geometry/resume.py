@@ -124,18 +124,98 @@ def progress(checkpoint: Mapping[str, Any], path: Path) -> Progress:
         UserError: training cannot go on from it: weights alone, or a file of another program.
     """
     wrong = [name for name, kind in CONTENT.items() if not isinstance(checkpoint.get(name), kind)]
-    if not wrong and not all(isinstance(value, Tensor) for value in checkpoint["state_dict"].values()):
-        wrong = ["state_dict"]
-    if not wrong and not re.match(r"\d+\.\d+", checkpoint["pytorch-lightning_version"]):
-        wrong = ["pytorch-lightning_version"]
     epochs: Any = checkpoint.get("loops")
     for key in ("fit_loop", "epoch_progress", "current", "processed"):
         epochs = epochs.get(key) if isinstance(epochs, dict) else None
-    if not wrong and not isinstance(epochs, int):
-        wrong = ["loops"]
+    if not wrong:
+        whole = {
+            "state_dict": all(isinstance(value, Tensor) for value in checkpoint["state_dict"].values()),
+            "pytorch-lightning_version": re.match(r"\d+\.\d+", checkpoint["pytorch-lightning_version"]),
+            "loops": _is_count(epochs) and _counts_are_whole(checkpoint["loops"]["fit_loop"]),
+            "global_step": _is_count(checkpoint["global_step"]),
+            "optimizer_states": _are_states(checkpoint, "optimizer_states", {"state": dict, "param_groups": list}),
+            "lr_schedulers": _are_states(checkpoint, "lr_schedulers", {"last_epoch": int, "base_lrs": list}),
+        }
+        wrong = [name for name, is_whole in whole.items() if not is_whole]
     if wrong:
         raise UserError(
             f"--resume {path}: training cannot continue from this file, its {', '.join(wrong)} "
             f"{'is' if len(wrong) == 1 else 'are'} missing or damaged: name a checkpoint that fit has written"
         )
     return Progress(epochs, checkpoint["global_step"])
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0  # True is an int
+
+
+def _counts_are_whole(fit_loop: Mapping[str, Any]) -> bool:
+    """Whether Lightning can read its counters of epochs, batches and steps."""
+
+    def is_whole(value: Any) -> bool:
+        if not isinstance(value, dict):
+            return True
+        if not {"current", "total"} & set(value):
+            return all(map(is_whole, value.values()))
+        return all(
+            isinstance(value.get(key), dict) and all(map(_is_count, value[key].values()))
+            for key in ("current", "total")
+        )
+
+    return all(is_whole(value) for name, value in fit_loop.items() if str(name).endswith("progress"))
+
+
+def _are_states(checkpoint: Mapping[str, Any], name: str, parts: Mapping[str, type]) -> bool:
+    """Whether there are states to go on with; how many, and what is in them, is known of this package's methods."""
+    states = checkpoint[name]
+    if not all(isinstance(state, dict) for state in states):
+        return False
+    if not _is_ours(_method_of(checkpoint).get("class_path")):
+        return True
+    return bool(states) and all(isinstance(state.get(part), kind) for state in states for part, kind in parts.items())
+
+
+def _is_ours(class_path: Any) -> bool:
+    return str(class_path).startswith("ssl_geometry.")
+
+
+def _method_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    method = checkpoint.get("method")
+    return method if isinstance(method, dict) else {}
+
+
+def check_network(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of another network than the run's.
+
+    Args:
+        checkpoint: as it was read.
+        config: of the run; a class of the user's own is known by its name alone, as it may change its options.
+        path: where the checkpoint is from, for the error message.
+
+    Raises:
+        UserError: another method, or other options of it.
+    """
+    model, method = config.get("model") or {}, _method_of(checkpoint)
+    expected, found = model.get("class_path"), method.get("class_path")
+    if not expected or not (found or _is_ours(expected)):  # a LightningModule does not say which it is
+        return
+    other = []
+    if str(found).rpartition(".")[2] != str(expected).rpartition(".")[2]:
+        other = [f"--model {found or 'unknown'} (the run: {expected})"]
+    elif _is_ours(found):
+        ours, theirs = (_plain(which.get("init_args")) for which in (model, method))
+        other = [
+            f"--model.{name} {theirs[name]} (the run: {value})"
+            for name, value in ours.items()
+            if value is not None  # else the data decide it, such as the number of classes
+            and theirs.get(name, value) != value
+            and f"model.{name}" not in {*FREE_OPTIONS, *SEEDS}
+        ]
+    if other:
+        raise UserError(f"--resume {path}: holds another network than this run, {', '.join(other[:3])}")
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """Options as a file of configuration has them: tuples are lists there."""
+    plain = json.loads(json.dumps(options or {}, default=str))
+    return plain if isinstance(plain, dict) else {}

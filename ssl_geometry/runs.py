@@ -38,7 +38,7 @@ from ssl_geometry.models.zoo.load import why_unreadable
 from ssl_geometry.ranges import Seed, check_name, check_value
 from ssl_geometry.records.lock import holder, lock, unlock
 from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
-from ssl_geometry.resume import Progress, differences, progress
+from ssl_geometry.resume import Progress, check_network, differences, progress
 from ssl_geometry.slurm import Task, this_task
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
             f"with --run_id, or continue that one with --resume {run.directory}"
         )
     try:
-        checkpoint, reached = _newest_whole(candidates)
+        checkpoint, reached = _newest_whole(run, candidates)
     except UserError as error:
         raise UserError(f"{error}; {_instead_of(run, candidates)}") from error
     _check_options(run, config)
@@ -237,22 +237,23 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
         if last.exists():
             copy_whole(last, aside / last.name)
         copy_whole(checkpoint, last)
-        for kept in run.checkpoints[1:]:
-            if kept.name > f"epoch={reached.epochs:05d}.ckpt":
-                aside.mkdir(parents=True, exist_ok=True)
-                kept.rename(aside / kept.name)
+    for kept in run.checkpoints[1:]:
+        if kept.name > f"epoch={reached.epochs:05d}.ckpt":  # those epochs are trained again
+            aside = aside or _free_place(run)
+            aside.mkdir(parents=True, exist_ok=True)
+            kept.rename(aside / kept.name)
     RecordStore(run.directory / "records").wind_back(*reached, aside)
     later = f"; what came later is now in {aside}" if aside and aside.exists() else ""
     logger.info(f"continuing from {checkpoint}{later}")
     return Run(run.directory, last, reached.step)
 
 
-def _newest_whole(candidates: Sequence[Path]) -> tuple[Path, Progress]:
+def _newest_whole(run: Run, candidates: Sequence[Path]) -> tuple[Path, Progress]:
     """The first checkpoint, of those given from the newest on, that training can continue from; and how far it came."""
     mistakes: list[UserError] = []
     for path in candidates:
         try:
-            reached = progress(read_checkpoint(path, "--resume", mmap=True), path)
+            reached = _progress_at(run, path)
         except UserError as error:
             mistakes.append(error)
             continue
@@ -260,6 +261,14 @@ def _newest_whole(candidates: Sequence[Path]) -> tuple[Path, Progress]:
             logger.warning(str(mistake))
         return path, reached
     raise mistakes[0]
+
+
+def _progress_at(run: Run, path: Path) -> Progress:
+    """How far a run had come at a checkpoint; raises where training cannot continue from it."""
+    checkpoint = read_checkpoint(path, "--resume", mmap=True)
+    reached = progress(checkpoint, path)
+    check_network(checkpoint, config_of(run.directory) or {}, path)
+    return reached
 
 
 def _anew(run: Run) -> Run:
@@ -285,7 +294,8 @@ def _instead_of(run: Run, damaged: Sequence[Path]) -> str:
     for path in run.checkpoints:
         with suppress(UserError):
             if path not in damaged:
-                return f"continue from an older one with --resume {_newest_whole([path])[0]}"
+                _progress_at(run, path)
+                return f"continue from a whole one with --resume {path}"
     return "the run has no other, so start it again under another --run_id"
 
 
@@ -347,6 +357,7 @@ def _is_later_start(job: Mapping[str, Any], noted: Mapping[str, Any] | None) -> 
 
 
 def _newest_unfinished(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The newest that can be continued; where none can, the newest that there is."""
     runs = []
     for path in folder.glob("*/run.json"):
         before = config_of(path.parent)
@@ -355,7 +366,16 @@ def _newest_unfinished(folder: Path, config: Mapping[str, Any]) -> str | None:
                 if lock(path.parent):  # else another process is at it
                     unlock(path.parent)
                     runs.append((_number(path), path.parent.name))
-    return max(runs)[1] if runs else None
+    names = [name for _, name in sorted(runs, reverse=True)]
+    return next((name for name in names if _has_whole_checkpoint(Run(folder / name))), next(iter(names), None))
+
+
+def _has_whole_checkpoint(run: Run) -> bool:
+    for path in run.checkpoints:
+        with suppress(UserError, OSError):
+            _progress_at(run, path)
+            return True
+    return False
 
 
 def _new_id(folder: Path, config: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from ssl_geometry import compare, probe, survey
+from ssl_geometry.errors import UserError
 
 LAYERS = ["stem", "pooled"]
 CONFIG: dict[str, Any] = {
@@ -106,3 +107,18 @@ def test_what_runs_do_not_agree_on_is_one_line(
     assert all("the first is taken for all" in text for text in said)
     assert (any(text.startswith(line) for text in said) and line) or not (line or said), said
     assert options.data.limit_test == 300
+
+
+@pytest.mark.parametrize("module", [compare, probe, survey])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_training_run_is_no_folder_for_results(
+    runs: Callable[..., list[str]], tmp_path: Path, module: Any, overwrite: bool
+) -> None:
+    more = ["--overwrite=true"] if overwrite and module is not survey else []
+    models = runs({})
+    (tmp_path / "early" / "records").mkdir(parents=True)
+    (tmp_path / "early" / "run.json").touch()
+    for name in ("a", "early"):
+        with pytest.raises(UserError, match=rf"--out {tmp_path / name} is a training run, .*: choose another") as error:
+            module._parse([*models, f"--out={tmp_path / name}", *more])
+        assert "--overwrite" not in str(error.value)

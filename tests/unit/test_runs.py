@@ -9,12 +9,14 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.fit import KeptCheckpoint
 from ssl_geometry.methods import Method
 from ssl_geometry.records import RecordStore, record
 from ssl_geometry.runs import (
@@ -35,6 +37,12 @@ CONFIG: dict[str, Any] = {
     "seed_everything": 3,
 }
 
+OURS = {"class_path": "ssl_geometry.methods.simclr.SimCLR", "init_args": {}}
+STATES = {
+    "optimizer_states": [{"state": {}, "param_groups": []}],
+    "lr_schedulers": [{"last_epoch": 1, "base_lrs": [0.1]}],
+}
+
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +59,12 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, "")
 
 
+def loops(processed: Any, **other: Any) -> dict[str, Any]:
+    """Lightning's counters, of which some may be others."""
+    counts = {"current": {"processed": processed}, "total": {"processed": processed}}
+    return {"fit_loop": {"epoch_progress": counts | other}}
+
+
 def checkpoint(directory: Path, name: str = "last", epochs: int = 1, under_way: int = 0, **other: Any) -> Path:
     """A checkpoint after so many epochs of ten steps, and so many steps of the next."""
     content = {
@@ -58,7 +72,7 @@ def checkpoint(directory: Path, name: str = "last", epochs: int = 1, under_way: 
         "global_step": 10 * epochs + under_way,
         "pytorch-lightning_version": "2.6.0",
         "state_dict": {"w": torch.arange(1000.0) + epochs},
-        "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": epochs}}}},
+        "loops": loops(processed=epochs),
         "callbacks": {},
         "optimizer_states": [],
         "lr_schedulers": [],
@@ -535,7 +549,7 @@ def test_a_damaged_checkpoint_names_the_one_to_continue_from(tmp_path: Path) -> 
     ):
         open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
     older = checkpoint(run.directory, "epoch=00001", epochs=1)
-    with pytest.raises(UserError, match=f"continue from an older one with --resume {older}$"):
+    with pytest.raises(UserError, match=f"continue from a whole one with --resume {older}$"):
         open_run(CONFIG, tmp_path, "e", resume=str(last))
     assert open_run(CONFIG, tmp_path, "e", resume=str(older)).resumed_from == last
 
@@ -642,14 +656,109 @@ def test_a_flipped_bit_is_refused(tmp_path: Path, place: float) -> None:
         {"pytorch-lightning_version": 7},
         {"pytorch-lightning_version": "new"},
         {"global_step": "1"},
+        {"global_step": True},
+        {"global_step": -5},
+        {"loops": loops(processed=-1)},
+        {"loops": loops(processed=True)},
+        {"loops": loops(processed=1, total=None)},
+        {"loops": {"fit_loop": loops(1)["fit_loop"] | {"epoch_loop.batch_progress": {"current": {"ready": 1}}}}},
+        {"optimizer_states": [3]},
+        {"optimizer_states": [], "lr_schedulers": STATES["lr_schedulers"], "method": OURS},
+        {"optimizer_states": [{"state": {}}], "lr_schedulers": STATES["lr_schedulers"], "method": OURS},
+        {"lr_schedulers": [3]},
+        {"lr_schedulers": [], "optimizer_states": STATES["optimizer_states"], "method": OURS},
+        {"lr_schedulers": [{"a": 1}], "optimizer_states": STATES["optimizer_states"], "method": OURS},
     ],
     ids=str,
 )
 def test_a_checkpoint_that_training_cannot_go_on_from_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     run = open_run(CONFIG, tmp_path, "e", run_id="a")
     checkpoint(run.directory, **other)
+    store = RecordStore(run.directory / "records")
+    store.write("cka/epoch=00001", rows(1, [10]))
     with pytest.raises(UserError, match=rf"last\.ckpt: training cannot continue .* its {next(iter(other))} is missing"):
         open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+    assert len(store.read()) == 1
+    checkpoint(run.directory, "epoch=00001", epochs=1)
+    assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_step == 10
+    assert weight(run.last_checkpoint) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "words"),
+    [
+        (
+            {"class_path": "ssl_geometry.methods.SimCLR", "init_args": {"backbone": "resnet18", "width": 1.0}},
+            {**OURS, "init_args": {"backbone": "resnet50", "width": 1, "compile": True, "seed": 7}},
+            r"--model\.backbone resnet50 \(the run: resnet18\);",
+        ),
+        (
+            {"class_path": "ssl_geometry.methods.SimCLR", "init_args": {}},
+            {"class_path": "ssl_geometry.methods.supervised.Supervised", "init_args": {}},
+            r"--model ssl_geometry\.methods\.supervised\.Supervised \(the run: ssl_geometry\.methods\.SimCLR\);",
+        ),
+        ({"class_path": "ssl_geometry.methods.SimCLR", "init_args": {}}, None, r"--model unknown \(the run: ssl_"),
+        ({"class_path": "mine.Own", "init_args": {}}, OURS, r"--model ssl_.* \(the run: mine\.Own\);"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused_before_anything_is_moved(
+    tmp_path: Path, model: dict[str, Any], method: dict[str, Any] | None, words: str
+) -> None:
+    config = {**CONFIG, "model": model}
+    run = open_run(config, tmp_path, "e", run_id="a")
+    model["init_args"] |= {"num_classes": None, "normalize": [0.5, 0.2]}
+    right = {**model, "init_args": {**model["init_args"], "num_classes": 10, "normalize": (0.5, 0.2), "new": 1}}
+    checkpoint(run.directory, epochs=3, method=right, **STATES)
+    checkpoint(run.directory, "epoch=00003", epochs=3, method=right, **STATES)
+    store = RecordStore(run.directory / "records")
+    store.write("cka/epoch=00003", rows(3, [30]))
+    alien = checkpoint(run.directory, "other", epochs=1, **({"method": method} if method else {}), **STATES)
+    before = sorted(run.directory.rglob("*"))
+    with pytest.raises(UserError, match=rf"--resume {alien}: holds another network than this run, {words}") as error:
+        open_run(config, tmp_path, "e", resume=str(alien))
+    assert str(error.value).endswith(f"continue from a whole one with --resume {run.last_checkpoint}")
+    assert sorted(run.directory.rglob("*")) == before
+    assert len(store.read()) == 1
+    assert open_run(config, tmp_path, "e", resume=str(run.directory)).resumed_step == 30
+
+
+def test_kept_checkpoints_later_than_the_last_are_set_aside(tmp_path: Path) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    run.note(wandb_id="a-1")
+    checkpoint(run.directory, epochs=3, under_way=5)
+    for epoch in (3, 4):
+        checkpoint(run.directory, f"epoch={epoch:05d}", epochs=epoch)
+    store = RecordStore(run.directory / "records")
+    store.write("cka/epoch=00004", rows(4, [40]))
+    again = open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
+    aside = run.directory / "superseded" / "1"
+    assert [path.name for path in run.checkpoints] == ["last.ckpt", "epoch=00003.ckpt"]
+    assert [path.name for path in aside.glob("*.ckpt")] == ["epoch=00004.ckpt"]
+    assert RecordStore(aside).read()["epoch"].tolist() == [4]
+    assert not len(store.read())
+    assert (again.resumed_step, again.facts["wandb_id"]) == (35, "a-1")
+    open_run(CONFIG, tmp_path, "e", resume=str(run.directory))
+    assert not (run.directory / "superseded" / "2").exists()
+
+
+def test_an_epoch_that_is_trained_again_replaces_its_kept_checkpoint(tmp_path: Path) -> None:
+    kept = KeptCheckpoint(tmp_path, every_n_epochs=2)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))
+    for _ in range(2):
+        path = Path(kept._get_metric_interpolated_filepath_name({"epoch": torch.tensor(1)}, trainer))
+        assert path == tmp_path / "epoch=00002.ckpt"
+        path.touch()
+
+
+def test_auto_takes_a_run_that_it_can_continue_before_a_newer_one_that_it_cannot(tmp_path: Path) -> None:
+    open_run(CONFIG, tmp_path, "e", run_id="a")
+    trained = open_run(CONFIG, tmp_path, "e", run_id="b")
+    damaged = open_run(CONFIG, tmp_path, "e", run_id="c")
+    newest = open_run(CONFIG, tmp_path, "e", run_id="d")
+    assert open_run(CONFIG, tmp_path, "e", resume="auto") == newest
+    checkpoint(trained.directory)
+    checkpoint(damaged.directory).write_bytes(b"half")
+    assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from == trained.last_checkpoint
 
 
 @pytest.mark.parametrize(
