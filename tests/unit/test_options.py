@@ -303,7 +303,7 @@ def test_a_start_that_a_constructor_refuses_is_no_running_run(tmp_path: Path, mo
 @pytest.mark.parametrize(("n", "words"), [(1, "1 epoch, 1 step"), (2, "2 epochs, 2 steps")])
 def test_the_summary_counts_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], n: int, words: str) -> None:
     trainer: Any = SimpleNamespace(current_epoch=n, global_step=n)
-    print_summary(Run(tmp_path), trainer, {})
+    print_summary(Run(tmp_path / "a"), trainer, {})
     assert capsys.readouterr().out.splitlines()[0].rstrip().endswith(f": {words}")
 
 
