@@ -436,7 +436,7 @@ def test_memory_that_is_full_in_commands_that_measure(
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert "--data.eval_batch_size 256" in said.splitlines()[-1]
+    assert "--data.eval_batch_size 64" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
