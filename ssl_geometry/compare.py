@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol
+from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, warn_of_few
 from ssl_geometry.callbacks.invariance import VIEWS, check_views, distinct_views, invariance_requests, layer_records
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.cli import run_command
@@ -439,6 +439,7 @@ def compare(args: Sequence[str]) -> Path:
     data.prepare_data()
     data.setup("test")
     _hold_to_images(options, data.measure_size)
+    warn_of_few(data, options.gram_size, "--gram_size")
     shutil.rmtree(out / "records", ignore_errors=True)
     store, console = RecordStore(out / "records"), Console()
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)

@@ -30,6 +30,8 @@ from ssl_geometry.runs import load_method
 
 logger = logging.getLogger(__name__)
 
+FEW_GRAMS, SMALLER = 3, 16
+"""So many Gram matrices give intervals that say little; the size that is proposed instead."""
 GramSize = Annotated[int, at_least(MIN_GRAM_SIZE)]
 
 
@@ -117,6 +119,8 @@ class CKAMonitor(Monitor):
         """A fresh sum; at the very first moment, the initialisation begins to be kept."""
         self._keep_initial = trainer.global_step == 0
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if self._keep_initial:
+            warn_of_few(data, self.gram_size, "--cka.gram_size")
         images = f"{data.measure_ids}, batches of {data.eval_batch_size}, Gram matrices of {self.gram_size}"
         if self._keep_initial:
             self.fixed["init"] = FixedNetwork("init", self._depths, {}, images)
@@ -198,6 +202,37 @@ class CKAMonitor(Monitor):
         self.curves = state_dict["curves"]
         if state_dict["initial"] is not None:
             self.fixed["init"] = FixedNetwork(**state_dict["initial"])
+
+
+def warn_of_few(data: DataModule, gram_size: int, option: str) -> None:
+    """Warn where intervals rest on so few Gram matrices that they are wider than all that CKA can be.
+
+    Args:
+        data: whose measurement images are seen.
+        gram_size: images in a Gram matrix.
+        option: that gave it.
+    """
+    count = gram_count(data.measure_size, data.eval_batch_size, gram_size)
+    if count > FEW_GRAMS:
+        return
+    degrees = "no degree" if count < 2 else f"{count - 1} degree{'s' if count > 2 else ''}"
+    smaller = gram_count(data.measure_size, data.eval_batch_size, SMALLER)
+    smaller_size = f"{option} {SMALLER} gives {smaller - 1}, or " if smaller > count else ""
+    logger.warning(
+        f"{option} {gram_size}: {count} Gram matri{'x' if count == 1 else 'ces'} of {data.measure_size} images: "
+        f"intervals rest on {degrees} of freedom; {smaller_size}measure more images (--data.measure_size)"
+    )
+
+
+def gram_count(images: int, batch: int, gram_size: int) -> int:
+    """How many Gram matrices there are of images in batches.
+
+    Example:
+        >>> gram_count(100, 256, 64), gram_count(100, 256, 16), gram_count(130, 128, 64)
+        (2, 7, 2)
+    """
+    whole, rest = divmod(images, batch)
+    return sum(size // gram_size + (size % gram_size >= MIN_GRAM_SIZE) for size in (*[batch] * whole, rest))
 
 
 def _over_all_ranks(vectors: dict[int, Tensor]) -> dict[int, Tensor]:

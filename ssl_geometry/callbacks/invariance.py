@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, run_name
+from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, run_name, warn_of_few
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
@@ -103,6 +103,8 @@ class InvarianceMonitor(Monitor):
         """Fresh sums."""
         layers = list(self._depths)
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.global_step == 0:
+            warn_of_few(data, self.gram_size, "--invariance.gram_size")
         self._invariance = {
             view: InvarianceCKA(layers, self.gram_size).to(method.device) for view in set(self._distinct.values())
         }

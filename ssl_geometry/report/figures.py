@@ -34,6 +34,8 @@ MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "a
 """Numbers whose view names a kind of manifold."""
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
 HEAD = r"head(\..+)?"
+STAGE = r"layer(\d+)\."
+DOTS = "white dots: for each layer (row) the most similar layer of the other network"
 
 
 def is_drawn(layers: pd.Series, models: pd.Series) -> pd.Series:
@@ -95,6 +97,8 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
         other = "itself" if itself else first["model_other"]
         axes.set_title(title or f"CKA of {first['model']} with {other}\nepoch {first['epoch']}, {first['n']} images")
         figure.colorbar(image, ax=axes, label=described("cka").axis, shrink=0.8)
+        if not itself:
+            figure.supxlabel(DOTS, fontsize=7)
     return figure
 
 
@@ -179,10 +183,14 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
         title: written above; by default says which network and when.
 
     Returns:
-        A figure: layers from below to above, augmentations from left to right in the order of the rows.
+        A figure: layers from below to above, augmentations from left to right in the order of the rows. Views of one
+        protocol are the same images under several names: one column.
     """
     first = _first(rows)
     frame = pd.DataFrame(rows)
+    names = frame.groupby(frame["protocol"].fillna(frame["view"]), sort=False)["view"].unique()
+    frame = frame[frame["view"].isin([same[0] for same in names])]
+    frame = frame.assign(view=frame["view"].map({same[0]: "\n= ".join(same) for same in names}))
     table = frame.pivot(index="layer", columns="view", values="value")
     layers = frame.drop_duplicates("layer").sort_values("depth", kind="stable")["layer"]
     table = table.loc[layers, list(dict.fromkeys(frame["view"]))]
@@ -373,6 +381,8 @@ def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None)
             panels[3].grid(alpha=0.25)
             panels[3].legend()
         figure.suptitle(title or f"{first['model']} and {first['model_other']}, {first['n']} images")
+        if first["model"] != first["model_other"]:
+            figure.supxlabel(DOTS, fontsize=8)
     return figure
 
 
@@ -484,6 +494,12 @@ def compare_curves(
             axes.grid(alpha=0.25)
             axes.legend(loc="best")
         figure.axes[0].set_ylabel(label)
+        layers = pd.concat([pd.DataFrame(rows)["layer"] for rows in panels.values()])
+        notes = {
+            "hollow points: layers of the head": layers.str.fullmatch(HEAD),
+            "BG: block group": layers.str.match(STAGE),
+        }
+        figure.supxlabel("; ".join(note for note, there in notes.items() if there.any()), fontsize=7)
         if title:
             figure.suptitle(title)
     return figure
@@ -508,9 +524,7 @@ def _mark_stages(axes: Axes, frame: pd.DataFrame) -> None:
     """Block groups and head of the network with the most layers."""
     longest = frame["model"].value_counts().index[0]
     layers = frame[frame["model"] == longest].drop_duplicates("layer")
-    marks = (
-        layers["layer"].str.extract(r"^layer(\d+)\.")[0].radd("BG").fillna(layers["layer"].str.extract("^(head)")[0])
-    )
+    marks = layers["layer"].str.extract(STAGE)[0].radd("BG").fillna(layers["layer"].str.extract("^(head)")[0])
     for number, (mark, places) in enumerate(layers["place"].groupby(marks, sort=False)):
         if number % 2:
             axes.axvspan(places.min() - 0.4, places.max() + 0.4, color="0.94", zorder=0)

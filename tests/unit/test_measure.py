@@ -3,6 +3,7 @@
 import multiprocessing as mp
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, RecordsLogger, SpectrumMonitor
+from ssl_geometry.callbacks.cka import warn_of_few
 from ssl_geometry.callbacks.measure import (
     Findings,
     Moment,
@@ -237,3 +239,31 @@ def test_measuring_is_in_full_float32_whichever_switch_was_set(settings: Sequenc
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "gram_size", "said"),
+    [
+        (
+            100,
+            64,
+            "2 Gram matrices of 100 images: intervals rest on 1 degree of freedom; --gram_size 16 gives 6, or ",
+        ),
+        (
+            192,
+            64,
+            "3 Gram matrices of 192 images: intervals rest on 2 degrees of freedom; --gram_size 16 gives 11",
+        ),
+        (40, 64, "1 Gram matrix of 40 images: intervals rest on no degree of freedom; --gram_size 16 gives 2"),
+        (40, 16, "intervals rest on 2 degrees of freedom; measure more images"),
+        (200, 64, ""),
+        (2048, 64, ""),
+    ],
+)
+def test_intervals_of_few_gram_matrices_are_warned_of(
+    images: int, gram_size: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data: Any = SimpleNamespace(measure_size=images, eval_batch_size=256)
+    warn_of_few(data, gram_size, "--gram_size")
+    assert len(caplog.messages) == bool(said)
+    assert said in caplog.text

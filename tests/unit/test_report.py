@@ -17,6 +17,7 @@ from ssl_geometry.report.figures import (
     compare_curves,
     layer_curves,
     pair_panels,
+    view_heatmap,
 )
 from ssl_geometry.report.models import correlation_map
 
@@ -149,6 +150,32 @@ def test_curves_over_depth_are_of_blocks_and_heads_or_of_all_layers(layers: list
     assert not figure.get_suptitle()
     with pytest.raises(ValueError, match="no rows"):
         compare_curves({"A title": []}, {})
+
+
+def test_figures_of_a_comparison_say_what_their_marks_are() -> None:
+    assert pair_panels(pair(RESNET, RESNET), pair(RESNET, RESNET)).get_supxlabel().startswith("white dots: ")
+    expected = {
+        ("stem", "pooled"): "",
+        ("stem", "head"): "hollow",
+        ("layer1.0", "head.0"): "hollow points: layers of the ",
+    }
+    for layers, note in expected.items():
+        rows = [record(model="a", layer=x, depth=i, n=64, value=0.5) for i, x in enumerate(layers)]
+        below = compare_curves({"A title": rows}, {"a": "a"}).get_supxlabel()
+        assert below.startswith(note)
+        assert bool(below) == bool(note)
+        assert ("BG: block group" in below) == ("layer1.0" in layers)
+
+
+def test_views_under_several_names_are_one_column() -> None:
+    views = {"own": "p1", "flip": "p2", "views of a": "p1", "unknown": None, "other": None}
+    rows = [
+        record(model="a", epoch=0, metric="invariance", layer=x, depth=i, n=9, value=0.5, view=view, protocol=protocol)
+        for i, x in enumerate(("stem", "pooled"))
+        for view, protocol in views.items()
+    ]
+    columns = [tick.get_text() for tick in view_heatmap(rows).axes[0].get_xticklabels()]
+    assert columns == ["own\n= views of a", "flip", "unknown", "other"]
 
 
 @pytest.mark.parametrize("metrics", [3, 18])
