@@ -60,7 +60,7 @@ from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.ranges import Seed, above, at_least, check_project
-from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run
+from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run, run_of
 from ssl_geometry.slurm import this_task, trainer_options
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class FitCLI(LightningCLI):
             "--wandb_project", type=str, default="ssl_geometry", help="W&B project, at most 128 characters"
         )
         parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-        parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(DataModule, "data")
         parser.add_lightning_class_args(CKAMonitor, "cka")
         parser.add_lightning_class_args(InvarianceMonitor, "invariance")
@@ -411,13 +411,12 @@ class _UniqueKeys(yaml.SafeLoader):
             UserError: a key that stands twice.
         """
         lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                raise UserError(
-                    f"--config {self.name}: {key.value!r} is given twice, in lines {lines[key.value]} and {line}; "
-                    "merge them"
-                )
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, before = key.start_mark.line + 1, lines.get(key.value)
+            if before is not None:
+                where = f"line {line}" if before == line else f"lines {before} and {line}"
+                raise UserError(f"--config {self.name}: {key.value!r} is given twice, in {where}; merge them")
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 
@@ -434,7 +433,10 @@ def _base_of(path: Path) -> Path | None:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected options as `key: value`, found {type(content).__name__}")
-    return (path.parent / content["base"]).resolve() if content.get("base") else None
+    base = content.get("base")
+    if not isinstance(base, str | None):
+        raise UserError(f"--config {path}: base: {base}: expected one config file, such as `base: other.yaml`")
+    return (path.parent / base).resolve() if base else None
 
 
 def fit(args: Sequence[str]) -> Run:
@@ -451,6 +453,7 @@ def fit(args: Sequence[str]) -> Run:
     """
     others = multiprocessing.active_children()
     try:
+        _check_seeds(args)
         cli = FitCLI(expand_bases([*_config_of_resumed(args), *args]))
     except ValueError as error:  # jsonargparse wraps what a constructor says
         raise mistake_behind(error) or error from None
@@ -490,6 +493,13 @@ def fit(args: Sequence[str]) -> Run:
     return cli.run
 
 
+def _check_seeds(args: Sequence[str]) -> None:
+    """There is one seed: those of the data and the method are linked to it, and not options of their own."""
+    for option in (arg.partition("=")[0] for arg in args):
+        if option in ("--data.seed", "--model.seed", "--model.init_args.seed"):
+            raise UserError(f"{option}: use --seed_everything, the seed of the data and the method as well")
+
+
 def _config_of_resumed(args: Sequence[str]) -> list[str]:
     """``--resume RUN`` without a configuration continues with the run's own."""
     given = {arg.partition("=")[0] for arg in args}
@@ -499,8 +509,9 @@ def _config_of_resumed(args: Sequence[str]) -> list[str]:
     ]
     if not paths or given & {"--config", "-c", "--model"}:
         return []
-    path = Path(paths[-1]).resolve()
-    config = (path.parent.parent if path.is_file() else path) / "config.yaml"
+    if paths[-1] in ("", "auto"):
+        return []
+    config = run_of(Path(paths[-1]).resolve()) / "config.yaml"
     return ["--config", str(config)] if config.is_file() else []
 
 

@@ -35,6 +35,8 @@ FREE_OPTIONS = {
 """Options of the method and the data that change where and how fast it is trained, or what is looked at meanwhile."""
 SEEDS = {"seed_everything", "data.seed", "model.seed"}
 """Options that runs of one recipe may differ in."""
+GROUPS = ("model", "data", "trainer", "cka", "invariance", "probes", "neighbors", "spectrum")
+"""Groups of options in the configuration of a run."""
 CONTENT = {
     "state_dict": dict,
     "loops": dict,
@@ -70,6 +72,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"--{name} {old[name]} (now {new[name]})" for name in old if name in new and old[name] != new[name]]
 
 
+def well_formed(config: Mapping[str, Any]) -> bool:
+    """Whether the groups of a configuration that was read from a file are groups.
+
+    Example:
+        >>> well_formed({"model": {"class_path": "x.Y"}, "data": None}), well_formed({"model": 5})
+        (True, False)
+    """
+    groups = [config.get(name) or {} for name in GROUPS]
+    return all(isinstance(group, dict) for group in groups) and isinstance(groups[0].get("init_args") or {}, dict)
+
+
 def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data, trainer = (config.get(group) or {} for group in ("model", "data", "trainer"))
     options = {
@@ -95,10 +108,27 @@ def recipe(config: Mapping[str, Any]) -> str:
         >>> recipe(one) == recipe(two), recipe(one) == recipe({"data": {"batch_size": 32}})
         (True, False)
     """
+    return json.dumps(_recipe(config), sort_keys=True, default=str)
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The options in which two runs are not of one recipe, with both values; those that both know.
+
+    Example:
+        >>> one, two = ({"seed_everything": seed, "data": {"batch_size": 64 + seed}} for seed in (0, 1))
+        >>> unlike(one, two)
+        ['--data.batch_size 64 and 65']
+    """
+    a, b = _recipe(one), _recipe(other)
+    if a["model"] != b["model"]:  # the options of one method mean nothing for another
+        return [f"--model {a['model']} and {b['model']}"]
+    return [f"--{name} {a[name]} and {b[name]}" for name in a if name in b and a[name] != b[name]]
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     length = {f"trainer.{name}": trainer.get(name) for name in ("max_epochs", "max_steps", "max_time")}
-    options = {name: value for name, value in _trained_with(config).items() if name not in SEEDS}
-    return json.dumps(options | length, sort_keys=True, default=str)
+    return {name: value for name, value in _trained_with(config).items() if name not in SEEDS} | length
 
 
 class Progress(NamedTuple):

@@ -38,7 +38,7 @@ from ssl_geometry.models.zoo.load import why_unreadable
 from ssl_geometry.ranges import Seed, check_name, check_value
 from ssl_geometry.records.lock import holder, lock, unlock
 from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
-from ssl_geometry.resume import Progress, check_network, differences, progress
+from ssl_geometry.resume import Progress, check_network, differences, progress, unlike, well_formed
 from ssl_geometry.slurm import Task, this_task
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def open_run(
     task = this_task()
     named = None if resume in (None, "auto") else Path(str(resume)).resolve()
     if named:
-        directory = _run_of(named)
+        directory = run_of(named)
     elif not is_first_process() and DIRECTORY_VARIABLE in os.environ:
         directory = Path(os.environ[DIRECTORY_VARIABLE])
     else:
@@ -174,15 +174,19 @@ def open_run(
     return run
 
 
-def _run_of(path: Path) -> Path:
-    """The directory of the run that ``--resume`` names, by itself or by a checkpoint."""
+def run_of(path: Path) -> Path:
+    """The directory of the run that ``--resume`` names, by itself or by a checkpoint.
+
+    Raises:
+        UserError: neither is there; with the runs and checkpoints that are most alike.
+    """
     if not path.is_file():
         run = Run(path)
         if not run.checkpoints and not (path / "config.yaml").is_file():
-            siblings = [str(other.parent) for other in path.parent.glob("*/config.yaml")]
-            raise UserError(
-                f"--resume {path}: no checkpoint here ({run.last_checkpoint}); {nearest(str(path), siblings)}"
-            )
+            around = [path.parent.parent, path.parent, *path.parent.glob("*/")]
+            runs = [str(other) for other in around if (other / "config.yaml").is_file()]
+            known = [*map(str, path.parent.glob("*.ckpt")), *runs]
+            raise UserError(f"--resume {path}: no run or checkpoint here; {nearest(str(path), known)}")
         return path
     if path.parent.name != "checkpoints":
         raise UserError(f"--resume {path}: not inside a run directory (expected RUN/checkpoints/NAME.ckpt)")
@@ -325,7 +329,7 @@ def config_of(directory: Path) -> dict[str, Any] | None:
         config = yaml.safe_load((directory / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return config if isinstance(config, dict) else None
+    return config if isinstance(config, dict) and well_formed(config) else None
 
 
 def _facts(directory: Path) -> dict[str, Any]:
@@ -338,7 +342,8 @@ def _facts(directory: Path) -> dict[str, Any]:
 
 def _number(path: Path) -> int:
     """Which run of its experiment it is, in the order of their starts: clocks differ, and are set."""
-    return _facts(path.parent).get("number") or 0
+    number = _facts(path.parent).get("number")
+    return number if isinstance(number, int) else 0
 
 
 def _job(task: Task | None) -> dict[str, Any] | None:
@@ -518,10 +523,26 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
         raise UserError(f"{option} {path}: {cls.__name__} here does not take its options ({error})") from error
     try:
         network.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = _shortened(str(error).strip().splitlines()[-1].strip())
         raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
-    return Loaded(name, network, checkpoint.get("epoch", -1) + 1)
+    epoch = checkpoint.get("epoch", -1)
+    if not isinstance(epoch, int):
+        raise UserError(f"{option} {path}: its epoch is damaged ({str(epoch)[:60]!r}, expected a whole number)")
+    return Loaded(name, network, epoch + 1)
+
+
+def _shortened(reason: str) -> str:
+    """What torch says of weights, with the first three names of the parameters that it lists.
+
+    Example:
+        >>> _shortened('Missing key(s) in state_dict: "a", "b", "c", "d", "e". ')
+        'Missing key(s) in state_dict: "a", "b", "c" and 2 more.'
+    """
+    names = re.findall(r'"[^"]*"', reason)
+    if len(names) <= 3:
+        return reason
+    return f"{reason.partition(names[0])[0]}{', '.join(names[:3])} and {len(names) - 3} more."
 
 
 def _method_class(class_path: str, directory: Path, source: str) -> type[Method]:
@@ -595,7 +616,7 @@ def split_seeds(models: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         ``NAME=SPEC`` for each network, and for each the name that was given.
 
     Raises:
-        UserError: as of :func:`network_names`.
+        UserError: as of :func:`network_names`; a network twice under a name, or runs that differ beyond their seed.
 
     Example:
         >>> split_seeds(["simclr=runs/a,runs/b", "byol"])
@@ -605,11 +626,35 @@ def split_seeds(models: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     named, given = [], {}
     for name, specs in network_names(models).items():
         several = specs.split(",")
+        _check_seeds(name, several)
         for number, spec in enumerate(several, 1):
             seed = f"{name}-{number}" if len(several) > 1 else name
             named.append(f"{seed}={spec}")
             given[seed] = name
     return named, given
+
+
+def _check_seeds(name: str, specs: Sequence[str]) -> None:
+    """Refuse what is not several runs of one recipe."""
+    seen: dict[Path | str, str] = {}
+    first: tuple[str, dict[str, Any]] | None = None
+    for spec in specs:
+        path = Path(spec)
+        file = Run(path).last_checkpoint if path.is_dir() else path
+        what = file.resolve() if path.exists() else spec
+        if what in seen:
+            raise UserError(f"--models {name}={','.join(specs)}: {spec} is {seen[what]} again; name each run once")
+        seen[what] = spec
+        config = config_of(path.parent.parent if path.is_file() else path)
+        if config is None:
+            continue
+        first = first or (spec, config)
+        if other := unlike(first[1], config):
+            more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+            raise UserError(
+                f"--models {name}={','.join(specs)}: {first[0]} and {spec} differ in more than their seed, "
+                f"{', '.join(other[:3])}{more}; give each its own NAME"
+            )
 
 
 def _name_of(spec: str) -> str:
@@ -663,7 +708,7 @@ def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]
 
 
 def _is_twin(spec: str) -> bool:
-    return re.fullmatch(r"random(:\d+)?", spec) is not None
+    return re.fullmatch(r"random(:-?\d+)?", spec) is not None
 
 
 def _load(spec: str) -> tuple[Method, int | None]:

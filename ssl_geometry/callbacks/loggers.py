@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
 
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.report.moments import under_way
@@ -19,6 +20,7 @@ from ssl_geometry.report.upload import (
     LoggedRow,
     Sender,
     end_wandb,
+    first_line,
     new_id,
     send_records,
     wandb_options,
@@ -75,18 +77,26 @@ class ResumableWandbLogger(WandbLogger):
         if not self.experiment.offline:
             send_records(self._sender, self._run_dir, _announced)
 
+    @property
+    def alive(self) -> bool:
+        """Whether W&B still takes numbers and figures."""
+        return not self._given_up
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Numbers and figures with their epoch, counted as Lightning does."""
         self._carefully(self._add, metrics, step)
 
     def _add(self, metrics: Mapping[str, Any], step: int | None) -> None:
+        import wandb  # a third of a second, where it was not started
+
         epoch = metrics.get("epoch")
         for name, value in metrics.items():
             if name != "epoch":
                 ahead = under_way(name)
                 started = ahead and (epoch is None or epoch >= 0)  # -1: the initialisation, before any step
-                self._sender.add((step or 0) + started, None if epoch is None else epoch + ahead, {name: value})
+                shown = wandb.Image(value) if isinstance(value, Figure) else value
+                self._sender.add((step or 0) + started, None if epoch is None else epoch + ahead, {name: shown})
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -124,8 +134,7 @@ class ResumableWandbLogger(WandbLogger):
             send(*args)
         except Exception as error:
             self._given_up = True
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            LOGGER.warning(f"W&B takes no more numbers ({reason}): training goes on; {self._later}")
+            LOGGER.warning(f"W&B takes no more numbers ({first_line(error)}): training goes on; {self._later}")
 
 
 def _announced(rows: list[LoggedRow]) -> list[LoggedRow]:
@@ -172,6 +181,6 @@ def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogg
             if mode or wandb.login(prompt=False):
                 return ResumableWandbLogger(run.directory, wandb.init(**options, settings=settings, mode=mode))
         except Exception as error:
-            LOGGER.info(f"W&B: {'nothing is logged' if mode else 'logging offline'} ({str(error).splitlines()[0]})")
+            LOGGER.info(f"W&B: {'nothing is logged' if mode else 'logging offline'} ({first_line(error)})")
             end_wandb(1)  # its process may be gone
     return ResumableWandbLogger(run.directory)

@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
@@ -297,8 +298,11 @@ def log(trainer: L.Trainer, found: Findings, moment: Moment, part: str) -> None:
             if is_last(trainer, moment.epoch):
                 logger.save_figures(figures())
         else:
-            drawn: dict[str, Any] = figures() if isinstance(logger, WandbLogger) else {}
-            shown = _for_wandb(drawn) if drawn else {}
+            shown: Mapping[str, Any] = {}
+            if isinstance(logger, ResumableWandbLogger):  # W&B's failures are its own matter
+                shown = figures() if logger.alive else {}
+            elif isinstance(logger, WandbLogger) and found.figures:
+                shown = _for_wandb(figures())
             row = {**found.scalars, **shown, "epoch": float(moment.epoch)}  # pictures in one row with their epoch
             logger.log_metrics(row, moment.step)
         if isinstance(logger, TensorBoardLogger):

@@ -479,11 +479,13 @@ def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str
     names = table["file"]
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise UserError(f"{option} {path / LIST}: {outside[0]} lies outside {path}; files are named from that folder")
+    names = names.map(os.path.normpath)  # ./0.png and 0.png/ are 0.png
     if names.duplicated().any():
         raise UserError(f"{option} {path / LIST}: {names[names.duplicated()].iloc[0]} stands there twice; keep one row")
-    missing = [name for name in names if not (path / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(path / name)]  # False of a name that no system takes
     if missing or table.empty:
-        raise UserError(f"{option} {path / LIST}: {len(missing)} of {len(table)} pictures are not there: {missing[:1]}")
+        first = [f"{name[:60]}…" if len(name) > 60 else name for name in missing[:1]]
+        raise UserError(f"{option} {path / LIST}: {len(missing)} of {len(table)} pictures are not there: {first}")
     labels = torch.from_numpy(table[classes].to_numpy(np.int64))
     return Images(labels, Files([str(path / name) for name in names]), size), classes
 

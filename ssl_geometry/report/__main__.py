@@ -105,7 +105,13 @@ def to_wandb(paths: Sequence[Path], project: str | None, console: Console, stric
     for path in paths:
         read_run(path, strict=strict)
         sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))
-        print(f"{path}: {sent:,} numbers and figures sent" if sent else f"{path}: W&B has everything already")
+        if sent.folder:
+            print(
+                f"{path}: offline, {sent.numbers:,} numbers and figures written; `wandb sync {sent.folder}` sends them"
+            )
+        else:
+            done = f"{sent.numbers:,} numbers and figures sent" if sent.numbers else "W&B has everything already"
+            print(f"{path}: {done}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import base64
 import gzip
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ import yaml
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.catalogue import described
+
+logger = logging.getLogger(__name__)
 
 SERIES = ["model", "model_other", "metric", "view", "split", "protocol"]
 PLACE = ["layer", "depth", "layer_other", "depth_other"]
@@ -65,7 +68,7 @@ def read_run(path: str | Path, empty: bool = False, strict: bool = False) -> Run
     Args:
         path: holds ``records/``.
         empty: a run that has no records yet is no mistake.
-        strict: a damaged part of the records is one; else it is left out, with a warning that names it.
+        strict: a damaged part of the records, or protocol, is one; else it is left out, with a warning that names it.
 
     Returns:
         Its records and what describes it.
@@ -101,7 +104,14 @@ def fingerprint(directory: Path) -> tuple[tuple[str, int, int], ...]:
 @lru_cache(maxsize=64)
 def _read(directory: Path, seen: tuple[Any, ...], strict: bool) -> RunRecords:
     config, facts = (_mapping(directory / name) for name in ("config.yaml", "run.json"))
-    protocols = {file.stem: _mapping(file) for file in sorted(directory.glob("records/protocols/*.json"))}
+    protocols = {}
+    for file in sorted(directory.glob("records/protocols/*.json")):
+        try:
+            protocols[file.stem] = _mapping(file)
+        except UserError as damaged:
+            if strict:
+                raise
+            logger.warning(f"left out: {damaged}")
     return RunRecords(directory, RecordStore(directory / "records").read(strict), flatten(config), facts, protocols)
 
 

@@ -130,6 +130,18 @@ class Sender:
             self._run.log(row, step=max(self._step, own), commit=True)
 
 
+class Sent(NamedTuple):
+    """What became of a run that was sent to W&B.
+
+    Args:
+        numbers: how many numbers and figures.
+        folder: that W&B wrote them into, offline; None where they are in W&B.
+    """
+
+    numbers: int
+    folder: Path | None
+
+
 class LoggedRow(NamedTuple):
     """What W&B gets of one step.
 
@@ -207,7 +219,7 @@ def end_wandb(exit_code: int) -> BaseException | None:
     return problems[0] if problems else None
 
 
-def upload(directory: Path, project: str | None, shown: Shown = iter) -> int:
+def upload(directory: Path, project: str | None, shown: Shown = iter) -> Sent:
     """Send the records of a run to W&B that are not there yet; offline, write them all into a folder of W&B's.
 
     Args:
@@ -216,7 +228,7 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> int:
         shown: passes rows on, and shows how far they are.
 
     Returns:
-        How many numbers and figures were sent.
+        How many numbers and figures were sent, or written, and where to.
 
     Raises:
         UserError: no run of ``fit``, one that a process is at, no key, or W&B does not take it.
@@ -239,27 +251,34 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> int:
         unlock(directory)
 
 
-def _sent(directory: Path, options: Mapping[str, Any], shown: Shown) -> int:
+def _sent(directory: Path, options: Mapping[str, Any], shown: Shown) -> Sent:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     problem: BaseException | None = None
     try:
-        sender = Sender(wandb.init(**options, settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS)))
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS))
+        folder = Path(run.settings.sync_dir) if run.offline else None
+        sender = Sender(run)
         count = send_records(sender, directory, shown)
         sender.send()
     except Exception as error:
         problem = error
     problem = problem or end_wandb(0)
     if problem is None:
-        return count
+        return Sent(count, folder)
     end_wandb(1)
     if isinstance(problem, UserError):  # of the records
         raise problem
-    reason = (str(problem) or type(problem).__name__).splitlines()[0]
+    reason = first_line(problem)
     raise UserError(
         f"--to-wandb: W&B did not take the whole run ({reason}); the same command sends the rest"
     ) from problem
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -271,6 +290,12 @@ def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"RUN {directory}: {error.filename} is missing; {nearest(str(directory), beside)}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"RUN {directory}: config.yaml or run.json cannot be read ({error})") from error
+    for name, content in {"run.json": facts, "config.yaml": config}.items():
+        if not isinstance(content, dict):
+            raise UserError(f"RUN {directory}: {name} is damaged: expected a mapping, found {str(content)[:60]!r}")
+    for name in ("model", "data"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise UserError(f"RUN {directory}: config.yaml is damaged: {name}: {str(config[name])[:60]}")
     return config, facts
 
 
@@ -280,7 +305,7 @@ def _log_in() -> None:
     try:
         known = wandb.login(prompt=False)
     except Exception as error:
-        raise UserError(f"--to-wandb: W&B does not take the key ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--to-wandb: W&B does not take the key ({first_line(error)})") from error
     if not known:
         raise UserError(
             "--to-wandb: no W&B key here; run `wandb login`, set WANDB_API_KEY, or write offline files with "

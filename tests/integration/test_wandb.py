@@ -165,7 +165,9 @@ def test_offline_the_whole_run_is_written(
     (file,) = later.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
     assert content.count(b"test/knn") >= 1, "the last row is in the file when the command has ended"
-    assert "numbers and figures sent" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "numbers and figures written" in said
+    assert f"wandb sync {file.parent}`" in said
 
 
 def test_a_run_without_an_id_gets_one_that_stays(later: Path, online: Callable[[], Server]) -> None:

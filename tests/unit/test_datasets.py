@@ -528,9 +528,15 @@ def test_pictures_of_several_classes_are_listed(several):
         ("file,cat,dog\nsub/../../train/0.png,1,0\n", "sub/../../train/0.png lies outside"),
         ("file,cat,dog\n/etc/hostname,1,0\n", "/etc/hostname lies outside"),
         ("file,cat,dog\n0.png,1,0\n0.png,0,1\n", "0.png stands there twice"),
+        ("file,cat,dog\n0.png,1,0\n./0.png,0,1\n", "0.png stands there twice"),
+        ("file,cat,dog\n0.png,1,0\n0.png/,0,1\n", "0.png stands there twice"),
+        (
+            f"file,cat,dog\n{'x' * 5_000},1,0\n",
+            f"--data.dataset {{}}/test/labels.csv: 1 of 1 pictures are not there: ['{'x' * 60}…']",
+        ),
         ("", "cannot be read as a table"),
     ],
 )
 def test_a_list_that_does_not_fit_is_told(several, content, words):
     (several / "test" / "labels.csv").write_text(content)
-    assert words in message(load, str(several))
+    assert words.replace("{}", str(several)) in message(load, str(several))

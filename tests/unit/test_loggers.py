@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ssl_geometry.callbacks import FlushRecords, LastCheckpoint, RecordsLogger, make_loggers
+from ssl_geometry.callbacks import FlushRecords, LastCheckpoint, RecordsLogger, ResumableWandbLogger, make_loggers
+from ssl_geometry.callbacks.measure import Findings, log
 from ssl_geometry.runs import Run
 
 
@@ -84,3 +86,31 @@ def test_a_new_run_is_saved_early_once(tmp_path: Path, steps: int, first: int) -
         now[0] += 1
         assert last.overdue()
         last.save(trainer)
+
+
+def test_a_figure_that_wandb_cannot_take_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its temporary folder may be cleaned away, and its process killed."""
+
+    def gone(figure: Figure) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "media")
+
+    monkeypatch.setattr("wandb.Image", gone)
+    monkeypatch.setattr(ResumableWandbLogger, "_begin", lambda self: None)
+    drawn: list[Figure] = []
+
+    def draw() -> Figure:
+        drawn.append(Figure())
+        return drawn[-1]
+
+    logger = ResumableWandbLogger(tmp_path, SimpleNamespace(offline=True))
+    assert logger.alive
+    trainer: Any = SimpleNamespace(loggers=[logger])
+    moment: Any = SimpleNamespace(epoch=1, step=1)
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            log(trainer, Findings([], {}, {"cka/map": draw}, []), moment, "cka")
+    assert len(drawn) == 1
+    assert not logger.alive
+    assert caplog.text.count("W&B takes no more numbers ([Errno 2] No such file") == 1

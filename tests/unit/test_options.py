@@ -425,11 +425,14 @@ def test_ranges_hold_numbers_alone() -> None:
             "'trainer' is given twice, in lines 1 and 3",
         ),
         (b"trainer:\n  max_epochs: 3\n  max_epochs: 4\n", "'max_epochs' is given twice, in lines 2 and 3"),
+        (b"trainer: {max_epochs: 2, max_epochs: 3}\n", "'max_epochs' is given twice, in line 1"),
+        (b"base: [x.yaml]\n", "base: ['x.yaml']: expected one config file"),
+        (b"base: 5\n", "base: 5: expected one config file"),
         (bytes(range(256)), "not YAML"),
         (b"\x80\x04\x95\xff", "not YAML"),
         (b"[1, 2]", "expected options as `key: value`, found list"),
     ],
-    ids=["key twice", "inner key twice", "binary", "pickle", "list"],
+    ids=["key twice", "inner key twice", "one line", "bases", "number", "binary", "pickle", "list"],
 )
 def test_config_files(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "a.yaml"
@@ -448,3 +451,27 @@ def test_wandb_takes_the_id_of_every_run(name: str) -> None:
     assert wandb.Settings(run_id=identity).run_id == identity
     assert re.fullmatch(r"[A-Za-z0-9_.=+-]{1,64}", identity)
     assert new_id(Path(name)) != identity, "of this run alone"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "no --model: give a --config such as"),
+        (["--resume=auto"], "no --model: give a --config such as"),
+        (["--resume", "{}/typo"], "no run or checkpoint here; did you mean '{}/tyro'?"),
+        (["--resume={}/tyro/checkpoints"], "--resume {}/tyro/checkpoints: no run or checkpoint here; did you mean "),
+        (["--resume={}/tyro/checkpoints/lost.ckpt"], "did you mean '{}/tyro/checkpoints/last.ckpt'"),
+        (["--data.seed", "3"], "--data.seed: use --seed_everything"),
+        (["--model.seed=3"], "--model.seed: use --seed_everything"),
+    ],
+    ids=str,
+)
+def test_fit_says_what_is_missing(tmp_path: Path, args: list[str], words: str) -> None:
+    run = tmp_path / "tyro"
+    (run / "checkpoints").mkdir(parents=True)
+    run.joinpath("config.yaml").touch()
+    if args and "lost" in args[0]:
+        run.joinpath("checkpoints", "last.ckpt").touch()
+    with pytest.raises(UserError) as error:
+        fit([arg.format(tmp_path) for arg in args])
+    assert words.format(tmp_path) in str(error.value)

@@ -31,6 +31,7 @@ from ssl_geometry.report.page import (
     write_page,
 )
 from ssl_geometry.report.serve import Server
+from ssl_geometry.report.upload import Sent, upload
 
 PROTOCOL = Protocol({"metric": "CKA", "note": "</script><script>alert(1)</script>"})
 LAYERS = 5
@@ -261,3 +262,45 @@ class TestMistakes:
     def test_a_place_that_cannot_be_written_to(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"--out .*none/report.html: cannot be written \(No such file"):
             write_page(tmp_path / "none" / "report.html", "page")
+
+
+def test_a_damaged_protocol_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "records" / "protocols" / "0123456789.json").write_text('{"cut')
+    with caplog.at_level("WARNING"):
+        found = read_run(run)
+    assert list(found.protocols) == [PROTOCOL.hash]
+    assert "left out: " in caplog.text
+    assert "0123456789.json" in caplog.text
+    with pytest.raises(UserError, match=r"0123456789\.json: cannot be read"):
+        read_run(run, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("run.json", "5"), ("config.yaml", "[1]"), ("config.yaml", "model: 5")], ids=str
+)
+def test_a_run_whose_description_is_damaged_is_not_sent(tmp_path: Path, name: str, text: str) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "run.json").write_text("{}")
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=rf"^RUN .*: {name} is damaged"):
+        upload(run, None)
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        (Sent(72, None), "72 numbers and figures sent"),
+        (Sent(0, None), "W&B has everything already"),
+        (
+            Sent(72, Path("a/wandb/offline-1")),
+            "offline, 72 numbers and figures written; `wandb sync a/wandb/offline-1`",
+        ),
+    ],
+)
+def test_what_was_sent_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: Sent, words: str
+) -> None:
+    monkeypatch.setattr("ssl_geometry.report.upload.upload", lambda *_: sent)
+    main([str(make_run(tmp_path / "a")), "--to-wandb"])
+    assert words in capsys.readouterr().out

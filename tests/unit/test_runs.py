@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import KeptCheckpoint
@@ -24,11 +25,13 @@ from ssl_geometry.runs import (
     LOCK_SECONDS,
     Run,
     WholeCheckpointIO,
+    config_of,
     load_method,
     load_networks,
     network_names,
     open_run,
     read_checkpoint,
+    split_seeds,
 )
 
 CONFIG: dict[str, Any] = {
@@ -144,7 +147,7 @@ def test_resume_by_path_of_a_run_or_a_checkpoint(tmp_path: Path) -> None:
     for path in (run.directory, run.last_checkpoint):
         again = open_run(CONFIG, tmp_path / "elsewhere", "f", resume=str(path))
         assert (again.directory, again.resumed_from) == (run.directory, run.last_checkpoint)
-    with pytest.raises(UserError, match=r"--resume .*no checkpoint here"):
+    with pytest.raises(UserError, match=r"--resume .*no run or checkpoint here"):
         open_run(CONFIG, tmp_path, "e", resume=str(tmp_path / "e" / "b"))
     stray = tmp_path / "stray.ckpt"
     stray.write_bytes(b"")
@@ -618,12 +621,13 @@ def test_a_name_is_that_of_one_folder(tmp_path: Path, name: str) -> None:
             "random:resnet10:99999999999999999999",
             "--models random:ARCH:SEED 99999999999999999999: expected a whole number",
         ),
+        ("random:-1", "--models random:SEED -1: expected a whole number from 0 to 4,294,967,295"),
         ("random:resnet10@1", "--models random:ARCH@PIXELS 1: expected a whole number of at least 8"),
     ],
 )
 def test_untrained_networks_have_a_seed_and_a_size_in_range(spec: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load_networks([spec])
+        load_networks([spec, "random:resnet10@32"])
 
 
 @pytest.mark.parametrize("name", ["my run#1", "seed_0", "größe (2)", "lr=0.1+wd", "2026-11-26"])
@@ -820,3 +824,54 @@ def test_a_run_named_by_a_path_that_ends_in_dots_has_its_folders_name(
     monkeypatch.chdir(tmp_path / "seed_0" / "records")
     assert network_names([".."]) == {"seed_0": ".."}
     assert network_names(["."]) == {"records": "."}
+
+
+def test_another_runs_damaged_facts_are_no_obstacle(tmp_path: Path) -> None:
+    for name, text in {"a": '{"number": "7"}', "b": "5", "c": '{"number": 4}'}.items():
+        (tmp_path / "e" / name).mkdir(parents=True)
+        (tmp_path / "e" / name / "run.json").write_text(text)
+    assert open_run(CONFIG, tmp_path, "e").facts["number"] == 5
+
+
+@pytest.mark.parametrize("text", ["model: 5", "model: {init_args: 5}", "cka: 5", "trainer: [1]", "5"])
+def test_a_run_whose_configuration_is_damaged_is_passed_over(tmp_path: Path, text: str) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    run.release()
+    (run.directory / "config.yaml").write_text(text)
+    assert config_of(run.directory) is None
+    assert open_run(CONFIG, tmp_path, "e", resume="auto").directory != run.directory
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"epoch": "x"}, "its epoch is damaged ('x', expected a whole number)"),
+        ({"state_dict": {}}, " more.)"),
+        ({"state_dict": 5}, "its weights do not fit its own description"),
+    ],
+)
+def test_what_is_wrong_with_a_network_is_one_short_line(tmp_path: Path, other: dict[str, Any], words: str) -> None:
+    method = Method(backbone="resnet10", width=0.25)
+    named = {"class_path": "ssl_geometry.methods.Method", "init_args": method.init_args}
+    torch.save({"method": named, "state_dict": method.state_dict(), "epoch": 1} | other, tmp_path / "x.ckpt")
+    with pytest.raises(UserError) as error:
+        load_method(tmp_path / "x.ckpt", "--models")
+    assert words in str(error.value)
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
+def test_seeds_of_one_name_are_several_runs_of_one_recipe(tmp_path: Path) -> None:
+    options: dict[str, dict[str, Any]] = {"a": {}, "b": {"seed_everything": 4}, "c": {"data": {"batch_size": 8}}}
+    for name, other in options.items():
+        checkpoint(tmp_path / name)
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {"batch_size": 4}, **other}))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert split_seeds([f"s={a},{b}"])[1] == {"s-1": "s", "s-2": "s"}
+    for again in (a, f"{a}/", f"{a}/checkpoints/last.ckpt", str(tmp_path / "link")):
+        with pytest.raises(UserError, match=f"{again} is {a} again; name each run once"):
+            split_seeds([f"s={a},{b},{again}"])
+    with pytest.raises(UserError, match="byol is byol again"):
+        split_seeds(["s=byol,byol"])
+    with pytest.raises(UserError, match=f"{a} and {c} differ in more than their seed, --data.batch_size 4 and 8; give"):
+        split_seeds([f"s={a},{b},{c}"])
