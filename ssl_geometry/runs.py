@@ -640,12 +640,12 @@ def _check_seeds(name: str, specs: Sequence[str]) -> None:
     first: tuple[str, dict[str, Any]] | None = None
     for spec in specs:
         path = Path(spec)
-        file = Run(path).last_checkpoint if path.is_dir() else path
-        what = file.resolve() if path.exists() else spec
+        of_run = path.parent.parent if path.is_file() and path.parent.name == "checkpoints" else path
+        what = of_run.resolve() if path.exists() else spec
         if what in seen:
-            raise UserError(f"--models {name}={','.join(specs)}: {spec} is {seen[what]} again; name each run once")
+            raise UserError(f"--models {name}={','.join(specs)}: {spec} is {seen[what]} again; name each once")
         seen[what] = spec
-        config = config_of(path.parent.parent if path.is_file() else path)
+        config = config_of(of_run)
         if config is None:
             continue
         first = first or (spec, config)

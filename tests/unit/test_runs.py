@@ -865,11 +865,12 @@ def test_seeds_of_one_name_are_several_runs_of_one_recipe(tmp_path: Path) -> Non
     for name, other in options.items():
         checkpoint(tmp_path / name)
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {"batch_size": 4}, **other}))
+    checkpoint(tmp_path / "a", "epoch=00001")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert split_seeds([f"s={a},{b}"])[1] == {"s-1": "s", "s-2": "s"}
-    for again in (a, f"{a}/", f"{a}/checkpoints/last.ckpt", str(tmp_path / "link")):
-        with pytest.raises(UserError, match=f"{again} is {a} again; name each run once"):
+    for again in (a, f"{a}/", f"{a}/checkpoints/epoch=00001.ckpt", str(tmp_path / "link")):
+        with pytest.raises(UserError, match=f"{again} is {a} again; name each once"):
             split_seeds([f"s={a},{b},{again}"])
     with pytest.raises(UserError, match="byol is byol again"):
         split_seeds(["s=byol,byol"])
