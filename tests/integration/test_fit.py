@@ -22,7 +22,7 @@ from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import RecordsLogger
 from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.fit import expand_bases, fit, main
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
@@ -178,7 +178,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     ]
     whole = fit(options(tmp_path, "whole", *probes, epochs=3))
     callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.Interrupt","init_args":{"epoch":2}}]'
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="--resume"):
         fit(options(tmp_path, "part", *probes, callback, epochs=3))
     resumed = fit(options(tmp_path, "part", *probes, "--resume=auto", epochs=3))
     assert resumed.resumed_from is not None
