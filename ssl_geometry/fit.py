@@ -60,7 +60,7 @@ from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.ranges import Seed, above, at_least, check_project
-from ssl_geometry.runs import Run, WholeCheckpointIO, is_first_process, open_run, run_of
+from ssl_geometry.runs import Run, WholeCheckpointIO, config_of, is_first_process, open_run, run_of
 from ssl_geometry.slurm import this_task, trainer_options
 
 logger = logging.getLogger(__name__)
@@ -511,8 +511,13 @@ def _config_of_resumed(args: Sequence[str]) -> list[str]:
         return []
     if paths[-1] in ("", "auto"):
         return []
-    config = run_of(Path(paths[-1]).resolve()) / "config.yaml"
-    return ["--config", str(config)] if config.is_file() else []
+    directory = run_of(Path(paths[-1]).resolve())
+    if config_of(directory) is None:
+        raise UserError(
+            f"--resume {directory}: its config.yaml, which says how it was trained, is missing or damaged: put it "
+            "back, or start a new run"
+        )
+    return ["--config", str(directory / "config.yaml")]
 
 
 @rank_zero_only

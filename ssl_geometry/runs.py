@@ -636,6 +636,12 @@ def split_seeds(models: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _check_seeds(name: str, specs: Sequence[str]) -> None:
     """Refuse what is not several runs of one recipe."""
+    published = {TABLE[kind].recipe: spec for spec in specs if (kind := spec.partition(":")[0]) in TABLE}
+    if len(published) > 1:
+        raise UserError(
+            f"--models {name}={','.join(specs)}: {' and '.join(published.values())} are of different methods; give "
+            "each its own NAME"
+        )
     seen: dict[Path | str, str] = {}
     first: tuple[str, dict[str, Any]] | None = None
     for spec in specs:

@@ -458,9 +458,13 @@ def test_wandb_takes_the_id_of_every_run(name: str) -> None:
     [
         ([], "no --model: give a --config such as"),
         (["--resume=auto"], "no --model: give a --config such as"),
-        (["--resume", "{}/typo"], "no run or checkpoint here; did you mean '{}/tyro'?"),
+        (["--resume", "{}/typo"], "no run or checkpoint here; did you mean '{}/tyro'"),
         (["--resume={}/tyro/checkpoints"], "--resume {}/tyro/checkpoints: no run or checkpoint here; did you mean "),
         (["--resume={}/tyro/checkpoints/lost.ckpt"], "did you mean '{}/tyro/checkpoints/last.ckpt'"),
+        (
+            ["--resume={}/five"],
+            "--resume {}/five: its config.yaml, which says how it was trained, is missing or damaged",
+        ),
         (["--data.seed", "3"], "--data.seed: use --seed_everything"),
         (["--model.seed=3"], "--model.seed: use --seed_everything"),
     ],
@@ -470,6 +474,8 @@ def test_fit_says_what_is_missing(tmp_path: Path, args: list[str], words: str) -
     run = tmp_path / "tyro"
     (run / "checkpoints").mkdir(parents=True)
     run.joinpath("config.yaml").touch()
+    (tmp_path / "five").mkdir()
+    (tmp_path / "five" / "config.yaml").write_text("model: 5")
     if args and "lost" in args[0]:
         run.joinpath("checkpoints", "last.ckpt").touch()
     with pytest.raises(UserError) as error:

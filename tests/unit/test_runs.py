@@ -872,6 +872,9 @@ def test_seeds_of_one_name_are_several_runs_of_one_recipe(tmp_path: Path) -> Non
     for again in (a, f"{a}/", f"{a}/checkpoints/epoch=00001.ckpt", str(tmp_path / "link")):
         with pytest.raises(UserError, match=f"{again} is {a} again; name each once"):
             split_seeds([f"s={a},{b},{again}"])
+    with pytest.raises(UserError, match="byol and swav are of different methods; give each its own NAME"):
+        split_seeds(["s=byol,swav"])
+    assert split_seeds(["s=simclr-v1,simclr-v2"])[0] == ["s-1=simclr-v1", "s-2=simclr-v2"]
     with pytest.raises(UserError, match="byol is byol again"):
         split_seeds(["s=byol,byol"])
     with pytest.raises(UserError, match=f"{a} and {c} differ in more than their seed, --data.batch_size 4 and 8; give"):
