@@ -63,6 +63,7 @@ RUNS = (
     "runs/demo/simclr",
     "runs/demo/supervised",
     "RUN",
+    *("RUN1", "RUN2", "RUN3"),
     "runs/imagenet/simclr",
 )
 """Runs that pages speak of."""
