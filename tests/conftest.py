@@ -3,6 +3,7 @@
 Files that take minutes come first: dealt out to several workers, short ones fill up what is left at the end.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from multiprocessing.util import get_temp_dir
@@ -35,6 +36,14 @@ def _temporary_files_go(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
             patch.setenv("TMPDIR", folder)
             patch.setattr("tempfile.tempdir", folder)
             yield
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_a_command() -> None:
+    """A command that an earlier test ran in this process has its messages printed; a later test sees its own alone."""
+    logger = logging.getLogger("ssl_geometry")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 @pytest.fixture(autouse=True)

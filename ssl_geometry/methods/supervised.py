@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -41,7 +42,9 @@ class Supervised(Method):
 
     def _classify(self, num_classes: int) -> None:
         self.hparams["num_classes"] = num_classes  # the checkpoint names it
-        self.head = nn.Linear(self.num_features, num_classes)
+        with torch.random.fork_rng(devices=[]):  # made later where the data say how many: the same weights nevertheless
+            torch.default_generator.manual_seed(self.hparams["seed"] + 1)
+            self.head = nn.Linear(self.num_features, num_classes)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
