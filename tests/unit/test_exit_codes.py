@@ -1,6 +1,5 @@
 """The exit codes: one list, which docs and code share."""
 
-import ast
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +25,9 @@ def test_the_table_in_the_docs_has_every_code_and_no_other() -> None:
 def test_no_command_ends_with_a_number_that_is_not_in_the_list() -> None:
     ends = []
     for path in (ROOT / "ssl_geometry").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "os._exit", "Interrupted"):
-                ends.append(path.name)
-                given = [*node.args, *(keyword.value for keyword in node.keywords)]
-                numbers = [arg for arg in given if isinstance(arg, ast.Constant) and isinstance(arg.value, int)]
-                assert not numbers, f"{path}:{node.lineno}: {ast.unparse(node)}"
+        for call, given in re.findall(r"\b(sys\.exit|os\._exit|Interrupted)\(([^()]*)", path.read_text()):
+            ends.append(path.name)
+            assert not re.search(r"(^|[ =,])\d+\s*(,|$)", given), f"{path}: {call}({given})"
     assert {"cli.py", "endings.py", "zoo.py"} <= set(ends)
 
 
