@@ -39,7 +39,7 @@ from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
-from ssl_geometry.geometry.overlap import ALIKE, NEAREST, all_alike, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import ALIKE, NEAREST, mutual_knn, neighbor_ids
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from ssl_geometry.models.taps import layer_depths
@@ -130,7 +130,7 @@ def measure_network(
             progress.advance(task)
     by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
-    alike = torch.tensor([all_alike(value) for value in by_layer.values()])
+    alike = (neighbors < 0).flatten(1).all(1)  # no image has any
     shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
     kept_features = by_layer[shown[0]] if options.show_neighbors else None
     labels = None if epoch is None else method.learns_from_labels

@@ -42,9 +42,7 @@ class Supervised(Method):
 
     def _classify(self, num_classes: int) -> None:
         self.hparams["num_classes"] = num_classes  # the checkpoint names it
-        with torch.random.fork_rng(devices=[]):  # made later where the data say how many: the same weights nevertheless
-            torch.default_generator.manual_seed(self.hparams["seed"] + 1)
-            self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(self.num_features, num_classes)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def setup(self, stage: str) -> None:
@@ -55,7 +53,9 @@ class Supervised(Method):
         if classes < 2:
             raise UserError("--model Supervised: all images of the data set are of one class")
         if mine is None:
-            self._classify(classes)
+            with torch.random.fork_rng(devices=[]):  # processes come here with other random numbers than one alone
+                torch.default_generator.manual_seed(self.hparams["seed"] + 1)
+                self._classify(classes)
         elif classes != mine:
             raise UserError(
                 f"--model.num_classes {mine}: the data set has {classes} classes; leave the option out, or set "

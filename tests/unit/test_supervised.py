@@ -14,7 +14,10 @@ SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 
 
 def on_data(classes: int, multi_label: bool = False, **options: Any) -> Supervised:
     """Set up by a trainer whose images have so many classes."""
-    method = Supervised(**SMALL, **options)
+    return set_up(Supervised(**SMALL, **options), classes, multi_label)
+
+
+def set_up(method: Supervised, classes: int, multi_label: bool = False) -> Supervised:
     method.trainer = SimpleNamespace(  # type: ignore[assignment]
         datamodule=SimpleNamespace(num_classes=classes, multi_label=multi_label)
     )
@@ -42,3 +45,25 @@ def test_another_number_than_the_data_has_is_refused() -> None:
         on_data(1)
     with pytest.raises(UserError, match="it learns one class a picture"):
         on_data(3, multi_label=True)
+
+
+def test_the_classifier_is_the_same_whatever_random_numbers_processes_have_drawn() -> None:
+    heads = []
+    for drawn, seed in ((0, 0), (7, 0), (0, 1)):
+        torch.manual_seed(drawn)
+        before = torch.get_rng_state()
+        method = Supervised(**SMALL, seed=seed)
+        torch.set_rng_state(before)
+        set_up(method, 3)
+        assert torch.equal(torch.get_rng_state(), before), "what comes after draws what it would have drawn"
+        heads.append(method.head.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_untrained_twins_have_classifiers_of_their_own() -> None:
+    heads = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        heads.append(Supervised(**SMALL, num_classes=3).head.weight)
+    assert not torch.equal(*heads)
