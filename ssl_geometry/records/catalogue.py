@@ -15,6 +15,7 @@ class Metric:
         label: its name in words.
         section: of the report page.
         unit: of the column ``value`` (and ``low`` and ``high``); empty for a number without one.
+        bars: between what error bars are drawn; those of few Gram matrices are wider than all that CKA can be.
 
     Example:
         >>> Metric("Angle between polytopes", "neighbors", "degrees").axis
@@ -24,6 +25,7 @@ class Metric:
     label: str
     section: str
     unit: str = ""
+    bars: tuple[float, float] | None = None
 
     @property
     def axis(self) -> str:
@@ -31,6 +33,7 @@ class Metric:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
+CKA_BARS = (-0.1, 1.1)
 METRICS = {
     "train/loss": Metric("Training loss", "training"),
     "train/acc": Metric("Training accuracy", "training", "share"),
@@ -38,12 +41,12 @@ METRICS = {
     "val/acc": Metric("Validation accuracy, classifier", "training", "share"),
     "test/knn": Metric("Test accuracy, 20-NN", "training", "share"),
     "test/acc": Metric("Test accuracy, classifier", "training", "share"),
-    "cka": Metric("CKA (unbiased)", "cka"),
+    "cka": Metric("CKA (unbiased)", "cka", bars=CKA_BARS),
     "max_cka": Metric("CKA of the most similar layer", "cka"),
     "max_cka_null": Metric("CKA of the most similar layer, images permuted", "cka"),
     "max_cka_p": Metric("p-value of the most similar layer's CKA", "cka"),
-    "invariance": Metric("CKA of two augmented views", "invariance"),
-    "class_cka": Metric("CKA with the classes", "invariance"),
+    "invariance": Metric("CKA of two augmented views", "invariance", bars=CKA_BARS),
+    "class_cka": Metric("CKA with the classes", "invariance", bars=CKA_BARS),
     "ridge_probe": Metric("Accuracy of ridge regression", "probes", "share"),
     "logistic_probe": Metric("Accuracy of logistic regression", "probes", "share"),
     "online_probe": Metric("Accuracy of online probes", "probes", "share"),
@@ -101,7 +104,7 @@ def described(metric: str) -> Metric:
         >>> described("angle_std").axis
         'Angle between neighbouring polytopes, standard deviation over images (degrees)'
         >>> described("tomorrow")
-        Metric(label='tomorrow', section='other', unit='')
+        Metric(label='tomorrow', section='other', unit='', bars=None)
     """
     if metric in METRICS:
         return METRICS[metric]

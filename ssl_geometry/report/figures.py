@@ -448,7 +448,8 @@ def compare_curves(
 
     Returns:
         A figure: a line per group (the mean), a band from the lowest to the highest network; a single network's band is
-        its error bar. Layers of :func:`is_drawn` and of heads, which are hollow; stages of a ResNet are shaded in turn.
+        its error bar, cut off where the catalogue says. Layers of :func:`is_drawn` and of heads, which are hollow;
+        stages of a ResNet are shaded in turn.
 
     Raises:
         ValueError: a panel without rows.
@@ -456,7 +457,7 @@ def compare_curves(
     colors = {group: f"C{number}" for number, group in enumerate(dict.fromkeys(groups.values()))}
     for rows in panels.values():
         _first(rows)
-    lowest = min(0.0, *(pd.DataFrame(rows)["value"].min() for rows in panels.values()))
+    heights = list((levels or {}).values())
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1 + 4.6 * len(panels), 3.8))
         for axes, (name, rows) in zip(
@@ -477,11 +478,11 @@ def compare_curves(
                     if single
                     else (by_place["value"].min(), by_place["value"].max())
                 )
+                low, high = low.astype(float), high.astype(float)
+                heights += _heights(mean, low, high, str(_first(rows)["metric"]))
                 head = by_place["layer"].first().str.startswith("head").to_numpy()
                 axes.plot(mean.index, mean, color=color, linewidth=1.4, label=group)
-                axes.fill_between(
-                    mean.index, low.astype(float), high.astype(float), color=color, alpha=0.2, linewidth=0
-                )
+                axes.fill_between(mean.index, low, high, color=color, alpha=0.2, linewidth=0)
                 axes.scatter(mean.index[~head], mean[~head], s=14, color=color, zorder=3)
                 axes.scatter(mean.index[head], mean[head], s=18, facecolor="white", edgecolor=color, zorder=3)
             for number, (level, value) in enumerate((levels or {}).items()):
@@ -490,10 +491,10 @@ def compare_curves(
             has_blocks = bool(frame["layer"].str.fullmatch(BLOCK).any())
             axes.set_xlabel("layer (post-residual, then head)" if has_blocks else "layer")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_ylim(lowest - 0.02, 1.08)
             axes.grid(alpha=0.25)
             axes.legend(loc="best")
         figure.axes[0].set_ylabel(label)
+        figure.axes[0].set_ylim(_around(heights))
         layers = pd.concat([pd.DataFrame(rows)["layer"] for rows in panels.values()])
         notes = {
             "hollow points: layers of the head": layers.str.fullmatch(HEAD),
@@ -503,6 +504,22 @@ def compare_curves(
         if title:
             figure.suptitle(title)
     return figure
+
+
+def _heights(values: pd.Series, low: pd.Series, high: pd.Series, metric: str) -> list[float]:
+    """What a vertical axis shows of curves: their values, and their error bars to where the catalogue cuts them off."""
+    known, (bottom, top) = values.dropna().tolist(), described(metric).bars or (-np.inf, np.inf)
+    return [*known, *pd.concat([low, high]).clip(min(bottom, *known, top), max(bottom, *known, top))]
+
+
+def _around(heights: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis that shows these, as on the report page: from 0 if they lie near; above is room for names."""
+    finite = [height for height in heights if np.isfinite(height)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if 0 < low < high / 2:
+        low = 0.0
+    room = (high - low) or abs(high) or 1.0
+    return low - 0.03 * room, high + 0.1 * room
 
 
 def _places(frame: pd.DataFrame) -> pd.Series:

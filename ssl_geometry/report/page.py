@@ -246,7 +246,9 @@ def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = N
         "runs": [_described(run, name) for run, name in zip(runs, names, strict=True)],
         "chosen": [names[place] for place in first_choice(runs)],
         "metrics": {
-            name: {"label": described(name).axis, "section": described(name).section} for name in sorted(metrics)
+            name: {"label": known.axis, "section": known.section, "bars": known.bars}
+            for name in sorted(metrics)
+            for known in [described(name)]
         },
         "protocols": {name: text for run in runs for name, text in run.protocols.items()},
         "series": series,

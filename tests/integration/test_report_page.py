@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,41 @@ def test_curves_say_with_whom_and_their_bands_do_not_rule_the_axis(browser: Any,
         assert low <= min(heights) <= max(heights) <= high
     tables = reader.section("training").locator(".scroll").all()
     assert all(table.evaluate("box => box.scrollWidth <= box.clientWidth") for table in tables)
+    assert reader.problems == []
+
+
+@in_a_browser
+@pytest.mark.parametrize("networks", ["ab", "abc", "abcdef"])
+def test_every_pair_of_a_comparison_can_be_seen(browser: Any, tmp_path: Path, networks: str) -> None:
+    """Of a few networks all are shown at once; of many, the choice of each shows every pair that it is part of."""
+    pairs = list(combinations_with_replacement(networks, 2))
+    rows = [
+        record(run="all", model=a, model_other=b, metric="cka", view="clean", epoch=2, n=9, value=0.5 + (i - j) / 9,
+               layer=f"layer{i}", depth=i, layer_other=f"layer{j}", depth_other=j)
+        for a, b in pairs
+        for i in range(2)
+        for j in range(2)
+    ]  # fmt: skip
+    RecordStore(tmp_path / "all" / "records").write("pairs", rows)
+    main([str(tmp_path / "all"), "-o", str(tmp_path / "report.html")])
+    reader = Reader(browser, (tmp_path / "report.html").as_uri())
+    choices = [f"all: {name}" for name in networks] if len(networks) > 4 else [""]
+    seen: set[str] = set()
+    for choice in choices:
+        if choice:
+            reader.page.locator("#cka-run").select_option(choice)
+        titles = reader.section("cka").locator("figcaption").all_inner_texts()
+        maps = {title.strip() for title in titles if title.startswith("CKA (unbiased): all: ")}
+        assert len(maps) == (len(networks) if choice else len(pairs))
+        seen |= maps
+    for a, b in pairs:
+        assert any(title.startswith(f"CKA (unbiased): all: {a} and {'itself' if a == b else b}") for title in seen), (
+            seen
+        )
+    lines = reader.page.locator("#cka .legend > span").all_inner_texts()
+    if networks == "abc":
+        assert lines == ["all: a, with b", "all: a, with c", "all: b, with c"]
+    reader.page.locator("section#cka").screenshot(path=tmp_path / "cka.png")
     assert reader.problems == []
 
 

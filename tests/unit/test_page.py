@@ -150,7 +150,11 @@ def test_runs_are_in_natural_order_and_metrics_carry_their_label(tmp_path: Path)
     folders = [make_run(tmp_path / f"seed_{seed}", epochs=1) for seed in (10, 2, 1)]
     header, _ = unpack(pack([read_run(folder) for folder in folders]))
     assert [run["label"] for run in header["runs"]] == ["seed_1", "seed_2", "seed_10"] == header["chosen"]
-    assert header["metrics"]["ridge_probe"] == {"label": "Accuracy of ridge regression (share)", "section": "probes"}
+    assert header["metrics"]["ridge_probe"] == {
+        "label": "Accuracy of ridge regression (share)",
+        "section": "probes",
+        "bars": None,
+    }
     assert "test/knn" in header["metrics"], "which run.json names, not the records"
 
 

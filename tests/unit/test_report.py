@@ -152,6 +152,28 @@ def test_curves_over_depth_are_of_blocks_and_heads_or_of_all_layers(layers: list
         compare_curves({"A title": []}, {})
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "bar", "ends"),
+    [
+        ("invariance", (0.4, 0.6), (3.0, 4.0), (-0.1, 1.1)),
+        ("class_cka", (0.9, 0.95), (0.01, 0.02), (0.89, 0.97)),
+        ("class_cka", (0.02, 0.06), (0.01, 0.02), (0.0, 0.08)),
+        ("class_cka", (-0.2, 0.4), (3.0, 0.1), (-0.2, 0.5)),
+        ("logistic_probe", (0.5, 0.7), (0.1, 0.6), (0.0, 1.3)),
+        ("class_cka", (0.5, np.nan), (np.nan, np.nan), (0.5, 0.5)),
+        ("class_cka", (np.nan, np.nan), (np.nan, np.nan), (0.0, 1.0)),
+    ],
+)
+def test_vertical_axes_follow_what_is_drawn(metric: str, values: Any, bar: Any, ends: Any) -> None:
+    rows = [
+        record(model="a", metric=metric, layer=f"layer{i}.0", depth=i, value=value, low=value + low, high=value + high)
+        for i, (value, low, high) in enumerate(zip(values, (-bar[0], -bar[0]), (bar[1], bar[1]), strict=True))
+    ]
+    bottom, top = compare_curves({"A title": rows}, {"a": "a"}).axes[0].get_ylim()
+    room = (ends[1] - ends[0]) or ends[1]
+    assert (bottom, top) == pytest.approx((ends[0] - 0.03 * room, ends[1] + 0.1 * room))
+
+
 def test_figures_of_a_comparison_say_what_their_marks_are() -> None:
     assert pair_panels(pair(RESNET, RESNET), pair(RESNET, RESNET)).get_supxlabel().startswith("white dots: ")
     expected = {

@@ -30,7 +30,9 @@ class Report {
       series.layered = place[0] !== null;
       series.paired = place[2] !== null;
       const run = this.runs[series.run].label;
-      series.name = series.model === null || run.split("/").pop() === series.model ? run : `${run}: ${series.model}`;
+      const called = (model) => (model === null || run.split("/").pop() === model ? run : `${run}: ${model}`);
+      series.name = called(series.model);
+      series.partner = series.paired ? called(series.other) : null;
       series.against = series.other === series.model ? "itself" : series.other === "init" ? "its own initialisation" : series.other;
     }
   }

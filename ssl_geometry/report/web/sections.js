@@ -11,12 +11,11 @@ const SECTIONS = [
   { id: "spectra", title: "Spectra", about: "Rank, decay and spread of each layer's features." },
   { id: "other", title: "Other measurements", about: "Everything else that the records hold." },
 ];
-let METRICS = {};  // label with its unit, and section, of each metric: the builder's catalogue
+let METRICS = {};  // label with its unit, section, and limits of error bars of each metric: the builder's catalogue
 const named = (metric) => METRICS[metric]?.label ?? metric;
 const sectionOf = (one) => (one.metric === "mutual_knn" && one.paired ? "cka" : METRICS[one.metric].section);  // of layers, or of views
 const DEPTH = "depth of the layer (0 = stem, 1 = end of the backbone)";
-// What bands over the choice of images are cut off at: few Gram matrices give very wide ones.
-const RANGES = Object.fromEntries(["cka", "invariance", "class_cka"].map((metric) => [metric, [-0.1, 1.1]]));
+const MANY_FIGURES = 12, MANY_LINES = 6;  // more are shown when the reader asks
 const unique = (values) => [...new Set(values)];
 const images = (rows) => {
   const n = unique(rows.map((row) => row.n).filter((n) => n !== null)).sort((a, b) => a - b);
@@ -102,7 +101,7 @@ function comparedFigure(report, series, epoch) {
   const epochs = unique(rows.map((row) => row.epoch)).filter((e) => e !== null);
   for (const line of lines) line.points = line.rows.map(onDepth);
   return { lines, note: `${epochs.length > 1 ? "each run's last epoch up to" : "epoch"} ${Math.max(...epochs, 0)}, ${images(rows)}${barred ? "; band: 95 %" : ""}`,
-    svg: lineChart({ title: `${named(series[0].metric)} against depth`, lines, domain: [0, 1], range: RANGES[series[0].metric], xlabel: DEPTH, ylabel: named(series[0].metric) }) };
+    svg: lineChart({ title: `${named(series[0].metric)} against depth`, lines, domain: [0, 1], range: METRICS[series[0].metric].bars ?? undefined, xlabel: DEPTH, ylabel: named(series[0].metric) }) };
 }
 
 // One run over its training: a line an epoch over depth, or a line a layer over epochs.
@@ -191,16 +190,19 @@ function fillSection(page, section, body, all) {
   const key = paired ? (one) => one.against ?? "" : (one) => one.view ?? "";
   const choices = unique(ofMetric.map(key)).filter((choice) => !(paired && choice === "itself"));
   const groups = [["", "all together"], ...choices.map((choice) => [choice, choice])];
-  if (state.choice !== "" && !choices.includes(state.choice)) state.choice = choices[0] ?? null;
+  const epochs = report.epochs(ofMetric), lines = ofMetric.filter((one) => one.against !== "itself").length;
+  const pairsOnly = paired && choices.length > 1 && epochs.length < 2 && lines <= MANY_LINES;  // a comparison
+  if (state.choice !== "" && !choices.includes(state.choice)) state.choice = pairsOnly ? "" : choices[0] ?? null;
   const again = () => page.fill(section);
   const runs = unique(ofMetric.map((one) => one.name));
-  if (state.run === undefined) state.run = runs.length > 2 ? runs[0] : "";  // figures of every run are many
+  const maps = ofMetric.filter((one) => one.paired).length, curves = 2 * ofMetric.filter((one) => report.epochs([one]).length > 1).length;
+  if (state.run === undefined) state.run = runs.length > 2 && maps + curves > MANY_FIGURES ? runs[0] : "";
   if (!runs.includes(state.run)) state.run = "";
-  const single = (one) => !state.run || one.name === state.run;
+  const single = (one) => !state.run || one.name === state.run || one.partner === state.run;  // a pair is of both
   if (metrics.length > 1) controls.append(chooser("measure", `${section.id}-metric`, metrics.map((metric) => [metric, named(metric)]), state.metric, (value) => { state.metric = value; again(); }));
   if (choices.length > 1) controls.append(chooser(paired ? "curves: compared with" : "view", `${section.id}-choice`, groups, state.choice, (value) => { state.choice = value; again(); }));
   if (runs.length > 1) controls.append(chooser("maps and training of", `${section.id}-run`, [["", "every run"], ...runs.map((name) => [name, name])], state.run, (value) => { state.run = value; again(); }));
-  const epochs = report.epochs(ofMetric), epoch = () => epochs[state.epoch ?? epochs.length - 1] ?? 0;
+  const epoch = () => epochs[state.epoch ?? epochs.length - 1] ?? 0;
   if (state.epoch >= epochs.length) state.epoch = null;
   if (epochs.length > 1) {
     const output = make("output", { for: `${section.id}-epoch` });
