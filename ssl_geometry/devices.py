@@ -134,7 +134,7 @@ def check_nodes(nodes: int, option: str) -> None:
     if nodes > 1 and not started:
         raise UserError(
             f"{option} {nodes}: nothing has started processes on the other nodes; start the command with srun "
-            "(slurm/fit.sbatch) or torchrun, or leave the option out"
+            "(slurm/fit.sbatch) or torchrun, or set 1"
         )
 
 

@@ -119,7 +119,7 @@ def trainer_options(task: Task, trainer: Mapping[str, Any]) -> dict[str, Any]:
         given = trainer.get(name)
         if given is not None and str(given) not in (*unset, str(value)):
             raise UserError(
-                f"--trainer.{name} {given}: this SLURM job has {flag}={value}; leave the option out, or ask SLURM for "
+                f"--trainer.{name} {given}: this SLURM job has {flag}={value}; set {unset[0]}, or ask SLURM for "
                 f"{flag}={given}"
             )
     gpus = torch.cuda.device_count()

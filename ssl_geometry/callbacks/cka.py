@@ -217,10 +217,11 @@ def warn_of_few(data: DataModule, gram_size: int, option: str) -> None:
         return
     degrees = "no degree" if count < 2 else f"{count - 1} degree{'s' if count > 2 else ''}"
     smaller = gram_count(data.measure_size, data.eval_batch_size, SMALLER)
-    smaller_size = f"{option} {SMALLER} gives {smaller - 1}, or " if smaller > count else ""
+    ways = [f"{option} {SMALLER} gives {smaller - 1}"] if smaller > count else []
+    ways += ["measure more images (--data.measure_size)"] if data.measure_size < data.num_test else []
     logger.warning(
         f"{option} {gram_size}: {count} Gram matri{'x' if count == 1 else 'ces'} of {data.measure_size} images: "
-        f"intervals rest on {degrees} of freedom; {smaller_size}measure more images (--data.measure_size)"
+        f"intervals rest on {degrees} of freedom{'; ' * bool(ways)}{', or '.join(ways)}"
     )
 
 

@@ -66,11 +66,11 @@ def size_within(option: str, asked: int | None, usual: int, most: int, there: st
         (20, 7)
         >>> size_within("--k", 20, 20, 7, "there are 7 images")
         Traceback (most recent call last):
-        ssl_geometry.errors.UserError: --k 20: there are 7 images; set at most 7, or leave the option out
+        ssl_geometry.errors.UserError: --k 20: there are 7 images; set at most 7, or null for as many as fit
     """
     if asked is not None:
         if asked > most:
-            raise UserError(f"{option} {asked}: {there}; set at most {most}, or leave the option out")
+            raise UserError(f"{option} {asked}: {there}; set at most {most}, or null for as many as fit")
         return asked
     if most < usual:
         logger.info(f"{option} {most} (by default {usual}): {there}")
@@ -404,7 +404,7 @@ class DataModule(L.LightningDataModule):
             )
         self.num_classes = len(self.class_names)
         self.multi_label = train.labels.ndim == 2
-        self.num_train = len(train) - n_val
+        self.num_train, self.num_test = len(train) - n_val, len(test)
         self.batch_size = self._batch_size or min(BATCH_SIZE, self._multiple(self.num_train))
         if self.trainer and self._batch_size is None and self.batch_size < BATCH_SIZE:
             there = f"there are {self.num_train} training images"

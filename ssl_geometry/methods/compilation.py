@@ -41,7 +41,7 @@ def is_compiled(wanted: bool | None, device: torch.device) -> bool:
     ):  # some compiled and some not, processes would wait for different collectives
         failure = failure or "another process cannot"
     if failure and wanted:
-        raise UserError(f"--model.compile true: this machine cannot compile ({failure}); leave the option out")
+        raise UserError(f"--model.compile true: this machine cannot compile ({failure}); set false or null")
     if failure:
         logger.warning(f"training runs eagerly, slower than compiled, which this machine cannot do ({failure})")
         return False

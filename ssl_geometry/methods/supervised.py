@@ -58,8 +58,8 @@ class Supervised(Method):
                 self._classify(classes)
         elif classes != mine:
             raise UserError(
-                f"--model.num_classes {mine}: the data set has {classes} classes; leave the option out, or set "
-                f"{classes}"
+                f"--model.num_classes {mine}: the data set has {classes} classes; set {classes}, or null for as many "
+                "as it has"
             )
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:

@@ -310,14 +310,16 @@ class ClassCKA(LayerwiseCKA):
         if alone:
             warnings.warn(
                 "class CKA is NaN, because it rests on pairs of images of one class, and "
-                f"{alone} of {self.num_classes} classes have a single image: measure more",
+                f"{alone} of {self.num_classes} classes have a single image",
                 stacklevel=2,
             )
         elif pairs < FEW_PAIRS:
             rests = f"{'rests' if pairs else 'is NaN, because it rests'} on {pairs} pair{'s' * (pairs != 1)}"
+            rests += f" of images of one class{self._few_images()}"
+            larger = int(self.images.sum()) > self.gram_size
+            more = f", or more of them in a Gram matrix (gram_size {self.gram_size})," if larger else ""
             warnings.warn(
-                f"class CKA {rests} of images of one class{self._few_images()}: measure more images, or take more for "
-                f"a Gram matrix (gram_size {self.gram_size})",
+                f"class CKA {rests}; more images{more} would give more pairs",
                 stacklevel=2,
             )
         value = self._cka(named=()).squeeze(1)

@@ -5,12 +5,15 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from ssl_geometry.callbacks import NeighborhoodMonitor
 from ssl_geometry.compare import _hold_to_images
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.methods import SimCLR
+from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.probe import _check_data
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 8}
@@ -31,7 +34,9 @@ def test_images_to_measure(caplog: pytest.LogCaptureFixture) -> None:
     assert images(60, 48).measure_size == 48
     assert caplog.messages == ["--data.measure_size 48 (by default 2048): the test split has 48 images"]
     assert images(60, 48, measure_size=48).measure_size == 48
-    with pytest.raises(UserError, match=r"^--data.measure_size 49: the test split has 48 images; set at most 48"):
+    with pytest.raises(
+        UserError, match=r"^--data.measure_size 49: the test split has 48 images; set at most 48, or null"
+    ):
         images(60, 48, measure_size=49)
 
 
@@ -67,6 +72,20 @@ def test_compared_neighbours(caplog: pytest.LogCaptureFixture) -> None:
             _hold_to_images(SimpleNamespace(k=wrong[0], show_neighbors=list(wrong[1])), 8)
     with pytest.raises(UserError, match=r"^--data.measure_size 3: CKA needs at least 4 images"):
         _hold_to_images(SimpleNamespace(k=None, show_neighbors=[]), 3)
+
+
+def test_a_gram_matrix_takes_the_images_that_there_are() -> None:
+    """No size shrinks: of fewer images than it says, one Gram matrix holds all."""
+    x, y = torch.randn(2, 15, 8, generator=torch.Generator().manual_seed(0))
+    vectors = {size: [gram_vector(features, size) for features in (x, y)] for size in (15, 64)}
+    assert all(map(torch.equal, vectors[15], vectors[64]))
+    found = []
+    for size, (a, b) in vectors.items():
+        cka = LayerwiseCKA(["a"], ["b"], gram_size=size)
+        cka.update({"a": a}, {"b": b})
+        found.append(cka.compute())
+    assert torch.equal(*found)
+    assert found[0].isfinite()
 
 
 def test_neighbours_that_vote(caplog: pytest.LogCaptureFixture) -> None:
