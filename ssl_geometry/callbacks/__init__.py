@@ -10,7 +10,7 @@ from ssl_geometry.callbacks.neighbors import NeighborhoodMonitor
 from ssl_geometry.callbacks.probes import ProbeMonitor
 from ssl_geometry.callbacks.processes import Status, WatchProcesses
 from ssl_geometry.callbacks.progress import FitProgress
-from ssl_geometry.callbacks.records import FlushRecords, RecordsLogger
+from ssl_geometry.callbacks.records import FlushRecords, LogEveryEpoch, RecordsLogger
 from ssl_geometry.callbacks.seeding import SeedSteps
 from ssl_geometry.callbacks.spectrum import SpectrumMonitor
 
@@ -21,6 +21,7 @@ __all__ = [
     "FlushRecords",
     "InvarianceMonitor",
     "LastCheckpoint",
+    "LogEveryEpoch",
     "LoggerName",
     "LostProcess",
     "NeighborhoodMonitor",

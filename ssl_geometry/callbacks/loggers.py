@@ -42,11 +42,13 @@ def make_loggers(names: list[LoggerName], run: Run, config: dict[str, Any], proj
         project: W&B project.
 
     Returns:
-        Lightning loggers, W&B online with a key and offline without one.
+        Lightning loggers, W&B online with a key and offline without one, and not at all with WANDB_MODE=disabled.
     """
     loggers: list[Logger] = [RecordsLogger(run.directory)]
     for name in names:
         match name:
+            case "wandb" if os.environ.get("WANDB_MODE") == "disabled":
+                LOGGER.info("W&B: nothing is logged (WANDB_MODE=disabled)")
             case "wandb":
                 loggers.append(_wandb(run, config, project))
             case "tensorboard":

@@ -1,5 +1,7 @@
 """A Lightning logger that writes records: everything that is logged lands in Parquet, with or without W&B."""
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from ssl_geometry.records import Protocol, RecordStore, record
+
+LOGGER = logging.getLogger(__name__)
 
 
 def completed_epochs(name: str, metrics: Mapping[str, float]) -> int:
@@ -41,6 +45,7 @@ class RecordsLogger(Logger):
         super().__init__()
         self.run_dir = Path(run_dir)
         self.store = RecordStore(self.run_dir / "records")
+        self.epoch = 0  # under way, as Lightning counts; some callbacks log without one
         self._rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
 
     @property
@@ -61,7 +66,7 @@ class RecordsLogger(Logger):
         """Keep scalars until :meth:`flush`. Their epoch is counted from 1; 0 is the initialisation."""
         for name, value in metrics.items():
             if name != "epoch":
-                epoch = completed_epochs(name, metrics)
+                epoch = completed_epochs(name, {"epoch": self.epoch, **metrics})
                 self._rows[epoch].append(
                     record(
                         run=self.version,
@@ -113,7 +118,14 @@ class RecordsLogger(Logger):
 
 
 class FlushRecords(L.Callback):
-    """Writes the scalars before every checkpoint, so that a resumed run lacks none."""
+    """Writes the scalars before every checkpoint, so that a resumed run lacks none, each with its epoch.
+
+    It stands before callbacks that log without an epoch, such as Lightning's ``LearningRateMonitor``.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that goes on in mid-epoch does not start that epoch again."""
+        self._flush(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called before the checkpoint is written."""
@@ -127,5 +139,21 @@ class FlushRecords(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RecordsLogger):
                 logger.flush()
+                logger.epoch = trainer.current_epoch
             elif isinstance(logger, CSVLogger):
                 logger.save()
+
+
+class LogEveryEpoch(L.Callback):
+    """Training is logged at least once per epoch: a run of epochs shorter than the interval had no curve."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The length of an epoch, and of training, is known now."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        steps = min(an_epoch, trainer.estimated_stepping_batches)
+        if steps < every:
+            shorter = max(1, math.ceil(steps))
+            whole = "an epoch" if steps == an_epoch else "training"
+            LOGGER.info(f"--trainer.log_every_n_steps {shorter} (instead of {every}): {whole} has no more steps")
+            trainer.log_every_n_steps = shorter  # type: ignore[attr-defined]

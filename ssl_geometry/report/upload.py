@@ -231,9 +231,11 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> Sent:
         How many numbers and figures were sent, or written, and where to.
 
     Raises:
-        UserError: no run of ``fit``, one that a process is at, no key, or W&B does not take it.
+        UserError: no run of ``fit``, one that a process is at, no key, or W&B is switched off or does not take it.
     """
     config, _ = _described(directory)
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise UserError("--to-wandb: WANDB_MODE=disabled switches W&B off; unset it, or set WANDB_MODE=offline")
     if not lock(directory):
         who = holder(directory) or "on an unknown machine"
         raise UserError(f"RUN {directory}: another process trains in it, or sends it ({who}): wait for it to end")

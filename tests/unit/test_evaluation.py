@@ -1,13 +1,16 @@
 """Validation from the initialisation on, in the precision that was chosen, by its name; tests in float32."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks import EvaluateAtStart, FlushRecords, RecordsLogger
+from ssl_geometry.callbacks import EvaluateAtStart, FlushRecords, LogEveryEpoch, RecordsLogger
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.records import read_records
@@ -68,7 +71,9 @@ def test_validation_is_in_the_chosen_precision_and_says_so(
     torch.testing.assert_close(chosen_features, exact, rtol=0.05, atol=0.05)
 
 
-def trained(folder: Path, every: int, *callbacks: L.Callback, resume: Path | None = None) -> tuple[L.Trainer, Method]:
+def trained(
+    folder: Path, every: int, *callbacks: L.Callback, resume: Path | None = None, log_every: int = 1
+) -> tuple[L.Trainer, Method]:
     torch.manual_seed(0)
     method = Supervised(backbone="resnet10", width=0.125, image_size=8, warmup_epochs=0)
     data = DataModule("digits", image_size=8, limit_train=60, limit_test=20, measure_size=20, batch_size=27)
@@ -78,12 +83,12 @@ def trained(folder: Path, every: int, *callbacks: L.Callback, resume: Path | Non
         check_val_every_n_epoch=every,
         num_sanity_val_steps=0,
         logger=RecordsLogger(folder),
-        callbacks=[*callbacks, FlushRecords()],
+        callbacks=[FlushRecords(), *callbacks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        log_every_n_steps=1,
+        log_every_n_steps=log_every,
     )
     trainer.fit(method, data, ckpt_path=resume)
     return trainer, method
@@ -105,6 +110,48 @@ def test_the_initialisation_is_evaluated_where_the_run_evaluates(tmp_path: Path,
         start = Supervised(backbone="resnet10", width=0.125, image_size=8, warmup_epochs=0)
         known = with_it.validate(start, with_it.datamodule, verbose=False)[0]  # type: ignore[attr-defined]
         assert records[first].set_index("metric")["value"].to_dict() == pytest.approx(known)
+
+
+def test_a_run_of_few_steps_has_curves_and_all_that_is_logged_is_of_its_epoch(tmp_path: Path) -> None:
+    rates = [LearningRateMonitor(logging_interval=interval) for interval in ("epoch", "step")]
+    trained(tmp_path, 3, LogEveryEpoch(), *rates, log_every=10)
+    records = read_records(tmp_path)
+    loss, rate = (records[records["metric"] == name] for name in ("train/loss", "lr-SGD/pg1"))
+    assert list(zip(loss["epoch"], loss["step"], strict=True)) == [(1, 1), (2, 3)], "two steps per epoch"
+    assert list(zip(rate["epoch"], rate["step"], strict=True)) == [(1, 0), (1, 1), (2, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulated", "steps", "every", "logged_every", "said"),
+    [
+        (100, 1, 1000, 10, 10, ""),
+        (10, 1, 10, 10, 10, ""),
+        (5, 1, 500, 10, 5, "--trainer.log_every_n_steps 5 (instead of 10): an epoch has no more steps"),
+        (9, 2, 10, 50, 5, "--trainer.log_every_n_steps 5 (instead of 50): an epoch has no more steps"),
+        (100, 1, 3, 10, 3, "--trainer.log_every_n_steps 3 (instead of 10): training has no more steps"),
+        (float("inf"), 1, float("inf"), 10, 10, ""),
+        (5, 1, 5, 0, 0, ""),
+    ],
+)
+def test_training_is_logged_at_least_once_per_epoch(
+    caplog: pytest.LogCaptureFixture,
+    batches: float,
+    accumulated: int,
+    steps: float,
+    every: int,
+    logged_every: int,
+    said: str,
+) -> None:
+    trainer: Any = SimpleNamespace(
+        num_training_batches=batches,
+        accumulate_grad_batches=accumulated,
+        estimated_stepping_batches=steps,
+        log_every_n_steps=every,
+    )
+    with caplog.at_level("INFO"):
+        LogEveryEpoch().on_train_start(trainer, trainer)
+    assert trainer.log_every_n_steps == logged_every
+    assert caplog.messages == [said] * bool(said)
 
 
 def test_a_resumed_run_is_not_evaluated_again_at_its_start(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_the_csv_file_of_a_resumed_run_is_the_whole_curve(tmp_path: Path) -> Non
     assert rows[9:] == [{"step": "4", "epoch": "2", "train/loss": "0.4", "train/acc": "1.0"}]
 
 
+def test_wandb_that_is_switched_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert len(make_loggers(["wandb", "csv"], Run(tmp_path), {}, "p")) == 2, "records and CSV"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tensorboard_shows_no_step_twice(tmp_path: Path) -> None:
     for resumed_step in (None, 2):
         _, logger = make_loggers(["tensorboard"], Run(tmp_path, None, resumed_step), {}, "p")
@@ -61,7 +67,7 @@ def test_tensorboard_shows_no_step_twice(tmp_path: Path) -> None:
 
 def test_what_is_logged_is_on_the_disk_before_a_checkpoint_and_the_next_epoch(tmp_path: Path) -> None:
     loggers = [RecordsLogger(tmp_path), CSVLogger(tmp_path, name="csv", version="")]
-    trainer: Any = SimpleNamespace(loggers=loggers)
+    trainer: Any = SimpleNamespace(loggers=loggers, current_epoch=0)
     for call in (
         lambda: FlushRecords().on_save_checkpoint(trainer, trainer, {}),
         lambda: FlushRecords().on_train_epoch_start(trainer, trainer),
