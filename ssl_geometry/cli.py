@@ -177,6 +177,7 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
     """
     args = sys.argv[1:] if args is None else args
     _quiet()
+    format_before, warnings.formatwarning = warnings.formatwarning, warning_line
     try:
         command(args)
     except UserError as error:
@@ -191,6 +192,20 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+    finally:
+        warnings.formatwarning = format_before
+
+
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    r"""A warning as one line, without its place in the source, which is of no use to a user.
+
+    Example:
+        >>> warning_line("few\n  pairs", UserWarning, "/x/torchmetrics/metric.py", 714)
+        'warning: few pairs\n'
+    """
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _quiet() -> None:

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the imports take seconds; a signal waits until Sto
 
 import logging
 import multiprocessing
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,7 @@ from ssl_geometry.callbacks import (
     FlushRecords,
     InvarianceMonitor,
     LastCheckpoint,
+    LogEveryEpoch,
     LoggerName,
     NeighborhoodMonitor,
     ProbeMonitor,
@@ -104,8 +106,31 @@ TRAINER_RANGES = {
 """Of Lightning's options: in batches, epochs or steps, as their names say; a share of the batches where below 1."""
 
 
+REFUSED = {"trainer.logger": "--loggers", "trainer.default_root_dir": "--runs, --experiment and --run_id"}
+"""Lightning's options that others stand for."""
+ELSEWHERE = r"(?i)default|not specified|current session"
+"""In what Lightning says of options that are not given."""
+
+
+def in_short(text: str) -> str:
+    """What Lightning says of an option, without its defaults, which are not those here, and no more than two sentences.
+
+    Example:
+        >>> in_short("How often to log within steps. Default: ``50``. Beside :class:`logging.Logger`. More. More.")
+        'How often to log within steps. Beside logging.Logger.'
+    """
+    plain = re.sub(r":\w+:`~?([^`]*)`|``([^`]*)``", r"\1\2", " ".join(text.split())).replace(" by default.", ".")
+    sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", plain) if not re.search(ELSEWHERE, sentence)]
+    return " ".join(sentences[:2])
+
+
 class FitParser(Parser, LightningArgumentParser):
     """Has the options of a method, a data module, monitors and a trainer."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Without lists of Lightning's classes, which ``--trainer.callbacks.help`` and its like know."""
+        ours, title, trainer = super().format_help(*args, **kwargs).partition("\n  --trainer CONFIG")
+        return ours + title + re.sub(r",\s+known\s+subclasses:[^)]*", "", trainer)
 
 
 class KeptCheckpoint(ModelCheckpoint):
@@ -194,6 +219,7 @@ class FitCLI(LightningCLI):
             if run := getattr(self, "run", None):
                 with suppress(OSError):
                     run.note(status="stopped")
+                run.discard()
                 run.release()
             raise
 
@@ -257,6 +283,10 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(NeighborhoodMonitor, "neighbors")
         parser.add_lightning_class_args(SpectrumMonitor, "spectrum")
         parser.add_lightning_class_args(L.Trainer, "trainer")
+        for action in parser._actions:
+            if action.dest.startswith("trainer."):
+                instead = REFUSED.get(action.dest)
+                action.help = f"refused: use {instead}" if instead else in_short(action.help or "")
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         assert isinstance(parser, Parser)
         for name, hint in TRAINER_RANGES.items():
@@ -271,9 +301,9 @@ class FitCLI(LightningCLI):
             config.pop(option, None)
         if config.get("model") is None:
             raise UserError("no --model: give a --config such as configs/quickstart/simclr.yaml, or --model CLASS")
-        for option, instead in (("logger", "--loggers"), ("default_root_dir", "--runs, --experiment and --run_id")):
-            if config["trainer"].get(option) is not None:
-                raise UserError(f"--trainer.{option} {config['trainer'][option]}: use {instead}")
+        for option, instead in REFUSED.items():
+            if (given := config["trainer"].get(option.removeprefix("trainer."))) is not None:
+                raise UserError(f"--{option} {given}: use {instead}")
         self._check_trainer(config)
         check_project(config["wandb_project"], "--wandb_project")
         self.settings = config
@@ -320,6 +350,8 @@ class FitCLI(LightningCLI):
             SameStart(self.run.resumed_from is not None),
             *([ManyDevices()] if self._takes_all_devices() else []),
             FitProgress(),  # first: its clock starts before the first measurement
+            FlushRecords(),
+            LogEveryEpoch(),
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
             EvaluateAtStart(),
@@ -327,7 +359,6 @@ class FitCLI(LightningCLI):
             losses,
             self.stop_on_signal,
             self.watch,
-            FlushRecords(),
             last,
         ]
         if self.settings["keep_every_n_epochs"]:
@@ -352,6 +383,9 @@ class FitCLI(LightningCLI):
         except UserError:
             raise
         except (MisconfigurationException, ValueError, TypeError) as error:
+            for started in trainer["logger"]:
+                if isinstance(started, ResumableWandbLogger):
+                    started.finish(ExitCode.MISTAKE)
             raise UserError(f"--trainer: {str(error).strip().splitlines()[0]}") from error
 
     def _takes_all_devices(self) -> bool:
@@ -458,6 +492,7 @@ def fit(args: Sequence[str]) -> Run:
     except ValueError as error:  # jsonargparse wraps what a constructor says
         raise mistake_behind(error) or error from None
     exit_code: int = ExitCode.FAULT
+    is_run = True
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.run.resumed_from)
         tested = is_overridden("test_step", cli.model, L.LightningModule)
@@ -477,6 +512,7 @@ def fit(args: Sequence[str]) -> Run:
         else:
             explained = Interrupted("", reported)
         exit_code = getattr(explained, "code", exit_code)
+        is_run = explained is not error or cli.trainer.global_step > 0  # others say how to continue it
         if explained is error:
             raise
         raise explained from error
@@ -488,6 +524,8 @@ def fit(args: Sequence[str]) -> Run:
             if isinstance(logger, ResumableWandbLogger):
                 logger.finish(exit_code)  # last: a server that is away must not keep a job from the queue
         cli.stop_on_signal.restore()
+        if not is_run:
+            cli.run.discard()
         cli.run.release()
     print_summary(cli.run, cli.trainer, results)
     return cli.run

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -57,11 +58,13 @@ class Run:
         directory: ``runs/<experiment>/<run-id>``.
         resumed_from: the checkpoint that training continues from, if any.
         resumed_step: its completed optimiser steps, where this is the first process.
+        new: whether this start made the directory.
     """
 
     directory: Path
     resumed_from: Path | None = None
     resumed_step: int | None = field(default=None, compare=False)
+    new: bool = field(default=False, compare=False)
 
     @property
     def last_checkpoint(self) -> Path:
@@ -88,6 +91,12 @@ class Run:
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
         write_whole(self.directory / name, lambda temporary: temporary.write_text(text))
+
+    @rank_zero_only
+    def discard(self) -> None:
+        """Remove the directory of a start that failed; one that was there before, or holds anything measured, stays."""
+        if self.new and not self.checkpoints and not any(self.directory.glob("records/**/*.parquet")):
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def release(self) -> None:
         """Let other processes continue this run; those that this one starts later are no part of it."""
@@ -153,6 +162,7 @@ def open_run(
         )
     os.environ |= {DIRECTORY_VARIABLE: str(directory), PARENT_VARIABLE: str(os.getpid())}
     try:
+        run = Run(directory, new=not directory.exists())
         directory.mkdir(parents=True, exist_ok=True)
         _take(run, task)
         if resume:
@@ -230,6 +240,7 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
         checkpoint, reached = _newest_whole(run, candidates)
     except UserError as error:
         raise UserError(f"{error}; {_instead_of(run, candidates)}") from error
+    _check_length(run, config, reached)
     _check_options(run, config)
     file, aside = run.directory / "run.json", None
     if not facts and file.exists():
@@ -321,6 +332,18 @@ def _check_options(run: Run, config: Mapping[str, Any]) -> None:
         old, new = ((which.get("trainer") or {}).get(option) for which in (before, config))
         if old != new:
             logger.info(f"--trainer.{option} was {old} and is {new}: the learning rate now follows that schedule")
+
+
+def _check_length(run: Run, config: Mapping[str, Any], reached: Progress) -> None:
+    """Refuse a length that the run is beyond: nothing would be trained."""
+    for option, done in (("max_epochs", reached.epochs), ("max_steps", reached.step)):
+        asked = (config.get("trainer") or {}).get(option)
+        if isinstance(asked, int) and 0 <= asked < done:
+            trained = f"{done} {option.removeprefix('max_')}"
+            raise UserError(
+                f"--trainer.{option} {asked}: {run.directory} has trained {trained} already; set more than {done} to "
+                "train on"
+            )
 
 
 def config_of(directory: Path) -> dict[str, Any] | None:
@@ -691,7 +714,7 @@ def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]
 
     Raises:
         UserError: a specification that means nothing, a name twice, a path that holds no network, a download or a
-            published file that is not what it should be.
+            published file that is not what it should be, or one network under two names.
     """
     named = network_names(models)
     loaded = {name: _load(spec) for name, spec in named.items() if not _is_twin(spec)}
@@ -710,7 +733,18 @@ def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]
             check_value(Seed, seed, "--models random:SEED")
             torch.manual_seed(seed)
             networks[name] = type(first)(**first.init_args), None
+    for (one, (a, _)), (other, (b, _)) in itertools.combinations(networks.items(), 2):
+        if _same_weights(a, b):
+            raise UserError(
+                f"--models {one}={named[one]} {other}={named[other]}: one network, its weights are equal; name it "
+                "once, or it counts as two seeds"
+            )
     return networks
+
+
+def _same_weights(a: Method, b: Method) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def _is_twin(spec: str) -> bool:

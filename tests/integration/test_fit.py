@@ -299,10 +299,13 @@ def test_kept_checkpoints_are_named_by_completed_epochs(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_by_steps_is_measured_and_drawn_at_its_end(tmp_path: Path) -> None:
-    more = ["--trainer.max_steps=6", "--cka.every_n_epochs=5"]
-    run = fit(options(tmp_path, "steps", *more, epochs=-1))
+    rates = '{"class_path": "LearningRateMonitor", "init_args": {"logging_interval": "epoch"}}'
+    more = ["--trainer.max_steps=6", "--cka.every_n_epochs=5", f"--trainer.callbacks=[{rates}]"]
+    run = fit(options(tmp_path, "steps", *more, "--trainer.log_every_n_steps=50", epochs=-1))
     assert sorted(read_records(run.directory).query("metric == 'cka'")["step"].unique()) == [0, 6]
     assert list((run.directory / "figures").glob("*.png"))
+    assert losses(run.directory).index.tolist() == [3], "once per epoch, whatever the interval"
+    assert read_records(run.directory).query("metric == 'lr-LARS/pg1'")["epoch"].tolist() == [1, 2]
 
 
 def test_a_mistake_leaves_the_run_id_free(tmp_path: Path) -> None:

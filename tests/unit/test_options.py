@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import wandb
 
 from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, SpectrumMonitor
-from ssl_geometry.cli import Parser, annotation
+from ssl_geometry.cli import Parser, annotation, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import FitCLI, expand_bases, fit, print_summary
@@ -282,6 +283,29 @@ def test_an_option_of_an_option_names_both(
     assert said == f"unknown option {typed.partition('=')[0]!r}; did you mean {meant!r}? (see --help)"
 
 
+def test_a_warning_is_one_line_without_its_place_in_the_source() -> None:
+    said: list[str] = []
+    before = warnings.formatwarning
+
+    def command(args: Any) -> None:
+        said.append(warnings.formatwarning(UserWarning("few\n  pairs"), UserWarning, "/x/torchmetrics/metric.py", 714))
+
+    run_command(command, [], "")
+    assert said == ["warning: few pairs\n"]
+    assert warnings.formatwarning is before
+
+
+def test_help_of_the_trainer_names_no_defaults_but_those_here(cli: FitCLI) -> None:
+    said = {action.dest: action.help or "" for action in cli.parser._actions if action.dest.startswith("trainer.")}
+    assert said["trainer.log_every_n_steps"] == "How often to log within steps (a whole number of at least 0)"
+    assert said["trainer.logger"] == "refused: use --loggers"
+    assert all(said.values())
+    assert not [name for name, text in said.items() if re.search("(?i)default|``", text)]
+    text = " ".join(cli.parser.format_help().split())
+    places = [text.index(f"--{group} CONFIG") for group in ("data", "cka", "spectrum", "trainer")]
+    assert places == sorted(places), "Lightning's options come last"
+
+
 def test_help_shows_a_list_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare._parse(["--help"])
@@ -293,10 +317,15 @@ def test_help_shows_a_list_as_it_is_typed(capsys: pytest.CaptureFixture[str]) ->
 def test_a_start_that_a_constructor_refuses_is_no_running_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl_geometry.fit.open_run", open_run)  # the command line above has none
     args = [*QUICK, f"--runs={tmp_path}", "--experiment=e", "--run_id=a", "--loggers=[]"]
-    for _ in range(2):  # the directory is free again
+    for there in (False, True):
+        if there:
+            (tmp_path / "e" / "a").mkdir()
+            (tmp_path / "e" / "a" / "notes.txt").touch()
         with pytest.raises(UserError, match="'convnext_atto' is unknown; timm has it"):
             fit([*args, "--model.backbone=convnext_atto"])
-        assert Run(tmp_path / "e" / "a").facts["status"] == "stopped"
+        assert (tmp_path / "e" / "a").exists() == there, "what it made itself, it takes away"
+    assert (tmp_path / "e" / "a" / "notes.txt").exists()
+    assert Run(tmp_path / "e" / "a").facts["status"] == "stopped"
     assert (tmp_path / "e" / "a" / ".lock").read_text() == ""
 
 

@@ -89,6 +89,23 @@ def weight(path: Path) -> float:
     return read_checkpoint(path, "")["state_dict"]["w"][0].item()
 
 
+def test_a_start_that_fails_takes_away_what_it_made_alone(tmp_path: Path) -> None:
+    for leave, stays in {
+        "nothing": lambda run: None,
+        "a figure": lambda run: run.write("figures/a.png", ""),
+        "checkpoint": lambda run: checkpoint(run.directory),
+        "records": lambda run: RecordStore(run.directory / "records").write("cka", rows(0, [0])),
+    }.items():
+        run = open_run(CONFIG, tmp_path, "e", run_id=leave)
+        stays(run)
+        run.discard()
+        assert run.directory.exists() == (leave in ("checkpoint", "records")), leave
+    (tmp_path / "e" / "mine").mkdir()
+    run = open_run(CONFIG, tmp_path, "e", run_id="mine")
+    run.discard()
+    assert run.directory.exists(), "it was there before"
+
+
 def test_a_new_run_is_named_after_method_backbone_and_seed(tmp_path: Path) -> None:
     first = open_run(CONFIG, tmp_path, "e")
     second = open_run(CONFIG, tmp_path, "e")
@@ -210,6 +227,48 @@ def test_another_method_or_seed_is_refused(tmp_path: Path) -> None:
     (run.directory / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"config\.yaml.* missing or damaged"):
         open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("option", "asked", "done"),
+    [
+        ("max_epochs", 4, 5),
+        ("max_epochs", 5, None),
+        ("max_epochs", -1, None),
+        ("max_steps", 49, 50),
+        ("max_steps", 50, None),
+    ],
+)
+def test_a_length_that_the_run_is_beyond_is_refused(tmp_path: Path, option: str, asked: int, done: int | None) -> None:
+    run = open_run(CONFIG, tmp_path, "e", run_id="a")
+    checkpoint(run.directory, epochs=5)
+    shorter = {**CONFIG, "trainer": {option: asked}}
+    if done is None:
+        assert open_run(shorter, tmp_path, "e", run_id="a", resume="auto").resumed_from
+        return
+    before = (run.directory / "run.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        open_run(shorter, tmp_path, "e", run_id="a", resume="auto")
+    assert str(error.value) == (
+        f"--trainer.{option} {asked}: {run.directory} has trained {done} {option[4:]} already; set more than {done} to "
+        "train on"
+    )
+    assert (run.directory / "run.json").read_bytes() == before
+
+
+def test_one_network_under_two_names_is_refused(tmp_path: Path) -> None:
+    """It would count as two seeds, whether it is one file, a copy of it, or made twice."""
+    method = Method(backbone="resnet10", width=1 / 16)
+    named = {"class_path": "ssl_geometry.methods.Method", "init_args": method.init_args}
+    for name, change in {"one": 1.0, "copy": 0.0, "other": 1.0}.items():
+        with torch.no_grad():
+            next(method.parameters()).add_(change)
+        torch.save({"method": named, "state_dict": method.state_dict(), "epoch": 1}, tmp_path / f"{name}.ckpt")
+    one, copy, other = (tmp_path / f"{name}.ckpt" for name in ("one", "copy", "other"))
+    assert len(load_networks([f"a={one}", f"b={other}", "random", "random:1"])) == 4
+    for a, b in ((f"a={one}", f"b={one}"), (f"a={one}", f"b={copy}"), ("a=random", "b=random:0")):
+        with pytest.raises(UserError, match=f"^--models {a} {b}: one network, its weights are equal; name it once"):
+            load_networks([str(other), a, b])
 
 
 def test_other_places_and_workers_are_the_same_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,7 +39,7 @@ def test_the_number_of_classes_is_that_of_the_data_and_stands_in_the_checkpoint(
 
 
 def test_another_number_than_the_data_has_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^--model.num_classes 10: the data set has 3 classes; set 3, or null for as many as it has$"):
+    with pytest.raises(UserError, match=r"^--model.num_classes 10: the data set has 3 classes; set 3, or null for"):
         on_data(3, num_classes=10)
     with pytest.raises(UserError, match="of one class"):
         on_data(1)
