@@ -26,6 +26,7 @@ from ssl_geometry.geometry.cka import (
     gram_vector,
     interval,
     jackknife,
+    standing,
 )
 from ssl_geometry.metrics.cka import LONELY
 
@@ -146,7 +147,7 @@ def _bars(v: Tensor, w: Tensor, images: int, gram_size: int, kind: str) -> Tenso
     if kind == "normal":
         low, high = value - 1.96 * error, value + 1.96 * error
     else:
-        low, high = interval(value, error, int((weights > 0).sum()))
+        low, high = interval(value, error, int(standing(weights).sum()))
     return torch.stack([value, low, high], -1).view(-1, 3)
 
 

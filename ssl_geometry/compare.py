@@ -117,7 +117,7 @@ def measure_network(
     vectors, kept = [], defaultdict(list)
     task = progress.add_task(name, total=len(data.loader("measure")))
     with measuring(method):
-        for number, (batch, reduced) in enumerate(forward_pass(method, data.loader("measure"), requests)):
+        for batch, reduced in forward_pass(method, data.loader("measure"), requests):
             vectors.append(torch.stack(list(reduced[clean].values())).cpu())
             for layer, value in reduced[features].items():
                 kept[layer].append(value.cpu())
@@ -125,8 +125,8 @@ def measure_network(
                 (request.view, request.draw): layers for request, layers in reduced.items() if request is not features
             }
             for view, metric in invariance.items():
-                metric.to(method.device).update(looks[view, 0], looks[view, 1], batch=number)
-            classes.to(method.device).update(reduced[clean], batch["label"], batch=number)
+                metric.to(method.device).update(looks[view, 0], looks[view, 1])
+            classes.to(method.device).update(reduced[clean], batch["label"])
             progress.advance(task)
     by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
@@ -194,11 +194,10 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
         The records of CKA, with their jackknife deviations over blocks of images.
     """
     cka = LayerwiseCKA([f"a/{layer}" for layer in a.depths], [f"b/{layer}" for layer in b.depths], options.gram_size)
-    for number, (x, y) in enumerate(zip(a.vectors, b.vectors, strict=True)):
+    for x, y in zip(a.vectors, b.vectors, strict=True):
         cka.update(
             {f"a/{layer}": row for layer, row in zip(a.depths, x, strict=True)},
             {f"b/{layer}": row for layer, row in zip(b.depths, y, strict=True)},
-            batch=number,
         )
     shape = len(a.depths), len(b.depths)
     found = torch.stack([matrix.reshape(shape) for matrix in (cka.compute(), *cka.interval())], 2).tolist()

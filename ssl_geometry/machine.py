@@ -216,6 +216,6 @@ def _numbers(rank: int, world_size: int) -> list[list[float]]:
             dist.all_reduce(tensor)
             tensor /= world_size
     metric = LayerwiseCKA(["a", "b"])
-    for number, part in list(enumerate(torch.randn(48, 5, generator=generator).split(12)))[rank::world_size]:
-        metric.update({"a": gram_vector(part), "b": gram_vector(part.relu())}, batch=number)
+    for part in torch.randn(48, 5, generator=generator).split(12)[rank::world_size]:
+        metric.update({"a": gram_vector(part), "b": gram_vector(part.relu())})
     return [value.flatten().tolist() for value in (*averaged, metric.compute())]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ssl_geometry import __version__
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, forward_pass, measuring
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.geometry.cka import DUST, MIN_GRAM_SIZE, gram_vector
+from ssl_geometry.geometry.cka import DUST, LEAST_BLOCK, MIN_GRAM_SIZE, gram_vector, standing
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.metrics.cka import BLOCKS
 from ssl_geometry.models.taps import layer_depths
@@ -121,6 +121,7 @@ class CKAMonitor(Monitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if self._keep_initial:
             warn_of_few(data, self.gram_size, "--cka.gram_size")
+        self._grams_in_batch = len(gram_sizes(data.eval_batch_size, data.eval_batch_size, self.gram_size))
         images = f"{data.measure_ids}, batches of {data.eval_batch_size}, Gram matrices of {self.gram_size}"
         if self._keep_initial:
             self.fixed["init"] = FixedNetwork("init", self._depths, {}, images)
@@ -141,7 +142,7 @@ class CKAMonitor(Monitor):
         cols = dict(rows)
         for fixed in self.fixed.values():
             cols |= fixed.batch(batch_number, batch["index"].device)
-        self._metric.update(rows, cols, batch=batch_number)
+        self._metric.update(rows, cols, batch_number * self._grams_in_batch)
         self._images += len(batch["index"])
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
@@ -212,12 +213,13 @@ def warn_of_few(data: DataModule, gram_size: int, option: str) -> None:
         gram_size: images in a Gram matrix.
         option: that gave it.
     """
-    count = gram_count(data.measure_size, data.eval_batch_size, gram_size)
-    if count > FEW_GRAMS:
+    sizes = gram_sizes(data.measure_size, data.eval_batch_size, gram_size)
+    count, blocks = len(sizes), _blocks(sizes)
+    if blocks > FEW_GRAMS:
         return
-    degrees = "no degree" if count < 2 else f"{count - 1} degree{'s' if count > 2 else ''}"
-    smaller = gram_count(data.measure_size, data.eval_batch_size, SMALLER)
-    ways = [f"{option} {SMALLER} gives {smaller - 1}"] if smaller > count else []
+    degrees = "no degree" if blocks < 2 else f"{blocks - 1} degree{'s' if blocks > 2 else ''}"
+    smaller = _blocks(gram_sizes(data.measure_size, data.eval_batch_size, SMALLER))
+    ways = [f"{option} {SMALLER} gives {smaller - 1}"] if smaller > blocks else []
     ways += ["measure more images (--data.measure_size)"] if data.measure_size < data.num_test else []
     logger.warning(
         f"{option} {gram_size}: {count} Gram matri{'x' if count == 1 else 'ces'} of {data.measure_size} images: "
@@ -225,15 +227,21 @@ def warn_of_few(data: DataModule, gram_size: int, option: str) -> None:
     )
 
 
-def gram_count(images: int, batch: int, gram_size: int) -> int:
-    """How many Gram matrices there are of images in batches.
+def gram_sizes(images: int, batch: int, gram_size: int) -> list[int]:
+    """Images in each Gram matrix of images in batches.
 
     Example:
-        >>> gram_count(100, 256, 64), gram_count(100, 256, 16), gram_count(130, 128, 64)
-        (2, 7, 2)
+        >>> gram_sizes(100, 256, 64), gram_sizes(130, 128, 64), gram_sizes(140, 128, 64)
+        ([64, 36], [64, 64], [64, 64, 12])
     """
     whole, rest = divmod(images, batch)
-    return sum(size // gram_size + (size % gram_size >= MIN_GRAM_SIZE) for size in (*[batch] * whole, rest))
+    cut = [n for size in (*[batch] * whole, rest) for n in (*[gram_size] * (size // gram_size), size % gram_size)]
+    return [n for n in cut if n >= MIN_GRAM_SIZE]
+
+
+def _blocks(sizes: Sequence[int]) -> int:
+    """Blocks that an interval rests on, where there are fewer Gram matrices than blocks."""
+    return int(standing(torch.tensor([n * (n - 3) for n in sizes] or [0])).sum())
 
 
 def _over_all_ranks(vectors: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -258,7 +266,8 @@ def cka_protocol(data: DataModule, gram_size: int, network: L.LightningModule, v
             "metric": "CKA, unbiased (HSIC_1), minibatch, linear kernel, flattened activations",
             "gram_size": gram_size,
             "constant": f"Gram matrices within {DUST} roundings",
-            "error bars": f"95 %, Student's t on a jackknife over {BLOCKS} blocks of Gram matrices",
+            "error bars": f"95 %, Student's t on a jackknife over {BLOCKS} blocks of Gram matrices, dealt in turn; "
+            f"those of less than {LEAST_BLOCK:g} of the largest join the first",
             "order": "Gram matrices of consecutive images, which are in one fixed random order",
             # how batches fall into Gram matrices: no matter while they hold whole ones
             "batch": data.eval_batch_size if data.eval_batch_size % gram_size else "of whole Gram matrices",

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, run_name, warn_of_few
+from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, gram_sizes, run_name, warn_of_few
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
@@ -105,6 +105,7 @@ class InvarianceMonitor(Monitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.global_step == 0:
             warn_of_few(data, self.gram_size, "--invariance.gram_size")
+        self._grams_in_batch = len(gram_sizes(data.eval_batch_size, data.eval_batch_size, self.gram_size))
         self._invariance = {
             view: InvarianceCKA(layers, self.gram_size).to(method.device) for view in set(self._distinct.values())
         }
@@ -114,9 +115,10 @@ class InvarianceMonitor(Monitor):
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch: all views of it."""
         looks = {(request.view, request.draw): layers for request, layers in reduced.items()}
+        first_gram = batch_number * self._grams_in_batch
         for view, metric in self._invariance.items():
-            metric.update(looks[view, 0], looks[view, 1], batch=batch_number)
-        self._classes.update(looks["clean", 0], batch["label"], batch=batch_number)
+            metric.update(looks[view, 0], looks[view, 1], first_gram)
+        self._classes.update(looks["clean", 0], batch["label"], first_gram)
         self._images += len(batch["index"])
 
     def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:

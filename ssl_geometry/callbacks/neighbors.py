@@ -22,7 +22,7 @@ from ssl_geometry.data.datamodule import DataModule, size_within
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.dimension import DISCARD
 from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
-from ssl_geometry.geometry.neighbors import EXACT_ROWS, LINKS, RANKING
+from ssl_geometry.geometry.neighbors import EXACT_ROWS, PROBED, RANKING
 from ssl_geometry.geometry.nnk import ACTIVE, INDEPENDENT, OPTIMAL, RESOLUTION
 from ssl_geometry.geometry.overlap import ALIKE, NEAREST, jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
@@ -288,7 +288,7 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
     return Protocol(
         {
             "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
-            "nearest": f"cosine, {RANKING}; of more than {EXACT_ROWS:,} images on a CPU by HNSW of {LINKS} links",
+            "nearest": f"cosine, {RANKING}; beyond {EXACT_ROWS:,} images on a CPU in 1 of {PROBED} inverted lists",
             "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
             "nnk": {
                 "posed": "in the differences between a query and its candidates",

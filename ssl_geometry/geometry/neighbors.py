@@ -27,6 +27,7 @@ RANKING = "float64 differences of the features where float32 cannot rank, ties b
 EXACT_ROWS = 200_000  # "auto" searches larger banks on a CPU approximately
 SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate search
 LINKS = 32  # of a point in an HNSW graph
+PROBED = 8  # one of so many inverted lists is searched
 
 
 class Neighbors(NamedTuple):
@@ -237,7 +238,7 @@ def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index:
     else:
         lists = max(1, min(n // 39, round(4 * n**0.5)))  # FAISS wants 39 training points a list
         searcher = library.index_factory(width, f"IVF{lists},Flat", kind)
-        searcher.nprobe = max(1, lists // 8)
+        searcher.nprobe = max(1, lists // PROBED)
     with faiss_threads():
         searcher.train(points)
         searcher.add(points)

@@ -616,7 +616,8 @@ def logistic_regression(
             it is 2 / (N l2): both have weights here, which halves the penalty on their difference.
         tolerance: a problem is solved where the largest entry of its gradient is at most this share of the objective,
             and the objective can fall by a thirtieth of that at most, as far as the guess of the Hessian tells; the
-            default is near what float32 can tell, and leaves the objective within 1e-7 of the optimum, relative.
+            default is near what float32 can tell, and leaves the objective within 1e-6 of the optimum, relative (5e-7
+            was the most seen, at l2 = 1e-5; 1e-9 at 1e-2).
         max_iterations: at most; a problem that is not solved then is named in a warning.
 
     Returns:

@@ -26,6 +26,7 @@ from ssl_geometry.geometry.cka import (
     interval,
     jackknife,
     same_class_pairs,
+    standing,
 )
 
 FLAT = (
@@ -93,7 +94,7 @@ class LayerwiseCKA(Metric):
         super().__init__()
         self.rows = list(rows)
         self.cols = None if cols is None else list(cols)
-        self.gram_size, self.blocks, self._batches = gram_size, blocks, 0
+        self.gram_size, self.blocks, self._grams = gram_size, blocks, 0
         width = len(self.rows if self.cols is None else self.cols)
         for name, shape in (
             ("cross", (len(self.rows), width)),
@@ -107,18 +108,17 @@ class LayerwiseCKA(Metric):
         self,
         x: Mapping[str, Float[Tensor, " P"]],
         y: Mapping[str, Float[Tensor, " P"]] | None = None,
-        batch: int | None = None,
+        first_gram: int | None = None,
     ) -> None:
         """Add one batch.
 
         Args:
             x: the Gram vector of each row layer.
             y: the Gram vector of each column layer; None takes them from ``x``.
-            batch: number of the batch over all ranks, which makes the standard error the same for any number of
-                ranks; None counts this rank's batches.
+            first_gram: Gram matrices in the batches before, over all ranks, which makes the standard error the same for
+                any number of ranks; None counts those of this rank.
         """
-        batch = self._batches if batch is None else batch
-        self._batches += 1
+        number = self._grams if first_gram is None else first_gram
         rows = torch.stack([x[name] for name in self.rows]).double()
         if self.cols is None:
             cols = rows
@@ -129,20 +129,15 @@ class LayerwiseCKA(Metric):
                 f"Gram vectors of rows and columns differ in length ({rows.shape[1]:,} and {cols.shape[1]:,}): "
                 "both must come from the same images with the same gram_size"
             )
-        for first, a, b in zip(*self._groups(rows, batch), self._groups(cols, batch)[1], strict=True):
-            block = (first + torch.arange(len(a), device=a.device)) % self.blocks
+        for a, b in zip(*(gram_groups(vectors, self.gram_size) for vectors in (rows, cols)), strict=True):
+            block = (number + torch.arange(len(a), device=a.device)) % self.blocks
+            number += len(a)
             self.cross.index_add_(0, block, a @ b.mT)
             self.rows_self.index_add_(0, block, a.square().sum(2))
             self.cols_self.index_add_(0, block, b.square().sum(2))
             pairs = a.shape[2]
             self.weights.index_add_(0, block, self.weights.new_full((len(a),), 2 * (pairs - images_of(pairs))))
-
-    def _groups(self, vectors: Float[Tensor, "L P"], batch: int) -> tuple[list[int], list[Float[Tensor, "G L p"]]]:
-        """The whole Gram matrices of a batch and its short last one, and the number of the first of each kind."""
-        groups = gram_groups(vectors, self.gram_size)
-        length = self.gram_size * (self.gram_size - 1) // 2
-        whole = vectors.shape[1] // length
-        return [batch * whole if group.shape[2] == length else (batch + 1) * whole for group in groups], groups
+        self._grams = number
 
     def compute(self) -> Float[Tensor, "L M"]:
         """The matrix of CKA, float64; NaN (with a warning that names layers and reason) where there is none."""
@@ -177,7 +172,7 @@ class LayerwiseCKA(Metric):
             level: how often the bar is to cover the truth.
         """
         with self.sync_context():
-            return interval(*self._jackknife(), int((self.weights > 0).sum()), level)
+            return interval(*self._jackknife(), int(standing(self.weights).sum()), level)
 
     def _jackknife(self) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
         return jackknife(self.cross, self.rows_self, self.cols_self, self.weights)
@@ -216,16 +211,16 @@ class InvarianceCKA(LayerwiseCKA):
         super().__init__(layers, layers, gram_size, blocks)
 
     def update(  # type: ignore[override]
-        self, x: Mapping[str, Float[Tensor, " P"]], y: Mapping[str, Float[Tensor, " P"]], batch: int | None = None
+        self, x: Mapping[str, Float[Tensor, " P"]], y: Mapping[str, Float[Tensor, " P"]], first_gram: int | None = None
     ) -> None:
         """Add one batch.
 
         Args:
             x: the Gram vector of each layer under one draw of the augmentation.
             y: the same under another draw, of the same images in the same order.
-            batch: as of :meth:`LayerwiseCKA.update`.
+            first_gram: as of :meth:`LayerwiseCKA.update`.
         """
-        super().update(x, y, batch)
+        super().update(x, y, first_gram)
 
     def compute(self) -> Float[Tensor, " L"]:
         """CKA of each layer, float64; NaN where it does not vary."""
@@ -286,14 +281,14 @@ class ClassCKA(LayerwiseCKA):
             self.add_state(state, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(  # type: ignore[override]
-        self, x: Mapping[str, Float[Tensor, " P"]], labels: Int64[Tensor, " B"], batch: int | None = None
+        self, x: Mapping[str, Float[Tensor, " P"]], labels: Int64[Tensor, " B"], first_gram: int | None = None
     ) -> None:
         """Add one batch.
 
         Args:
             x: the Gram vector of each layer.
             labels: class of each image.
-            batch: as of :meth:`LayerwiseCKA.update`.
+            first_gram: as of :meth:`LayerwiseCKA.update`.
         """
         classes = class_vector(labels, self.num_classes, self.gram_size)
         self.pairs += same_class_pairs(labels, self.num_classes, self.gram_size)
@@ -302,7 +297,7 @@ class ClassCKA(LayerwiseCKA):
             self.sizes = self.sizes.to(labels.device)
             weights = class_weights(labels, self.sizes, self.gram_size)
             classes, x = classes * weights, {layer: x[layer] * weights for layer in self.rows}
-        super().update(x, {"classes": classes}, batch)
+        super().update(x, {"classes": classes}, first_gram)
 
     def compute(self) -> Float[Tensor, " L"]:
         """CKA of each layer with the classes, float64; NaN where there is none; a warning where few pairs carry it."""

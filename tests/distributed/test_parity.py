@@ -71,9 +71,9 @@ def cka(rank: int, world_size: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         vectors = {name: gram_vector(value[part]) for name, value in x.items()}
         other = others[kind]
         if isinstance(other, dict):
-            metric.update(vectors, {name: gram_vector(value[part]) for name, value in other.items()}, batch=number)
+            metric.update(vectors, {name: gram_vector(value[part]) for name, value in other.items()}, first_gram=number)
         else:
-            metric.update(vectors, other[part], batch=number)
+            metric.update(vectors, other[part], first_gram=number)
     return metric.standard_error(), metric.compute(), metric.standard_error()
 
 

@@ -700,7 +700,7 @@ def test_blocks_do_not_change_the_value_and_forward_counts_like_update() -> None
     batches = [{name: gram_vector(torch.randn(64, 3)) for name in ("a", "b")} for _ in range(6)]
     fed, called, coarse = LayerwiseCKA(["a", "b"]), LayerwiseCKA(["a", "b"]), LayerwiseCKA(["a", "b"], blocks=2)
     for number, batch in enumerate(batches):
-        fed.update(batch, batch=number)
+        fed.update(batch, first_gram=number)
         called(batch)
         coarse.update(batch)
     torch.testing.assert_close(coarse.compute(), fed.compute(), rtol=0, atol=1e-12)
@@ -716,13 +716,19 @@ def test_gram_vectors_of_different_images_are_refused() -> None:
         metric.update(*({name: gram_vector(torch.randn(96, 3), 32)} for name in ("a", "b")))
 
 
-def test_the_standard_error_is_over_gram_matrices_however_they_come_in_batches() -> None:
-    x = {name: torch.randn(64 * 6 + 20, 4) for name in ("a", "b")}
-    single, double = LayerwiseCKA(["a", "b"]), LayerwiseCKA(["a", "b"])
-    for metric, size in ((single, 64), (double, 128)):
-        for start in range(0, 404, size):
+@pytest.mark.parametrize(("rest", "blocks"), [(0, 6), (1, 6), (4, 6), (32, 6), (40, 7)])
+def test_error_bars_are_over_gram_matrices_however_they_come_in_batches(rest: int, blocks: int) -> None:
+    """A short last Gram matrix of 40 images is a block; one of 32 or fewer would narrow the bar, and joins another."""
+    x = {name: torch.randn(64 * 6 + rest, 4) for name in ("a", "b")}
+    ends = []
+    for size in (64 * 7, 64, 128, 256):
+        metric = LayerwiseCKA(["a"], ["b"])
+        for start in range(0, len(x["a"]), size):
             metric.update({name: gram_vector(value[start : start + size]) for name, value in x.items()})
-    torch.testing.assert_close(single.standard_error(), double.standard_error(), rtol=0, atol=1e-12)
+        assert len(metric.deviations()) == blocks
+        ends.append(torch.stack(metric.interval()))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-12)
 
 
 def test_deviations_of_a_difference_are_the_differences_of_deviations() -> None:
@@ -731,13 +737,13 @@ def test_deviations_of_a_difference_are_the_differences_of_deviations() -> None:
     y, labels = x + 0.5 * torch.randn(480, 6, generator=torch.Generator().manual_seed(1)), (x[:, 0] > 0).long()
     pair, classes = InvarianceCKA(["a"], blocks=8), ClassCKA(["a"], num_classes=2, blocks=8)
     for number, (a, b, label) in enumerate(zip(x.split(64), y.split(64), labels.split(64), strict=True)):
-        pair.update({"a": gram_vector(a)}, {"a": gram_vector(b)}, batch=number)
-        classes.update({"a": gram_vector(a)}, label, batch=number)
+        pair.update({"a": gram_vector(a)}, {"a": gram_vector(b)}, first_gram=number)
+        classes.update({"a": gram_vector(a)}, label, first_gram=number)
     for metric in (pair, classes):
         torch.testing.assert_close(metric.deviations().square().sum(0).sqrt(), metric.standard_error().reshape(1))
     both = LayerwiseCKA(["a", "b"], ["a", "b"], blocks=8)
     for number, (a, b) in enumerate(zip(x.split(64), y.split(64), strict=True)):
-        both.update({"a": gram_vector(a), "b": gram_vector(b)}, batch=number)
+        both.update({"a": gram_vector(a), "b": gram_vector(b)}, first_gram=number)
     nothing = (both.deviations()[:, 0, 1] - pair.deviations()[:, 0]).norm()
     assert float(nothing) < 1e-12, "the same number twice has no error of its difference"
     assert float((pair.deviations() - classes.deviations()).norm()) > 1e-3

@@ -248,7 +248,7 @@ def test_measuring_is_in_full_float32_whichever_switch_was_set(settings: Sequenc
             100,
             500,
             64,
-            "64: 2 Gram matrices of 100 images: intervals rest on 1 degree of freedom; {smaller} 6, or {more}",
+            "64: 2 Gram matrices of 100 images: intervals rest on 1 degree of freedom; {smaller} 5, or {more}",
         ),
         (
             192,
@@ -256,10 +256,11 @@ def test_measuring_is_in_full_float32_whichever_switch_was_set(settings: Sequenc
             64,
             "64: 3 Gram matrices of 192 images: intervals rest on 2 degrees of freedom; {smaller} 11, or {more}",
         ),
-        (40, 40, 64, "64: 1 Gram matrix of 40 images: intervals rest on no degree of freedom; {smaller} 2"),
-        (40, 500, 16, "16: 3 Gram matrices of 40 images: intervals rest on 2 degrees of freedom; {more}"),
+        (40, 40, 64, "64: 1 Gram matrix of 40 images: intervals rest on no degree of freedom; {smaller} 1"),
+        (40, 500, 16, "16: 3 Gram matrices of 40 images: intervals rest on 1 degree of freedom; {more}"),
         (15, 15, 64, "64: 1 Gram matrix of 15 images: intervals rest on no degree of freedom"),
-        (200, 500, 64, ""),
+        (200, 200, 64, "64: 4 Gram matrices of 200 images: intervals rest on 2 degrees of freedom; {smaller} 11"),
+        (236, 500, 64, ""),
         (2048, 2048, 64, ""),
     ],
 )

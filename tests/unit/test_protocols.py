@@ -65,7 +65,7 @@ def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, 
             for name, value in {
                 "DIMENSION_K": 10, "DISCARD": 0.2, "DIRECTIONS": 0.2, "SEED": 1, "ACTIVE": 1e-3, "OPTIMAL": 1e-9,
                 "INDEPENDENT": 1e-9, "RESOLUTION": 4, "ALIKE": 4, "MIN_IMAGES": 9, "OVERLAP_K": 5, "EXACT_ROWS": 9,
-                "LINKS": 9, "RANKING": "by hand",
+                "PROBED": 9, "RANKING": "by hand",
             }.items()
         ),
         *(
@@ -77,6 +77,7 @@ def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, 
         ),
         (cka, "BLOCKS", 8, of_cka),
         (cka, "DUST", 4, of_cka),
+        (cka, "LEAST_BLOCK", 0.5, of_cka),
         (invariance, "LONELY", 0.5, of_classes),
         (probe, "TEMPERATURE", 0.1, of_probes("knn")),
         (probe, "RATES", (1.0,), of_probes("linear", "linear_augmented")),
