@@ -546,7 +546,8 @@ def _mark_stages(axes: Axes, frame: pd.DataFrame) -> None:
         if number % 2:
             axes.axvspan(places.min() - 0.4, places.max() + 0.4, color="0.94", zorder=0)
         middle = (places.min() + places.max()) / 2
-        axes.text(middle, 1.0, str(mark), transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7)
+        style: Any = {"ha": "center", "va": "top", "fontsize": 7, "clip_on": True}  # a panel may have no values
+        axes.text(middle, 1.0, str(mark), transform=axes.get_xaxis_transform(), **style)
 
 
 def _first(rows: Rows) -> Any:

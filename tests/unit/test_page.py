@@ -291,6 +291,14 @@ def test_a_run_whose_description_is_damaged_is_not_sent(tmp_path: Path, name: st
         upload(run, None)
 
 
+def test_nothing_is_sent_where_wandb_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(UserError, match=r"^--to-wandb: WANDB_MODE=disabled switches W&B off; unset it, or set"):
+        upload(run, None)
+    assert not (run / "wandb").exists()
+
+
 @pytest.mark.parametrize(
     ("sent", "words"),
     [
