@@ -1,6 +1,7 @@
 """What all commands share: a parser that tells a mistake in one line, and the exit codes. It loads in no time."""
 
 import argparse
+import errno
 import importlib
 import logging
 import re
@@ -27,6 +28,9 @@ TYPES = {
     "<class 'NoneType'>": "",
 }
 """How the parser names a type, and how a user does."""
+
+OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Files that may not be read or written, and disks that are full: no fault of the program."""
 
 
 class Parser(ArgumentParser):
@@ -184,6 +188,12 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
         if "--debug" in args:
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(ExitCode.MISTAKE)
+    except OSError as error:
+        if "--debug" in args or error.errno not in OF_THE_MACHINE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         sys.exit(ExitCode.MISTAKE)
     except Interrupted as stop:
         if str(stop):

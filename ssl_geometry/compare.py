@@ -32,7 +32,7 @@ from ssl_geometry.callbacks.invariance import VIEWS, check_views, distinct_views
 from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule, size_within
-from ssl_geometry.devices import memory_for_measuring
+from ssl_geometry.devices import check_alone, memory_for_measuring
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, findings, views_of
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
@@ -428,6 +428,7 @@ def compare(args: Sequence[str]) -> Path:
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
+    check_alone("compare")
     options = _parse(args)
     out, data = options.out, options.data
     networks = load_networks(options.models)

@@ -19,7 +19,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.slurm import this_task
+from ssl_geometry.slurm import processes_started, this_task
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,51 @@ def check_nodes(nodes: int, option: str) -> None:
         raise UserError(
             f"{option} {nodes}: nothing has started processes on the other nodes; start the command with srun "
             "(slurm/fit.sbatch) or torchrun, or set 1"
+        )
+
+
+def check_torchrun(accelerator: Any, devices: Any, nodes: int, prefix: str) -> None:
+    """Refuse other numbers than torchrun has started: its processes would each do the whole work, in one folder.
+
+    Args:
+        accelerator: ``--trainer.accelerator`` as plain data; "cpu" or "cuda" of other commands.
+        devices: of each node, as plain data that :func:`check_devices` lets pass.
+        nodes: how many.
+        prefix: of the options that say so, such as ``--trainer.``.
+
+    Raises:
+        UserError: with the options that fit.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    started = processes_started()
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", str(started)))
+    every = max(1, 0 if accelerator == "cpu" else torch.cuda.device_count())
+    if devices in (None, "auto", -1, "-1"):
+        asked = every
+    else:
+        asked = len(devices) if isinstance(devices, list) else str(devices).strip(",").count(",") + 1
+        asked = int(devices) if asked == 1 and str(devices).isdecimal() else asked
+    if (asked, nodes) != (each, started // each):
+        raise UserError(
+            f"{prefix}devices {devices} and {prefix}num_nodes {nodes}: torchrun has started {each} processes on each "
+            f"of {started // each} node(s); set {prefix}devices {each} {prefix}num_nodes {started // each}"
+        )
+
+
+def check_alone(command: str) -> None:
+    """Refuse to be started several times: each process would replace the results of the others.
+
+    Args:
+        command: its name.
+
+    Raises:
+        UserError: by ``srun`` with several tasks, or torchrun.
+    """
+    if (count := processes_started()) > 1:
+        raise UserError(
+            f"{command} measures in one process, and {count} were started, which would replace each other's results: "
+            "start it once, in a job with srun --nodes=1 --ntasks=1"
         )
 
 

@@ -56,14 +56,14 @@ from ssl_geometry.callbacks import (
 from ssl_geometry.callbacks.measure import Monitor
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy
+from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy, check_torchrun
 from ssl_geometry.endings import end_with_parent, explain, report_lost
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.ranges import Seed, above, at_least, check_project
 from ssl_geometry.runs import Run, WholeCheckpointIO, config_of, is_first_process, open_run, run_of
-from ssl_geometry.slurm import this_task, trainer_options
+from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
 
 logger = logging.getLogger(__name__)
 
@@ -319,6 +319,7 @@ class FitCLI(LightningCLI):
         check_strategy(trainer["strategy"])
         check_devices(trainer["accelerator"], trainer["devices"])
         check_nodes(trainer["num_nodes"], "--trainer.num_nodes")
+        check_torchrun(trainer["accelerator"], trainer["devices"], trainer["num_nodes"], "--trainer.")
         for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"):
             if isinstance(trainer[name], float) and trainer[name] > 1:
                 raise UserError(f"--trainer.{name} {trainer[name]}: expected a share up to 1.0, or a whole number")
@@ -378,6 +379,8 @@ class FitCLI(LightningCLI):
         if task := this_task():
             more = trainer_options(task, trainer)
             trainer |= more | {"plugins": [*trainer["plugins"], *more["plugins"]]}
+        else:
+            trainer["plugins"] += plugins_of_a_shell()
         try:
             return L.Trainer(**trainer)
         except UserError:

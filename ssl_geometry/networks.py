@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -129,8 +130,15 @@ def parse_networks(
     options.data = DataModule(**options.data_options)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
         raise UserError(f"--device {options.device}: expected cpu, cuda, or cuda:NUMBER")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
+    if options.device.startswith("cuda"):
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not gpus:
+            raise UserError(f"--device {options.device}: torch finds no GPU here; use --device cpu")
+        if int(options.device.partition(":")[2] or 0) >= gpus:
+            raise UserError(
+                f"--device {options.device}: this machine has {gpus} GPU{'s' * (gpus > 1)}, numbered from 0"
+            )
+    _check_writable(options.out)
     if any((options.out / part).exists() for part in ("run.json", "checkpoints")):
         raise UserError(
             f"--out {options.out} is a training run, whose records these would replace: choose another folder"
@@ -138,6 +146,15 @@ def parse_networks(
     if (options.out / "records").exists() and not options.get("overwrite", True):
         raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
     return options
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a folder of results that cannot be made or written to, before anything is measured."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.exists(folder))
+    if not there.is_dir():
+        raise UserError(f"--out {out}: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {there} cannot be written to; choose another folder")
 
 
 def chosen_layers(network: nn.Module, options: Any) -> list[str]:

@@ -8,6 +8,7 @@ clean labelled ones of the run, test images the whole test split, read once. Hyp
 tenth of the training images. An untrained network and the raw pixels stand in the same table.
 """
 
+import logging
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Annotated, Any
 import lightning as L
 import pandas as pd
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -42,12 +44,13 @@ from ssl_geometry.callbacks.probes import (
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule, size_within
 from ssl_geometry.data.datasets import stratified
-from ssl_geometry.devices import out_of_memory
+from ssl_geometry.devices import check_alone, out_of_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
 from ssl_geometry.geometry.neighbors import RANKING
 from ssl_geometry.geometry.probes import (
     FEW,
+    FOLDS,
     L2,
     accuracies,
     converged_probes,
@@ -70,7 +73,11 @@ from ssl_geometry.report.figures import compare_curves, save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
 from ssl_geometry.runs import load_networks, split_seeds
 
+logger = logging.getLogger(__name__)
+
 EVALUATIONS = ("layers", "knn", "linear", "linear_augmented", "labels", "finetune")
+USUAL = [name for name in EVALUATIONS if name != "finetune"]
+"""What is evaluated unless the command line says otherwise."""
 SEVERAL_CLASSES = ("layers", "labels")
 """Those that pictures with several classes allow; they are judged by mean average precision."""
 POOLED = "pooled"
@@ -440,6 +447,7 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             accelerator="gpu" if options.device.startswith("cuda") else "cpu",
             devices=[torch.device(options.device).index or 0] if options.device.startswith("cuda") else 1,
             callbacks=[FitProgress(), StopOnNaN()],
+            plugins=[LightningEnvironment()],  # alone, whatever the job has more tasks for
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -516,10 +524,12 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
 def summary(data: DataModule, options: Any) -> str:
     """The protocol in one line, to stand with a table."""
     bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
+    chosen = "a fixed tenth of which chooses hyper-parameters (few labels: a tenth of each class)"
+    if bank < FEW:
+        chosen = f"{FOLDS}-fold cross-validation chooses penalties, a fixed tenth learning rates"
     return (
         "Protocol: frozen network (but for fine-tuning) in evaluation mode, float32, averaged over space; "
-        f"{bank:,} clean training images, a fixed tenth of which chooses hyper-parameters (few labels: a tenth of each "
-        f"class); the whole test split, {test:,} images"
+        f"{bank:,} clean training images, {chosen}; the whole test split, {test:,} images"
     )
 
 
@@ -537,7 +547,7 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument(
         "--evaluations",
         type=str | list[str],
-        default=[name for name in EVALUATIONS if name != "finetune"],
+        default=list(USUAL),
         help=f"which of {', '.join(EVALUATIONS)}",
     )
     parser.add_argument(
@@ -601,8 +611,17 @@ def _check_data(options: Any, data: DataModule) -> None:
     """Training images that are too few for what was asked for stop the command before it measures."""
     asked = set(options.evaluations)
     n = len(data.loader("bank", options.train_images).sampler.rows)
-    choosing = not asked.isdisjoint({"layers", "linear", "linear_augmented"})
-    check_images(data, options.train_images, f"--train_images {options.train_images or n}", choosing)
+    has_tenth = check_images(
+        data, options.train_images, f"--train_images {options.train_images or n}", choosing="layers" in asked
+    )
+    by_steps = [name for name in ("linear", "linear_augmented") if name in asked]
+    if by_steps and not has_tenth:
+        told = f"{', '.join(by_steps)}: none of {n} training images is in the fixed tenth that chooses learning rates"
+        if options.evaluations != USUAL:
+            raise UserError(f"--evaluations {told}; leave out {' and '.join(by_steps)}, or give more images")
+        logger.info(f"left out  {told}")
+        options.evaluations = [name for name in options.evaluations if name not in by_steps]
+        asked -= set(by_steps)
     there = f"there are {n} training images"
     if options.k is None:
         options.k = sorted({size_within("--k", None, k, n, there) for k in NEIGHBORS})
@@ -680,6 +699,7 @@ def probe(args: Sequence[str]) -> Path:
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
+    check_alone("probe")
     options = _parse(args)
     out, data = options.out, options.data
     networks, groups = load_subjects(options)

@@ -156,12 +156,12 @@ def open_run(
     if not is_first_process():
         whole = (named and named.is_file()) or (resume and run.checkpoints)
         return Run(directory, run.last_checkpoint) if whole else run
-    if resume is None and any((directory / part).exists() for part in ("checkpoints", "records")):
-        raise UserError(
-            f"{directory} holds a run already: continue it with --resume {directory}, or choose another --run_id"
-        )
-    os.environ |= {DIRECTORY_VARIABLE: str(directory), PARENT_VARIABLE: str(os.getpid())}
     try:
+        if resume is None and any((directory / part).exists() for part in ("checkpoints", "records")):
+            raise UserError(
+                f"{directory} holds a run already: continue it with --resume {directory}, or choose another --run_id"
+            )
+        os.environ |= {DIRECTORY_VARIABLE: str(directory), PARENT_VARIABLE: str(os.getpid())}
         run = Run(directory, new=not directory.exists())
         directory.mkdir(parents=True, exist_ok=True)
         _take(run, task)

@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from ssl_geometry.errors import UserError
 
 INTERACTIVE = ("bash", "sh", "zsh", "interactive")
 """Names of jobs that are shells: what is started there by hand is no task of the job."""
+INTERACTIVE_STEP = "4294967290"
+"""Number of the step in which ``salloc`` runs a shell on a node; its variables are those of all tasks of the job."""
 FIRST_PORT, PORTS = 10_000, 22_013  # below the ports that Linux gives to outgoing connections
 
 
@@ -68,13 +71,13 @@ def this_task(environment: Mapping[str, str] = os.environ) -> Task | None:
         return None
     tasks = int(environment.get("SLURM_NTASKS", "1"))
     step = environment.get("SLURM_STEP_ID")
-    if environment.get("SLURM_JOB_NAME") in INTERACTIVE and (step is None or tasks == 1):
+    if step == INTERACTIVE_STEP or (environment.get("SLURM_JOB_NAME") in INTERACTIVE and (step is None or tasks == 1)):
         return None
     if step is None:
         if tasks > 1:
             raise UserError(
                 f"this SLURM job has {tasks} tasks, but its script started the command once, without srun: "
-                f"write `srun python -m ssl_geometry.fit …` (see slurm/fit.sbatch)"
+                f"write `srun python -m ssl_geometry.…`, as slurm/fit.sbatch and slurm/survey.sbatch do"
             )
         nodes, layout = 1, "1"
     else:
@@ -139,6 +142,30 @@ def trainer_options(task: Task, trainer: Mapping[str, Any]) -> dict[str, Any]:
         os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
     environment = SLURMEnvironment(auto_requeue=False)  # its handler saves in the middle of a step
     return {"num_nodes": task.nodes, "devices": task.tasks_per_node, "plugins": [environment]}
+
+
+def plugins_of_a_shell() -> list[LightningEnvironment]:
+    """For Lightning where :func:`this_task` is None: it takes a shell in a job for a task unless it is named bash."""
+    by_hand = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [LightningEnvironment()] if by_hand else []
+
+
+def processes_started(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes of this command ``srun`` or torchrun has started.
+
+    Args:
+        environment: variables that they set.
+
+    Example:
+        >>> processes_started({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"})
+        4
+        >>> processes_started({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"})  # the batch script itself
+        1
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return int(environment.get("WORLD_SIZE", "1"))
+    by_srun = environment.get("SLURM_STEP_ID", INTERACTIVE_STEP) != INTERACTIVE_STEP
+    return int(environment.get("SLURM_NTASKS", "1")) if by_srun else 1
 
 
 def requeue(task: Task) -> str:

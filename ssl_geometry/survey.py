@@ -41,7 +41,7 @@ from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import check_nodes, memory_for_measuring
+from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.prediction import (
     group,
@@ -55,7 +55,15 @@ from ssl_geometry.methods import Method
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
 from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.models.zoo import TABLE
-from ssl_geometry.networks import ABSENT, Sources, chosen_layers, networks_parser, parse_networks, unchanged
+from ssl_geometry.networks import (
+    ABSENT,
+    Sources,
+    chosen_layers,
+    is_given,
+    networks_parser,
+    parse_networks,
+    unchanged,
+)
 from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore, read_records
 from ssl_geometry.records.store import write_whole
@@ -71,7 +79,7 @@ from ssl_geometry.report.models import (
 )
 from ssl_geometry.report.tables import latex, markdown
 from ssl_geometry.runs import load_networks, network_names, split_seeds
-from ssl_geometry.slurm import this_task, trainer_options
+from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
 
 MANIFOLDS = ("semantic", *SETTINGS)
 METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
@@ -573,8 +581,13 @@ def _fabric(options: Any) -> L.Fabric:
     """The processes that share the images: those of the SLURM job, or started here."""
     given: dict[str, Any] = {"devices": options.devices, "num_nodes": options.num_nodes}
     accelerator = "cuda" if options.device.startswith("cuda") else "cpu"
+    check_torchrun(accelerator, options.devices, options.num_nodes, "--")
     if task := this_task():
         given |= trainer_options(task, {"accelerator": accelerator})
+    elif accelerator == "cuda" and options.devices > (gpus := torch.cuda.device_count()):
+        raise UserError(f"--devices {options.devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    else:
+        given["plugins"] = plugins_of_a_shell()
     if ":" in options.device:
         if given["devices"] != 1:
             raise UserError(
@@ -586,14 +599,17 @@ def _fabric(options: Any) -> L.Fabric:
     return fabric
 
 
-def _check_classes(data: DataModule, console: Console) -> None:
+def _check_classes(options: Any, data: DataModule, is_asked: bool, console: Console) -> None:
+    """Say which classes have no manifold; where none has one, semantic manifolds are left out unless asked for."""
     few = (data.measure_labels.bincount(minlength=data.num_classes) < LEAST_OF_A_CLASS).nonzero().squeeze(1).tolist()
     if len(few) == data.num_classes:
-        raise UserError(
-            f"--data.measure_size {data.measure_size}: no class has {LEAST_OF_A_CLASS} images, so none has a manifold; "
-            "set more images, or --manifolds without semantic"
-        )
-    if few:
+        told = f"no class has {LEAST_OF_A_CLASS} of the {data.measure_size} measurement images, so none has a manifold"
+        others = [name for name in options.manifolds if name != "semantic"]
+        if is_asked or not others:
+            raise UserError(f"--manifolds semantic: {told}; leave it out, or measure more images (--data.measure_size)")
+        console.print(f"left out  semantic manifolds: {told}", highlight=False, soft_wrap=True)
+        options.manifolds = others
+    elif few:
         console.print(
             f"{len(few)} of {data.num_classes} classes have fewer than {LEAST_OF_A_CLASS} measurement images and no "
             f"manifold, the first is {data.class_names[few[0]]}: --data.measure_size {data.measure_size}",
@@ -630,7 +646,7 @@ def survey(args: Sequence[str]) -> Path:
         raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
     options.k = candidates("--k", options.k, data)
     if "semantic" in options.manifolds:
-        _check_classes(data, console)
+        _check_classes(options, data, is_given("manifolds", args), console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text()) if notes.exists() else {}

@@ -27,7 +27,7 @@ from ssl_geometry.callbacks.cka import run_name
 from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, measuring, pooled
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.probes import FEW, FOLDS, HELD_OUT, ITERATIONS, TOLERANCE, held_out
+from ssl_geometry.geometry.probes import FEW, FOLDS, HELD_OUT, ITERATIONS, TOLERANCE, choosing_folds, held_out
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, MEMORY, WEIGHT_DECAYS
 from ssl_geometry.models.taps import Taps, layer_depths
@@ -60,15 +60,18 @@ def highest_decay(learning_rate: float) -> float:
     return 3.8 / learning_rate - 0.5
 
 
-def check_images(data: DataModule, images: int | None, option: str, choosing: bool = True, otherwise: str = "") -> None:
+def check_images(data: DataModule, images: int | None, option: str, choosing: bool = True, otherwise: str = "") -> bool:
     """Refuse training images that teach no classifier, before any work is done.
 
     Args:
         data: whose images.
         images: how many of the labelled training images, at most.
         option: that says so, for the message.
-        choosing: whether a fixed tenth of them is held out and chooses.
+        choosing: whether some of them are held out and choose: a fixed tenth, of fewer than 100 images five folds.
         otherwise: what else could be done, for the message.
+
+    Returns:
+        Whether some of them are in the fixed tenth, by which classifiers that learn step by step are chosen.
 
     Raises:
         UserError: fewer images to learn from than classes, images of one class only, or none that chooses.
@@ -76,8 +79,8 @@ def check_images(data: DataModule, images: int | None, option: str, choosing: bo
     loader = data.loader("bank", images)
     rows = loader.sampler.rows
     labels, index = loader.images.labels[rows], loader.images.index[rows]
-    held = held_out(index) & choosing
-    n, learnt = len(labels), labels[~held]
+    n, tenth = len(labels), held_out(index)
+    learnt = labels[~tenth] if choosing and n >= FEW else labels
     if data.multi_label:
         few = not len(learnt)
     else:
@@ -92,10 +95,12 @@ def check_images(data: DataModule, images: int | None, option: str, choosing: bo
             f"{option}: {len(learnt)} labelled training images to learn from for {data.num_classes} classes; a "
             f"classifier needs one a class at least{otherwise}"
         )
-    if choosing and not bool(held.any()):
-        raise UserError(
-            f"{option}: none of the {n} labelled training images is in the tenth that chooses; set more{otherwise}"
-        )
+    if choosing:
+        try:
+            choosing_folds(labels, tenth, data.num_classes)
+        except ValueError as error:
+            raise UserError(f"{option}: {n} labelled training images are too few: {error}{otherwise}") from error
+    return bool(tenth.any())
 
 
 def layer_widths(method: Any, layers: Sequence[str], image_shape: Sequence[int]) -> dict[str, int]:
@@ -171,10 +176,12 @@ class ProbeMonitor(Monitor):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         off = ", or switch probes off (--probes.every_n_epochs 0)"
-        check_images(data, self.train_images, f"--probes.train_images {self.train_images}", otherwise=off)
+        has_tenth = check_images(data, self.train_images, f"--probes.train_images {self.train_images}", otherwise=off)
         names = self.layer_names(pl_module, LAYERS)
         self._widths = layer_widths(pl_module, names, data.image_shape)
-        if self.online and not data.multi_label:
+        if self.online and not has_tenth:
+            logger.info("online probes are left out: no training image is in the fixed tenth that chooses among them")
+        elif self.online and not data.multi_label:
             heads = len(self.learning_rates) * len(self.weight_decays)
             sent = heads * data.num_classes * sum(self._widths.values())
             few = self.online_sent_in == "auto" and 4 * sent <= MOST_IN_FLOAT32

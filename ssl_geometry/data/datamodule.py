@@ -391,6 +391,11 @@ class DataModule(L.LightningDataModule):
         train, test, self.class_names = load(self.dataset, self.root, self.image_size, args=self.dataset_args)
         if self.on_error == "skip":
             train, test = self._without_damaged(train), self._without_damaged(test)
+        if not (len(train) and len(test)):
+            raise UserError(
+                f"--data.dataset {self.dataset}: {len(train)} training and {len(test)} test images; at least one of "
+                "each is needed (a fifth of all are test images where no folder test/ or val/ says which)"
+            )
         n_val = round(self.val_fraction * len(train))
         n_train = self.limit_train or len(train)
         train = train.select(stratified(train.labels, self.seed)[: n_val + n_train])

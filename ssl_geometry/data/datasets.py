@@ -607,6 +607,7 @@ def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, tit
     """``work`` of every row, in order; a progress bar named ``title`` appears after two seconds."""
     start = time.monotonic()
     done = 0
+    shown = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns)
     task = progress.add_task("", total=len(rows))
@@ -617,8 +618,10 @@ def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, tit
                 done += len(results)
                 if title and (seconds := time.monotonic() - start) > 2:
                     progress.start()
+                    shown = True
                     progress.update(task, completed=done, description=f"{title} pictures, {done / seconds:.0f}/s")
                 yield from results
         finally:
-            progress.stop()
+            if shown:  # else it ends with an empty line all the same
+                progress.stop()
             pool.shutdown(cancel_futures=True)

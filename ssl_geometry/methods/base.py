@@ -337,8 +337,10 @@ class Method(L.LightningModule):
         if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
             return  # neighbours vote for one class
         bank = self.trainer.datamodule.bank_dataloader()  # type: ignore[attr-defined]
-        there = f"there are {len(bank.sampler.rows)} labelled training images"
-        self.knn.k = size_within("nearest neighbours that vote:", None, NEIGHBORS, len(bank.sampler.rows), there)
+        n = len(bank.sampler.rows)
+        if self.knn.k != min(NEIGHBORS, n):  # said once, and not at every validation
+            there = f"there are {n} labelled training images"
+            self.knn.k = size_within("nearest neighbours that vote:", None, NEIGHBORS, n, there)
         for batch in bank:
             features = self.features(batch["image"].to(self.device), precision)
             self.knn.update_bank(features, batch["label"].to(self.device))

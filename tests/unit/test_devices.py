@@ -12,18 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import StrategyRegistry
 
+from ssl_geometry.compare import compare
 from ssl_geometry.devices import (
     FEW_IMAGES,
     FEW_PIXELS,
     ManyDevices,
     check_devices,
     check_strategy,
+    check_torchrun,
     memory_for_measuring,
     out_of_memory,
     too_many,
 )
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import expand_bases, main
+from ssl_geometry.fit import expand_bases, fit, main
+from ssl_geometry.probe import probe
+from ssl_geometry.survey import survey
 
 PLACE = "lightning.pytorch.strategies"
 SHARDED = [
@@ -78,6 +82,92 @@ def test_devices_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch, devices:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match=r"^--trainer\.devices .*(expected auto|this machine has 2 GPUs)"):
         check_devices("gpu", devices)
+
+
+BY_SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
+BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("started", [BY_SRUN, BY_TORCHRUN], ids=["srun", "torchrun"])
+@pytest.mark.parametrize("command", [compare, probe])
+def test_commands_of_one_process_are_not_started_several_times(
+    monkeypatch: pytest.MonkeyPatch, command: Any, started: dict[str, str]
+) -> None:
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^{command.__name__} measures in one process, and [24] were started"):
+        command(["--models=nothing"])
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "nodes", "fits"),
+    [
+        ("cpu", 2, 2, True),
+        ("cpu", "2", 2, True),
+        ("auto", "auto", 2, True),
+        ("gpu", -1, 2, True),
+        ("gpu", [0, 1], 2, True),
+        ("gpu", "0,1", 2, True),
+        ("cpu", "auto", 2, False),
+        ("cpu", 1, 1, False),
+        ("gpu", "1,", 2, False),
+        ("gpu", 2, 1, False),
+        ("cpu", 4, 1, False),
+    ],
+)
+def test_torchrun_starts_as_many_processes_as_the_options_say(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, devices: Any, nodes: int, fits: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_torchrun(accelerator, devices, nodes, "--")
+    for name, value in BY_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    if fits:
+        check_torchrun(accelerator, devices, nodes, "--trainer.")
+        return
+    with pytest.raises(UserError, match=r"torchrun has started 2 .*; set --trainer.devices 2 --trainer.num_nodes 2$"):
+        check_torchrun(accelerator, devices, nodes, "--trainer.")
+
+
+def test_fit_and_survey_ask_how_many_torchrun_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (BY_TORCHRUN | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    args = ["--model=ssl_geometry.methods.SimCLR", "--trainer.accelerator=cpu", f"--runs={tmp_path / 'runs'}"]
+    with pytest.raises(UserError, match=r"set --trainer\.devices 2 --trainer\.num_nodes 1$"):
+        fit(args)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match=r"set --devices 2 --num_nodes 1$"):
+        survey(["--models=random:resnet10", f"--out={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "words"),
+    [
+        (compare, ["--device=cuda:1"], r"^--device cuda:1: this machine has 1 GPU, numbered from 0"),
+        (probe, ["--device=cuda:1"], r"^--device cuda:1: this machine has 1 GPU, numbered from 0"),
+        (survey, ["--device=cuda:1"], r"^--device cuda:1: this machine has 1 GPU, numbered from 0"),
+        (survey, ["--device=cuda", "--devices=2"], r"^--devices 2: this machine has 1 GPU$"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Any, asked: list[str], words: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match=words):
+        command(["--models=random:resnet10", f"--out={tmp_path / 'out'}", *asked])
+
+
+@pytest.mark.parametrize("command", [compare, probe, survey])
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Any
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--out .*/file/x: .*/file is a file"):
+        command(["--models=random:resnet10", f"--out={tmp_path / 'file' / 'x'}"])
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match=rf"^--out .*/a/b: {tmp_path} cannot be written to; choose another folder"):
+        command(["--models=random:resnet10", f"--out={tmp_path / 'a' / 'b'}"])
 
 
 @pytest.mark.parametrize("strategy", SHARDED, ids=name_of)

@@ -1,5 +1,6 @@
 """The exit codes: one list, which docs and code share."""
 
+import errno
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,18 @@ def test_how_commands_end(error: BaseException, code: ExitCode) -> None:
     with pytest.raises(SystemExit) as exit_:
         run_command(command, [], interrupted="interrupted")
     assert exit_.value.code == code
+
+
+def test_files_that_may_not_be_read_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command(args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/root/run")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command(command, [], interrupted="interrupted")
+    assert exit_.value.code == ExitCode.MISTAKE
+    assert capsys.readouterr().err == "error: /root/run: Permission denied\n"
+    with pytest.raises(PermissionError):
+        run_command(command, ["--debug"], interrupted="interrupted")
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()], ids=repr)

@@ -5,7 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,6 +94,24 @@ def test_a_new_run_is_saved_early_once(tmp_path: Path, steps: int, first: int) -
         now[0] += 1
         assert last.overdue()
         last.save(trainer)
+
+
+def test_a_wandb_that_cannot_be_started_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for a user whom the machine does not know, without a home."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("wandb.login", fails)
+    monkeypatch.setattr("wandb.init", fails)
+    with caplog.at_level("INFO"):
+        _, logger = make_loggers(["wandb"], Run(tmp_path), {}, "p")
+    assert caplog.messages[-1] == "W&B: nothing is logged (Could not determine home directory.)"
+    trainer = L.Trainer(logger=logger, max_epochs=0, accelerator="cpu", enable_progress_bar=False)
+    trainer.fit(BoringModel())
+    logger.log_metrics({"train/loss": 1.0}, 0)
 
 
 def test_a_figure_that_wandb_cannot_take_does_not_end_training(

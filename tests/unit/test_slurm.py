@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.slurm import requeue, this_task, trainer_options
+from ssl_geometry.slurm import plugins_of_a_shell, requeue, this_task, trainer_options
 
 JOB = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "fit.sbatch"}
 STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
@@ -35,6 +35,7 @@ def test_a_job_names_its_run(environment: dict[str, str], run_id: str) -> None:
         STEP | {"SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1"},
         JOB | {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "8"},
         STEP | {"TORCHELASTIC_RUN_ID": "x"},
+        STEP | {"SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": "4294967290"},  # salloc's shell on a node
     ],
 )
 def test_no_task_of_a_job(environment: dict[str, str]) -> None:
@@ -72,7 +73,7 @@ def test_jobs_and_steps_that_run_at_the_same_time_meet_at_other_ports() -> None:
 @pytest.mark.parametrize(
     ("environment", "trainer", "words"),
     [
-        (JOB | {"SLURM_NTASKS": "4"}, {}, "srun python -m ssl_geometry.fit"),
+        (JOB | {"SLURM_NTASKS": "4"}, {}, "write `srun python -m ssl_geometry"),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, {}, "--ntasks-per-node"),
         (STEP, {"num_nodes": 3}, "--trainer.num_nodes 3"),
         (STEP, {"devices": 8}, "--trainer.devices 8"),
@@ -81,6 +82,15 @@ def test_jobs_and_steps_that_run_at_the_same_time_meet_at_other_ports() -> None:
 def test_what_does_not_fit_is_told(environment: dict[str, str], trainer: dict[str, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         trainer_options(this_task(environment), trainer)  # type: ignore[arg-type]
+
+
+def test_lightning_takes_no_shell_in_a_job_for_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (STEP | {"SLURM_JOB_NAME": "zsh", "SLURM_NTASKS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    (environment,) = plugins_of_a_shell()
+    assert not environment.creates_processes_externally
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert plugins_of_a_shell() == []
 
 
 @pytest.mark.parametrize(("gpus", "words"), [(1, "--gpus-per-node=2"), (8, "--ntasks-per-node=8")])

@@ -1,20 +1,24 @@
 """Sizes that nobody asked for shrink to the data, with one line each; others are refused in one line."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import PIL.Image
 import pytest
 import torch
+from rich.console import Console
 
-from ssl_geometry.callbacks import NeighborhoodMonitor
+from ssl_geometry.callbacks import NeighborhoodMonitor, ProbeMonitor
 from ssl_geometry.compare import _hold_to_images
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import LayerwiseCKA
-from ssl_geometry.probe import _check_data
+from ssl_geometry.probe import USUAL, _check_data, summary
+from ssl_geometry.survey import _check_classes
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 8}
 
@@ -100,6 +104,51 @@ def test_neighbours_that_vote(caplog: pytest.LogCaptureFixture) -> None:
         _check_data(SimpleNamespace(k=[20, 200], **given), data)
 
 
+@pytest.fixture
+def no_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for 22 images out of 30, of which none has a number that chooses."""
+    for module in ("callbacks.probes", "probe"):
+        monkeypatch.setattr(f"ssl_geometry.{module}.held_out", lambda index: torch.zeros_like(index, dtype=torch.bool))
+
+
+def test_online_probes_are_left_out_where_no_image_chooses(caplog: pytest.LogCaptureFixture, no_tenth: None) -> None:
+    trainer: Any = SimpleNamespace(datamodule=images(40, 20, val_fraction=0.0), world_size=1)
+    monitor = ProbeMonitor(layers="pooled")
+    monitor.on_fit_start(trainer, SimCLR(**SMALL))
+    assert monitor.bank is None
+    assert caplog.messages[-1].startswith("online probes are left out: no training image is in the fixed tenth")
+
+
+def test_linear_evaluation_is_left_out_where_no_image_chooses(caplog: pytest.LogCaptureFixture, no_tenth: None) -> None:
+    data = images(40, 20, val_fraction=0.0)
+    given: dict[str, Any] = {"k": [5], "train_images": None, "linear_epochs": 100}
+    options = SimpleNamespace(evaluations=list(USUAL), **given)
+    _check_data(options, data)
+    assert options.evaluations == ["layers", "knn", "labels"]
+    assert caplog.messages[-1].startswith("left out  linear, linear_augmented: none of 40 training images")
+    assert "5-fold cross-validation" in summary(data, options)
+    with pytest.raises(UserError, match=r"^--evaluations linear: none of 40 .*; leave out linear, or give more"):
+        _check_data(SimpleNamespace(evaluations=["linear"], **given), data)
+
+
+def test_semantic_manifolds_are_left_out_where_no_class_has_three_images() -> None:
+    data, console = images(60, 20), Console(record=True)
+    options = SimpleNamespace(manifolds=["semantic", "crop"])
+    with pytest.raises(UserError, match=r"^--manifolds semantic: no class has 3 of the 20 measurement images"):
+        _check_classes(options, data, True, console)
+    _check_classes(options, data, False, console)
+    assert options.manifolds == ["crop"]
+    assert console.export_text().startswith("left out  semantic manifolds: no class has 3 of the 20")
+
+
+def test_two_images_without_a_test_folder(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    with pytest.raises(UserError, match=r"^--data.dataset .*: 2 training and 0 test images; at least one of each"):
+        DataModule(str(tmp_path), image_size=8).setup()
+
+
 def test_a_run_on_fewer_images_than_vote(caplog: pytest.LogCaptureFixture) -> None:
     method, data = SimCLR(**SMALL), DataModule("digits", image_size=8, limit_train=12, limit_test=8, val_fraction=0.0)
     trainer = L.Trainer(
@@ -111,8 +160,10 @@ def test_a_run_on_fewer_images_than_vote(caplog: pytest.LogCaptureFixture) -> No
         use_distributed_sampler=False,
     )
     trainer.fit(method, data)
-    (results,) = trainer.test(method, data, verbose=False)
+    for _ in range(2):
+        (results,) = trainer.test(method, data, verbose=False)
     assert 0 <= results["test/knn"] <= 1
     assert method.knn.k == data.batch_size == 12
     assert "--data.batch_size 12 (by default 256): there are 12 training images" in caplog.messages
-    assert "nearest neighbours that vote: 12 (by default 20): there are 12 labelled training images" in caplog.messages
+    said = "nearest neighbours that vote: 12 (by default 20): there are 12 labelled training images"
+    assert caplog.messages.count(said) == 1
