@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyExperiment
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -83,7 +83,7 @@ class ResumableWandbLogger(WandbLogger):
     @property
     def experiment(self) -> Any:
         """W&B's run; something that takes all and does nothing where there is none, as Lightning would start one."""
-        return DummyExperiment() if self._experiment is None else self._experiment
+        return DummyLogger().experiment if self._experiment is None else self._experiment
 
     @property
     def alive(self) -> bool:
