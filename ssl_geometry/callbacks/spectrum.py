@@ -18,7 +18,16 @@ from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Re
 from ssl_geometry.callbacks.neighbors import LAYERS
 from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.geometry.spectrum import FIRST, LAST, LIDAR_DELTA, LIDAR_EPS, POTENTIAL, RANK_SHARE, RANKME_EPS
+from ssl_geometry.geometry.spectrum import (
+    CONSTANT,
+    FIRST,
+    LAST,
+    LIDAR_DELTA,
+    LIDAR_EPS,
+    POTENTIAL,
+    RANK_SHARE,
+    RANKME_EPS,
+)
 from ssl_geometry.metrics import Spectrum
 from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.ranges import at_least, check_arguments
@@ -141,6 +150,7 @@ def spectrum_protocol(data: DataModule, network: Any, copies: int) -> Protocol:
             "rankme": f"eps {RANKME_EPS:g}",
             "lidar": f"{copies} views of each image, delta {LIDAR_DELTA:g}, eps {LIDAR_EPS:g} for all eigenvalues",
             "alpha_req": f"eigenvalues {FIRST} to {LAST}, at most {RANK_SHARE:g} of the rank; weights 1/i",
+            "constant": f"variation within {CONSTANT} roundings of the mean",
             "uniformity": f"t = {POTENTIAL:g}",
             "images": data.measure_ids,
             "n": data.measure_size,

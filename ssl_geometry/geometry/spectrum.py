@@ -14,6 +14,8 @@ FIRST, LAST, RANK_SHARE = 11, 100, 0.9
 """Eigenvalues between which alpha-ReQ fits its law, and the share of the rank at which it ends before that."""
 LIDAR_DELTA, LIDAR_EPS = 1e-4, 1e-8
 """Added to the covariance within images, and to each share of the eigenvalues."""
+CONSTANT = 8
+"""Features vary where they lie further than this many roundings from their mean (root mean square)."""
 POTENTIAL = 2.0
 """The t of the Gaussian potential of uniformity."""
 
@@ -73,9 +75,20 @@ def rankme(features: Float[Tensor, "N D"], eps: float = RANKME_EPS) -> Float[Ten
 
 
 def covariance_eigenvalues(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
-    """Eigenvalues of the covariance (centred, divided by N) in descending order, min(N, D) of them."""
-    x = features.double()
-    return singular_values(x - x.mean(0)).square() / len(x)
+    """Eigenvalues of the covariance (centred, divided by N) in descending order, min(N, D) of them.
+
+    All are 0 where rounding is all that features vary by: noise without structure would read as many directions.
+    """
+    centered = _centered(features.double(), torch.promote_types(features.dtype, torch.float32))
+    return singular_values(centered).square() / len(features)
+
+
+def _centered(x: Float[Tensor, "N D"], dtype: torch.dtype) -> Float[Tensor, "N D"]:
+    """Less the mean; 0 where rounding in ``dtype`` is all that rows vary by."""
+    mean = x.mean(0)
+    rest = x - mean
+    rounding = CONSTANT * torch.finfo(dtype).eps * mean.norm()
+    return rest.masked_fill(rest.square().sum(1).mean().sqrt() <= rounding, 0)
 
 
 def participation_ratio(features: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
@@ -182,7 +195,7 @@ def lidar(
         eps: added to the share of each of the D eigenvalues, also of those that are 0.
 
     Returns:
-        From 1 to about min(n - 1, D); NaN where all means are equal.
+        From 1 to about min(n - 1, D); NaN where all means are equal but for float32's rounding.
 
     References:
         Thilak et al., *LiDAR: sensing linear probing performance in joint embedding SSL architectures*, 2024, eq. 1-4.
@@ -193,7 +206,7 @@ def lidar(
         5.0
     """
     n, width = means.shape
-    centered = means.double() - means.double().mean(0)
+    centered = _centered(means.double(), torch.float32)  # of which features are
     within = scatter.double() / (n * views) + delta * torch.eye(width, dtype=torch.float64, device=scatter.device)
     # S_w^-1/2 S_b S_w^-1/2 has the squared singular values of L^-1 (centered / sqrt(n)), where S_w = L L'.
     root, failed = torch.linalg.cholesky_ex(within)  # delta is lost beside features of very large scale

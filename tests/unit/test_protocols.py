@@ -72,7 +72,7 @@ def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, 
             (spectrum, name, value, of_spectra)
             for name, value in {
                 "RANKME_EPS": 0.0, "FIRST": 2, "LAST": 50, "RANK_SHARE": 1.0, "LIDAR_DELTA": 1.0, "LIDAR_EPS": 0.0,
-                "POTENTIAL": 1.0, "VIEW": "crop",
+                "POTENTIAL": 1.0, "CONSTANT": 4, "VIEW": "crop",
             }.items()
         ),
         (cka, "BLOCKS", 8, of_cka),

@@ -121,6 +121,11 @@ def test_what_does_not_vary_has_no_spectrum() -> None:
     same, nothing = torch.full((20, 5), 0.3), torch.zeros(20, 5)
     assert participation_ratio(same).isnan()
     assert rankme(nothing).isnan()
+    generator = torch.Generator().manual_seed(0)
+    rounded = 0.3 * (1 + 1.2e-7 * torch.randint(-2, 3, (60, 4, 50), generator=generator))  # a network of one output
+    for found in (participation_ratio(rounded[:, 0]), *alpha_req(rounded[:, 0]), lidar(*view_statistics(rounded), 4)):
+        assert found.isnan()
+    assert float(participation_ratio(1 + 3e-6 * torch.randn(60, 50, generator=generator))) > 20
     assert all(value.isnan() for value in alpha_req(same))
     means, scatter = view_statistics(same[:, None].expand(20, 3, 5))
     assert lidar(means, scatter, views=3).isnan()
