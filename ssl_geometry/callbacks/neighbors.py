@@ -23,7 +23,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.dimension import DISCARD
 from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
 from ssl_geometry.geometry.neighbors import EXACT_ROWS, PROBED, RANKING
-from ssl_geometry.geometry.nnk import ACTIVE, INDEPENDENT, OPTIMAL, RESOLUTION
+from ssl_geometry.geometry.nnk import ACTIVE, COARSE, INDEPENDENT, OPTIMAL, RESOLUTION
 from ssl_geometry.geometry.overlap import ALIKE, NEAREST, jaccard, mutual_knn
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import DIMENSION_K, MIN_IMAGES, LayerNeighbors
@@ -291,7 +291,8 @@ def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protoco
             "nearest": f"cosine, {RANKING}; beyond {EXACT_ROWS:,} images on a CPU in 1 of {PROBED} inverted lists",
             "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
             "nnk": {
-                "posed": "in the differences between a query and its candidates",
+                "posed": "in the differences between a query and its candidates, "
+                f"in float64 where the nearest is within {COARSE:g}",
                 "enters": f"above {OPTIMAL:g}, independent above {INDEPENDENT:g}",
                 "is a neighbour": f"above {ACTIVE:g} of the largest weight",
                 "is solved": f"radius of {RESOLUTION} roundings",

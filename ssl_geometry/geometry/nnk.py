@@ -50,7 +50,8 @@ SMALLEST = 3e-3
 RESOLUTION = 8
 """A neighbourhood whose radius is fewer than this many roundings of the features' dtype is not solved."""
 COARSE = 1e-3
-"""Radius, relative to the query's distance from the features' mean, below which differences are formed in float64."""
+"""Distance to the nearest candidate, relative to the query's distance from the features' mean, below which differences
+are formed in float64: float32 would lose the near candidates beside far ones."""
 CLOSE = 1e-2
 """Squared distance of unit vectors to their nearest candidate below which float32 cosines are too coarse."""
 SURE = 1e-10
@@ -271,8 +272,8 @@ def nnk(
             gram = _symmetric(products(points, rows[r], centers[r], out=between))
             near = gram.diagonal(dim1=1, dim2=2)  # squared distance to the query
             if kernel == "cosine":
-                radius = near.where(valid[r], 0).amax(1)
-                coarse = (radius > 0) & (radius < COARSE**2 * centers[r].square().sum(1))
+                nearest = near.where(valid[r], torch.inf).amin(1)
+                coarse = nearest < COARSE**2 * centers[r].square().sum(1)
                 if points.dtype == torch.float32 and bool(coarse.any()):
                     gram[coarse] = _products_of_directions(features, rows[r][coarse], targets[r][coarse])
                 return _Differences.of(gram, valid[r])

@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from ssl_geometry.geometry import nnk as module
+from ssl_geometry.geometry.neighbors import nearest as neighbors_of
 from ssl_geometry.geometry.nnk import interpolate, nnk, nnk_graph, over_chunks, solve, solve_cosine
 
 KINDS = ["isotropic", "correlated", "positive", "duplicates", "near duplicates", "ties", "tight"]
@@ -186,6 +187,20 @@ def test_what_rounding_alone_tells_apart_is_unknown_and_warned_of() -> None:
     assert result.error[:40].isnan().all()
     assert result.residual.isnan().tolist() == [True] * 40 + [False] * 60
     assert result.active.any(1).tolist() == [False] * 40 + [True] * 60
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+def test_near_candidates_beside_far_ones_are_told_apart(spread: float) -> None:
+    """Classes that collapse onto their means, and lists that hold images of several."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 6
+    means = torch.randn(6, 24, generator=generator)
+    features = means[labels] + spread * torch.randn(120, 24, generator=generator)
+    ids = neighbors_of(features, k=40).ids
+    assert (labels[ids] != labels[:, None]).any(1).all()
+    found, right = nnk(features, ids), nnk(features.double(), ids)
+    assert torch.equal(found.active, right.active)
+    torch.testing.assert_close(found.weights, right.weights, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
