@@ -383,7 +383,8 @@ def test_errors_are_sums_over_pairs_that_share_an_image(n: int, m: int, seed: in
                 total += squares / max(len(own) * (len(own) - 1), 1)
         expected = np.sqrt(max(total, 0)) / len(known) if len(known) > 1 else np.nan
         tensors = [None if part is None else torch.from_numpy(part) for part in (values, shared, groups)]
-        np.testing.assert_allclose(module._standard_error(*tensors), expected, rtol=1e-6, atol=1e-9)  # type: ignore[arg-type]
+        # Sums that cancel leave rounding, whose root is 1e-8.
+        np.testing.assert_allclose(module._standard_error(*tensors), expected, rtol=1e-6, atol=1e-7)  # type: ignore[arg-type]
 
 
 def test_pairs_that_have_one_number_between_them_count_once() -> None:
