@@ -4,6 +4,7 @@ What is forked is a command like any other: it has its signals, its exit code an
 figures are blank; that they are drawn is tested where a run is read.
 """
 
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from ssl_geometry.callbacks import measure
 
 PROCESSES = mp.get_context("forkserver")
-LOADED_LATE = ["lightly.models.modules.heads", "scipy.stats", "sklearn.datasets", "wandb"]
+LOADED_LATE = ["faiss", "lightly.models.modules.heads", "omegaconf", "scipy.stats", "sklearn.datasets", "wandb"]
 PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "ssl_geometry.survey", "tests.processes", *LOADED_LATE])
 HANG_SECONDS = 600
 """No process takes nearly as long: it hangs, and the test ends."""
@@ -54,6 +55,7 @@ def _run(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    gc.freeze()  # to look for garbage among all that is imported takes a quarter of a short run, and copies it
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **environment}
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server

@@ -41,7 +41,7 @@ MONITORS = [
     "--cka.layers=stages",
     "--probes.every_n_epochs=1",
     "--probes.layers=[layer4.0, pooled]",
-    "--neighbors.every_n_epochs=1",
+    "--neighbors.every_n_epochs=2",
     "--neighbors.settings=[]",
     "--neighbors.layers=head",
     "--neighbors.k=10",
@@ -49,8 +49,14 @@ MONITORS = [
     "--invariance.layers=stages",
     "--invariance.views=[own]",
     "--trainer.check_val_every_n_epoch=1",
-    "--data.limit_test=64",
-    "--data.measure_size=64",
+]
+SMALLER = [
+    *SMALL,
+    "--model.width=0.0625",
+    "--data.limit_train=128",
+    "--data.limit_test=32",
+    "--data.measure_size=32",
+    "--data.batch_size=32",  # four steps an epoch
 ]
 
 
@@ -65,7 +71,7 @@ class WithDropout(SimCLR):
 def options(runs: Path, run_id: str, *more: str, epochs: int = 6) -> list[str]:
     return [
         "--model=tests.integration.test_interruption.WithDropout",
-        *SMALL,
+        *SMALLER,
         f"--runs={runs}",
         "--experiment=e",
         f"--run_id={run_id}",
@@ -401,7 +407,7 @@ def test_the_clock_saves_no_weights_that_are_spoilt(tmp_path: Path) -> None:
 
 def test_two_processes_save_after_the_same_step_and_go_on_from_it(tmp_path: Path) -> None:
     """The first one's clock decides, one step later; the other's stands still."""
-    more = ["--cka.every_n_epochs=0", "--data.batch_size=32"]
+    more = ["--cka.every_n_epochs=0", "--data.batch_size=16"]
 
     def run(run_id: str, *callbacks: dict[str, Any]) -> list[int]:
         args = options(tmp_path, run_id, *more, *timed(3, *callbacks), epochs=2)
