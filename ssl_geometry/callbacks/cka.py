@@ -267,7 +267,7 @@ def cka_protocol(data: DataModule, gram_size: int, network: L.LightningModule, v
             "gram_size": gram_size,
             "constant": f"Gram matrices within {DUST} roundings",
             "error bars": f"95 %, Student's t on a jackknife over {BLOCKS} blocks of Gram matrices, dealt in turn; "
-            f"those of less than {LEAST_BLOCK:g} of the largest join the first",
+            f"those of less than {LEAST_BLOCK:g} of the largest join the one before",
             "order": "Gram matrices of consecutive images, which are in one fixed random order",
             # how batches fall into Gram matrices: no matter while they hold whole ones
             "batch": data.eval_batch_size if data.eval_batch_size % gram_size else "of whole Gram matrices",

@@ -539,7 +539,7 @@ def jackknife(
         rows: the same of each row layer with itself.
         cols: the same of each column layer with itself.
         weights: what a block counts in these sums: of each of its Gram matrices of n images, n (n - 3). Blocks of
-            little or none are counted with the first; see :func:`standing`.
+            little or none are counted with the one before; see :func:`standing`.
 
     Returns:
         CKA of all blocks together, and its standard error; NaN where fewer than two blocks stand.
@@ -560,7 +560,7 @@ def jackknife(
 
 
 def standing(weights: Float[Tensor, " J"]) -> Bool[Tensor, " J"]:
-    """Which blocks stand for themselves; what little the others hold (a short last Gram matrix) joins the first.
+    """Which blocks stand for themselves; what little the others hold (a short last Gram matrix) joins the one before.
 
     Example:
         >>> standing(torch.tensor([3904.0, 3904.0, 4.0, 0.0]))  # Gram matrices of 64, 64 and 4 images, and none
@@ -588,11 +588,13 @@ def deviations(
         squared standard error, and the deviations of a sum or difference are the sums or differences of the deviations.
     """
     alone = standing(weights)
-    sums = [cross, rows, cols, weights.to(cross)]
-    for place, part in enumerate(sums):
-        sums[place] = part[alone]
-        sums[place][:1] += part[~alone].sum(0)
-    cross, rows, cols, weights = sums
+    number = int(alone.sum())
+    # In the circle that blocks are dealt in: wherever the dealing began, the same Gram matrices are joined.
+    place = (alone.cumsum(0) - 1) % max(number, 1)
+    cross, rows, cols, weights = (
+        part.new_zeros(max(number, 1), *part.shape[1:]).index_add_(0, place, part)[:number]
+        for part in (cross, rows, cols, weights.to(cross))
+    )
     total = cross.sum(0), rows.sum(0), cols.sum(0)
     value = cka_matrix(*total)
     without = cka_matrix(total[0] - cross, total[1] - rows, total[2] - cols)
