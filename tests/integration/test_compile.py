@@ -29,12 +29,25 @@ EXACT = [  # in float64 rounding hides no mistake
     "--trainer.precision=64-true",
     "--trainer.accelerator=cpu",
     "--trainer.check_val_every_n_epoch=1",
+    "--model.width=0.0625",
+    "--data.limit_train=128",
+    "--data.limit_test=64",
+    "--data.measure_size=64",
+    "--data.batch_size=32",
     "--data.eval_batch_size=50",  # measured in batches of two sizes
+]
+MONITORED = [
+    "--cka.layers=blocks",
     "--invariance.every_n_epochs=1",
+    "--invariance.layers=stages",
     "--spectrum.every_n_epochs=2",
+    "--spectrum.layers=[pooled]",
     "--neighbors.every_n_epochs=2",
     "--neighbors.settings=[]",
+    "--neighbors.layers=[pooled]",
+    "--neighbors.k=10",
     "--probes.every_n_epochs=1",
+    "--probes.layers=stages",
 ]
 TRIAL = 1
 """The graph that shows whether this machine can compile."""
@@ -60,11 +73,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(run / "checkpoints" / "last.ckpt", "")["state_dict"]
 
 
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(options(tmp_path_factory.mktemp("eager"), "a", *EXACT, *MONITORED, "--model.compile=false")).directory
+
+
 @pytest.mark.slow
-def test_fit_is_the_same_run_by_one_graph(tmp_path: Path, backend: str) -> None:
-    for name in ("false", "true"):
-        fit(options(tmp_path, name, *EXACT, f"--model.compile={name}"))
-    eager, compiled = tmp_path / "e" / "false", tmp_path / "e" / "true"
+def test_fit_is_the_same_run_by_one_graph(tmp_path: Path, eager: Path, backend: str) -> None:
+    compiled = fit(options(tmp_path, "a", *EXACT, *MONITORED, "--model.compile=true")).directory
     assert counters["stats"]["unique_graphs"] == TRIAL + 1, "measured eagerly, never compiled again"
     assert not counters["graph_break"]
     np.testing.assert_allclose(losses(compiled), losses(eager), rtol=1e-10)
@@ -84,7 +100,7 @@ def test_fit_is_the_same_run_by_one_graph(tmp_path: Path, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
 def test_a_run_resumes_compiled_or_not(tmp_path: Path, backend: str) -> None:
-    quiet = [*EXACT[:2], *(f"--{name}.every_n_epochs=0" for name in ("cka", "invariance", "neighbors", "spectrum"))]
+    quiet = [*EXACT, "--trainer.check_val_every_n_epoch=100", "--cka.every_n_epochs=0", "--probes.every_n_epochs=0"]
     ways = {"eager": ("false", "false"), "first": ("true", "false"), "second": ("false", "true")}
     for name, (before, after) in ways.items():
         fit(options(tmp_path, name, *quiet, f"--model.compile={before}", epochs=1))
