@@ -11,7 +11,7 @@ def summary(command: str) -> str:
     """The first line of a command's docstring, which is read and not imported."""
     module = Path(__file__).with_name(command)
     source = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
-    return (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def main() -> None:

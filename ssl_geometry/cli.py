@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import logging
 import re
 import sys
@@ -180,6 +181,9 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
         interrupted: what to say to Ctrl-C.
     """
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal without ±; files are always UTF-8
     _quiet()
     format_before, warnings.formatwarning = warnings.formatwarning, warning_line
     try:

@@ -467,7 +467,7 @@ def compare(args: Sequence[str]) -> Path:
     architectures = {network.name: network.architecture for network in measured}
     table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), methods, labels, architectures)
     table.to_parquet(out / "findings.parquet")
-    (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])))
+    (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])), encoding="utf-8")
     pictures = draw(frame, groups, labels, out / "figures")
     pictures += [
         save_figure(

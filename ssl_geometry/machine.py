@@ -137,7 +137,7 @@ def weights_and_biases() -> Iterator[Finding]:
 
 def folders(runs: Path, data: Path) -> Iterator[Finding]:
     """Where runs are written, and where pictures are read."""
-    there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.is_dir())
+    there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(folder))
     free = shutil.disk_usage(there).free / GIB
     try:
         with tempfile.NamedTemporaryFile(dir=there) as file:
@@ -147,10 +147,13 @@ def folders(runs: Path, data: Path) -> Iterator[Finding]:
     except OSError as error:
         to_do = f"cannot write there ({error.strerror}): choose another --runs"
     yield Finding("runs", f"{runs}: {free:.0f} GiB free", to_do)
-    inside = (
-        f"{sum(1 for _ in data.iterdir())} entries" if data.is_dir() else "not there; CIFAR and others are downloaded"
-    )
-    yield Finding("data", f"{data}: {inside}")
+    inside, to_do = "not there; CIFAR and others are downloaded", ""
+    try:
+        if data.is_dir():
+            inside = f"{sum(1 for _ in data.iterdir())} entries"
+    except OSError as error:
+        inside, to_do = f"cannot be read ({error.strerror})", "have its owner let you, or choose another --data"
+    yield Finding("data", f"{data}: {inside}", to_do)
 
 
 def shared_memory() -> Iterator[Finding]:

@@ -226,7 +226,7 @@ def _free_memory(device: str) -> float:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # no Linux: what is free, without the cache
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
     return min(int(lines["MemAvailable"].split()[0]) * 1024, _left_in_control_groups())
 
 
@@ -237,7 +237,7 @@ def _left_in_control_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path
     the system keeps in memory are given back when they are in the way.
     """
     left = math.inf
-    for line in own.read_text().splitlines() if own.exists() else []:
+    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):  # version 2 names none
             continue
@@ -257,11 +257,11 @@ def _left_in_control_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path
 def _memory_of(folder: Path, limit: str, used: str, files: str) -> tuple[float, int, int]:
     """Limit, use, and how much of it are files, of one control group."""
     try:
-        most = (folder / limit).read_text().strip()
+        most = (folder / limit).read_text(encoding="utf-8").strip()
         if most == "max":
             return math.inf, 0, 0
-        kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(most), int((folder / used).read_text()), int(kept.get(files, 0))
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return int(most), int((folder / used).read_text(encoding="utf-8")), int(kept.get(files, 0))
     except OSError:  # the root has no limit; a path of outside is not there in a container
         return math.inf, 0, 0
 
@@ -862,10 +862,10 @@ def tables(
     texts = _distinct(protocol_of)
     lines = [f"{part}\n{said}.\n" for part in shown]
     lines += ["## Protocols\n", *(f"### {title}\n\n```json\n{text}\n```\n" for title, text in texts.items())]
-    write_whole(out / "tables.md", lambda path: path.write_text("\n".join(lines)))
+    write_whole(out / "tables.md", lambda path: path.write_text("\n".join(lines), encoding="utf-8"))
     comments = [f"% {line}" for title, text in texts.items() for line in (title, *text.splitlines(), "")]
     latexes = [latex(table, f"{title}. {said}.") for title, table in parts]
-    write_whole(out / "tables.tex", lambda path: path.write_text("\n".join([*comments, *latexes])))
+    write_whole(out / "tables.tex", lambda path: path.write_text("\n".join([*comments, *latexes]), encoding="utf-8"))
     return "\n".join(shown[: len(on_pooled)])
 
 

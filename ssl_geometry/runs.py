@@ -90,7 +90,7 @@ class Run:
     @rank_zero_only
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
-        write_whole(self.directory / name, lambda temporary: temporary.write_text(text))
+        write_whole(self.directory / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     @rank_zero_only
     def discard(self) -> None:
@@ -349,7 +349,7 @@ def _check_length(run: Run, config: Mapping[str, Any], reached: Progress) -> Non
 def config_of(directory: Path) -> dict[str, Any] | None:
     """The configuration of a run; None where there is none, or it is damaged."""
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text())
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return config if isinstance(config, dict) and well_formed(config) else None
@@ -357,7 +357,7 @@ def config_of(directory: Path) -> dict[str, Any] | None:
 
 def _facts(directory: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((directory / "run.json").read_text())
+        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

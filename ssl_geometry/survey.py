@@ -379,8 +379,10 @@ def _write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: P
     flat = table.set_axis([" ".join(key) if isinstance(key, tuple) else str(key) for key in table.columns], axis=1)
     write_whole(path.with_suffix(".parquet"), flat.to_parquet)
     pages = "\n".join(f"# {title}\n\n{note}\n\n{markdown(text)}\n" for title, text in texts.items())
-    path.with_suffix(".md").write_text(pages)
-    path.with_suffix(".tex").write_text("\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()))
+    path.with_suffix(".md").write_text(pages, encoding="utf-8")
+    path.with_suffix(".tex").write_text(
+        "\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()), encoding="utf-8"
+    )
     return path.with_suffix(".md")
 
 
@@ -649,7 +651,7 @@ def survey(args: Sequence[str]) -> Path:
         _check_classes(options, data, is_given("manifolds", args), console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
-    known = json.loads(notes.read_text()) if notes.exists() else {}
+    known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = Console(stderr=True, quiet=not fabric.is_global_zero)
@@ -668,7 +670,9 @@ def survey(args: Sequence[str]) -> Path:
                 if fabric.is_global_zero:
                     store.write(f"models/{name}", rows, protocols)
                     known[name] = fact
-                    write_whole(notes, lambda path: path.write_text(json.dumps(known, indent=1) + "\n"))
+                    write_whole(
+                        notes, lambda path: path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                    )
                 console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
             del method
             progress.advance(overall)

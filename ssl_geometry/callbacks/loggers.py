@@ -156,7 +156,7 @@ def _csv(run: Run) -> CSVLogger:
     logger, file = CSVLogger(run.directory, name="csv", version=""), run.directory / "csv" / "metrics.csv"
     if run.resumed_step is None or not file.exists():
         return logger
-    lines = file.read_text().splitlines(keepends=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = (line for line in lines if line.endswith("\n"))  # it may have been killed while it wrote the last
     earlier = list(csv.DictReader(whole))
     with warnings.catch_warnings():

@@ -93,7 +93,7 @@ def _kernels_of_this_cpu() -> Iterator[None]:
     """For the OpenBLAS that is loaded inside; NumPy's is there already, SciPy's is not loaded by FAISS."""
     name = "OPENBLAS_CORETYPE"
     info = Path("/proc/cpuinfo")
-    chosen = kernels(platform.machine(), info.read_text(errors="replace")) if info.is_file() else None
+    chosen = kernels(platform.machine(), info.read_text(errors="replace", encoding="utf-8")) if info.is_file() else None
     if chosen is None or name in os.environ:
         yield
         return

@@ -25,7 +25,7 @@ def lock(directory: Path) -> bool:
     """
     if directory in _held:
         return True
-    file = (directory / ".lock").open("a+")  # stays open; whoever holds it stands in it
+    file = (directory / ".lock").open("a+", encoding="utf-8")  # stays open; whoever holds it stands in it
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, gone with the process
     except OSError as error:
@@ -48,7 +48,7 @@ def holder(directory: Path) -> str:
         directory: of a run.
     """
     with suppress(OSError, UnicodeDecodeError):
-        return (directory / ".lock").read_text()
+        return (directory / ".lock").read_text(encoding="utf-8")
     return ""
 
 

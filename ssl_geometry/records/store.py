@@ -139,7 +139,7 @@ def _read_whole(part: Path) -> pa.Table:
 
 
 def _write_text(text: str, path: Path) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

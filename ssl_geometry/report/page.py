@@ -117,7 +117,7 @@ def _read(directory: Path, seen: tuple[Any, ...], strict: bool) -> RunRecords:
 
 def _mapping(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     try:
@@ -371,8 +371,8 @@ def render(packed: bytes, version: str = "") -> str:
     Returns:
         HTML. Its policy allows no script but its own, and no network but, where it is served, its own server.
     """
-    script = "\n".join((WEB / name).read_text() for name in SCRIPTS)
-    style = (WEB / "page.css").read_text()
+    script = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = (WEB / "page.css").read_text(encoding="utf-8")
     script, style = (f"\n{text}" for text in (script, style))
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)]
     server = "'self'" if version else "'none'"
@@ -380,7 +380,7 @@ def render(packed: bytes, version: str = "") -> str:
         f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; img-src data:; "
         f"connect-src {server}; base-uri 'none'; form-action 'none'"
     )
-    page = (WEB / "page.html").read_text()
+    page = (WEB / "page.html").read_text(encoding="utf-8")
     for name, text in {
         "POLICY": policy,
         "STYLE": style,
@@ -401,7 +401,7 @@ def write_page(path: str | Path, page: str) -> Path:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error

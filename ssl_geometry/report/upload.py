@@ -246,7 +246,7 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> Sent:
         if not facts.get("wandb_id"):
             facts["wandb_id"] = new_id(directory)
             text = json.dumps(facts, indent=1) + "\n"
-            write_whole(directory / "run.json", lambda temporary: temporary.write_text(text))
+            write_whole(directory / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
         options = wandb_options(directory, config, facts, project or config.get("wandb_project", "ssl_geometry"))
         return _sent(directory, options, shown)
     finally:
@@ -285,8 +285,8 @@ def first_line(error: BaseException) -> str:
 
 def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text())
-        facts = json.loads((directory / "run.json").read_text())
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         beside = [str(other.parent) for other in directory.parent.glob("*/run.json")]
         raise UserError(f"RUN {directory}: {error.filename} is missing; {nearest(str(directory), beside)}") from None

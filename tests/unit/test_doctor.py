@@ -26,7 +26,7 @@ def test_what_is_to_do_is_told(
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     said = lines(capsys, f"--runs={tmp_path}")
-    for words in ("lightning>=2.6.6", "srun python -m ssl_geometry.fit", "update the driver"):
+    for words in ("lightning>=2.6.6", "write `srun python -m ssl_geometry", "update the driver"):
         assert words in said
     assert "0" * 40 not in said, "a key is never shown"
 
@@ -59,3 +59,13 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
     (finding,) = machine.faiss()
     assert "unset OPENBLAS_CORETYPE=Prescott" in finding.to_do
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    *_, finding = machine.folders(tmp_path / "runs", tmp_path)
+    assert (finding.subject, finding.said) == ("data", f"{tmp_path}: cannot be read (Permission denied)")
+    assert finding.to_do

@@ -1,7 +1,9 @@
 """The exit codes: one list, which docs and code share."""
 
 import errno
+import io
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,24 @@ def test_files_that_may_not_be_read_are_one_line(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "error: /root/run: Permission denied\n"
     with pytest.raises(PermissionError):
         run_command(command, ["--debug"], interrupted="interrupted")
+
+
+def test_a_terminal_that_has_no_sign_for_it_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run_command(lambda args: print("1 ± 2"), [], interrupted="interrupted")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"1 ? 2\n"  # type: ignore[attr-defined]
+
+
+def test_files_of_text_are_utf8_whatever_the_machine_speaks() -> None:
+    in_brackets = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+    calls = []
+    for path in (ROOT / "ssl_geometry").rglob("*.py"):
+        source = re.sub(r"^ *>>>.*$", "", path.read_text("utf-8"), flags=re.MULTILINE)
+        calls += [f"{path}: {call}" for call in re.findall(rf"\.(?:read|write)_text{in_brackets}", source)]
+    assert len(calls) > 20
+    assert [call for call in calls if "encoding=" not in call] == []
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()], ids=repr)

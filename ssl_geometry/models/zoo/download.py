@@ -77,7 +77,7 @@ def verify(file: Path, expected: str | None = None) -> str:
     """
     found, beside = _sha256(file), file.with_name(f"{file.name}.sha256")
     if expected is None and beside.is_file():
-        expected = beside.read_text().strip()
+        expected = beside.read_text(encoding="utf-8").strip()
     elif expected is None:
         _note(beside, found)
     if expected is not None and not found.startswith(expected):
@@ -180,5 +180,5 @@ def _sha256(file: Path) -> str:
 
 def _note(beside: Path, digest: str) -> None:
     temporary = beside.with_name(f"{beside.name}.partial")
-    temporary.write_text(f"{digest}\n")
+    temporary.write_text(f"{digest}\n", encoding="utf-8")
     os.replace(temporary, beside)
