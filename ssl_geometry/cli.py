@@ -213,13 +213,18 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
 def warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    r"""A warning as one line, without its place in the source, which is of no use to a user.
+    r"""A warning as one line, without its place in the source, which is of no use to a user; of one process alone.
 
     Example:
         >>> warning_line("few\n  pairs", UserWarning, "/x/torchmetrics/metric.py", 714)
         'warning: few pairs\n'
     """
-    return f"warning: {' '.join(str(message).split())}\n"
+    return f"warning: {' '.join(str(message).split())}\n" if _is_first() else ""
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all: by Lightning's number of it, where Lightning is loaded."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _quiet() -> None:
@@ -229,7 +234,7 @@ def _quiet() -> None:
     logger = logging.getLogger("ssl_geometry")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.addFilter(lambda _: getattr(rank_zero_only, "rank", 0) == 0)  # Lightning's, where it is loaded
+        handler.addFilter(lambda _: _is_first())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     for message in (

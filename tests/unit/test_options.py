@@ -14,7 +14,7 @@ import wandb
 
 from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, SpectrumMonitor
-from ssl_geometry.cli import Parser, annotation, run_command
+from ssl_geometry.cli import Parser, annotation, run_command, warning_line
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import FitCLI, expand_bases, fit, print_summary
@@ -293,6 +293,13 @@ def test_a_warning_is_one_line_without_its_place_in_the_source() -> None:
     run_command(command, [], "")
     assert said == ["warning: few pairs\n"]
     assert warnings.formatwarning is before
+
+
+def test_of_several_processes_the_first_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have seen no image at all, which torchmetrics warns of."""
+    for rank, said in ((0, "warning: few\n"), (1, "")):
+        monkeypatch.setattr("ssl_geometry.cli.rank_zero_only.rank", rank, raising=False)
+        assert warning_line(UserWarning("few"), UserWarning, "x.py", 1) == said
 
 
 def test_help_of_the_trainer_names_no_defaults_but_those_here(cli: FitCLI) -> None:
