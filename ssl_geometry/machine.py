@@ -128,11 +128,13 @@ def slurm() -> Iterator[Finding]:
 
 def weights_and_biases() -> Iterator[Finding]:
     """Whether curves can be watched online; the key itself is never shown."""
+    said = "no key: curves are kept offline; `wandb login` to watch them"
     try:
-        key = bool(wandb.login(prompt=False, verify=False))
-    except Exception:
-        key = False
-    yield Finding("W&B", "a key is here" if key else "no key: curves are kept offline; `wandb login` to watch them")
+        if wandb.login(prompt=False, verify=False):
+            said = "a key is here"
+    except Exception as error:  # such as no home directory, or a machine that is too busy
+        said = f"cannot be asked for a key ({(str(error) or type(error).__name__).splitlines()[0]})"
+    yield Finding("W&B", said)
 
 
 def folders(runs: Path, data: Path) -> Iterator[Finding]:

@@ -69,3 +69,12 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytes
     *_, finding = machine.folders(tmp_path / "runs", tmp_path)
     assert (finding.subject, finding.said) == ("data", f"{tmp_path}: cannot be read (Permission denied)")
     assert finding.to_do
+
+
+def test_weights_and_biases_that_does_not_answer_is_no_missing_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(**options: bool) -> None:
+        raise RuntimeError("the service process is busy\nmore")
+
+    monkeypatch.setattr(machine.wandb, "login", busy)
+    (finding,) = machine.weights_and_biases()
+    assert finding.said == "cannot be asked for a key (the service process is busy)"
