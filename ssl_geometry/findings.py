@@ -183,6 +183,7 @@ class _Rows:
         keep.loc[_same_place(frame[~keep])] = True
         self.frame = frame = frame[keep].reset_index(drop=True)
         self.network = frame.groupby(["metric", "view", "model", "model_other"], dropna=False).ngroup().to_numpy()
+        self.names = frame[["model", "model_other"]].to_numpy(object)
         self.values = frame["value"].to_numpy(float)
         self.deviations = np.full((len(frame), 1), np.nan)
         if "deviations" in frame and len(frame) and frame["deviations"].notna().all():
@@ -204,7 +205,7 @@ class _Rows:
     def networks(self, one: Difference) -> set[str]:
         """Whose numbers enter a difference; those that only lend their views do not."""
         rows = np.concatenate([np.zeros(0, int), *(part.rows for part in one.parts.values())])
-        return set(self.frame.loc[rows, ["model", "model_other"]].to_numpy().ravel())
+        return set(self.names[rows].ravel())
 
     def mean(self, chosen: pd.Series, factor: float = 1.0) -> Mean:
         """The mean over layers, then over networks (pairs of them, or views)."""

@@ -34,31 +34,33 @@ pytestmark = pytest.mark.skipif(not READY, reason="needs root and Debian's slurm
 
 
 class Hold(L.Callback):
-    """Waits before a step until a signal has come, whenever that is; a job that runs again goes on.
+    """Waits before a step until a signal has come, whenever that is.
 
     Args:
         step: the step.
         rank: of the process that waits, -1 for all.
         task: of a job array that waits; "" where there is none.
+        restarts: how many times the job has run before.
     """
 
-    def __init__(self, step: int, rank: int = -1, task: str = "") -> None:
-        self.step, self.rank, self.task = step, rank, task
+    def __init__(self, step: int, rank: int = -1, task: str = "", restarts: int = 0) -> None:
+        self.step, self.rank, self.task, self.restarts = step, rank, task, restarts
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object, **kwargs: object) -> None:
         here = os.environ.get("SLURM_ARRAY_TASK_ID", "") == self.task and self.rank in (-1, trainer.global_rank)
-        if trainer.global_step != self.step or not here or "SLURM_RESTART_COUNT" in os.environ:
+        now = int(os.environ.get("SLURM_RESTART_COUNT", 0)) == self.restarts
+        if trainer.global_step != self.step or not here or not now:
             return
-        Path(trainer.default_root_dir, f"held.{trainer.global_rank}").touch()
+        Path(trainer.default_root_dir, f"held.{self.step}.{trainer.global_rank}").touch()
         (stop,) = (callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
         while not stop.signal:
             time.sleep(0.05)
 
 
-def hold(step: int, **more: object) -> str:
-    return (
-        f"--trainer.callbacks={json.dumps([{'class_path': f'{__name__}.Hold', 'init_args': {'step': step, **more}}])}"
-    )
+def hold(*places: dict[str, object]) -> str:
+    """Options of each ``Hold``."""
+    callbacks = [{"class_path": f"{__name__}.Hold", "init_args": place} for place in places]
+    return f"--trainer.callbacks={json.dumps(callbacks)}"
 
 
 class Cluster:
@@ -123,8 +125,8 @@ def has_ended(facts: dict[str, str]) -> bool:
     return facts["JobState"] in ENDED
 
 
-def runs_again(facts: dict[str, str]) -> bool:
-    return facts["Restarts"] == "1"
+def has_restarted(times: int) -> Callable[[dict[str, str]], bool]:
+    return lambda facts: facts["Restarts"] == str(times)
 
 
 @pytest.fixture(scope="module")
@@ -178,26 +180,38 @@ def assert_as_undisturbed(run: Path, undisturbed: Path) -> None:
     pd.testing.assert_frame_equal(frames[1], frames[0], check_exact=True)
 
 
-def test_a_job_of_two_nodes_runs_into_its_time_limit_and_goes_on(cluster: Cluster, undisturbed: Path) -> None:
-    runs = cluster.directory / "limit"
+def test_a_job_of_two_nodes_survives_its_time_limit_and_a_dead_node(cluster: Cluster, undisturbed: Path) -> None:
+    runs = cluster.directory / "job"
     # SLURM looks every half minute: the signal comes 10 to 40 s after the start, and the end after three minutes.
     limits = ("--time=3", "--signal=USR1@140")
-    job = cluster.submit("fit.sbatch", *TWO_NODES, *limits, args=options(runs, hold(5)))
-    cluster.wait(job, runs_again)
+    places = hold({"step": 5}, {"step": 9, "rank": 1, "restarts": 1})
+    job = cluster.submit("fit.sbatch", *TWO_NODES, *limits, args=options(runs, places))
+    run = runs / "e" / f"slurm-{job}"
+    cluster.wait(job, has_restarted(1))
+    said = cluster.output(job)
+    assert "stopped by SIGUSR1" in said
+    assert "SLURM will run this job again" in said
+    assert "Traceback" not in said
     cluster("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    cluster.wait(job, lambda _: (run / "held.9.1").exists())
+    for process, environment in _environments().items():  # all that runs on n2, at once
+        if {b"SLURMD_NODENAME=n2", f"SLURM_JOB_ID={job}".encode()} <= environment:
+            os.kill(process, signal.SIGKILL)
+    os.kill(int((cluster.directory / "slurmd.n2.pid").read_text()), signal.SIGKILL)
+    try:
+        cluster.wait(job, has_restarted(2))
+    finally:  # the tests after this one need two nodes
+        subprocess.run(["setsid", "slurmd", "-N", "n2"], env=cluster.environment, check=True)
     facts = cluster.ended(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
-    assert "stopped by SIGUSR1" in cluster.output(job)
-    assert "SLURM will run this job again" in cluster.output(job)
-    assert "Traceback" not in cluster.output(job)
-    assert [path.name for path in (runs / "e").iterdir()] == [f"slurm-{job}"]
-    assert_as_undisturbed(runs / "e" / f"slurm-{job}", undisturbed)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), cluster.output(job)
+    assert list((runs / "e").iterdir()) == [run]
+    assert_as_undisturbed(run, undisturbed)
 
 
 def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
     runs = cluster.directory / "sweep"
     monitors = ("cka", "invariance", "probes", "neighbors", "spectrum")
-    small = [*SMALL, "--trainer.max_epochs=2", hold(2, task="4")]
+    small = [*SMALL, "--trainer.max_epochs=2", hold({"step": 2, "task": "4"})]
     job = cluster.submit(
         "sweep.sbatch",
         "--array=1,4",
@@ -205,7 +219,7 @@ def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
         f"--output={cluster.directory}/slurm-%A_%a.out",
         args=[*small, f"--runs={runs}", *(f"--{monitor}.every_n_epochs=0" for monitor in monitors)],
     )
-    cluster.wait(f"{job}_4", lambda _: (runs / "sweep" / f"slurm-{job}_4" / "held.0").exists())
+    cluster.wait(f"{job}_4", lambda _: (runs / "sweep" / f"slurm-{job}_4" / "held.2.0").exists())
     cluster("scancel", "--signal=USR1", f"{job}_4")  # the array's last has the number of the array itself
     for task, restarts in (("4", "1"), ("1", "0")):
         facts = cluster.ended(f"{job}_{task}")
@@ -220,10 +234,10 @@ def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
     """SLURM signals every process: those that train, those that read pictures for them, and W&B's."""
     runs = cluster.directory / "cancel"
-    more = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]", hold(5)]
+    more = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]", hold({"step": 5})]
     job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, *more))
     run = runs / "e" / f"slurm-{job}"
-    cluster.wait(job, lambda _: all((run / f"held.{rank}").exists() for rank in range(2)))
+    cluster.wait(job, lambda _: all((run / f"held.5.{rank}").exists() for rank in range(2)))
     cluster("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
     cluster.wait_until(lambda: "task 0: Exited with exit code 143" in cluster.output(job), job)
@@ -237,23 +251,6 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
     assert losses(run).index.tolist() == list(range(checkpoint["global_step"]))
     facts = cluster.facts(job)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), "nobody is left to put it back into the queue"
-
-
-def test_a_node_dies_and_the_job_goes_on(cluster: Cluster, undisturbed: Path) -> None:
-    runs = cluster.directory / "node"
-    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, hold(9, rank=1)))
-    cluster.wait(job, lambda _: (runs / "e" / f"slurm-{job}" / "held.1").exists())
-    for process, environment in _environments().items():  # all that runs on n2, at once
-        if {b"SLURMD_NODENAME=n2", f"SLURM_JOB_ID={job}".encode()} <= environment:
-            os.kill(process, signal.SIGKILL)
-    os.kill(int((cluster.directory / "slurmd.n2.pid").read_text()), signal.SIGKILL)
-    try:
-        cluster.wait(job, runs_again)
-    finally:  # the tests after this one need two nodes
-        subprocess.run(["setsid", "slurmd", "-N", "n2"], env=cluster.environment, check=True)
-    assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)
-    assert [path.name for path in (runs / "e").iterdir()] == [f"slurm-{job}"]
-    assert_as_undisturbed(runs / "e" / f"slurm-{job}", undisturbed)
 
 
 def test_two_nodes_share_the_images_of_a_survey(cluster: Cluster, undisturbed: Path) -> None:
