@@ -245,8 +245,10 @@ class Step:
     def __init__(
         self, args: argparse.Namespace, size: int, batch: int, *, compile: bool, probes: bool = True, **options: Any
     ) -> None:
-        from ssl_geometry.callbacks.measure import pooled
-        from ssl_geometry.callbacks.probes import LAYERS, layer_widths
+        from ssl_geometry.measure.engine import layer_widths
+        from ssl_geometry.measure.probes import LAYERS
+        from ssl_geometry.measure.requests import pooled
+        from ssl_geometry.measure.subject import Subject
         from ssl_geometry.methods import SimCLR
         from ssl_geometry.metrics import ProbeBank
         from ssl_geometry.models.taps import Taps, layer_names
@@ -264,7 +266,7 @@ class Step:
         if probes:
             names = layer_names(self.method, list(LAYERS))
             shape = tuple(self.batch["image"].shape[1:])
-            self.bank = ProbeBank(layer_widths(self.method, names, shape), 10).to(args.device)
+            self.bank = ProbeBank(layer_widths(Subject.of(self.method), names, shape), 10).to(args.device)
             self.taps = Taps(self.method, names, lambda _, output: pooled(output)).__enter__()
 
     def __call__(self) -> None:
@@ -418,8 +420,9 @@ def search(args: argparse.Namespace) -> Iterator[Row]:
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """A measuring pass over one batch, float32: the bare forward, pooled features of all layers, Gram matrices."""
-    from ssl_geometry.callbacks.cka import GramVector
-    from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
+    from ssl_geometry.measure.engine import forward_pass, measuring
+    from ssl_geometry.measure.requests import GramVector, Request, pooled
+    from ssl_geometry.measure.subject import Subject
     from ssl_geometry.methods import SimCLR
     from ssl_geometry.models.taps import layer_names
 
@@ -433,7 +436,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             "pooled, all layers": [Request(every, pooled)],
             "Gram matrices of 64, all layers": [Request(every, GramVector(8 if args.tiny else 64))],
         }.items():
-            took = times(lambda r=requests: list(forward_pass(method, [images], r)), args.device, 5)
+            took = times(lambda r=requests: list(forward_pass(Subject.of(method), [images], r)), args.device, 5)
             yield {"what": name, **took, "over the forward": took["ms"] / floor["ms"]}
 
 

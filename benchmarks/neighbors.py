@@ -3,7 +3,7 @@
     python benchmarks/neighbors.py                              # N = 10,000; D = 512 and 2,048
     python benchmarks/neighbors.py --sizes 50000 --rounds 1     # minutes a search
     python benchmarks/neighbors.py --device cuda
-    python benchmarks/neighbors.py --part monitor               # a measurement of NeighborhoodMonitor, in epochs
+    python benchmarks/neighbors.py --part monitor               # a measurement while training, in epochs
 
 Points lie near a curved manifold of ten dimensions in twenty clusters. FAISS runs on the kernels that this package
 chose for its BLAS. Searches take turns in one process; ratios are those of a round, to the faster of FAISS and torch.
@@ -99,8 +99,9 @@ def monitor(args: argparse.Namespace) -> None:
     """One measurement of the monitor on a fresh network, and one epoch's training steps, on random images."""
     import lightning as L
 
-    from ssl_geometry.callbacks import NeighborhoodMonitor
+    from ssl_geometry.callbacks import GeometryMonitor
     from ssl_geometry.data.datamodule import DataModule
+    from ssl_geometry.measure import Neighborhoods
     from ssl_geometry.methods import SimCLR
 
     class Clock(L.Callback):
@@ -126,7 +127,7 @@ def monitor(args: argparse.Namespace) -> None:
             return parts[0], parts[1]
 
     torch.manual_seed(0)
-    measured, clock = NeighborhoodMonitor(every_n_epochs=1), Clock()
+    measured, clock = GeometryMonitor([Neighborhoods(every_n_epochs=1)]), Clock()
     data = Pictures("random", batch_size=256, measure_size=args.images)
     trainer = L.Trainer(
         max_epochs=1,

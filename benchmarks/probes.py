@@ -20,9 +20,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_geometry.callbacks.measure import pooled
-from ssl_geometry.callbacks.probes import layer_widths
 from ssl_geometry.geometry.probes import L2, logistic_regression, one_hot, ridge, ridge_sums
+from ssl_geometry.measure.engine import layer_widths
+from ssl_geometry.measure.requests import pooled
+from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import Taps, layer_names
@@ -144,7 +145,7 @@ def online(args: argparse.Namespace) -> None:
     )
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
     names = layer_names(method, ["blocks", "pooled"])
-    bank = ProbeBank(layer_widths(method, names, (3, 32, 32)), args.classes)
+    bank = ProbeBank(layer_widths(Subject.of(method), names, (3, 32, 32)), args.classes)
     batch = {
         "image": torch.randint(256, (args.batch, 3, 32, 32), dtype=torch.uint8),
         "label": torch.randint(args.classes, (args.batch,)),

@@ -15,8 +15,8 @@ import time
 import lightning as L
 import torch
 
-from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.measure.engine import measuring
 from ssl_geometry.methods import Method
 from ssl_geometry.survey import LAYERS, MANIFOLDS, measure_model
 

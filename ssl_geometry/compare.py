@@ -1,7 +1,7 @@
 """Compare networks layer by layer: the figures of Grigg et al. 2021 from runs, checkpoints or random initialisations.
 
     python -m ssl_geometry.compare --models simclr=runs/cifar10/simclr supervised=runs/cifar10/supervised
-    python -m ssl_geometry.compare --models a=RUN,RUN,RUN b=RUN untrained=random --out runs/compare/ab --layers blocks
+    python -m ssl_geometry.compare --models a=RUN,RUN,RUN b=RUN untrained=random --cka.layers blocks
 
 Protocol: every network sees the same measurement images, and the same augmented copies of them; evaluation mode,
 float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices; the overlap of nearest neighbours stands
@@ -27,11 +27,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ssl_geometry.callbacks.cka import GramSize, GramVector, cka_protocol, warn_of_few
-from ssl_geometry.callbacks.invariance import VIEWS, check_views, distinct_views, invariance_requests, layer_records
-from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
 from ssl_geometry.cli import run_command
-from ssl_geometry.data.datamodule import DataModule, size_within
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.data.loader import size_within
 from ssl_geometry.devices import check_alone, memory_for_measuring
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, findings, views_of
@@ -40,9 +38,13 @@ from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import ALIKE, NEAREST, mutual_knn, neighbor_ids
+from ssl_geometry.measure.cka import GramSize, cka_protocol, cka_rows, warn_of_few
+from ssl_geometry.measure.engine import Measured, Measurement, Occasion, as_options, measure_together
+from ssl_geometry.measure.invariance import VIEWS, Invariance
+from ssl_geometry.measure.requests import GramVector, Reduced, Request, pooled
+from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import Method
-from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
-from ssl_geometry.models.taps import layer_depths
+from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore, record
@@ -61,9 +63,9 @@ from ssl_geometry.runs import load_networks, network_names, split_seeds
 CANDIDATES = 50
 """Nearest images of which NNK chooses, where neighbours are shown."""
 SOURCES: Sources = {
-    "layers": {"cka.layers": unchanged, "invariance.layers": unchanged},
-    "gram_size": {"cka.gram_size": unchanged, "invariance.gram_size": unchanged},
-    "views": {"invariance.views": list},
+    "cka.layers": {"cka.layers": unchanged, "invariance.layers": unchanged},
+    "cka.gram_size": {"cka.gram_size": unchanged, "invariance.gram_size": unchanged},
+    "invariance.views": {"invariance.views": list},
 }
 """Options of the monitors that measured the same."""
 NEIGHBORS = 10
@@ -102,45 +104,63 @@ class Network:
     """Of the last layer of the backbone, (N, D), where neighbours are to be shown."""
 
 
+class Kept(Measurement):
+    """What pairs of networks are compared by: the Gram vectors and the pooled features of each layer, clean images.
+
+    Args:
+        layers: their names.
+        gram_size: images in a Gram matrix.
+    """
+
+    def __init__(self, layers: Sequence[str], gram_size: int) -> None:
+        super().__init__()
+        self._clean = Request(tuple(layers), GramVector(gram_size))
+        self._pooled = Request(tuple(layers), pooled)
+        self.vectors: list[Tensor] = []
+        self._features: dict[str, list[Tensor]] = defaultdict(list)
+
+    def requests(self, subject: Subject) -> Sequence[Request]:
+        """Of clean images."""
+        return [self._clean, self._pooled]
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """One batch, to the host."""
+        self.vectors.append(torch.stack(list(reduced[self._clean].values())).cpu())
+        for layer, value in reduced[self._pooled].items():
+            self._features[layer].append(value.cpu())
+
+    def finish(self, occasion: Occasion) -> Measured:
+        """Pairs have rows, a single network has none."""
+        return Measured()
+
+    def features(self) -> dict[str, Tensor]:
+        """Layer to pooled features, (N, D); handed over."""
+        return {layer: torch.cat(self._features.pop(layer)) for layer in self._pooled.layers}
+
+
 def measure_network(
     name: str, method: Method, epoch: int | None, data: DataModule, options: Any, store: RecordStore, progress: Any
 ) -> Network:
     """One pass over the measurement images: Gram vectors, neighbours, invariance and class CKA of one network."""
-    names = tuple(chosen_layers(method, options))
-    depths = layer_depths(method, names)
-    clean, features = Request(names, GramVector(options.gram_size)), Request(names, pooled)
+    names = chosen_layers(method, options)
+    subject = Subject.of(method, name)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
-    requests = [clean, features, *invariance_requests(method, names, options.gram_size, views)]
-    distinct = distinct_views(method, views)
-    invariance = {view: InvarianceCKA(names, options.gram_size) for view in set(distinct.values())}
-    classes = ClassCKA(names, data.num_classes, options.gram_size, sizes=data.measure_sizes)
-    vectors, kept = [], defaultdict(list)
+    kept, invariance = Kept(names, options.gram_size), Invariance(None, names, options.gram_size, views)
     task = progress.add_task(name, total=len(data.loader("measure")))
-    with measuring(method):
-        for batch, reduced in forward_pass(method, data.loader("measure"), requests):
-            vectors.append(torch.stack(list(reduced[clean].values())).cpu())
-            for layer, value in reduced[features].items():
-                kept[layer].append(value.cpu())
-            looks = {
-                (request.view, request.draw): layers for request, layers in reduced.items() if request is not features
-            }
-            for view, metric in invariance.items():
-                metric.to(method.device).update(looks[view, 0], looks[view, 1])
-            classes.to(method.device).update(reduced[clean], batch["label"])
-            progress.advance(task)
-    by_layer = {layer: torch.cat(kept.pop(layer)) for layer in names}
+    occasion = Occasion(subject, data, options.out.name, epoch or 0)
+    _, found = measure_together([kept, invariance], occasion, lambda: progress.advance(task))
+    store.write(f"layers/{name}", found.rows, found.protocols)
+    by_layer = kept.features()
     neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
     alike = (neighbors < 0).flatten(1).all(1)  # no image has any
     shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
     kept_features = by_layer[shown[0]] if options.show_neighbors else None
     labels = None if epoch is None else method.learns_from_labels
     architecture = str(method.init_args.get("backbone"))
-    network = Network(name, labels, epoch, architecture, depths, vectors, neighbors, alike, features=kept_features)
-    seen = {view: invariance[distinct[view]] for view in views}
-    rows, protocols = layer_records(method, data, depths, options.gram_size, seen, classes, **_common(network, options))
-    store.write(f"layers/{name}", rows, protocols)
-    errors = torch.cat([metric.deviations().T for metric in (classes, *seen.values())])  # in the order of the rows
-    network.layers = pd.DataFrame(rows).assign(deviations=list(errors.cpu().numpy()))
+    depths = subject.depths(names)
+    network = Network(name, labels, epoch, architecture, depths, kept.vectors, neighbors, alike, features=kept_features)
+    errors = torch.cat([metric.deviations().T for _, _, metric in invariance.metrics])  # in the order of the rows
+    network.layers = pd.DataFrame(found.rows).assign(deviations=list(errors.cpu().numpy()))
     return network
 
 
@@ -199,35 +219,31 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
             {f"a/{layer}": row for layer, row in zip(a.depths, x, strict=True)},
             {f"b/{layer}": row for layer, row in zip(b.depths, y, strict=True)},
         )
-    shape = len(a.depths), len(b.depths)
-    found = torch.stack([matrix.reshape(shape) for matrix in (cka.compute(), *cka.interval())], 2).tolist()
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
     alike = f"no neighbours where directions are within {ALIKE} roundings"
     metric = f"mutual kNN, k={options.k}, {NEAREST}, pooled features; {alike}"
     knn_protocol = Protocol({**protocol.what, "metric": metric})
-    rows, overlaps, common = [], [], {**_common(a, options), "view": "clean"}
-    for i, (layer, depth) in enumerate(a.depths.items()):
-        for j, (layer_other, depth_other) in enumerate(b.depths.items()):
-            pair = {
-                "model_other": b.name,
-                "layer": layer,
-                "layer_other": layer_other,
-                "depth": depth,
-                "depth_other": depth_other,
-            }
-            similarity = dict(zip(("value", "low", "high"), found[i][j], strict=True))
-            rows.append(record(**common, **pair, metric="cka", **similarity, protocol=protocol.hash))
-            shared = float(overlap[i, j])
-            overlaps.append(record(**common, **pair, metric="mutual_knn", value=shared, protocol=knn_protocol.hash))
+    common = {**_common(a, options), "view": "clean"}
+    rows = cka_rows(cka, a.depths, b.depths, **common, model_other=b.name, protocol=protocol.hash)
+    same_pair = ("model_other", "layer", "layer_other", "depth", "depth_other")
+    overlaps = [
+        record(
+            **common,
+            **{column: row[column] for column in same_pair},
+            metric="mutual_knn",
+            value=shared,
+            protocol=knn_protocol.hash,
+        )
+        for row, shared in zip(rows, overlap.flatten().tolist(), strict=True)
+    ]
     searched, protocols = [], [protocol, knn_protocol]
     if a is not b and options.permutations:
         permuted = f"images within Gram matrices, alike in all layers, seed {SEED}; null: quantile {CHANCE:g}"
         what = {"permutations": options.permutations, "permuted": permuted}
         protocols.append(Protocol({**protocol.what, **what}))
-        searched = against_chance(
-            a, b, torch.tensor(found, dtype=torch.float64)[..., 0], options, **common, protocol=protocols[-1].hash
-        )
+        values = torch.tensor([row["value"] for row in rows], dtype=torch.float64).view(len(a.depths), -1)
+        searched = against_chance(a, b, values, options, **common, protocol=protocols[-1].hash)
     store.write(f"pairs/{a.name}--{b.name}", rows + overlaps + searched, protocols)
     return pd.DataFrame(rows).assign(deviations=list(cka.deviations().flatten(1).T.numpy()))
 
@@ -375,9 +391,10 @@ def _parse(args: Sequence[str]) -> Any:
     parser = networks_parser(
         "compare",
         "Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with figures.",
+        "cka",
         layers="all",
     )
-    parser.add_argument("--gram_size", type=GramSize, default=64, help="images in a Gram matrix of CKA")
+    parser.add_argument("--cka.gram_size", type=GramSize, default=64, help="images in a Gram matrix of CKA")
     parser.add_argument(
         "--permutations",
         type=Annotated[int, between(0, MOST_PERMUTATIONS)],
@@ -390,7 +407,7 @@ def _parse(args: Sequence[str]) -> Any:
         help=f"neighbours that mutual kNN compares (default: {NEIGHBORS}, or all others where there are fewer images)",
     )
     parser.add_argument(
-        "--views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
+        "--invariance.views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
     )
     parser.add_argument(
         "--show_neighbors",
@@ -398,7 +415,8 @@ def _parse(args: Sequence[str]) -> Any:
         default=[],
         help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
     )
-    options = parse_networks(parser, "compare", args, "all", SOURCES)
+    options = parse_networks(parser, "compare", args, "cka", "all", SOURCES)
+    options.gram_size, options.views = options.cka.gram_size, options.invariance.views
     options.models, options.seeds = split_seeds(options.models)
     shown = options.show_neighbors if isinstance(options.show_neighbors, list) else [options.show_neighbors]
     options.show_neighbors = list(dict.fromkeys(shown))
@@ -416,6 +434,7 @@ def _hold_to_images(options: Any, n: int) -> None:
     options.k = size_within("--k", options.k, NEIGHBORS, n - 1, there)
 
 
+@as_options
 def compare(args: Sequence[str]) -> Path:
     """Measure, write records, draw pictures and print the findings.
 
@@ -435,11 +454,11 @@ def compare(args: Sequence[str]) -> Path:
     groups = groups_of(networks, options)
     for method, _ in networks.values():
         chosen_layers(method, options)  # a mistake is told before anything is deleted
-        check_views(method, options.views, "--views")
+        _check_views(method, options.views)
     data.prepare_data()
     data.setup("test")
     _hold_to_images(options, data.measure_size)
-    warn_of_few(data, options.gram_size, "--gram_size")
+    warn_of_few(data, options.gram_size, "--cka.gram_size")
     shutil.rmtree(out / "records", ignore_errors=True)
     store, console = RecordStore(out / "records"), Console()
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
@@ -453,7 +472,7 @@ def compare(args: Sequence[str]) -> Path:
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
             method.named_views = {**method.named_views, **others}
-            protocols[name] = cka_protocol(data, options.gram_size, method, {"clean": method.clean_view.spec})
+            protocols[name] = cka_protocol(data, options.gram_size, Subject.of(method), {"clean": "clean"})
             measured.append(measure_network(name, method.to(options.device), epoch, data, options, store, progress))
     pairs = []
     for a, b in combinations_with_replacement(measured, 2):
@@ -487,6 +506,14 @@ def compare(args: Sequence[str]) -> Path:
         console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     return out
+
+
+def _check_views(method: Method, views: Sequence[str]) -> None:
+    for name in views:
+        try:
+            Subject.of(method).view(name)
+        except UserError as error:
+            raise UserError(f"--invariance.views [{name}]: {str(error).removeprefix('augment: ')}") from error
 
 
 def _effect(row: Mapping[Hashable, Any]) -> str:

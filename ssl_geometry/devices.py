@@ -265,7 +265,7 @@ def less_memory(error: BaseException, trainer: L.Trainer, continued: str) -> str
     frames = [(Path(frame.filename).name, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
     if ("datamodule.py", "setup") in frames:
         return f"while the images were read: --data.storage workers leaves them on the disk; {continued}"
-    if {"measure.py", "evaluation_loop.py"} & {file for file, _ in frames}:
+    if {"engine.py", "evaluation_loop.py"} & {file for file, _ in frames}:
         return f"while measuring: lower --data.eval_batch_size {data.eval_batch_size}; {continued}"
     lower = (
         f"in training: lower --data.batch_size {data.batch_size} (with --trainer.accumulate_grad_batches "
@@ -300,4 +300,6 @@ def memory_for_measuring(options: Any) -> Iterator[None]:
 def less_to_measure(options: Any) -> str:
     """The options of a command that measures networks which need less memory, with their values."""
     elsewhere = f", or measure on --device cpu instead of {options.device}" if options.device != "cpu" else ""
-    return f"lower --data.eval_batch_size {options.data.eval_batch_size}, or name fewer --layers{elsewhere}"
+    return (
+        f"lower --data.eval_batch_size {options.data.eval_batch_size}, or name fewer {options.layers_option}{elsewhere}"
+    )

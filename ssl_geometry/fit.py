@@ -36,31 +36,28 @@ from rich.console import Console
 from rich.table import Table
 
 from ssl_geometry.callbacks import (
-    CKAMonitor,
     EvaluateAtStart,
     FitProgress,
     FlushRecords,
-    InvarianceMonitor,
+    GeometryMonitor,
     LastCheckpoint,
     LogEveryEpoch,
     LoggerName,
-    NeighborhoodMonitor,
-    ProbeMonitor,
     ResumableWandbLogger,
     SeedSteps,
-    SpectrumMonitor,
     Status,
     StopOnNaN,
     StopOnSignal,
     WatchProcesses,
     make_loggers,
 )
-from ssl_geometry.callbacks.measure import Monitor
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy, check_torchrun
 from ssl_geometry.endings import end_with_parent, explain, report_lost
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
+from ssl_geometry.measure import CKA, Invariance, Measurement, Neighborhoods, Probes, Spectrum, Subject
+from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.ranges import Seed, above, at_least, check_project
@@ -85,6 +82,9 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "sync_batchnorm": True,
 }
+MEASUREMENTS = {cls.group: cls for cls in (CKA, Invariance, Probes, Neighborhoods, Spectrum)}
+"""Groups of options to what they measure."""
+EVERY_N_EPOCHS = {"cka": 1, "invariance": 0, "probes": 5, "neighbors": 0, "spectrum": 0}
 TRAINER_RANGES = {
     "num_nodes": Annotated[int, at_least(1)],
     "max_epochs": Annotated[int, at_least(1, also=-1)],
@@ -279,12 +279,16 @@ class FitCLI(LightningCLI):
         parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
         parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(DataModule, "data")
-        parser.add_lightning_class_args(CKAMonitor, "cka")
-        parser.add_lightning_class_args(InvarianceMonitor, "invariance")
-        parser.add_lightning_class_args(ProbeMonitor, "probes")
-        parser.add_lightning_class_args(NeighborhoodMonitor, "neighbors")
-        parser.add_lightning_class_args(SpectrumMonitor, "spectrum")
+        for group, cls in MEASUREMENTS.items():
+            parser.add_class_arguments(cls, group, fail_untyped=False)
+        parser.add_argument(
+            "--measurements",
+            type=list[Measurement],
+            default=[],
+            help="measurements of your own, subclasses of ssl_geometry.measure.Measurement: --measurements+ CLASS",
+        )
         parser.add_lightning_class_args(L.Trainer, "trainer")
+        parser.set_defaults({f"{group}.every_n_epochs": every for group, every in EVERY_N_EPOCHS.items()})
         for action in parser._actions:
             if action.dest.startswith("trainer."):
                 instead = REFUSED.get(action.dest)
@@ -335,10 +339,10 @@ class FitCLI(LightningCLI):
             logger.warning(f"{fault}: the learning rate rises to the end, and never reaches its peak")
 
     def after_instantiate_classes(self) -> None:
-        """Hold the monitors to the method, before images are read."""
-        for callback in self._callbacks():
-            if isinstance(callback, Monitor) and isinstance(self.model, Method):
-                callback.check(self.model)
+        """Hold the measurements to the method, before images are read."""
+        for measurement in self._measurements() if isinstance(self.model, Method) else ():
+            if measurement.every_n_epochs != 0:
+                measurement.check(Subject.of(self.model))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer of the configuration, with this run's loggers, checkpoints and progress."""
@@ -357,6 +361,7 @@ class FitCLI(LightningCLI):
             LogEveryEpoch(),
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
+            GeometryMonitor(self._measurements()),
             EvaluateAtStart(),
             SeedSteps(self.settings["seed_everything"]),
             losses,
@@ -396,6 +401,10 @@ class FitCLI(LightningCLI):
     def _takes_all_devices(self) -> bool:
         """Whether nobody has said how many devices are to be used: in a SLURM job, its tasks say so."""
         return str(self.settings["trainer"]["devices"]) in ("auto", "-1") and this_task() is None
+
+    def _measurements(self) -> list[Measurement]:
+        groups = [self._get(self.config_init, group) for group in MEASUREMENTS]
+        return [*groups, *self._get(self.config_init, "measurements")]
 
     def _callbacks(self) -> list[Callback]:
         return [self._get(self.config_init, key) for key in self._parser(None).callback_keys]
@@ -478,6 +487,7 @@ def _base_of(path: Path) -> Path | None:
     return (path.parent / base).resolve() if base else None
 
 
+@as_options
 def fit(args: Sequence[str]) -> Run:
     """Train, evaluate on the test images, and print the summary.
 

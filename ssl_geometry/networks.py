@@ -41,8 +41,6 @@ def unchanged(value: Any) -> Any:
     return value
 
 
-ABSENT = object()
-"""What a :data:`Convert` gives for a value that the command cannot have."""
 IMAGES: Sources = {
     "data.dataset": {"data.dataset": lambda path: Path(path).name},  # a folder of images may have moved
     **{
@@ -53,13 +51,14 @@ IMAGES: Sources = {
 """Options of the data that every measurement depends on."""
 
 
-def networks_parser(command: str, description: str, layers: str, resumable: bool = False) -> Parser:
+def networks_parser(command: str, description: str, group: str, layers: str, resumable: bool = False) -> Parser:
     """The parser of a command that measures networks, with the options that such commands share.
 
     Args:
         command: its name, such as ``compare``.
         description: of what it does.
-        layers: the default of ``--layers``, for the help.
+        group: of the options that say which layers are measured, such as ``cka`` for ``--cka.layers``.
+        layers: the default of these, for the help.
         resumable: started again, the command goes on with what is in ``--out``; others refuse to replace it.
     """
     program = f"python -m ssl_geometry.{command}"
@@ -69,7 +68,7 @@ def networks_parser(command: str, description: str, layers: str, resumable: bool
     parser.add_argument("--models", type=str, nargs="+", required=True, help=MODELS)
     parser.add_argument("--out", type=str | None, help=f"folder of the results (default: runs/{command}/NAME-NAME)")
     parser.add_argument(
-        "--layers",
+        f"--{group}.layers",
         type=str | list[str] | None,
         help=f"a preset, a name, a glob, or a list (default: as the first run was measured, else {layers})",
     )
@@ -87,7 +86,7 @@ def networks_parser(command: str, description: str, layers: str, resumable: bool
 
 
 def parse_networks(
-    parser: Parser, command: str, args: Sequence[str], layers: str | Sequence[str], sources: Sources
+    parser: Parser, command: str, args: Sequence[str], group: str, layers: str | Sequence[str], sources: Sources
 ) -> Any:
     """Read the command line with a :func:`networks_parser`, to which the command has added its own options.
 
@@ -98,27 +97,30 @@ def parse_networks(
         parser: with all options of the command.
         command: its name.
         args: the command line.
-        layers: default of ``--layers``, where no run says otherwise.
+        group: of the options that say which layers are measured.
+        layers: default of these, where no run says otherwise.
         sources: options of ``fit`` that decide the same numbers.
 
     Returns:
         The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder, ``configs`` the
         configuration of each network that is a run, ``layers`` None unless given, ``default_layers`` what stands for
-        it then (see :func:`chosen_layers`).
+        it then, ``layers_option`` where they were given (see :func:`chosen_layers`).
 
     Raises:
         UserError: no such device, a folder of results that is a training run, or results that would be overwritten.
     """
     configs = run_configs(args)
+    layers_option = f"{group}.layers"
     defaults, unlike = of_runs(configs, {**IMAGES, **sources})
     trained_on = next(iter(configs.values()), {})
     images = {"seed": trained_on.get("seed_everything"), **(trained_on.get("data") or {})}  # linked, not written twice
     known = inspect.signature(DataModule).parameters
-    own = {name: value for name, value in defaults.items() if name in sources and name != "layers"}
+    own = {name: value for name, value in defaults.items() if name in sources and name != layers_option}
     own |= {f"data.{name}": value for name, value in images.items() if name in known}
     parser.set_defaults({name: value for name, value in own.items() if value is not None})
     options = parser.parse_args(list(args))
-    options.configs, options.default_layers = configs, defaults.get("layers") or layers
+    options.configs, options.default_layers = configs, defaults.get(layers_option) or layers
+    options.layers, options.layers_option = options[layers_option], f"--{layers_option}"
     for option, values in unlike.items():
         if not is_given(option, args):
             logger.warning(f"--{option} differs between the runs: {values}; the first is taken for all")
@@ -158,7 +160,7 @@ def _check_writable(out: Path) -> None:
 
 
 def chosen_layers(network: nn.Module, options: Any) -> list[str]:
-    """The layers of a network that ``--layers`` asks for; of a default, those that it has.
+    """The layers of a network that the options ask for; of a default, those that it has.
 
     Args:
         network: a network or method.
@@ -167,7 +169,7 @@ def chosen_layers(network: nn.Module, options: Any) -> list[str]:
     Raises:
         UserError: given layers that the network does not have.
     """
-    return layer_names(network, present(network, options.layers, options.default_layers), option="--layers")
+    return layer_names(network, present(network, options.layers, options.default_layers), option=options.layers_option)
 
 
 def run_configs(args: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -217,13 +219,12 @@ def of_runs(configs: Mapping[str, Mapping[str, Any]], sources: Sources) -> tuple
             for source, convert in ways.items():
                 group, _, key = source.partition(".")
                 given = config.get(group) or {}
-                if key not in given or given.get("every_n_epochs", 1) <= 0:
+                if key not in given or given.get("every_n_epochs", 1) == 0:
                     continue
                 value = given[key] if given[key] is None else convert(given[key])
-                if value is not ABSENT:
-                    first.setdefault(option, value)
-                    text = "the default" if value is None else str(value)
-                    runs_of.setdefault(text, []).append(f"{name}: {group}" if len(ways) > 1 else name)
+                first.setdefault(option, value)
+                text = "the default" if value is None else str(value)
+                runs_of.setdefault(text, []).append(f"{name}: {group}" if len(ways) > 1 else name)
         if len(runs_of) > 1:
             unlike[option] = ", ".join(f"{text} ({', '.join(runs)})" for text, runs in runs_of.items())
     return first, unlike

@@ -29,21 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
-from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
-from ssl_geometry.callbacks.probes import (
-    FEW_SELECTION,
-    LAYERS,
-    SOLVER,
-    STATISTICS,
-    check_images,
-    highest_decay,
-    layer_widths,
-    probe_protocol,
-    probe_rows,
-)
 from ssl_geometry.cli import run_command
-from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule, size_within
+from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
+from ssl_geometry.data.loader import size_within
 from ssl_geometry.devices import check_alone, out_of_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
@@ -61,10 +50,22 @@ from ssl_geometry.geometry.probes import (
     ridge_probe_of_few,
     ridge_sums,
 )
+from ssl_geometry.measure.engine import as_options, forward_pass, layer_widths, measuring
+from ssl_geometry.measure.probes import (
+    FEW_SELECTION,
+    LAYERS,
+    SOLVER,
+    STATISTICS,
+    check_images,
+    highest_decay,
+    probe_protocol,
+    probe_rows,
+)
+from ssl_geometry.measure.requests import Request, pooled
+from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.metrics.probe_bank import MOMENTUM
-from ssl_geometry.models.taps import layer_depths, layer_names
 from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
@@ -84,7 +85,7 @@ POOLED = "pooled"
 """The layer that everything but the curve over layers is read off: the input of a classifier on top."""
 UNTRAINED, PIXELS = "untrained", "raw pixels"
 SOURCES: Sources = {
-    "layers": {"probes.layers": unchanged},
+    "probes.layers": {"probes.layers": unchanged},
     **{f"data.{name}": {f"data.{name}": unchanged} for name in ("limit_train", "val_fraction")},
 }
 """Options of the monitor that measured the same, and of the images that classifiers learn from. How many these are
@@ -143,7 +144,7 @@ class LabelledImages(DataModule):
 
 
 @dataclass
-class Subject:
+class FrozenFeatures:
     """One network, and the features of all images, on the device that measures."""
 
     name: str
@@ -165,15 +166,18 @@ Found = Mapping[str, Mapping[str, Sequence[float]]]
 """Metric to what was found for each layer (``top1``, ...)."""
 
 
-def extract(name: str, method: Method, epoch: int | None, data: DataModule, options: Any, progress: Any) -> Subject:
+def extract(
+    name: str, method: Method, epoch: int | None, data: DataModule, options: Any, progress: Any
+) -> FrozenFeatures:
     """Features of clean training and test images, each image seen once.
 
     Raises:
         UserError: features that do not fit into memory, or are not finite.
     """
     wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method, options), POOLED]
-    layers = tuple(layer_names(method, wanted, option="--layers"))
-    widths = layer_widths(method, layers, data.image_shape)
+    subject = Subject.of(method)
+    layers = subject.layers(wanted, option=options.layers_option)
+    widths = layer_widths(subject, layers, data.image_shape)
     _check_memory(name, widths, data, options)
     request = Request(layers, pooled)
     taken: dict[str, Any] = {}
@@ -184,7 +188,7 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
                 f"{name}: features ({'training' if split == 'bank' else 'test'})", total=len(batches)
             )
             parts: dict[str, list[Tensor]] = {layer: [] for layer in (*layers, "label", "index")}
-            for batch, reduced in forward_pass(method, batches, [request]):
+            for batch, reduced in forward_pass(subject, batches, [request]):
                 for layer, value in {**reduced[request], "label": batch["label"], "index": batch["index"]}.items():
                     parts[layer].append(value)
                 progress.advance(task)
@@ -192,11 +196,11 @@ def extract(name: str, method: Method, epoch: int | None, data: DataModule, opti
     train, test = taken["bank"], taken["test"]
     labels, index, test_labels = train.pop("label"), train.pop("index"), test.pop("label")
     del test["index"]
-    depths = layer_depths(method, layers)
+    depths = subject.depths(layers)
     for layer, values in {**train, **{f"{layer} (test)": values for layer, values in test.items()}}.items():
         if broken := int((~values.isfinite().all(1)).sum()):
             raise UserError(f"--models {name}: layer {layer}: features of {broken} images are not finite")
-    return Subject(name, method, epoch or 0, depths, train, labels, index, test, test_labels)
+    return FrozenFeatures(name, method, epoch or 0, depths, train, labels, index, test, test_labels)
 
 
 def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, options: Any) -> None:
@@ -216,7 +220,7 @@ def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, option
         )
 
 
-LESS_MEMORY = "set fewer images, fewer --layers (such as [stages]), or another --device"
+LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
 
 
 def _free_memory(device: str) -> float:
@@ -269,52 +273,52 @@ def _memory_of(folder: Path, limit: str, used: str, files: str) -> tuple[float, 
 # -- evaluations: each gives what it found, by metric ------------------------------------------------------------------
 
 
-def evaluate_layers(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
+def evaluate_layers(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
     """Converged classifiers on every layer: figure 3, left, of Grigg et al. 2021."""
-    held = held_out(subject.train_index)
-    targets = one_hot(subject.train_labels, data.num_classes)
-    task = progress.add_task(f"{subject.name}: logistic regression, {len(subject.train)} layers", total=1)
-    logistic = converged_probes(subject.train, subject.train_labels, held, data.num_classes, L2)
+    held = held_out(frozen.train_index)
+    targets = one_hot(frozen.train_labels, data.num_classes)
+    task = progress.add_task(f"{frozen.name}: logistic regression, {len(frozen.train)} layers", total=1)
+    logistic = converged_probes(frozen.train, frozen.train_labels, held, data.num_classes, L2)
     ridge = {}
-    for layer, x in subject.train.items():
+    for layer, x in frozen.train.items():
         if len(x) < FEW:
-            ridge[layer] = ridge_probe_of_few(x, subject.train_labels, data.num_classes, L2)
+            ridge[layer] = ridge_probe_of_few(x, frozen.train_labels, data.num_classes, L2)
             continue
         fit, chosen_by = (ridge_sums(x[part], targets[part]) for part in (~held, held))
-        ridge[layer] = ridge_probe(fit, chosen_by, x[held], subject.train_labels[held], L2)
+        ridge[layer] = ridge_probe(fit, chosen_by, x[held], frozen.train_labels[held], L2)
     progress.advance(task)
     found: dict[str, dict[str, list[float]]] = {}
     for metric, probes in (("logistic_probe", logistic), ("ridge_probe", ridge)):
         found[metric] = {}
         for layer, probe in probes.items():
-            (scores,) = probe.scores(subject.test[layer])
-            numbers = accuracies(scores, subject.test_labels)
+            (scores,) = probe.scores(frozen.test[layer])
+            numbers = accuracies(scores, frozen.test_labels)
             numbers |= {"l2": probe.l2[0], "gradient_norm": probe.gradient_norm[0]}
             for key, value in numbers.items():
                 found[metric].setdefault(key, []).append(float(value))
     return found
 
 
-def evaluate_knn(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
+def evaluate_knn(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
     """Votes of the nearest training images, weighted by similarity and each counting one."""
     found = {}
-    classes, vary = data.num_classes, directions_vary(subject.train[POOLED])
-    distances, neighbours = knn_search(subject.test[POOLED], subject.train[POOLED], max(options.k))
+    classes, vary = data.num_classes, directions_vary(frozen.train[POOLED])
+    distances, neighbours = knn_search(frozen.test[POOLED], frozen.train[POOLED], max(options.k))
     for k in options.k:
         for temperature, kind in ((TEMPERATURE, ""), (None, "_majority")):
-            predicted = knn_vote(distances[:, :k], neighbours[:, :k], subject.train_labels, classes, temperature)
+            predicted = knn_vote(distances[:, :k], neighbours[:, :k], frozen.train_labels, classes, temperature)
             # One column more than classes: of the images that have no neighbour.
-            numbers = _numbers(one_hot(predicted % (classes + 1), classes + 1), subject)
+            numbers = _numbers(one_hot(predicted % (classes + 1), classes + 1), frozen)
             found[f"knn{k}{kind}"] = numbers if vary else {key: [math.nan] for key in numbers}
     if not vary:
         reason = "features of all training images point one way"
-        warnings.warn(f"{subject.name}: accuracy of nearest neighbours is NaN: {reason}", stacklevel=2)
+        warnings.warn(f"{frozen.name}: accuracy of nearest neighbours is NaN: {reason}", stacklevel=2)
     return found
 
 
-def _numbers(scores: Tensor, subject: Subject) -> dict[str, list[float]]:
+def _numbers(scores: Tensor, frozen: FrozenFeatures) -> dict[str, list[float]]:
     """How right the scores of the test images are."""
-    return {key: [float(value)] for key, value in accuracies(scores, subject.test_labels).items()}
+    return {key: [float(value)] for key, value in accuracies(scores, frozen.test_labels).items()}
 
 
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
@@ -322,18 +326,18 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 
 def linear_evaluation(
-    subject: Subject, batches: Batches, steps: int, data: DataModule, options: Any, progress: Any, title: str
+    frozen: FrozenFeatures, batches: Batches, steps: int, data: DataModule, options: Any, progress: Any, title: str
 ) -> dict[str, list[float]]:
     """SGD on pooled features with a cosine schedule, all learning rates at once.
 
     Two banks learn side by side: one without the held-out tenth, which chooses the learning rate; one from all images,
     whose classifier of that learning rate is tested.
     """
-    widths = {POOLED: subject.train[POOLED].shape[1]}
+    widths = {POOLED: frozen.train[POOLED].shape[1]}
     choosing, final = (
         ProbeBank(widths, data.num_classes, RATES, [options.linear_weight_decay]).to(options.device) for _ in range(2)
     )
-    task = progress.add_task(f"{subject.name}: {title}", total=steps * options.linear_epochs)
+    task = progress.add_task(f"{frozen.name}: {title}", total=steps * options.linear_epochs)
     step = 0
     for epoch in range(options.linear_epochs):
         choosing.forget()
@@ -344,52 +348,52 @@ def linear_evaluation(
             step += 1
             progress.advance(task)
     best = choosing.best()
-    (scores,) = final.scores({POOLED: subject.test[POOLED]}, best)
-    return {**_numbers(scores, subject), "learning_rate": final.learning_rate[best].tolist()}
+    (scores,) = final.scores({POOLED: frozen.test[POOLED]}, best)
+    return {**_numbers(scores, frozen), "learning_rate": final.learning_rate[best].tolist()}
 
 
-def evaluate_linear(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
+def evaluate_linear(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
     """Linear evaluation without augmentation: features are computed once."""
-    features, n, size = subject.train[POOLED], len(subject.train_labels), data.batch_size
+    features, n, size = frozen.train[POOLED], len(frozen.train_labels), data.batch_size
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch)).to(features.device)
         for rows in order.split(size):
-            yield features[rows], subject.train_labels[rows], subject.train_index[rows]
+            yield features[rows], frozen.train_labels[rows], frozen.train_index[rows]
 
     steps = math.ceil(n / size)
-    return {"linear_eval": linear_evaluation(subject, batches, steps, data, options, progress, "linear evaluation")}
+    return {"linear_eval": linear_evaluation(frozen, batches, steps, data, options, progress, "linear evaluation")}
 
 
-def evaluate_linear_augmented(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
+def evaluate_linear_augmented(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
     """Linear evaluation on newly augmented images in every epoch."""
     loader = data.loader("bank", options.train_images, seed=0)
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         loader.sampler.set_epoch(epoch)
         request = Request((POOLED,), pooled, options.augment, draw=epoch)
-        with measuring(subject.method):
-            for batch, reduced in forward_pass(subject.method, loader, [request]):
+        with measuring(frozen.method):
+            for batch, reduced in forward_pass(Subject.of(frozen.method), loader, [request]):
                 yield reduced[request][POOLED], batch["label"], batch["index"]
 
     title = f"linear evaluation, {options.augment} views"
-    return {"linear_eval_augmented": linear_evaluation(subject, batches, len(loader), data, options, progress, title)}
+    return {"linear_eval_augmented": linear_evaluation(frozen, batches, len(loader), data, options, progress, title)}
 
 
-def evaluate_labels(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
+def evaluate_labels(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
     """Logistic regression on a share of the labels, the classes in proportion: mean and spread over draws."""
     found: dict[str, dict[str, list[float]]] = {}
-    n = len(subject.train_labels)
-    task = progress.add_task(f"{subject.name}: few labels", total=len(options.label_fractions))
+    n = len(frozen.train_labels)
+    task = progress.add_task(f"{frozen.name}: few labels", total=len(options.label_fractions))
     for fraction in options.label_fractions:
         images = round(fraction * n)
         values, chosen = [], {}
         for draw in range(options.draws if fraction < 1 else 1):
-            rows = stratified(subject.train_labels.cpu(), draw)[:images].to(options.device)
-            features, labels = subject.share(rows)
+            rows = stratified(frozen.train_labels.cpu(), draw)[:images].to(options.device)
+            features, labels = frozen.share(rows)
             probe = converged_probes(features, labels, held_of_each_class(labels), data.num_classes, L2)[POOLED]
-            (scores,) = probe.scores(subject.test[POOLED])
-            values.append(_numbers(scores, subject))
+            (scores,) = probe.scores(frozen.test[POOLED])
+            values.append(_numbers(scores, frozen))
             chosen[f"l2_draw{draw + 1}"] = [float(probe.l2[0])]
         several = {key: [value[key][0] for value in values] for key in values[0]}
         numbers = {key: [statistics.mean(draws)] for key, draws in several.items()}
@@ -422,15 +426,15 @@ def held_of_each_class(labels: Tensor) -> Tensor:
     return held
 
 
-def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress: Any) -> Found:
+def evaluate_finetune(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
     """The whole network trained on labels from these weights; an untrained network is trained from scratch."""
     found: dict[str, dict[str, list[float]]] = {}
-    if isinstance(subject.method, RawPixels):
+    if isinstance(frozen.method, RawPixels):
         return found
-    given = subject.method.init_args
+    given = frozen.method.init_args
     shared = ("backbone", "stem", "width", "image_size", "normalize", "center_crop", "channels_last")
     for fraction in options.label_fractions:
-        progress.console.print(f"fine-tuning {subject.name} on {100 * fraction:g}% of the labels", highlight=False)
+        progress.console.print(f"fine-tuning {frozen.name} on {100 * fraction:g}% of the labels", highlight=False)
         torch.manual_seed(SEED)
         network = Supervised(
             data.num_classes,
@@ -440,8 +444,8 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             compile=False,  # a new network for each share of the labels: compiling takes longer than it saves
             **{key: given[key] for key in shared},
         )
-        network.backbone.load_state_dict(subject.method.backbone.state_dict())
-        images = LabelledImages(round(fraction * len(subject.train_labels)), **options.data_options)
+        network.backbone.load_state_dict(frozen.method.backbone.state_dict())
+        images = LabelledImages(round(fraction * len(frozen.train_labels)), **options.data_options)
         trainer = L.Trainer(
             max_epochs=options.finetune_epochs,
             accelerator="gpu" if options.device.startswith("cuda") else "cpu",
@@ -455,7 +459,7 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             use_distributed_sampler=False,
         )
         failed = UserError(
-            f"--finetune_lr {options.finetune_lr:g}: the loss of {subject.name} became NaN or infinite on "
+            f"--finetune_lr {options.finetune_lr:g}: the loss of {frozen.name} became NaN or infinite on "
             f"{100 * fraction:g}% of the labels; set less"
         )
         try:
@@ -464,16 +468,17 @@ def evaluate_finetune(subject: Subject, data: DataModule, options: Any, progress
             raise (failed if "NaN" in str(error) else error) from error
         request = Request(("head",), pooled)
         with measuring(network.to(options.device)):
-            parts = [reduced[request]["head"] for _, reduced in forward_pass(network, data.loader("test"), [request])]
+            batches = data.loader("test")
+            parts = [found[request]["head"] for _, found in forward_pass(Subject.of(network), batches, [request])]
         if not all(
             bool(part.isfinite().all()) for part in parts
         ):  # spoilt by the last step, which has no loss after it
             raise failed
-        found[f"finetune_{100 * fraction:g}%"] = _numbers(torch.cat(parts), subject)
+        found[f"finetune_{100 * fraction:g}%"] = _numbers(torch.cat(parts), frozen)
     return found
 
 
-RUN: dict[str, Callable[[Subject, DataModule, Any, Any], Found]] = {
+RUN: dict[str, Callable[[FrozenFeatures, DataModule, Any, Any], Found]] = {
     "layers": evaluate_layers,
     "knn": evaluate_knn,
     "linear": evaluate_linear,
@@ -518,7 +523,10 @@ def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Proto
     bank: dict[str, Any] = {"clean training images": len(data.loader("bank", options.train_images).sampler.rows)}
     if isinstance(method, RawPixels):
         bank["pixels"] = f"averaged down to {PIXEL_SIDE} x {PIXEL_SIDE}"
-    return {name: probe_protocol(name, data, method, "test", **bank, **chosen[name]) for name in options.evaluations}
+    return {
+        name: probe_protocol(name, data, Subject.of(method), "test", **bank, **chosen[name])
+        for name in options.evaluations
+    }
 
 
 def summary(data: DataModule, options: Any) -> str:
@@ -542,6 +550,7 @@ def _parse(args: Sequence[str]) -> Any:
         "Read classes off frozen networks: linear classifiers on every layer, linear evaluation, nearest neighbours, "
         "few labels, fine-tuning. Several paths of one NAME, separated by commas, are seeds: the table gives mean and "
         "standard deviation. An untrained network and the raw pixels stand beside them.",
+        "probes",
         layers="block outputs, pooled features and head",
     )
     parser.add_argument(
@@ -591,7 +600,7 @@ def _parse(args: Sequence[str]) -> Any:
         default=0.05,
         help="learning rate of fine-tuning for a batch of 256 images",
     )
-    options = parse_networks(parser, "probe", args, LAYERS, SOURCES)
+    options = parse_networks(parser, "probe", args, "probes", LAYERS, SOURCES)
     options.evaluations = _as_list(options.evaluations)
     for name in options.evaluations:
         if name not in EVALUATIONS:
@@ -687,6 +696,7 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
     return networks, groups
 
 
+@as_options
 def probe(args: Sequence[str]) -> Path:
     """Measure, write records, draw the picture and print the tables.
 
@@ -706,7 +716,7 @@ def probe(args: Sequence[str]) -> Path:
     for method, _ in networks.values():
         if not isinstance(method, RawPixels):
             chosen_layers(method, options)  # a mistake is told before anything is deleted
-        method.measuring_view(options.augment)
+        Subject.of(method).view(options.augment)
     data.prepare_data()
     data.setup("test")
     if data.multi_label:
@@ -770,22 +780,22 @@ def measure(
         ValueError: features or labels that no classifier can learn from.
     """
     data = options.data
-    subject = extract(name, method, epoch, data, options, progress)
+    frozen = extract(name, method, epoch, data, options, progress)
     chosen = protocols(data, method, options)
     for evaluation in options.evaluations:
-        found = RUN[evaluation](subject, data, options, progress)
+        found = RUN[evaluation](frozen, data, options, progress)
         common = {
             "run": options.out.name,
             "model": name,
             "view": "clean",
             "split": "test",
-            "epoch": subject.epoch,
+            "epoch": frozen.epoch,
             "protocol": chosen[evaluation].hash,
         }
         rows = []
         for metric, numbers in found.items():
-            depths = subject.depths if evaluation == "layers" else {POOLED: subject.depths[POOLED]}
-            rows += probe_rows(metric, depths, numbers, len(subject.test_labels), **common)
+            depths = frozen.depths if evaluation == "layers" else {POOLED: frozen.depths[POOLED]}
+            rows += probe_rows(metric, depths, numbers, len(frozen.test_labels), **common)
         store.write(f"{evaluation}/{name}", rows, [chosen[evaluation]])
     return chosen
 

@@ -1,7 +1,7 @@
 """Many models side by side: manifold graph metrics, which models are alike, and what predicts how they transfer.
 
     python -m ssl_geometry.survey --models simclr=runs/c10/simclr swav dino-vits16 random:resnet50 --data.dataset PATH
-    python -m ssl_geometry.survey --models ... --manifolds [semantic, policy] --targets published
+    python -m ssl_geometry.survey --models ... --neighbors.settings [policy] --targets published
 
 Protocol: every model sees the same measurement images, and the same augmented copies of them (at its own size and
 normalisation); evaluation mode, float32, features averaged over space; NNK neighbourhoods, solved exactly. One pass
@@ -23,22 +23,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.stats import false_discovery_control
-from torch import Tensor, nn
+from torch import nn
 
-from ssl_geometry.callbacks.measure import Request, forward_pass, measuring, pooled
-from ssl_geometry.callbacks.neighbors import (
-    CANDIDATES,
-    LEAST_CANDIDATES,
-    SETTINGS,
-    candidates,
-    graph_records,
-    manifold_records,
-    neighbor_protocol,
-    overlap_records,
-    view_overlaps,
-)
-from ssl_geometry.callbacks.probes import layer_widths
-from ssl_geometry.callbacks.spectrum import spectrum_protocol, spectrum_records
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
@@ -51,15 +37,14 @@ from ssl_geometry.geometry.prediction import (
     rank_correlation,
     unit_means,
 )
+from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
+from ssl_geometry.measure.engine import as_options
+from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates
 from ssl_geometry.methods import Method
-from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods, Spectrum
-from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.networks import (
-    ABSENT,
     Sources,
     chosen_layers,
-    is_given,
     networks_parser,
     parse_networks,
     unchanged,
@@ -81,19 +66,14 @@ from ssl_geometry.report.tables import latex, markdown
 from ssl_geometry.runs import load_networks, network_names, split_seeds
 from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
 
-MANIFOLDS = ("semantic", *SETTINGS)
+SEMANTIC = "semantic"
 METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
 STATISTICS = ("mean", "std", "median")
 LAYERS = ("stages", "pooled")
-LEAST_COPIES = 3
 SOURCES: Sources = {
-    "layers": {"neighbors.layers": unchanged, "spectrum.layers": unchanged},
-    "k": {"neighbors.k": unchanged},
-    "copies": {
-        "neighbors.copies": unchanged,
-        "spectrum.copies": lambda copies: copies if copies >= LEAST_COPIES else ABSENT,
-    },
-    "manifolds": {"neighbors.settings": lambda settings: ["semantic", *settings]},
+    "neighbors.layers": {"neighbors.layers": unchanged, "spectrum.layers": unchanged},
+    **{f"neighbors.{name}": {f"neighbors.{name}": unchanged} for name in ("k", "settings", "copies")},
+    "spectrum.copies": {"spectrum.copies": unchanged},
 }
 """Options of the monitors that measured the same."""
 UNTRAINED = "untrained"
@@ -104,74 +84,33 @@ LEAST_MODELS = 4
 PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
 
 
-def measure_model(method: Method, data: DataModule, options: Any, fabric: L.Fabric, advance: Any) -> dict[str, Any]:
-    """One pass over this process's share of the images; the sums of all processes.
-
-    Args:
-        method: the network, on its device.
-        data: set up.
-        options: of the command.
-        fabric: knows the processes.
-        advance: called after every batch.
-
-    Returns:
-        ``manifolds`` (kind and layer to metric to a number for each image), ``layers`` (neighbourhoods), ``spectrum``,
-        ``overlaps`` (setting to a number for each layer).
-    """
-    names = tuple(chosen_layers(method.backbone, options))
-    settings = [name for name in options.manifolds if name != "semantic"]
-    copies = {name: [Request(names, pooled, SETTINGS[name], i) for i in range(options.copies)] for name in settings}
-    clean, seen = Request(names, pooled), copies.get("policy", [])
-    widths = layer_widths(method, names, data.image_shape)
-    neighborhoods = Neighborhoods(names, options.k).to(method.device)
-    manifolds = AugmentationManifolds(names, settings).to(method.device)
-    spectrum = Spectrum(widths, len(seen)).to(method.device)
-    overlaps = view_overlaps(names, settings, data, method.device)
-
-    def stacked(draws: Sequence[Request], reduced: Mapping[Request, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {layer: torch.stack([reduced[draw][layer] for draw in draws], 1) for layer in names}
-
-    with measuring(method):
-        wanted = [clean, *(request for draws in copies.values() for request in draws)]
-        for batch, reduced in forward_pass(method, data.loader("measure"), wanted):
-            neighborhoods.update(reduced[clean], batch["label"], batch["index"])
-            manifolds.update({name: stacked(draws, reduced) for name, draws in copies.items()})
-            spectrum.update(reduced[clean], stacked(seen, reduced) if seen else None, batch["index"])
-            for name, overlap in overlaps.items():
-                overlap.update(*(reduced[draw] for draw in copies[name][:2]), index=batch["index"])
-            advance()
-    layers = neighborhoods.compute()
-    kinds = {("semantic", layer): found.semantic for layer, found in layers.items() if "semantic" in options.manifolds}
-    return {
-        "manifolds": kinds | manifolds.compute(),
-        "layers": layers,
-        "spectrum": spectrum.compute(),
-        "overlaps": {name: overlap.compute() for name, overlap in overlaps.items()},
-    }
-
-
 def survey_model(
     name: str, method: Method, epoch: int, data: DataModule, options: Any, fabric: L.Fabric, progress: Progress
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The records of one model, and their protocols.
+) -> tuple[list[dict[str, Any]], list[Protocol]]:
+    """One pass over this process's share of the images: the records of one model, and their protocols.
 
     Raises:
         UserError: features that are not finite, or too few images.
     """
+    subject, measurements = Subject.of(method, name), _measurements(method, options)
     task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
     try:
-        found = measure_model(method, data, options, fabric, lambda: progress.advance(task))
+        for measurement in measurements:
+            measurement.prepare(subject, data)
+        occasion = Occasion(subject, data, options.out.name, epoch)
+        found = measure_together(measurements, occasion, lambda: progress.advance(task))
     except ValueError as error:
         raise UserError(f"--models {name}: {error}") from error
-    on_manifolds, on_spectra = _protocols(method, data, options)
-    depths = layer_depths(method.backbone, list(found["layers"]))
-    common = {"run": options.out.name, "model": name, "split": "measure", "epoch": epoch}
-    rows = manifold_records(found["manifolds"], found["layers"], depths, **common, protocol=on_manifolds.hash)
-    rows += graph_records(found["layers"], depths, **common, protocol=on_manifolds.hash)
-    rows += overlap_records(found["overlaps"], depths, **common, n=data.measure_size, protocol=on_manifolds.hash)
-    rows += spectrum_records(found["spectrum"], depths, **common, n=data.measure_size, protocol=on_spectra.hash)
     progress.remove_task(task)
-    return rows, [on_manifolds, on_spectra]
+    rows = [row for measured in found for row in measured.rows]
+    return rows, [protocol for measured in found for protocol in measured.protocols]
+
+
+def _measurements(method: Method, options: Any) -> tuple[Neighborhoods, Spectrum]:
+    """What is measured of one model."""
+    names, asked = chosen_layers(method.backbone, options), options.neighbors
+    neighborhoods = Neighborhoods(None, names, options.k, asked.settings, asked.copies)
+    return neighborhoods, Spectrum(None, names, options.spectrum.copies)
 
 
 def fingerprint(method: nn.Module) -> str:
@@ -405,7 +344,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
     table = metric_table(frame, {name: fact["layer"] for name, fact in facts.items()}, options.manifolds)
     note = (
         f"Features of the encoder's last layer, {n:,} images of {Path(options.data.dataset).name}; mean ± standard "
-        f"deviation over images (median). k = {options.k}, {options.copies} copies."
+        f"deviation over images (median). k = {options.k}, {options.neighbors.copies} augmented views."
     )
     made, pictures = [_write_table(table, readable(table), out / "tables" / "mgm", note)], {}
     title = f"Manifold graph metrics over depth, {n:,} images"
@@ -525,22 +464,31 @@ def _parse(args: Sequence[str]) -> Any:
         "survey",
         "Measure the manifolds of many models, and say which models are alike and what predicts how they transfer. "
         "Started again, the same command goes on with the models that are missing.",
+        "neighbors",
         layers="stages and pooled features; heads differ, and published models have none",
         resumable=True,
     )
     parser.add_argument(
-        "--manifolds",
+        "--neighbors.settings",
         type=list[str],
-        default=list(MANIFOLDS),
-        help="semantic (images of a class), and copies of an image under policy (the views of SimCLR), crop, color, "
-        "rotate, translate",
+        default=list(SETTINGS),
+        help="manifolds of augmented views of an image, beside those of images of a class: policy (the views of "
+        "SimCLR), crop, color, rotate, translate",
     )
     parser.add_argument(
-        "--k",
+        "--neighbors.k",
         type=Annotated[int, at_least(LEAST_CANDIDATES)] | None,
         help=f"nearest images of which NNK chooses (default: {CANDIDATES}, or all others where there are fewer)",
     )
-    parser.add_argument("--copies", type=Annotated[int, at_least(3)], default=10, help="augmented copies of each image")
+    parser.add_argument(
+        "--neighbors.copies", type=Annotated[int, at_least(3)], default=10, help="augmented views of each image"
+    )
+    parser.add_argument(
+        "--spectrum.copies",
+        type=Annotated[int, at_least(2, also=0)],
+        default=10,
+        help="augmented views of each image that LiDAR compares; 0 leaves LiDAR and alignment out",
+    )
     parser.add_argument(
         "--clusters", type=Annotated[int, at_least(2)], default=3, help="groups that the models are cut into"
     )
@@ -561,14 +509,13 @@ def _parse(args: Sequence[str]) -> Any:
     one = Annotated[int, at_least(1)]
     parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
     parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
-    options = parse_networks(parser, "survey", args, LAYERS, SOURCES)
+    options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES)
     options.models, options.seeds = split_seeds(options.models)
     options.recipes = _named_recipes(options.recipes)
-    if not options.manifolds:
-        raise UserError(f"--manifolds []: expected some of {', '.join(MANIFOLDS)}")
-    for name in options.manifolds:
-        if name not in MANIFOLDS:
-            raise UserError(f"--manifolds {name}: {nearest(name, MANIFOLDS)}")
+    for name in options.neighbors.settings:
+        if name not in SETTINGS:
+            raise UserError(f"--neighbors.settings {name}: {nearest(name, SETTINGS)}")
+    options.manifolds = [SEMANTIC, *options.neighbors.settings]
     check_nodes(options.num_nodes, "--num_nodes")
     return options
 
@@ -601,16 +548,17 @@ def _fabric(options: Any) -> L.Fabric:
     return fabric
 
 
-def _check_classes(options: Any, data: DataModule, is_asked: bool, console: Console) -> None:
-    """Say which classes have no manifold; where none has one, semantic manifolds are left out unless asked for."""
+def _report_small_classes(options: Any, data: DataModule, console: Console) -> None:
+    """Say which classes have no manifold; where none has one, semantic manifolds are left out of the tables."""
     few = (data.measure_labels.bincount(minlength=data.num_classes) < LEAST_OF_A_CLASS).nonzero().squeeze(1).tolist()
     if len(few) == data.num_classes:
         told = f"no class has {LEAST_OF_A_CLASS} of the {data.measure_size} measurement images, so none has a manifold"
-        others = [name for name in options.manifolds if name != "semantic"]
-        if is_asked or not others:
-            raise UserError(f"--manifolds semantic: {told}; leave it out, or measure more images (--data.measure_size)")
+        if not options.neighbors.settings:
+            raise UserError(
+                f"--neighbors.settings []: {told}; choose some, or measure more images (--data.measure_size)"
+            )
         console.print(f"left out  semantic manifolds: {told}", highlight=False, soft_wrap=True)
-        options.manifolds = others
+        options.manifolds = list(options.neighbors.settings)
     elif few:
         console.print(
             f"{len(few)} of {data.num_classes} classes have fewer than {LEAST_OF_A_CLASS} measurement images and no "
@@ -620,6 +568,7 @@ def _check_classes(options: Any, data: DataModule, is_asked: bool, console: Cons
         )
 
 
+@as_options
 def survey(args: Sequence[str]) -> Path:
     """Measure the models that are missing, then make all tables and pictures.
 
@@ -646,9 +595,8 @@ def survey(args: Sequence[str]) -> Path:
     data.setup("test")
     if data.multi_label:
         raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
-    options.k = candidates("--k", options.k, data)
-    if "semantic" in options.manifolds:
-        _check_classes(options, data, is_given("manifolds", args), console)
+    options.k = candidates("--neighbors.k", options.neighbors.k, data)
+    _report_small_classes(options, data, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
@@ -708,11 +656,11 @@ def _source(method: Method) -> str:
     return source if source in TABLE else ""
 
 
-def _protocols(method: Method, data: DataModule, options: Any) -> tuple[Protocol, Protocol]:
-    """Of manifolds and of spectra: all that changes a number but the weights."""
-    settings = tuple(kind for kind in options.manifolds if kind != "semantic")
-    on_manifolds = neighbor_protocol(data, method, k=options.k, copies=options.copies, settings=settings)
-    return on_manifolds, spectrum_protocol(data, method, options.copies if "policy" in settings else 0)
+def _protocols(method: Method, data: DataModule, options: Any) -> list[Protocol]:
+    """All that changes a number but the weights."""
+    subject, (neighborhoods, spectrum) = Subject.of(method), _measurements(method, options)
+    neighborhoods.k = options.k
+    return [neighborhoods.protocol(subject, data), spectrum.protocol(subject, data)]
 
 
 def main(args: Sequence[str] | None = None) -> None:

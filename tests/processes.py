@@ -10,18 +10,16 @@ import multiprocessing as mp
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
-from ssl_geometry.callbacks import measure
+from ssl_geometry.callbacks import monitor
 
 PROCESSES = mp.get_context("forkserver")
 LOADED_LATE = ["faiss", "lightly.models.modules.heads", "omegaconf", "scipy.stats", "sklearn.datasets", "wandb"]
@@ -32,16 +30,16 @@ HANG_SECONDS = 600
 
 def without_drawing(patch: pytest.MonkeyPatch) -> None:
     """Figures are blank: to draw them takes longer than to train a small network."""
-    log, savefig = measure.log, Figure.savefig
+    pictures, savefig = monitor.pictures, Figure.savefig
     blank = partial(Figure, figsize=(0.1, 0.1))
 
-    def log_undrawn(trainer: L.Trainer, found: measure.Findings, *more: Any) -> None:
-        log(trainer, replace(found, figures=dict.fromkeys(found.figures, blank)), *more)
+    def undrawn(*rows: Any) -> Any:
+        return dict.fromkeys(pictures(*rows), blank)
 
     def save_blank(figure: Figure, file: Any, **options: Any) -> None:
         savefig(blank(), file, **options)
 
-    patch.setattr(measure, "log", log_undrawn)
+    patch.setattr(monitor, "pictures", undrawn)
     patch.setattr(Figure, "savefig", save_blank)
 
 

@@ -39,7 +39,7 @@ models="supervised-s0 supervised-s1 supervised-simclr-views supervised-short sup
 named=$(for name in $models; do echo "runs/survey/$name"; done)
 untrained="untrained=random untrained-r10=random:resnet10@32"
 [ -f runs/probe/cifar10-jpeg/tables.md ] ||
-    python -m ssl_geometry.probe --models $named $untrained --evaluations [layers] --layers pooled --out runs/probe/cifar10-jpeg
+    python -m ssl_geometry.probe --models $named $untrained --evaluations [layers] --probes.layers pooled --out runs/probe/cifar10-jpeg
 
 # The survey: manifolds of 1,024 test images, which networks are alike, and what predicts the probe; of some of the
 # networks, then of all: what was measured is kept, and only tables and pictures are made anew.
@@ -57,7 +57,7 @@ two() { echo "runs/survey/$1-s0,runs/survey/$1-s1"; }
         --out runs/compare-cifar10-jpeg --overwrite true
 
 # Initialisation: ResNet-50 and ViT-S/16, three seeds each, on pictures enlarged to 96 pixels.
-python -m ssl_geometry.survey --data.dataset "$pictures" --data.measure_size 1024 --manifolds [semantic] --layers all \
+python -m ssl_geometry.survey --data.dataset "$pictures" --data.measure_size 1024 --neighbors.settings [] --neighbors.layers all \
     --models {resnet50-s0=random:resnet50@96:0,resnet50-s1=random:resnet50@96:1,resnet50-s2=random:resnet50@96:2} \
     {vit-s16-s0=random:vit_small_patch16_224@96:0,vit-s16-s1=random:vit_small_patch16_224@96:1,vit-s16-s2=random:vit_small_patch16_224@96:2} \
     --out runs/survey-initialisation
@@ -69,4 +69,4 @@ fit collapse-resnet $alone --model.width 0.25
 fit collapse-vit $alone --model.backbone vit_tiny_patch16_224 --model.image_size 64 --model.optimizer adamw \
     --model.lr 1e-3 --model.warmup_epochs 1
 python -m ssl_geometry.survey --models resnet=runs/collapse/collapse-resnet vit=runs/collapse/collapse-vit \
-    --manifolds [semantic] --out runs/survey-collapse
+    --neighbors.settings [] --out runs/survey-collapse

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ssl_geometry.callbacks.finite import StopOnNaN
-from ssl_geometry.callbacks.measure import is_last
-from ssl_geometry.data.datamodule import Loader
+from ssl_geometry.callbacks.monitor import is_last
+from ssl_geometry.data.loader import Loader
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.signals import SIGNALS
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ssl_geometry.callbacks.measure import monitors
+from ssl_geometry.callbacks.monitor import monitors
 
 
 class FitProgress(ProgressBar):

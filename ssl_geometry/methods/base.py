@@ -19,7 +19,7 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ssl_geometry.data.datamodule import size_within
+from ssl_geometry.data.loader import size_within
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import full_float32
@@ -92,7 +92,7 @@ class Method(L.LightningModule):
     """
 
     named_views: Mapping[str, Augment] = SINGLE
-    """What :meth:`measuring_view` knows by name, beside policies and operations."""
+    """What measurements know by name, beside policies and operations (:meth:`ssl_geometry.measure.Subject.view`)."""
     learns_from_labels: bool | None = None
     """Whether training reads the labels; None is unknown, and takes part in no verdict of ``compare``."""
     num_views = 1
@@ -180,24 +180,6 @@ class Method(L.LightningModule):
                     return self.backbone(views).float()
             with self.trainer.precision_plugin.forward_context():
                 return self.backbone(views).float()
-
-    def measuring_view(self, name: str) -> View:
-        """How images are seen by a measurement; parameters are the same for every network (common random numbers).
-
-        Args:
-            name: ``clean``; ``own``, how this method's training views are made; or any policy or operation.
-
-        Returns:
-            A view of this method's size and normalisation.
-        """
-        if name == "clean":
-            return self.clean_view
-        if name == "own":
-            return self.view
-        spec = self.clean_view.spec
-        return View(
-            self.named_views.get(name, name), **{key: spec[key] for key in ("size", "normalize", "center_crop")}
-        )
 
     def on_fit_start(self) -> None:
         """Compile what training steps run; the first of them does it, on the device and with the monitors' hooks."""

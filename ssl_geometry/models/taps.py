@@ -35,18 +35,24 @@ LAST_AXIS = r"(LayerNorm|RmsNorm|RMSNorm)(?!.*2d)"
 """Kinds of normalisation over the last axis, by their names in torch and timm."""
 
 
-def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: str = "layers") -> list[str]:
+def layer_names(
+    model: nn.Module,
+    layers: str | Sequence[str] = "all",
+    option: str = "layers",
+    example: Callable[[], Tensor] | None = None,
+) -> list[str]:
     """Names of the chosen layers, in forward order and without repeats.
 
     Args:
         model: a network, or a method: a module with the submodules ``backbone`` and ``head``.
         layers: a preset, a name, a glob over all names (``"layer4.*"``; ``*`` matches dots too), or a list of these.
         option: where the user chose them, for the message.
+        example: makes an input of two images for the network; None where it is not known what it takes, unless the
+            network is a method.
 
     Returns:
-        The names.
-
-    Of a method, modules that do not run when it is measured (a loss, a memory bank, a metric) are no layers.
+        The names. Modules that do not run on the example (a loss, a memory bank, a metric, an auxiliary classifier) are
+        no layers.
 
     Raises:
         UserError: nothing chosen, or a preset, name or glob that matches no layer of this network.
@@ -60,11 +66,12 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: s
     patterns = [layers] if isinstance(layers, str) else layers
     if not patterns:
         raise UserError(f"{option}={layers!r} chooses no layer; leave it out for all of them")
-    ran = _that_run(model, named) if any(pattern not in presets for pattern in patterns) else set(named)
+    surely = _is_known(_backbone(model)) and all(pattern in presets for pattern in patterns)
+    ran = set(named) if surely else _that_run(model, named, example)
     chosen: set[str] = set()
     for pattern in patterns:
         found = [name for name in named if name in ran and fnmatchcase(name, pattern)]
-        found = presets.get(pattern) or found
+        found = [name for name in presets.get(pattern, []) if name in ran] or found
         if not found and pattern in named:
             raise UserError(
                 f"{option}={pattern!r} does not run when {type(_eager(model)).__name__} is measured, or gives no row "
@@ -80,12 +87,14 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all", option: s
     return [name for name in named if name in chosen]
 
 
-def _that_run(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
-    """The names whose modules run when a method is measured, and give a row for each image; of other networks all."""
+def _that_run(model: nn.Module, named: dict[str, nn.Module], example: Callable[[], Tensor] | None) -> set[str]:
+    """The names whose modules run on an example, and give a row for each image; all where there is no example."""
     method = _eager(model)
     view: Any = getattr(method, "clean_view", None)
-    if view is None:  # what images it takes is not known; Taps raise where a layer does not run
+    if example is None and view is None:  # Taps raise where a layer does not run
         return set(named)
+    device = next((parameter.device for parameter in method.parameters()), torch.device("cpu"))  # raw pixels have none
+    images = torch.zeros(2, 3, view.spec["size"], view.spec["size"], device=device) if example is None else example()
     ran: set[str] = set()
 
     def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -94,8 +103,6 @@ def _that_run(model: nn.Module, named: dict[str, nn.Module]) -> set[str]:
         if first is not None and first.ndim > 1 and len(first) == 2:
             ran.add(name)
 
-    device = next((parameter.device for parameter in method.parameters()), torch.device("cpu"))  # raw pixels have none
-    images = torch.zeros(2, 3, view.spec["size"], view.spec["size"], device=device)
     modes = {part: part.training for part in method.modules()}
     handles = [module.register_forward_hook(partial(note, name)) for name, module in named.items()]
     devices = [device] if device.type == "cuda" else []
@@ -357,9 +364,13 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
         aliases = {"patch_embed": "stem", "fc_norm": "pooled"}
     else:
         blocks = list(_unrolled(net))
-    head = []
-    if {"backbone", "head"} <= parts.keys():
-        head = [path for path, module in _post_order(parts["head"], "head") if not list(module.children())]
+    heads = getattr(outer, "heads", [name for name in parts if name == "head"]) if "backbone" in parts else []
+    head = [
+        path
+        for name in heads
+        for path, module in _post_order(outer.get_submodule(name), name)
+        if not list(module.children())
+    ]
 
     named: dict[str, nn.Module] = {}
     seen: set[int] = set()  # by identity: torchmetrics compares its modules by their values
@@ -381,6 +392,11 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
         "head": head,
     }
     return named, {preset: [name for name in named if name in names] for preset, names in presets.items()}
+
+
+def _is_known(net: nn.Module) -> bool:
+    """Whether all presets of a network run, because its kind is known."""
+    return isinstance(net, ResNet) or _is_vision_transformer(net)
 
 
 def _is_vision_transformer(net: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ssl_geometry.records.catalogue import described
 from ssl_geometry.report.figures import MANIFOLDS, cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
 
 Row = Mapping[str, Any]
@@ -106,6 +107,8 @@ def scalars(rows: Sequence[Row]) -> dict[str, float]:
             found[f"neighbors/{metric}/{layer}"] = value
         elif metric in SPECTRUM:
             found[f"spectrum/{metric}/{layer}"] = value
+        elif described(metric).section == "other" and layer is not None and row["layer_other"] is None:
+            found[f"{metric}/{layer}"] = value  # of a user's own measurement
     return found
 
 

@@ -7,6 +7,7 @@ neither fails the test.
 
 import importlib
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -38,9 +39,12 @@ OFF = ("invariance", "probes", "neighbors", "spectrum")
 TRAINER = ["--trainer.max_epochs=1", "--trainer.precision=32-true", "--loggers=[]", "--data.batch_size=64"]
 SHRUNK = {
     "fit": [*NETWORK, *IMAGES, *MONITORS, *TRAINER],
-    "compare": [*IMAGES, "--views=[own]", "--layers=stages", "--permutations=20", "--overwrite=true"],
+    "compare": [*IMAGES, "--invariance.views=[own]", "--cka.layers=stages", "--permutations=20", "--overwrite=true"],
     "probe": [*IMAGES, "--linear_epochs=10", "--draws=1", "--label_fractions=[1.0]", "--k=[5]", "--overwrite=true"],
-    "survey": [*IMAGES, "--layers=pooled", "--k=10", "--copies=3", "--manifolds=[semantic, crop]"],
+    "survey": [
+        *(*IMAGES, "--neighbors.layers=pooled", "--neighbors.k=10", "--neighbors.copies=3", "--spectrum.copies=3"),
+        "--neighbors.settings=[crop]",
+    ],
     "report": [],
     "zoo": [],
 }
@@ -85,7 +89,16 @@ def folder(tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyP
     for name in RUNS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(trained["Supervised" if "supervised" in name else "SimCLR"], tmp_path / name)
+        tell_apart(tmp_path / name / "checkpoints" / "last.ckpt", name)
     return tmp_path
+
+
+def tell_apart(checkpoint: Path, name: str) -> None:
+    """Give a copy of a run weights of its own: one network by two names is refused."""
+    content = torch.load(checkpoint, weights_only=True)
+    first = next(iter(content["state_dict"].values()))
+    first += 1e-4 * RUNS.index(name)
+    torch.save(content, checkpoint)
 
 
 def run_page(page: Path, **shrunk: list[str]) -> None:
@@ -111,6 +124,9 @@ def run_command(words: list[str], where: str, shrunk: dict[str, list[str]]) -> N
         words = ["python", "-m", started[1], *words[script + 1 :]]
         if "sweep" in where:
             words += ["--config", "configs/simclr_resnet18_cifar10.yaml"]
+    if words[0] == "python" and words[1].endswith(".py") and Path(words[1]).is_file():  # that the page wrote
+        runpy.run_path(words[1], run_name="__main__")
+        return
     if words[0] in EXEMPT or (words[:2] == ["python", "-m"] and words[2] in EXEMPT):
         return
     assert words[:2] == ["python", "-m"], f"{where}: neither run nor exempt"
@@ -120,7 +136,7 @@ def run_command(words: list[str], where: str, shrunk: dict[str, list[str]]) -> N
     if name == "fit" and "--run_id" in args:  # the README trains these itself
         shutil.rmtree(Path("runs/cifar10", args[args.index("--run_id") + 1]), ignore_errors=True)
     if "--models" in args:
-        args = [f"{arg}=random:resnet10@16" if arg in PUBLISHED else arg for arg in args]
+        args = [f"{arg}=random:resnet10@16:{seed}" if arg in PUBLISHED else arg for seed, arg in enumerate(args)]
     if name == "fit" and shrunk is SHRUNK:  # monitors that a command does not speak of are off
         args += [f"--{monitor}.every_n_epochs=0" for monitor in OFF if not any(f"--{monitor}." in arg for arg in args)]
     entry = importlib.import_module("ssl_geometry.report.__main__" if name == "report" else module)
@@ -148,7 +164,7 @@ def test_the_method_of_the_tutorial_learns(folder: Path) -> None:
     assert set(compared["model"]) == {"vicreg", "simclr", "supervised", "untrained"}
 
 
-def test_the_monitor_of_the_architecture_page_measures_what_it_says(folder: Path) -> None:
+def test_the_measurement_of_the_architecture_page_measures_what_it_says(folder: Path) -> None:
     run_page(ROOT / "docs" / "architecture.md")
     records = read_records("runs/quickstart/lengths").query("metric == 'length'")
     assert sorted(records["epoch"].unique()) == [0, 1]

@@ -158,7 +158,9 @@ def test_findings_are_contrasts_with_intervals(compared: Path) -> None:
 def test_layers_that_are_no_blocks(tmp_path: Path, layers: str, capsys: pytest.CaptureFixture[str]) -> None:
     models = ["--models", "a=random:resnet10@16,random:resnet10@16:1"]
     data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64"]
-    out = compare([*models, *data, f"--out={tmp_path}", f"--layers={layers}", "--views=[]", "--permutations=9"])
+    out = compare(
+        [*models, *data, f"--out={tmp_path}", f"--cka.layers={layers}", "--invariance.views=[]", "--permutations=9"]
+    )
     figures = {path.stem for path in (out / "figures").iterdir()}
     assert {"layers_a-1_a-1", "layers_a-1_a-2", "layers_a-2_a-2", "invariance_and_classes"} <= figures
     assert pd.read_parquet(out / "findings.parquet").empty, "nothing is claimed of untrained networks"

@@ -20,11 +20,11 @@ import yaml
 
 from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import RecordsLogger
-from ssl_geometry.callbacks.measure import measuring
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import Interrupted, UserError
 from ssl_geometry.fit import expand_bases, fit, main
 from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.measure.engine import measuring
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import RecordStore, read_records
@@ -408,7 +408,7 @@ def test_memory_that_is_full_while_training(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("owner", "function", "words"),
     [
-        ("ssl_geometry.callbacks.measure", "forward_pass", ["while measuring", "--data.eval_batch_size 100"]),
+        ("ssl_geometry.measure.engine", "forward_pass", ["while measuring", "--data.eval_batch_size 100"]),
         ("ssl_geometry.methods.base.Method", "evaluate", ["while measuring", "--data.eval_batch_size 100"]),
         ("ssl_geometry.data.datasets.Images", "decode", ["--data.storage workers"]),
     ],
@@ -626,7 +626,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert len(frames[0]) == len(frames[1]) > 10
         np.testing.assert_allclose(frames[0]["value"], frames[1]["value"].loc[frames[0].index], atol=1.5 / 128)
     banks = [
-        read_checkpoint(run / "checkpoints" / "last.ckpt", "")["callbacks"]["ProbeMonitor"]["bank"]
+        read_checkpoint(run / "checkpoints" / "last.ckpt", "")["callbacks"]["GeometryMonitor"]["measurements"][
+            "Probes 2"
+        ]["bank"]
         for run in (one, two)
     ]
     torch.testing.assert_close(banks[0]["weight"], banks[1]["weight"], rtol=1e-3, atol=1e-3)

@@ -73,7 +73,13 @@ def test_fit_with_every_monitor_resumed(runs: Path) -> None:
 @pytest.mark.gpu
 def test_compare(runs: Path, tmp_path: Path) -> None:
     models = [f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}"]
-    out = [f"--out={tmp_path}/out", "--layers=[layer4.0,pooled]", "--views=[own,crop]", "--show_neighbors=[0]", "--k=5"]
+    out = [
+        f"--out={tmp_path}/out",
+        "--cka.layers=[layer4.0,pooled]",
+        "--invariance.views=[own,crop]",
+        "--show_neighbors=[0]",
+        "--k=5",
+    ]
     compare(["--models", *models, *out])
 
 
@@ -81,10 +87,20 @@ def test_compare(runs: Path, tmp_path: Path) -> None:
 def test_probe(runs: Path, tmp_path: Path) -> None:
     evaluations = "--evaluations=[layers,knn,linear,linear_augmented,labels,finetune]"
     few = ["--linear_epochs=5", "--draws=1", "--label_fractions=[0.5]", "--k=[5]", "--finetune_epochs=1"]
-    probe(["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}/out", "--layers=[pooled]", evaluations, *few])
+    probe(
+        [
+            "--models",
+            f"simclr={runs / 'simclr'}",
+            f"--out={tmp_path}/out",
+            "--probes.layers=[pooled]",
+            evaluations,
+            *few,
+        ]
+    )
 
 
 @pytest.mark.gpu
 def test_survey(runs: Path, tmp_path: Path) -> None:
-    few = ["--k=5", "--copies=3", "--manifolds=[semantic,crop]", "--layers=[pooled]", f"--out={tmp_path}/out"]
+    few = ["--neighbors.k=5", "--neighbors.copies=3", "--neighbors.settings=[crop]", "--neighbors.layers=[pooled]"]
+    few += ["--spectrum.copies=3", f"--out={tmp_path}/out"]
     survey(["--models", f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}", "untrained=random", *few])

@@ -26,8 +26,8 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_geometry.data.datamodule import BatchPlan, Loader, every_nth
 from ssl_geometry.data.datasets import Images
+from ssl_geometry.data.loader import BatchPlan, Loader, every_nth
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.report.upload import logged_rows
@@ -88,7 +88,7 @@ def weights(run: Path) -> dict[str, Any]:
         "weights": checkpoint["state_dict"],
         "optimizer": checkpoint["optimizer_states"],
         "schedule": checkpoint["lr_schedulers"],
-        "probes": checkpoint["callbacks"]["ProbeMonitor"]["bank"],
+        "probes": checkpoint["callbacks"]["GeometryMonitor"]["measurements"]["Probes 2"]["bank"],
     }
 
 
@@ -148,7 +148,7 @@ DEATHS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("before a checkpoint gets its name", "os.replace", 1, {"only": ".ckpt"}),
     ("in the optimiser", "torch.optim.Optimizer.zero_grad", 6, {}),
     ("within a checkpoint", "torch.save", 1, {"halfway": True}),
-    ("while it measures", "ssl_geometry.callbacks.measure.forward_pass", 1, {}),
+    ("while it measures", "ssl_geometry.measure.engine.forward_pass", 1, {}),
     ("before records are written", "pyarrow.parquet.write_table", 2, {}),
     ("in a step of a later epoch", "ssl_geometry.methods.simclr.SimCLR.loss", 6, {}),
     ("within a later checkpoint", "torch.save", 2, {"halfway": True}),
@@ -216,7 +216,7 @@ def test_a_signal_ends_the_step_and_saves(tmp_path: Path, undisturbed: Path, ste
 def test_killed_while_it_measures_after_a_signal_in_the_epochs_last_step(tmp_path: Path, undisturbed: Path) -> None:
     callback = json.dumps([{"class_path": f"{__name__}.SignalAt", "init_args": {"step": 7, "number": 10}}])
     args = options(tmp_path, "told", *MONITORS)
-    target = "ssl_geometry.callbacks.measure.forward_pass"
+    target = "ssl_geometry.measure.engine.forward_pass"
     passes = 4  # of the initialisation and of the first epoch
     prepare = partial(_signal_at, target, passes + 1, signal.SIGKILL)
     assert finish(start([*args, f"--trainer.callbacks={callback}"], tmp_path / "out", prepare)) == -signal.SIGKILL

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_geometry.callbacks.measure import measuring
-from ssl_geometry.callbacks.neighbors import SETTINGS
 from ssl_geometry.compare import compare
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.fit import main
@@ -15,6 +13,9 @@ from ssl_geometry.geometry.manifold import manifold_metrics, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.spectrum import rankme
+from ssl_geometry.measure.engine import measuring
+from ssl_geometry.measure.neighbors import SETTINGS
+from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import InvarianceKNN
 from ssl_geometry.records import read_records
 from ssl_geometry.report.moments import scalars
@@ -75,7 +76,7 @@ def test_two_copies_of_all_images_are_compared_by_their_nearest_images(runs: Pat
     data = DataModule("digits", limit_train=256, limit_test=128, measure_size=128, batch_size=64)
     data.prepare_data()
     data.setup("fit")
-    overlap, view = InvarianceKNN(["pooled"], k=10), method.measuring_view("rotate")
+    overlap, view = InvarianceKNN(["pooled"], k=10), Subject.of(method).view("rotate")
     with measuring(method):
         for batch in data.loader("measure"):
             x, y = (
@@ -104,7 +105,7 @@ def test_pictures(runs: Path, tmp_path: Path) -> None:
     names = {path.name for path in (runs / "simclr" / "figures").iterdir()}
     assert {"neighbors_diameter.png", "neighbors_affinity_policy_epochs.png", "spectrum_rankme_depth.png"} <= names
     models = [f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}"]
-    out = compare(["--models", *models, f"--out={tmp_path}", "--show_neighbors=[3, 14]", "--views=[own]"])
+    out = compare(["--models", *models, f"--out={tmp_path}", "--show_neighbors=[3, 14]", "--invariance.views=[own]"])
     names = {path.name for path in (out / "figures").iterdir()}
     assert {"neighbors_simclr.png", "neighbors_supervised.png", "manifolds_training.png"} <= names
 

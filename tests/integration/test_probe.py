@@ -202,7 +202,7 @@ def test_pictures_of_several_classes_are_judged_by_map(runs: Path, tmp_path: Pat
         (["--evaluations=[labels]", "--label_fractions=[0.001]"], ["--label_fractions 0.001", "classes"]),
         (["--evaluations=labels", "--train_images=15"], ["--label_fractions 0.01", "of 15 images for 10 classes"]),
         (["--k=[0]"], ["--k"]),
-        (["--layers=layer9"], ["layer9"]),
+        (["--probes.layers=layer9"], ["layer9"]),
         (["--augment=simclrr"], ["simclrr", "simclr"]),
         (["--train_images=0"], ["--train_images 0"]),
         (["--train_images=30", "--k=[20, 200]"], ["--k [20, 200]", "200 neighbours", "30 training images"]),
@@ -292,7 +292,7 @@ def test_a_network_that_fails_leaves_the_others(runs: Path, tmp_path: Path, caps
     ):
         (out / name).write_text("old")
     models = [f"a={tmp_path / 'broken.ckpt'}", f"b={runs / 'supervised'}"]
-    few = ["--evaluations=layers", "--layers=[stem, layer3.0.conv1]", "--overwrite=true", "--device=cpu"]
+    few = ["--evaluations=layers", "--probes.layers=[stem, layer3.0.conv1]", "--overwrite=true", "--device=cpu"]
     images = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64", "--data.limit_train=128"]
     with pytest.raises(SystemExit) as exit_:
         main(["--models", *models, f"--out={out}", *few, *images])

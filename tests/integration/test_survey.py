@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from ssl_geometry import survey as command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.methods import Method, Published
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
-from ssl_geometry.survey import MANIFOLDS, main, metric_table, predict, read_targets, recipes_of, survey
+from ssl_geometry.survey import main, metric_table, predict, read_targets, recipes_of, survey
 from tests.integration.test_fit import ROOT, clean_environment
 from tests.unit.test_datasets import pixels, save
 
-SMALL = ["--k=20", "--copies=4"]
+SMALL = ["--neighbors.k=20", "--neighbors.copies=4", "--spectrum.copies=4"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ class TestASurvey:
     def test_started_again_it_measures_what_is_missing_or_has_changed(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        few = [f"--out={tmp_path / 'out'}", "--layers=pooled", "--manifolds=[crop, color]"]
+        few = [f"--out={tmp_path / 'out'}", "--neighbors.layers=pooled", "--neighbors.settings=[crop, color]"]
         arguments, surveyed = [*models(runs), *few], tmp_path / "out"  # k and copies are those of the runs
         survey(arguments)
         before = times(surveyed)
@@ -112,7 +113,7 @@ class TestASurvey:
             *SMALL,
             "--device=cpu",
             "--data.eval_batch_size=50",
-            "--layers=pooled",
+            "--neighbors.layers=pooled",
         ]
         done = subprocess.run(
             [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=2"],
@@ -198,9 +199,14 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     networks = {cls.__name__: (cls(), 0) for cls in (Silhouette, Rings, Pixels, Constant)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "load_networks", lambda specs: dict(networks))
-        data = [f"--data.dataset={folder / 'data'}", "--data.measure_size=64", "--k=10", "--copies=8"]
+        data = [
+            f"--data.dataset={folder / 'data'}",
+            "--data.measure_size=64",
+            "--neighbors.k=10",
+            "--neighbors.copies=8",
+        ]
         names = [f"{name}=x" for name in networks]
-        out = survey(["--models", *names, f"--out={folder / 'out'}", "--layers=pooled", *data])
+        out = survey(["--models", *names, f"--out={folder / 'out'}", "--neighbors.layers=pooled", *data])
     return read_records(out)
 
 
@@ -221,7 +227,7 @@ class TestKnownInvariances:
         assert narrow < 0.35 * wide
 
     def test_a_constant_encoder_is_a_point_everywhere(self, known: pd.DataFrame) -> None:
-        for view in MANIFOLDS[1:]:
+        for view in SETTINGS:
             assert diameter(known, "Constant", view) == 0
         assert np.isnan(diameter(known, "Constant", "semantic")), "copies of an image are no neighbours of it"
         of = known[known["model"] == "Constant"].set_index("metric")["value"]
@@ -384,10 +390,10 @@ def test_classes_without_enough_pictures_are_named(runs: Path, tmp_path: Path, c
     model = [
         "--models",
         f"simclr={runs / 'simclr'}",
-        "--layers=all",
-        "--k=5",
-        "--copies=4",
-        "--manifolds=[crop, semantic]",
+        "--neighbors.layers=all",
+        "--neighbors.k=5",
+        "--neighbors.copies=4",
+        "--neighbors.settings=[crop]",
     ]
     out = survey([*model, *data, f"--out={tmp_path / 'out'}"])
     assert "1 of 3 classes have fewer than 3 measurement images and no manifold, the first is c" in " ".join(
@@ -405,18 +411,17 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
     data = [f"--data.dataset={tmp_path}", "--data.measure_size=8", "--data.image_size=16"]
     (tmp_path / "test" / "a" / "3.png").write_bytes(b"<html>no picture</html>")
     with pytest.raises(SystemExit, match="2"):
-        main(["--models", f"simclr={runs / 'simclr'}", *data, "--k=3", f"--out={tmp_path / 'out'}"])
+        main(["--models", f"simclr={runs / 'simclr'}", *data, "--neighbors.k=3", f"--out={tmp_path / 'out'}"])
     assert "3.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--manifolds=[semantic, colour]"], "--manifolds colour: did you mean 'color'"),
-        (["--k=128"], "--k 128: each of 128 measurement images has 127 others; set at most 127"),
-        (["--manifolds=[]"], "--manifolds []: expected some of semantic, policy"),
+        (["--neighbors.settings=[crop, colour]"], "--neighbors.settings colour: did you mean 'color'"),
+        (["--neighbors.k=128"], "--neighbors.k 128: each of 128 measurement images has 127 others; set at most 127"),
         (["--device=gpu"], "--device gpu: expected cpu, cuda, or cuda:NUMBER"),
-        (["--copies=2"], "--copies 2: expected a whole number of at least 3"),
+        (["--neighbors.copies=2"], "--neighbors.copies 2: expected a whole number of at least 3"),
         (["--targets=[nowhere.csv]"], "--targets nowhere.csv: cannot be read as a table (No such file"),
         (["--targets=[{tmp}/t.csv]"], "no column 'dataset'"),
         (["--targets=[{tmp}/others.csv]"], "results of none of these models; they have byol"),
@@ -428,7 +433,7 @@ def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytes
         ),
         (["--recipes=[simclr]"], "--recipes ['simclr']: expected models with"),
         (["--recipes={{simclr: [x]}}"], "--recipes {'simclr': ['x']}: expected models with"),
-        (["--layers=layer9"], "--layers='layer9' matches no layer"),
+        (["--neighbors.layers=layer9"], "--neighbors.layers='layer9' matches no layer"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -457,8 +462,8 @@ def test_features_that_are_not_finite_name_the_model(runs: Path, tmp_path: Path)
 
 def test_a_collapsed_network_alone_is_surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load_networks", lambda specs: {"constant": (Constant(), 0)})
-    data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64", "--layers=pooled"]
-    out = survey(["--models", "constant=x", f"--out={tmp_path}", "--k=10", "--copies=3", *data])
+    data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64", "--neighbors.layers=pooled"]
+    out = survey(["--models", "constant=x", f"--out={tmp_path}", "--neighbors.k=10", "--neighbors.copies=3", *data])
     assert "| constant | – | 0.000 ± 0.000 (0.000) |" in (out / "tables" / "mgm.md").read_text()
 
 
@@ -470,11 +475,11 @@ def test_many_models_have_a_folder_of_a_name_that_a_disk_takes() -> None:
 
 
 def test_a_damaged_part_is_told(runs: Path, tmp_path: Path) -> None:
-    arguments = ["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}", *SMALL, "--layers=pooled"]
-    survey([*arguments, "--manifolds=[semantic]"])
+    arguments = ["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}", *SMALL, "--neighbors.layers=pooled"]
+    survey([*arguments, "--neighbors.settings=[]"])
     (tmp_path / "records" / "models" / "simclr.parquet").write_bytes(b"PAR1, then nothing")
     with pytest.raises(command.UserError, match=r"simclr.parquet: damaged .* remove it"):
-        survey([*arguments, "--manifolds=[semantic]"])
+        survey([*arguments, "--neighbors.settings=[]"])
 
 
 def test_labels_of_the_measurement_images() -> None:

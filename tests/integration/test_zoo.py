@@ -461,7 +461,7 @@ def test_compare_takes_networks_without_a_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ssl_geometry.runs.from_zoo", lambda name, file: small(name))
     models = ["random:resnet10@32", "byol"]
-    layers = ["--layers", "[layer1.0, layer4.0]", "--views=[own, color]", "--gram_size=32"]
+    layers = ["--cka.layers", "[layer1.0, layer4.0]", "--invariance.views=[own, color]", "--cka.gram_size=32"]
     out = compare(["--models", *models, *layers, *IMAGES, "--device", "cpu"])
     assert out == Path("runs/compare/random-resnet10-32-byol")
     frame = read_records(out)
@@ -478,7 +478,7 @@ def small(name: str) -> Published:
 
 
 def test_probe_takes_an_untrained_network_alone(tmp_path: Path) -> None:
-    few = ["--evaluations=[knn]", "--k=[5]", "--train_images=200", "--layers", "post_residual"]
+    few = ["--evaluations=[knn]", "--k=[5]", "--train_images=200", "--probes.layers", "post_residual"]
     out = probe(["--models", "random:resnet10@32", "--out", str(tmp_path / "p"), *few, *IMAGES, "--device", "cpu"])
     frame = read_records(out)
     assert set(frame["model"]) == {"random-resnet10-32", PIXELS}

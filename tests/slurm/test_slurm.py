@@ -254,8 +254,16 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
 
 
 def test_two_nodes_share_the_images_of_a_survey(cluster: Cluster, undisturbed: Path) -> None:
-    args = ["--models", f"a={undisturbed}", "b=random", "--device=cpu", "--k=10", "--copies=3", "--manifolds=[policy]"]
-    args += ["--data.eval_batch_size=50", "--layers=pooled"]
+    args = [
+        "--models",
+        f"a={undisturbed}",
+        "b=random",
+        "--device=cpu",
+        "--neighbors.k=10",
+        "--neighbors.copies=3",
+        "--neighbors.settings=[policy]",
+    ]
+    args += ["--data.eval_batch_size=50", "--neighbors.layers=pooled"]
     two, one = (cluster.directory / name for name in ("survey_two", "survey_one"))
     job = cluster.submit("survey.sbatch", *TWO_NODES, args=[*args, f"--out={two}"])
     assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)

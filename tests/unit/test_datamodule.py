@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 from torch import distributed, multiprocessing
 
 from ssl_geometry.data import datamodule
-from ssl_geometry.data.datamodule import DataModule, evenly, every_nth, shares
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.data.loader import evenly, every_nth, shares
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import expand_bases
 

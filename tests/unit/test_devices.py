@@ -274,10 +274,11 @@ def test_full_memory_is_known_by_what_allocators_raise() -> None:
 
 @pytest.mark.parametrize("error", [*FULL, *OTHER], ids=lambda error: str(error)[:30])
 def test_commands_that_measure_say_what_to_lower(error: Exception) -> None:
-    options = SimpleNamespace(device="cuda", data=SimpleNamespace(eval_batch_size=256))
+    data = SimpleNamespace(eval_batch_size=256)
+    options = SimpleNamespace(device="cuda", data=data, layers_option="--cka.layers")
     expected = UserError if error in FULL else type(error)
     with pytest.raises(expected) as raised, memory_for_measuring(options):
         raise error
     if error in FULL:
         assert "lower --data.eval_batch_size 256" in str(raised.value)
-        assert "--device cpu" in str(raised.value)
+        assert "fewer --cka.layers, or measure on --device cpu" in str(raised.value)

@@ -12,8 +12,15 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ssl_geometry.callbacks import FlushRecords, LastCheckpoint, RecordsLogger, ResumableWandbLogger, make_loggers
-from ssl_geometry.callbacks.measure import Findings, log
+from ssl_geometry.callbacks import (
+    FlushRecords,
+    LastCheckpoint,
+    RecordsLogger,
+    ResumableWandbLogger,
+    make_loggers,
+    monitor,
+)
+from ssl_geometry.measure import Measured
 from ssl_geometry.runs import Run
 
 
@@ -132,11 +139,12 @@ def test_a_figure_that_wandb_cannot_take_does_not_end_training(
 
     logger = ResumableWandbLogger(tmp_path, SimpleNamespace(offline=True))
     assert logger.alive
-    trainer: Any = SimpleNamespace(loggers=[logger])
-    moment: Any = SimpleNamespace(epoch=1, step=1)
+    trainer: Any = SimpleNamespace(loggers=[logger], max_epochs=9, max_steps=-1, global_step=1, should_stop=False)
+    occasion: Any = SimpleNamespace(epoch=1, step=1)
+    monkeypatch.setattr(monitor, "pictures", lambda rows, curves: {"cka/map": draw})
     with caplog.at_level("WARNING"):
         for _ in range(3):
-            log(trainer, Findings([], {}, {"cka/map": draw}, []), moment, "cka")
+            monitor.log(trainer, RecordsLogger(tmp_path), Measured(), [], occasion, "cka")
     assert len(drawn) == 1
     assert not logger.alive
     assert caplog.text.count("W&B takes no more numbers ([Errno 2] No such file") == 1

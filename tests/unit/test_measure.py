@@ -1,4 +1,4 @@
-"""A measuring moment is one pass for all monitors and changes nothing; a step never waits for the device."""
+"""Measuring is one pass for all measurements that are due, and changes nothing."""
 
 import multiprocessing as mp
 from collections.abc import Callable, Mapping, Sequence
@@ -11,34 +11,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, NeighborhoodMonitor, RecordsLogger, SpectrumMonitor
-from ssl_geometry.callbacks.cka import warn_of_few
-from ssl_geometry.callbacks.measure import (
-    Findings,
-    Moment,
-    Monitor,
-    Reduced,
-    Request,
-    measuring,
-    pooled,
-)
-from ssl_geometry.callbacks.probes import ProbeMonitor
+from ssl_geometry.callbacks import GeometryMonitor, RecordsLogger
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import FLOAT32_SWITCHES
+from ssl_geometry.measure import (
+    CKA,
+    Invariance,
+    Measured,
+    Measurement,
+    Neighborhoods,
+    Occasion,
+    Probes,
+    Request,
+    Spectrum,
+    Subject,
+    pooled,
+)
+from ssl_geometry.measure.cka import warn_of_few
+from ssl_geometry.measure.engine import as_options, measuring
+from ssl_geometry.measure.requests import Reduced
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.records import Protocol, read_records, record
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
 
 
-class MeanMonitor(Monitor):
-    """Another monitor: asks for other layers, reduced in another way."""
+class Mean(Measurement):
+    """Another measurement: asks for other layers, reduced in another way."""
 
-    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+    def requests(self, subject: Subject) -> Sequence[Request]:
         return [Request(("stem", "layer2.0"), pooled)]
 
-    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+    def begin(self, occasion: Occasion) -> None:
         self.seen: list[int] = []
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
@@ -46,13 +51,13 @@ class MeanMonitor(Monitor):
         assert {name: value.ndim for name, value in layers.items()} == {"stem": 2, "layer2.0": 2}
         self.seen += batch["index"].tolist()
 
-    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
-        return Findings([], {}, {}, [Protocol()])
+    def finish(self, occasion: Occasion) -> Measured:
+        return Measured([], [Protocol()])
 
 
 def run(
     tmp_path: Path,
-    callbacks: list[L.Callback],
+    measurements: Sequence[Measurement],
     epochs: int = 1,
     method: Method | None = None,
     logger: RecordsLogger | None = None,
@@ -61,7 +66,7 @@ def run(
     trainer = L.Trainer(
         max_epochs=epochs,
         default_root_dir=tmp_path,
-        callbacks=callbacks,
+        callbacks=[GeometryMonitor(measurements)],
         logger=logger or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -75,38 +80,39 @@ def run(
     return trainer
 
 
-def test_monitors_due_together_share_one_pass(tmp_path: Path) -> None:
+def test_measurements_due_together_share_one_pass(tmp_path: Path) -> None:
     method, calls = SimCLR(**SMALL), []
     method.backbone.register_forward_hook(lambda *_: calls.append(method.training))
-    other = MeanMonitor(every_n_epochs=2)
-    run(tmp_path, [CKAMonitor(every_n_epochs=1), other], epochs=2, method=method)
+    other = Mean(every_n_epochs=2)
+    run(tmp_path, [CKA(), other], epochs=2, method=method)
     measured = [training for training in calls if not training]
-    assert len(measured) == 3 * 3, "three batches of measurement images at each of three moments, whoever asks"
+    assert len(measured) == 3 * 3, "three batches of measurement images at each of three epochs, whoever asks"
     assert sorted(other.seen) == sorted(set(other.seen))
     assert len(other.seen) == 100
 
 
 @pytest.mark.parametrize(
-    ("monitor", "option"),
+    ("measurement", "option"),
     [
-        (CKAMonitor, "cka"),
-        (InvarianceMonitor, "invariance"),
-        (ProbeMonitor, "probes"),
-        (NeighborhoodMonitor, "neighbors"),
-        (SpectrumMonitor, "spectrum"),
+        (CKA, "cka"),
+        (Invariance, "invariance"),
+        (Probes, "probes"),
+        (Neighborhoods, "neighbors"),
+        (Spectrum, "spectrum"),
     ],
 )
-def test_layers_that_do_not_exist_are_told_with_their_option(monitor: type[Monitor], option: str) -> None:
+@as_options
+def test_layers_that_do_not_exist_are_told_with_their_option(measurement: type[Measurement], option: str) -> None:
     with pytest.raises(UserError, match=f"^--{option}.layers='layer9' matches no layer of SimCLR; did you mean"):
-        monitor(1, layers=["pooled", "layer9"]).requests(SimCLR(**SMALL))  # type: ignore[call-arg]
+        measurement(1, layers=["pooled", "layer9"]).requests(Subject.of(SimCLR(**SMALL)))  # type: ignore[call-arg]
 
 
 def test_training_images_are_one_pass_too(tmp_path: Path) -> None:
     method, calls = SimCLR(**SMALL), []
     method.backbone.register_forward_hook(lambda *_: calls.append(method.training))
-    probes = ProbeMonitor(layers=["stages"], train_images=100, logistic=True)
-    run(tmp_path, [CKAMonitor(every_n_epochs=1), probes], epochs=1, method=method)
-    assert calls.count(False) == 2 * (3 + 3) + 1, "at two moments three batches of either split; one black picture"
+    probes = Probes(layers=["stages"], train_images=100, logistic=True)
+    run(tmp_path, [CKA(every_n_epochs=1), probes], epochs=1, method=method)
+    assert calls.count(False) == 2 * (3 + 3) + 1, "at two epochs three batches of either split; one dummy image"
     assert calls.count(True) == 2, "online probes listen to the steps"
     assert not any(module._forward_hooks for module in method.backbone.layer1.modules())
 
@@ -119,7 +125,7 @@ def test_online_probes_hear_a_compiled_network(tmp_path: Path, backend: str) -> 
         method = Supervised(**SMALL)
         if compiled:
             method.backbone.compile(backend=backend)
-        probes = ProbeMonitor(layers=["stages", "pooled"], train_images=100)
+        probes = Probes(layers=["stages", "pooled"], train_images=100)
         run(tmp_path, [probes], epochs=2, method=method)
         assert probes.bank is not None
         banks.append(probes.bank.weight)
@@ -130,29 +136,28 @@ def test_online_probes_hear_a_compiled_network(tmp_path: Path, backend: str) -> 
 @pytest.mark.parametrize(
     ("every", "epochs", "expected"), [(1, 3, [0, 1, 2, 3]), (2, 3, [0, 2, 3]), (5, 3, [0, 3]), (0, 3, [])]
 )
-def test_moments(tmp_path: Path, every: int, epochs: int, expected: list[int]) -> None:
-    moments = []
+def test_measured_epochs(tmp_path: Path, every: int, epochs: int, expected: list[int]) -> None:
+    epochs_seen = []
 
-    class Noting(MeanMonitor):
-        def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
-            moments.append(moment.epoch)
-            return super().finish(trainer, method, moment)
+    class Noting(Mean):
+        def finish(self, occasion: Occasion) -> Measured:
+            epochs_seen.append(occasion.epoch)
+            return super().finish(occasion)
 
     run(tmp_path, [Noting(every_n_epochs=every)], epochs=epochs)
-    assert moments == expected
+    assert epochs_seen == expected
 
 
-def test_monitors_of_the_same_metric_keep_their_own_records(tmp_path: Path) -> None:
+def test_measurements_of_the_same_metric_keep_their_own_records(tmp_path: Path) -> None:
     """Each writes the metric ``mean`` first, two have a name for their options, one the name of another's."""
 
-    class Named(MeanMonitor):
+    class Named(Mean):
         def __init__(self, layer: str, options: str) -> None:
             super().__init__(every_n_epochs=1)
-            self.layer, self.options = layer, options
+            self.layer, self.group = layer, options  # type: ignore[misc]
 
-        def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
-            rows = [record(metric="mean", layer=self.layer, epoch=moment.epoch, step=moment.step, value=1.0)]
-            return Findings(rows, {}, {}, [Protocol()])
+        def finish(self, occasion: Occasion) -> Measured:
+            return Measured([record(**occasion.columns, metric="mean", layer=self.layer, value=1.0)], [Protocol()])
 
     named = {"a": "cka", "b": "cka", "c": "cka-2", "d": "", "e": "scalars"}
     run(tmp_path, [Named(*pair) for pair in named.items()], logger=RecordsLogger(tmp_path / "e" / "r"))
@@ -268,7 +273,9 @@ def test_intervals_of_few_gram_matrices_are_warned_of(
     images: int, test: int, gram_size: int, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is advised can be done: all images of the test split may be measured already."""
-    data: Any = SimpleNamespace(measure_size=images, num_test=test, eval_batch_size=256)
+    data: Any = SimpleNamespace(
+        measure_size=images, num_test=test, eval_batch_size=256, size_option="--data.measure_size"
+    )
     warn_of_few(data, gram_size, "--gram_size")
     ways = {"smaller": "--gram_size 16 gives", "more": "measure more images (--data.measure_size)"}
     assert caplog.messages == [f"--gram_size {said.format(**ways)}"] * bool(said)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_geometry.callbacks import NeighborhoodMonitor
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
+from ssl_geometry.measure import neighbors
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
 from ssl_geometry.metrics.neighborhoods import LayerNeighbors
 
@@ -143,7 +143,7 @@ def test_a_layer_that_does_not_vary_has_no_neighbourhoods_and_is_named(make: Cal
 
 
 def test_of_no_graph_nothing_can_be_kept() -> None:
-    monitor, common = NeighborhoodMonitor(), {"run": "a", "model": "a"}
+    monitor, common = neighbors.Neighborhoods(), {"run": "a", "model": "a"}
     monitor._depths = {"layer": 1.0}
     with pytest.warns(UserWarning, match="Neighbourhoods are NaN"):
         collapsed = measured(equal())

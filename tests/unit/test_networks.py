@@ -48,7 +48,8 @@ def test_what_the_run_was_measured_with_is_the_default(runs: Callable[..., list[
     assert (options.layers, options.default_layers) == (None, LAYERS)
     assert (options.data.measure_size, options.data.limit_test, options.data.seed) == (256, 300, 3)
     options = survey._parse(models)
-    assert (options.k, options.copies, options.manifolds) == (20, 4, ["semantic", "crop", "policy"])
+    asked = options.neighbors
+    assert (asked.k, asked.copies, asked.settings) == (20, 4, ["crop", "policy"])
     assert options.default_layers == survey.LAYERS
     options = probe._parse(models)
     assert (options.default_layers, options.train_images) == (["stages"], None)
@@ -64,7 +65,7 @@ def test_a_checkpoint_of_a_run_and_seeds_name_the_run(runs: Callable[..., list[s
 
 def test_the_command_line_wins(runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture) -> None:
     models = runs({}, {"cka": {"gram_size": 8}, "data": {"measure_size": 64}})
-    given = ["--gram_size=64", "--layers", "all", "--data.measure_size", "200", "--views=[own]"]
+    given = ["--cka.gram_size=64", "--cka.layers", "all", "--data.measure_size", "200", "--invariance.views=[own]"]
     options = compare._parse([*models, *given])
     assert (options.gram_size, options.layers, options.data.measure_size, options.views) == (64, "all", 200, ["own"])
     assert not caplog.records
@@ -73,25 +74,33 @@ def test_the_command_line_wins(runs: Callable[..., list[str]], caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("module", "change", "line"),
     [
-        (compare, {"cka": {"gram_size": 64}}, "--gram_size differs between the runs: 32 (a: cka), 64 (b: cka)"),
+        (compare, {"cka": {"gram_size": 64}}, "--cka.gram_size differs between the runs: 32 (a: cka), 64 (b: cka)"),
         (
             compare,
             {"invariance": {"every_n_epochs": 2}, "cka": {"every_n_epochs": 0}},
-            "--gram_size differs between the runs: 32 (a: cka), 16 (b: invariance)",
+            "--cka.gram_size differs between the runs: 32 (a: cka), 16 (b: invariance)",
         ),
-        (compare, {"cka": {"layers": "all"}}, "--layers differs between the runs: ['stem', 'pooled'] (a: cka), all (b"),
+        (
+            compare,
+            {"cka": {"layers": "all"}},
+            "--cka.layers differs between the runs: ['stem', 'pooled'] (a: cka), all (b",
+        ),
         (
             compare,
             {"data": {"limit_test": None}},
             "--data.limit_test differs between the runs: 300 (a), the default (b)",
         ),
-        (survey, {"neighbors": {"k": 50}}, "--k differs between the runs: 20 (a), 50 (b)"),
+        (survey, {"neighbors": {"k": 50}}, "--neighbors.k differs between the runs: 20 (a), 50 (b)"),
         (
             survey,
             {"spectrum": {"copies": 10}},
-            "--copies differs between the runs: 4 (a: neighbors, b: neighbors), 10 (b: s",
+            "--spectrum.copies differs between the runs: 0 (a), 10 (b)",
         ),
-        (probe, {"probes": {"layers": None}}, "--layers differs between the runs: ['stages'] (a), the default (b)"),
+        (
+            probe,
+            {"probes": {"layers": None}},
+            "--probes.layers differs between the runs: ['stages'] (a), the default (b)",
+        ),
         (probe, {"data": {"limit_train": 9}}, "--data.limit_train differs between the runs: 99 (a), 9 (b)"),
         (compare, {"data": {"limit_train": 9}}, ""),
         (compare, {"data": {"dataset": "/elsewhere/digits", "num_workers": 9}, "seed_everything": 9}, ""),

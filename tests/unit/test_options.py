@@ -13,11 +13,12 @@ import torch
 import wandb
 
 from ssl_geometry import compare, probe, survey
-from ssl_geometry.callbacks import CKAMonitor, InvarianceMonitor, SpectrumMonitor
 from ssl_geometry.cli import Parser, annotation, run_command, warning_line
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import FitCLI, expand_bases, fit, print_summary
+from ssl_geometry.measure import CKA, Invariance, Spectrum, Subject
+from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.networks import networks_parser
 from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
@@ -123,14 +124,14 @@ FIT = """
 --model ssl_geometry.methods.SimCRL: ssl_geometry.methods has no SimCRL; did you mean 'SimCLR'?
 """
 COMPARE = """
---gram_size 3: expected a whole number of at least 4
+--cka.gram_size 3: expected a whole number of at least 4
 --permutations -1: expected a whole number from 0 to 10,000
 --permutations 10001: expected a whole number from 0 to 10,000
 --k 0: expected a whole number of at least 1
 --k many: expected a whole number of at least 1
 --show_neighbors -1: expected whole numbers of at least 0
 --show_neighbors [5, -1]: expected whole numbers of at least 0
---views own,crop: expected a list such as [a, b]; write '[own, crop]', with the quotes
+--invariance.views own,crop: expected a list such as [a, b]; write '[own, crop]', with the quotes
 --show_neighbors 5,6: expected whole numbers of at least 0; write '[5, 6]', with the quotes
 --data.batch_size 0: expected a whole number of at least 2
 --device tpu: expected cpu, cuda, or cuda:NUMBER
@@ -152,13 +153,13 @@ PROBE = """
 --evaluations magic: known: 'layers'
 """
 SURVEY = """
---k 2: expected a whole number of at least 3
---copies 2: expected a whole number of at least 3
+--neighbors.k 2: expected a whole number of at least 3
+--neighbors.copies 2: expected a whole number of at least 3
 --clusters 1: expected a whole number of at least 2
 --devices 0: expected a whole number of at least 1
 --num_nodes 0: expected a whole number of at least 1
 --num_nodes 2: nothing has started processes on the other nodes; start the command with srun
---manifolds [magic]: did you mean 'semantic'?
+--neighbors.settings [magic]: known: 'policy', 'crop', 'color', 'rotate', 'translate'
 """
 REPORT = """
 --max_mb 0: expected a number above 0
@@ -214,7 +215,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: Callable[[], Any]) -> s
 def assert_said(said: str, option: str, value: str, words: str) -> None:
     assert "\n" not in said
     assert len(said) < 400
-    typed = value.strip("[]") if option in ("--loggers", "--manifolds") else value
+    typed = value.strip("[]") if option in ("--loggers", "--neighbors.settings") else value
     assert said.startswith((f"{option} {value}: {words}", f"{option} {typed}: {words}")), said
 
 
@@ -317,7 +318,7 @@ def test_help_shows_a_list_as_it_is_typed(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         compare._parse(["--help"])
     text = capsys.readouterr().out
-    assert "--views '[ITEM, ...]'" in text
+    assert "--invariance.views '[ITEM, ...]'" in text
     assert "[ITEM,...]" not in text
 
 
@@ -396,8 +397,8 @@ def test_a_library_call_is_held_to_the_same_ranges() -> None:
         DataModule("digits", batch_size=1)
     with pytest.raises(UserError, match=r"--model\.lr -1: expected a number of at least 0"):
         SimCLR(backbone="resnet10", width=0.25, lr=-1.0)
-    with pytest.raises(UserError, match=r"--spectrum\.copies 1: expected"):
-        SpectrumMonitor(copies=1)
+    with pytest.raises(UserError, match=r"Spectrum\.copies 1: expected"):
+        Spectrum(copies=1)
 
 
 def small() -> SimCLR:
@@ -418,16 +419,17 @@ def test_accumulation_over_more_batches_than_an_epoch_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("monitor", "words"),
+    ("measurement", "words"),
     [
-        (InvarianceMonitor(1, views=["own", "sepia"]), "--invariance.views [sepia]: no operation or policy is called"),
-        (CKAMonitor(layers="layer9"), "--cka.layers='layer9' matches no layer"),
-        (SpectrumMonitor(1, layers=["pooled", "knn"]), "--spectrum.layers='knn' does not run when SimCLR is measured"),
+        (Invariance(1, views=["own", "sepia"]), "--invariance.views [sepia]: no operation or policy is called"),
+        (CKA(layers="layer9"), "--cka.layers='layer9' matches no layer"),
+        (Spectrum(1, layers=["pooled", "knn"]), "--spectrum.layers='knn' does not run when SimCLR is measured"),
     ],
 )
-def test_monitors_are_held_to_the_method_before_images_are_read(monitor: Any, words: str) -> None:
+@as_options
+def test_measurements_are_held_to_the_method_before_images_are_read(measurement: Any, words: str) -> None:
     with pytest.raises(UserError) as error:
-        monitor.check(small())
+        measurement.check(Subject.of(small()))
     assert str(error.value).startswith(words)
 
 

@@ -16,18 +16,18 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_geometry.callbacks.probes import ProbeMonitor, check_images, highest_decay, probe_rows
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.datasets import Images, stratified
 from ssl_geometry.errors import UserError
+from ssl_geometry.measure.probes import Probes, check_images, highest_decay, probe_rows
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.taps import layer_names
 from ssl_geometry.probe import (
     POOLED,
     RATES,
+    FrozenFeatures,
     LabelledImages,
     RawPixels,
-    Subject,
     _left_in_control_groups,
     _reason,
     evaluate_knn,
@@ -40,7 +40,7 @@ CLASSES, N, WIDTH = 5, 600, 20
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def subject() -> FrozenFeatures:
     """Classes that lie along directions of little variance: small learning rates do not find them soon."""
     g = torch.Generator().manual_seed(0)
     means = torch.randn(CLASSES, WIDTH, generator=g)
@@ -53,24 +53,24 @@ def subject() -> Subject:
     (train, labels), (test, test_labels) = images(N), images(N)
     depths = {POOLED: 1.0}
     index = torch.arange(N)
-    return Subject("a", MagicMock(), 0, depths, {POOLED: train}, labels, index, {POOLED: test}, test_labels)
+    return FrozenFeatures("a", MagicMock(), 0, depths, {POOLED: train}, labels, index, {POOLED: test}, test_labels)
 
 
 DATA: Any = SimpleNamespace(num_classes=CLASSES, batch_size=64, multi_label=False)
 
 
-def right(predicted: Any, subject: Subject) -> float:
+def right(predicted: Any, subject: FrozenFeatures) -> float:
     return float((torch.as_tensor(predicted) == subject.test_labels).double().mean())
 
 
-def standard(subject: Subject, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+def standard(subject: FrozenFeatures, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
     train = subject.train[POOLED][rows]
     mean, deviation = train.mean(0), train.std(0, correction=0)
     return (train - mean) / deviation, (subject.test[POOLED] - mean) / deviation
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("knn200", 0.07), ("knn200_majority", None)])
-def test_neighbours_vote_as_in_scikit_learn(subject: Subject, name: str, temperature: float | None) -> None:
+def test_neighbours_vote_as_in_scikit_learn(subject: FrozenFeatures, name: str, temperature: float | None) -> None:
     train, test = ({POOLED: part[POOLED] - 3} for part in (subject.train, subject.test))  # cosines of all sizes
     subject = replace(subject, train=train, test=test)
     found = evaluate_knn(subject, DATA, SimpleNamespace(k=[200]), MagicMock())
@@ -85,7 +85,7 @@ def test_neighbours_vote_as_in_scikit_learn(subject: Subject, name: str, tempera
     assert found[name]["mean_per_class"] == pytest.approx([np.mean(by_class)], abs=1.5 / N)
 
 
-def test_neighbours_of_features_that_point_one_way_give_no_accuracy(subject: Subject) -> None:
+def test_neighbours_of_features_that_point_one_way_give_no_accuracy(subject: FrozenFeatures) -> None:
     one_way = {POOLED: torch.rand(len(subject.train_labels), 1) + torch.zeros(WIDTH)}
     with pytest.warns(UserWarning, match="a: accuracy of nearest neighbours is NaN") as seen:
         found = evaluate_knn(replace(subject, train=one_way), DATA, SimpleNamespace(k=[5, 9]), MagicMock())
@@ -96,14 +96,14 @@ def test_neighbours_of_features_that_point_one_way_give_no_accuracy(subject: Sub
     assert row.get("low") is None
 
 
-def test_an_image_of_zeros_is_not_classified(subject: Subject) -> None:
+def test_an_image_of_zeros_is_not_classified(subject: FrozenFeatures) -> None:
     test = subject.test[POOLED].clone()
     test[subject.test_labels == 0] = 0
     dark = evaluate_knn(replace(subject, test={POOLED: test}), DATA, SimpleNamespace(k=[5]), MagicMock())["knn5"]
     assert 0 < dark["top1"][0] <= float((subject.test_labels != 0).double().mean())
 
 
-def plain_sgd(subject: Subject, rate: float, epochs: int) -> float:
+def plain_sgd(subject: FrozenFeatures, rate: float, epochs: int) -> float:
     x, test = (part / math.sqrt(WIDTH) for part in standard(subject))
     linear = torch.nn.Linear(WIDTH, CLASSES)
     torch.nn.init.zeros_(linear.weight)
@@ -119,7 +119,7 @@ def plain_sgd(subject: Subject, rate: float, epochs: int) -> float:
     return right(linear(test).argmax(1), subject)
 
 
-def test_linear_evaluation_is_plain_sgd_with_the_recorded_learning_rate(subject: Subject) -> None:
+def test_linear_evaluation_is_plain_sgd_with_the_recorded_learning_rate(subject: FrozenFeatures) -> None:
     options = SimpleNamespace(device="cpu", linear_epochs=20, linear_weight_decay=0.0)
     found = evaluate_linear(subject, DATA, options, MagicMock())["linear_eval"]
     (rate,) = found["learning_rate"]
@@ -130,7 +130,7 @@ def test_linear_evaluation_is_plain_sgd_with_the_recorded_learning_rate(subject:
     assert found["top1"][0] >= max(plain.values()) - 0.03, "the chosen learning rate is a good one"
 
 
-def test_few_labels_are_logistic_regression_of_each_draw(subject: Subject) -> None:
+def test_few_labels_are_logistic_regression_of_each_draw(subject: FrozenFeatures) -> None:
     options = SimpleNamespace(label_fractions=[0.1, 1.0], draws=3, device="cpu")
     found = evaluate_labels(subject, DATA, options, MagicMock())
     for name, images, draws in (("labels_10%", N // 10, 3), ("labels_100%", N, 1)):
@@ -175,18 +175,18 @@ def test_intervals_are_wilson_s() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rates": []}, "--probes.learning_rates []"),
-        ({"learning_rates": [0.1, -1.0]}, "--probes.learning_rates [0.1, -1]"),
+        ({"learning_rates": []}, "Probes.learning_rates []"),
+        ({"learning_rates": [0.1, -1.0]}, "Probes.learning_rates [0.1, -1]"),
         ({"learning_rates": [7.5]}, "at most 7"),
-        ({"weight_decays": []}, "--probes.weight_decays []"),
-        ({"weight_decays": [-1e-3]}, "--probes.weight_decays [-0.001]"),
+        ({"weight_decays": []}, "Probes.weight_decays []"),
+        ({"weight_decays": [-1e-3]}, "Probes.weight_decays [-0.001]"),
         ({"weight_decays": [1.0]}, "0 to 0.77"),
-        ({"train_images": 0}, "--probes.train_images 0"),
+        ({"train_images": 0}, "Probes.train_images 0"),
     ],
 )
 def test_options_of_the_monitor(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as error:
-        ProbeMonitor(**options)
+        Probes(**options)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 

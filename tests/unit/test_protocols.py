@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from ssl_geometry import probe
-from ssl_geometry.callbacks import cka, invariance, neighbors, spectrum
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.measure import Subject, cka, invariance, neighbors, spectrum
 from ssl_geometry.methods import SimCLR
-from ssl_geometry.metrics import ClassCKA
 from ssl_geometry.records import Protocol
 
 
@@ -27,21 +26,21 @@ def method() -> SimCLR:
 
 
 def of_neighbors(data: DataModule, method: SimCLR) -> list[Protocol]:
-    return [neighbors.neighbor_protocol(data, method, k=5, copies=4, settings=("crop",))]
+    neighborhoods = neighbors.Neighborhoods(k=5, copies=4, settings=("crop",))
+    neighborhoods.k = 5
+    return [neighborhoods.protocol(Subject.of(method), data)]
 
 
 def of_spectra(data: DataModule, method: SimCLR) -> list[Protocol]:
-    return [spectrum.spectrum_protocol(data, method, 10)]
+    return [spectrum.Spectrum().protocol(Subject.of(method), data)]
 
 
 def of_cka(data: DataModule, method: SimCLR) -> list[Protocol]:
-    return [cka.cka_protocol(data, 64, method, {"clean": method.clean_view.spec})]
+    return [cka.cka_protocol(data, 64, Subject.of(method), {"clean": "clean"})]
 
 
 def of_classes(data: DataModule, method: SimCLR) -> list[Protocol]:
-    classes = ClassCKA(["x"], 10, sizes=data.measure_sizes)
-    with pytest.warns(UserWarning, match="CKA is NaN"):  # of no image
-        return invariance.layer_records(method, data, {"x": 0.0}, 64, {}, classes)[1]
+    return [invariance.Invariance().protocol(Subject.of(method), data, "class_cka", "clean")]
 
 
 def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, SimCLR], list[Protocol]]:

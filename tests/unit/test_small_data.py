@@ -10,15 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from ssl_geometry.callbacks import NeighborhoodMonitor, ProbeMonitor
 from ssl_geometry.compare import _hold_to_images
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.measure import Neighborhoods, Probes, Subject
+from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.probe import USUAL, _check_data, summary
-from ssl_geometry.survey import _check_classes
+from ssl_geometry.survey import _report_small_classes
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 8}
 
@@ -44,23 +45,22 @@ def test_images_to_measure(caplog: pytest.LogCaptureFixture) -> None:
         images(60, 48, measure_size=49)
 
 
+@as_options
 def test_neighbours_while_training(caplog: pytest.LogCaptureFixture) -> None:
     data = images(60, 48)
     caplog.clear()
-    trainer: Any = SimpleNamespace(datamodule=data)
-    method = SimCLR(**SMALL)
-    monitor = NeighborhoodMonitor(every_n_epochs=1)
-    monitor.on_fit_start(trainer, method)
-    assert monitor.k == 47
+    subject = Subject.of(SimCLR(**SMALL))
+    neighborhoods = Neighborhoods()
+    neighborhoods.prepare(subject, data)
+    assert neighborhoods.k == 47
     assert caplog.messages == ["--neighbors.k 47 (by default 50): each of 48 measurement images has 47 others"]
     with pytest.raises(
         UserError, match=r"^--neighbors.k 48: each of 48 measurement images has 47 others; set at most 47"
     ):
-        NeighborhoodMonitor(every_n_epochs=1, k=48).on_fit_start(trainer, method)
-    NeighborhoodMonitor(k=48).on_fit_start(trainer, method)
+        Neighborhoods(k=48).prepare(subject, data)
     data.measure_size = 3
     with pytest.raises(UserError, match=r"^--neighbors.k: each of 3 .* 3 are needed; raise --data.measure_size"):
-        monitor.on_fit_start(trainer, method)
+        neighborhoods.prepare(subject, data)
 
 
 def test_compared_neighbours(caplog: pytest.LogCaptureFixture) -> None:
@@ -107,15 +107,15 @@ def test_neighbours_that_vote(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def no_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for 22 images out of 30, of which none has a number that chooses."""
-    for module in ("callbacks.probes", "probe"):
+    for module in ("measure.probes", "probe"):
         monkeypatch.setattr(f"ssl_geometry.{module}.held_out", lambda index: torch.zeros_like(index, dtype=torch.bool))
 
 
 def test_online_probes_are_left_out_where_no_image_chooses(caplog: pytest.LogCaptureFixture, no_tenth: None) -> None:
-    trainer: Any = SimpleNamespace(datamodule=images(40, 20, val_fraction=0.0), world_size=1)
-    monitor = ProbeMonitor(layers="pooled")
-    monitor.on_fit_start(trainer, SimCLR(**SMALL))
-    assert monitor.bank is None
+    data, subject, probes = images(40, 20, val_fraction=0.0), Subject.of(SimCLR(**SMALL)), Probes(layers="pooled")
+    probes.prepare(subject, data)
+    probes.listen(subject, data, {})
+    assert probes.bank is None
     assert caplog.messages[-1].startswith("online probes are left out: no training image is in the fixed tenth")
 
 
@@ -133,12 +133,13 @@ def test_linear_evaluation_is_left_out_where_no_image_chooses(caplog: pytest.Log
 
 def test_semantic_manifolds_are_left_out_where_no_class_has_three_images() -> None:
     data, console = images(60, 20), Console(record=True)
-    options = SimpleNamespace(manifolds=["semantic", "crop"])
-    with pytest.raises(UserError, match=r"^--manifolds semantic: no class has 3 of the 20 measurement images"):
-        _check_classes(options, data, True, console)
-    _check_classes(options, data, False, console)
+    options = SimpleNamespace(manifolds=["semantic", "crop"], neighbors=SimpleNamespace(settings=["crop"]))
+    _report_small_classes(options, data, console)
     assert options.manifolds == ["crop"]
     assert console.export_text().startswith("left out  semantic manifolds: no class has 3 of the 20")
+    options.neighbors.settings = []
+    with pytest.raises(UserError, match=r"^--neighbors.settings \[\]: no class has 3 of the 20 measurement images"):
+        _report_small_classes(options, data, console)
 
 
 def test_two_images_without_a_test_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Neighbourhoods of images in each layer while a network trains: manifold graph metrics, live.
+"""Neighbourhoods of images in each layer: manifold graph metrics.
 
 Protocol: averages over space of each layer's activations; of every image its k most similar (cosine), of them those
 that non-negative kernel regression keeps (NNK, solved exactly). **Semantic** manifolds are made of images of one class,
@@ -7,30 +7,28 @@ aggregation are ours, after Cosentino et al. 2022. Beside them, how many of its 
 copy to another, under each setting.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import lightning as L
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from ssl_geometry import __version__
-from ssl_geometry.callbacks.cka import run_name
-from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, pooled
-from ssl_geometry.data.datamodule import DataModule, size_within
+from ssl_geometry import __version__, metrics
+from ssl_geometry.data.loader import size_within
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.dimension import DISCARD
 from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
 from ssl_geometry.geometry.neighbors import EXACT_ROWS, PROBED, RANKING
 from ssl_geometry.geometry.nnk import ACTIVE, COARSE, INDEPENDENT, OPTIMAL, RESOLUTION
 from ssl_geometry.geometry.overlap import ALIKE, NEAREST, jaccard, mutual_knn
-from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN, Neighborhoods
+from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion
+from ssl_geometry.measure.requests import Reduced, Request, pooled
+from ssl_geometry.measure.subject import Subject
+from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN
 from ssl_geometry.metrics.neighborhoods import DIMENSION_K, MIN_IMAGES, LayerNeighbors
-from ssl_geometry.models.taps import layer_depths
 from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 LAYERS = ("stages", "pooled", "head")
 CANDIDATES, LEAST_CANDIDATES = 50, 3
@@ -38,11 +36,13 @@ CANDIDATES, LEAST_CANDIDATES = 50, 3
 SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rotate", "translate": "translate"}
 """Setting of an augmentation manifold to the view that makes the copies."""
 QUANTILES = tuple(share / 20 for share in range(21))
+OF_CLASSES = ("purity", "nnk_purity")
+"""What is not known without labels, beside semantic manifolds."""
 OVERLAP_K = 10
 """Nearest images that two copies are compared by, as far as there are so many."""
 
 
-class NeighborhoodMonitor(Monitor):
+class Neighborhoods(Measurement):
     """Manifold graph metrics of each layer: neighbours, diameter, affinity, and how graphs change.
 
     Args:
@@ -51,37 +51,38 @@ class NeighborhoodMonitor(Monitor):
             has them.
         k: nearest images of which NNK chooses; None takes 50, or all others where there are fewer.
         settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
-        copies: augmented copies of each image.
+        copies: augmented views of each image.
     """
 
-    options = "neighbors"
+    group = "neighbors"
+    default_layers = LAYERS
 
     def __init__(
         self,
-        every_n_epochs: Epochs = 0,
+        every_n_epochs: Epochs | None = None,
         layers: str | list[str] | None = None,
         k: Annotated[int, at_least(LEAST_CANDIDATES)] | None = None,
         settings: Sequence[str] = tuple(SETTINGS),
         copies: Annotated[int, at_least(3)] = 10,
     ) -> None:
-        check_arguments(NeighborhoodMonitor, locals(), "--neighbors.")
+        check_arguments(Neighborhoods, locals(), self.option(""))
         super().__init__(every_n_epochs)
         if unknown := [name for name in settings if name not in SETTINGS]:
-            raise UserError(f"--neighbors.settings {unknown[0]}: expected some of {', '.join(SETTINGS)}")
+            raise UserError(f"{self.option('settings')} {unknown[0]}: expected some of {', '.join(SETTINGS)}")
         self.layers, self.settings, self.copies = layers, tuple(settings), copies
         self._asked_k = k
-        self.curves: list[Row] = []  # the means of each manifold over training
-        self.last: dict[str, Tensor] = {}  # the graph of the last moment, to see how much of it is left
+        self.last: dict[str, Tensor] = {}  # the graph of the last measurement, to see how much of it is left
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def prepare(self, subject: Subject, images: ImageSource) -> None:
         """Hold k to the images."""
-        if self.every_n_epochs and hasattr(pl_module, "measuring_view"):
-            self.k = candidates("--neighbors.k", self._asked_k, trainer.datamodule)  # type: ignore[attr-defined]
+        if images.multi_label:
+            raise UserError(f"{self.option('settings')}: manifolds of classes need one class per image; leave it out")
+        self.k = candidates(self.option("k"), self._asked_k, images)
 
-    def requests(self, method: L.LightningModule) -> Sequence[Request]:
-        """Pooled features of clean images, and of all copies."""
-        names = self.layer_names(method, LAYERS)
-        self._depths = layer_depths(method, names)
+    def requests(self, subject: Subject) -> Sequence[Request]:
+        """Pooled features of clean images, and of all augmented views."""
+        names = self.chosen(subject)
+        self._depths = subject.depths(names)
         self._clean = Request(names, pooled)
         self._copies = {
             setting: [Request(names, pooled, SETTINGS[setting], draw) for draw in range(self.copies)]
@@ -89,20 +90,19 @@ class NeighborhoodMonitor(Monitor):
         }
         return [self._clean, *(request for draws in self._copies.values() for request in draws)]
 
-    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+    def begin(self, occasion: Occasion) -> None:
         """Fresh sums."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if data.multi_label:
-            raise UserError(
-                "--neighbors: semantic manifolds need one class a picture; set --neighbors.every_n_epochs 0"
-            )
-        self._neighborhoods = Neighborhoods(list(self._depths), self.k).to(method.device)
-        self._manifolds = AugmentationManifolds(list(self._depths), self.settings).to(method.device)
-        self._overlaps = view_overlaps(self._depths, self.settings, data, method.device)
+        device, layers = occasion.subject.device, list(self._depths)
+        self._labelled = occasion.images.num_classes > 0
+        self._neighborhoods = metrics.Neighborhoods(layers, self.k).to(device)
+        self._manifolds = AugmentationManifolds(layers, self.settings).to(device)
+        k = _overlap_k(occasion.images)
+        self._overlaps = {setting: InvarianceKNN(layers, k).to(device) for setting in self.settings}
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
-        """One batch: clean images are kept, manifolds of copies are measured at once."""
-        self._neighborhoods.update(reduced[self._clean], batch["label"], batch["index"])
+        """One batch: clean images are kept, manifolds of augmented views are measured at once."""
+        labels = batch["label"] if self._labelled else batch["index"]  # each image is a class, which has no rows
+        self._neighborhoods.update(reduced[self._clean], labels, batch["index"])
         self._manifolds.update(
             {
                 setting: {layer: torch.stack([reduced[draw][layer] for draw in draws], 1) for layer in self._depths}
@@ -113,31 +113,22 @@ class NeighborhoodMonitor(Monitor):
             first, second = self._copies[setting][:2]
             overlap.update(reduced[first], reduced[second], index=batch["index"])
 
-    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+    def finish(self, occasion: Occasion) -> Measured:
         """Means, spreads and quantiles of each manifold and layer; what the graph looks like, and what is left."""
-        try:
-            layers = self._neighborhoods.compute()
-        except ValueError as error:
-            raise UserError(f"neighbourhoods after {moment.epoch} epochs: {error}") from error
-        manifolds = {("semantic", layer): found.semantic for layer, found in layers.items()} | self._manifolds.compute()
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        protocol = neighbor_protocol(data, method, k=self.k, copies=self.copies, settings=self.settings)
-        run = run_name(trainer)
-        common = {
-            "run": run,
-            "model": run,
-            "split": "measure",
-            "epoch": moment.epoch,
-            "step": moment.step,
-            "protocol": protocol.hash,
-        }
-        rows = manifold_records(manifolds, layers, self._depths, **common)
+        layers = self._neighborhoods.compute()
+        semantic = {("semantic", layer): found.semantic for layer, found in layers.items() if self._labelled}
+        protocol = self.protocol(occasion.subject, occasion.images)
+        common = {**occasion.columns, "protocol": protocol.hash}
+        rows = manifold_records(semantic | self._manifolds.compute(), layers, self._depths, **common)
         rows += graph_records(layers, self._depths, **common)
+        if not self._labelled:
+            rows = [row for row in rows if row["metric"] not in OF_CLASSES]
         rows += self._left_of_the_last(layers, common)
-        overlaps = {setting: overlap.compute() for setting, overlap in self._overlaps.items()}
-        rows += overlap_records(overlaps, self._depths, **common, n=data.measure_size)
-        self.curves += curve_rows(rows)
-        return Findings(rows, scalars(rows), pictures(rows, self.curves), [protocol])
+        for setting, overlap in self._overlaps.items():
+            for (layer, depth), value in zip(self._depths.items(), overlap.compute().reshape(-1).tolist(), strict=True):
+                place = {"view": setting, "layer": layer, "depth": depth, "n": occasion.images.measure_size}
+                rows.append(record(**common, **place, metric="mutual_knn", value=value))
+        return Measured(rows, [protocol])
 
     def _left_of_the_last(
         self, layers: Mapping[str, LayerNeighbors], common: Mapping[str, Any]
@@ -152,30 +143,71 @@ class NeighborhoodMonitor(Monitor):
             self.last[layer] = ids
         return rows
 
+    def protocol(self, subject: Subject, images: ImageSource) -> Protocol:
+        """All that changes a neighbourhood, the same live and afterwards.
+
+        Args:
+            subject: what is measured; its precision and its views count.
+            images: whose measurement images are seen.
+        """
+        return Protocol(
+            {
+                "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
+                "nearest": f"cosine, {RANKING}; beyond {EXACT_ROWS:,} images on a CPU in 1 of {PROBED} inverted lists",
+                "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
+                "nnk": {
+                    "posed": "in the differences between a query and its candidates, "
+                    f"in float64 where the nearest is within {COARSE:g}",
+                    "enters": f"above {OPTIMAL:g}, independent above {INDEPENDENT:g}",
+                    "is a neighbour": f"above {ACTIVE:g} of the largest weight",
+                    "is solved": f"radius of {RESOLUTION} roundings",
+                },
+                "directions": f"squared singular value of at least {DIRECTIONS:g} of the largest",
+                "random pairs": f"seed {SEED}",
+                "pooling": "average over space",
+                "network": f"evaluation mode, {subject.dtype}",
+                "views": {
+                    "clean": subject.view("clean").spec,
+                    **{name: subject.view(SETTINGS[name]).spec for name in self.settings},
+                },
+                "images": images.measure_ids,
+                "n": images.measure_size,
+                "batch": images.eval_batch_size,  # the random baselines of affinity and angle come from one batch
+                "overlap": {"k": _overlap_k(images), "nearest": NEAREST},
+                "intervals": "Student's t, n - 1; semantic: pairs of images that share an image are not independent",
+                "intrinsic dimension": f"{DIMENSION_K} neighbours, of equal images one counts",
+                "two_nn": f"without the largest {DISCARD:g} of the ratios",
+                "k": self.k,
+                "copies": self.copies,
+                "settings": self.settings,
+                "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
+            }
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, and the graph of the last moment."""
-        return {"curves": self.curves, "last": self.last}
+        """The graph of the last measurement."""
+        return {"last": self.last}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint left."""
-        self.curves, self.last = state_dict["curves"], state_dict["last"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on comparing with it."""
+        self.last = state["last"]
 
 
-def candidates(option: str, asked: int | None, data: DataModule) -> int:
+def candidates(option: str, asked: int | None, images: ImageSource) -> int:
     """Nearest images of which NNK chooses.
 
     Args:
         option: as it is typed.
         asked: how many were asked for; None takes the default, or all others where there are fewer.
-        data: whose measurement images they are.
+        images: whose measurement images they are.
 
     Raises:
         UserError: as many as there are images, or images too few for a neighbourhood.
     """
-    there = f"each of {data.measure_size} measurement images has {data.measure_size - 1} others"
-    k = size_within(option, asked, CANDIDATES, data.measure_size - 1, there)
+    there = f"each of {images.measure_size} measurement images has {images.measure_size - 1} others"
+    k = size_within(option, asked, CANDIDATES, images.measure_size - 1, there)
     if k < LEAST_CANDIDATES:
-        raise UserError(f"{option}: {there}, {LEAST_CANDIDATES} are needed; raise --data.measure_size")
+        raise UserError(f"{option}: {there}, {LEAST_CANDIDATES} are needed; raise {images.size_option}")
     return k
 
 
@@ -198,8 +230,8 @@ def manifold_records(
         common: what all rows share.
     """
     rows = []
-    for (kind, layer), metrics in manifolds.items():
-        for metric, values in metrics.items():
+    for (kind, layer), of_images in manifolds.items():
+        for metric, values in of_images.items():
             values = values[values.isfinite()].double().cpu()
             place = {**common, "layer": layer, "depth": depths[layer], "view": kind, "n": len(values)}
             mean = float(values.mean())
@@ -250,66 +282,5 @@ def graph_records(
     return rows
 
 
-def view_overlaps(
-    layers: Iterable[str], settings: Iterable[str], data: DataModule, device: torch.device
-) -> dict[str, InvarianceKNN]:
-    """For each setting, what compares the nearest images of two copies; see :func:`overlap_records`."""
-    return {setting: InvarianceKNN(list(layers), _overlap_k(data)).to(device) for setting in settings}
-
-
-def overlap_records(overlaps: Mapping[str, Tensor], depths: Mapping[str, float], **common: Any) -> list[dict[str, Any]]:
-    """Rows for the mutual kNN overlap of two copies of all images, of each setting and layer.
-
-    Args:
-        overlaps: setting to the overlap of each layer.
-        depths: layer to depth, in the order of the values.
-        common: what all rows share.
-    """
-    return [
-        record(**common, metric="mutual_knn", view=setting, layer=layer, depth=depth, value=value)
-        for setting, values in overlaps.items()
-        for (layer, depth), value in zip(depths.items(), values.reshape(-1).tolist(), strict=True)
-    ]
-
-
-def _overlap_k(data: DataModule) -> int:
-    return min(OVERLAP_K, data.measure_size - 1)
-
-
-def neighbor_protocol(data: DataModule, network: Any, **options: Any) -> Protocol:
-    """All that changes a neighbourhood, the same live and afterwards.
-
-    Args:
-        data: whose measurement images were seen.
-        network: what was measured; its precision and its views count.
-        options: of the monitor.
-    """
-    views = {name: network.measuring_view(view).spec for name, view in SETTINGS.items()}
-    return Protocol(
-        {
-            "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
-            "nearest": f"cosine, {RANKING}; beyond {EXACT_ROWS:,} images on a CPU in 1 of {PROBED} inverted lists",
-            "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
-            "nnk": {
-                "posed": "in the differences between a query and its candidates, "
-                f"in float64 where the nearest is within {COARSE:g}",
-                "enters": f"above {OPTIMAL:g}, independent above {INDEPENDENT:g}",
-                "is a neighbour": f"above {ACTIVE:g} of the largest weight",
-                "is solved": f"radius of {RESOLUTION} roundings",
-            },
-            "directions": f"squared singular value of at least {DIRECTIONS:g} of the largest",
-            "random pairs": f"seed {SEED}",
-            "pooling": "average over space",
-            "network": f"evaluation mode, {network.dtype}",
-            "views": {"clean": network.clean_view.spec, **views},
-            "images": data.measure_ids,
-            "n": data.measure_size,
-            "batch": data.eval_batch_size,  # the random baselines of affinity and angle come from one batch
-            "overlap": {"k": _overlap_k(data), "nearest": NEAREST},
-            "intervals": "Student's t, n - 1; semantic: pairs of images that share an image are not independent",
-            "intrinsic dimension": f"{DIMENSION_K} neighbours, of equal images one counts",
-            "two_nn": f"without the largest {DISCARD:g} of the ratios",
-            **options,
-            "versions": {"ssl_geometry": __version__, "torch": torch.__version__},
-        }
-    )
+def _overlap_k(images: ImageSource) -> int:
+    return min(OVERLAP_K, images.measure_size - 1)

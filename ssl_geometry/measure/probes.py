@@ -17,23 +17,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import lightning as L
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
 from ssl_geometry import __version__
-from ssl_geometry.callbacks.cka import run_name
-from ssl_geometry.callbacks.measure import Epochs, Findings, Moment, Monitor, Reduced, Request, measuring, pooled
-from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.probes import FEW, FOLDS, HELD_OUT, ITERATIONS, TOLERANCE, choosing_folds, held_out
+from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, layer_widths
+from ssl_geometry.measure.processes import summed, this_process
+from ssl_geometry.measure.requests import Reduced, Request, pooled
+from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
 from ssl_geometry.metrics.probe_bank import LEARNING_RATES, MEMORY, WEIGHT_DECAYS
-from ssl_geometry.models.taps import Taps, layer_depths
+from ssl_geometry.models.taps import Taps
 from ssl_geometry.ranges import above, at_least, check_arguments
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,9 @@ def highest_decay(learning_rate: float) -> float:
     return 3.8 / learning_rate - 0.5
 
 
-def check_images(data: DataModule, images: int | None, option: str, choosing: bool = True, otherwise: str = "") -> bool:
+def check_images(
+    data: ImageSource, images: int | None, option: str, choosing: bool = True, otherwise: str = ""
+) -> bool:
     """Refuse training images that teach no classifier, before any work is done.
 
     Args:
@@ -87,8 +88,8 @@ def check_images(data: DataModule, images: int | None, option: str, choosing: bo
         few = len(learnt) < data.num_classes
         if n > 1 and len(labels.unique()) == 1:
             raise UserError(
-                f"--data.dataset {data.dataset}: all {n} labelled training images are of one class; a classifier needs "
-                f"two at least{otherwise}"
+                f"{data.origin}: all {n} labelled training images are of one class; a classifier needs two at least"
+                f"{otherwise}"
             )
     if few:
         raise UserError(
@@ -103,21 +104,7 @@ def check_images(data: DataModule, images: int | None, option: str, choosing: bo
     return bool(tenth.any())
 
 
-def layer_widths(method: Any, layers: Sequence[str], image_shape: Sequence[int]) -> dict[str, int]:
-    """How many features each layer has once pooled, from one forward of a black picture.
-
-    Args:
-        method: the network.
-        layers: names of layers.
-        image_shape: (3, H, W) of the pictures.
-    """
-    with measuring(method), Taps(method, list(layers), lambda _, output: pooled(output).shape[1]) as taps:
-        blank = torch.zeros(1, *image_shape, dtype=torch.uint8, device=method.device)
-        index = torch.zeros(1, dtype=torch.long, device=method.device)
-        return taps(method.clean_view(blank, index, seed=0, epoch=0, view=0))
-
-
-class ProbeMonitor(Monitor):
+class Probes(Measurement):
     """Linear classifiers on every layer: online ones that learn beside the network, and converged ones.
 
     Args:
@@ -125,21 +112,23 @@ class ProbeMonitor(Monitor):
             classifiers as well.
         layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, as far as the
             network has them.
-        online: train classifiers on the activations of the training steps (where a picture shows one class).
+        online: train classifiers on the activations of the training steps (where an image shows one class, and batches
+            are this package's).
         online_sent_in: dtype in which processes send each other the gradients of the online classifiers in every step:
             float32, bfloat16 (half the bytes; accuracies then depend on the number of processes, within rounding), or
             auto: bfloat16 where they are above 32 MiB in float32.
-        logistic: fit logistic regression at each measuring moment, beside the ridge regression.
+        logistic: fit logistic regression at each measured epoch, beside the ridge regression.
         train_images: clean training images that converged classifiers learn from, at most.
         learning_rates: of the online classifiers; up to 7 they are stable.
         weight_decays: of the online classifiers, each with every learning rate.
     """
 
-    options = "probes"
+    group = "probes"
+    default_layers = LAYERS
 
     def __init__(
         self,
-        every_n_epochs: Epochs = 5,
+        every_n_epochs: Epochs | None = None,
         layers: str | list[str] | None = None,
         online: bool = True,
         online_sent_in: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -148,114 +137,123 @@ class ProbeMonitor(Monitor):
         learning_rates: Sequence[Annotated[float, above(0, at_most=HIGHEST_RATE)]] = LEARNING_RATES,
         weight_decays: Sequence[Annotated[float, at_least(0)]] = WEIGHT_DECAYS,
     ) -> None:
-        check_arguments(ProbeMonitor, locals(), "--probes.")
+        check_arguments(Probes, locals(), self.option(""))
         super().__init__(every_n_epochs)
         for name, values in {"learning_rates": learning_rates, "weight_decays": weight_decays}.items():
             if not values:
-                raise UserError(f"--probes.{name} []: expected one at least")
+                raise UserError(f"{self.option(name)} []: expected one at least")
         most = highest_decay(max(learning_rates))
         if max(weight_decays) > most:
             raise UserError(
-                f"--probes.weight_decays {list(weight_decays)}: expected numbers from 0 to {most:.2g}, up to which "
-                f"they are stable with a learning rate of {max(learning_rates):g}"
+                f"{self.option('weight_decays')} {list(weight_decays)}: expected numbers from 0 to {most:.2g}, up to "
+                f"which they are stable with a learning rate of {max(learning_rates):g}"
             )
         self.layers, self.online, self.logistic, self.train_images = layers, online, logistic, train_images
         self.online_sent_in = online_sent_in
         self.learning_rates, self.weight_decays = tuple(learning_rates), tuple(weight_decays)
-        self.curves: list[Row] = []  # the accuracy of each layer over training
         self.bank: ProbeBank | None = None
-        self._bank_state: dict[str, Tensor] | None = None
+        self.of_training: dict[str, Any] = {}
+        """What the online classifiers learn from, for their protocol; whoever trains them says so."""
+        self._bank_state: dict[str, Any] | None = None
         self._bank_of: dict[str, Any] = {}
         self._taps: Taps | None = None
 
-    # -- online ------------------------------------------------------------------------------------------------------
+    def prepare(self, subject: Subject, images: ImageSource) -> None:
+        """Refuse images that teach no classifier; learn the widths of the layers."""
+        off = f", or leave probes out ({self.option('every_n_epochs')} 0)"
+        asked = f"{self.option('train_images')} {self.train_images}"
+        self._has_tenth = check_images(images, self.train_images, asked, otherwise=off)
+        self._widths = layer_widths(subject, self.chosen(subject), images.image_shape)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the online classifiers, or go on with those of the checkpoint."""
-        if self.every_n_epochs <= 0 or not hasattr(pl_module, "measuring_view"):
+    # -- online: the training loop calls these ---------------------------------------------------------------------
+
+    def listen(self, subject: Subject, images: ImageSource, of_training: Mapping[str, Any]) -> None:
+        """Make the online classifiers, or go on with those of the checkpoint, and hear the training steps' forwards.
+
+        Args:
+            subject: the network that is trained.
+            images: whose classes are learned.
+            of_training: what the classifiers learn from, for their protocol.
+        """
+        if not self.online or images.multi_label:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        off = ", or switch probes off (--probes.every_n_epochs 0)"
-        has_tenth = check_images(data, self.train_images, f"--probes.train_images {self.train_images}", otherwise=off)
-        names = self.layer_names(pl_module, LAYERS)
-        self._widths = layer_widths(pl_module, names, data.image_shape)
-        if self.online and not has_tenth:
+        if not self._has_tenth:
             logger.info("online probes are left out: no training image is in the fixed tenth that chooses among them")
-        elif self.online and not data.multi_label:
-            heads = len(self.learning_rates) * len(self.weight_decays)
-            sent = heads * data.num_classes * sum(self._widths.values())
-            few = self.online_sent_in == "auto" and 4 * sent <= MOST_IN_FLOAT32
-            sent_in = torch.float32 if few or self.online_sent_in == "float32" else torch.bfloat16
-            bank = ProbeBank(self._widths, data.num_classes, self.learning_rates, self.weight_decays, sent_in=sent_in)
-            if self._bank_state is not None and self._bank_of != self._bank_options(data.num_classes):
-                logger.info("online probes start anew: their layers or options are others than in the checkpoint")
-            elif self._bank_state is not None:
-                bank.load_state_dict(self._bank_state)
-            self._bank_of = self._bank_options(data.num_classes)
-            self.bank = bank.to(pl_module.device)
-            megabytes = 3 * bank.weight.numel() * bank.weight.element_size() / 2**20
-            each_step = f", {sent * sent_in.itemsize / 2**20:,.1f} MB between processes in every step"
-            logger.info(
-                f"online probes: {len(names)} layers x {heads} classifiers, {megabytes:,.0f} MB"
-                + each_step * (trainer.world_size > 1)
-            )
+            return
+        self.of_training = dict(of_training)
+        heads = len(self.learning_rates) * len(self.weight_decays)
+        sent = heads * images.num_classes * sum(self._widths.values())
+        few = self.online_sent_in == "auto" and 4 * sent <= MOST_IN_FLOAT32
+        sent_in = torch.float32 if few or self.online_sent_in == "float32" else torch.bfloat16
+        bank = ProbeBank(self._widths, images.num_classes, self.learning_rates, self.weight_decays, sent_in=sent_in)
+        if self._bank_state is not None and self._bank_of != self._bank_options(images.num_classes):
+            logger.info("online probes start again: their layers or options are others than in the checkpoint")
+        elif self._bank_state is not None:
+            bank.load_state_dict(self._bank_state)
+        self._bank_state, self._bank_of = None, self._bank_options(images.num_classes)
+        self.bank = bank.to(subject.device)
+        megabytes = 3 * bank.weight.numel() * bank.weight.element_size() / 2**20
+        several = this_process()[1] > 1
+        each_step = f", {sent * sent_in.itemsize / 2**20:,.1f} MB between processes in every step"
+        logger.info(
+            f"online probes: {len(self._widths)} layers x {heads} classifiers, {megabytes:,.0f} MB"
+            + each_step * several
+        )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the initialisation, then listen to the steps."""
-        super().on_train_start(trainer, pl_module)
+    def hear(self, subject: Subject) -> None:
+        """From now on, forwards of training steps are heard."""
         if self.bank is not None:
-            self._taps = Taps(pl_module, list(self._widths), lambda _, output: pooled(output)).__enter__()
+            self._taps = Taps(subject.network, list(self._widths), lambda _, output: pooled(output)).__enter__()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def step_starts(self) -> None:
         """The step's forward is to be heard."""
         if self._taps is not None:
             self._taps.captured = {}
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """One step of all online classifiers on what the network's own step computed."""
-        if self._taps is not None and self.bank is not None:
-            features, self._taps.captured = self._taps.captured, None
-            assert features is not None
-            if silent := [layer for layer in self._widths if layer not in features]:
-                raise UserError(
-                    f"--probes.layers {silent[0]}: it does not run in a training step of "
-                    f"{type(pl_module).__name__}; leave it out, or set --probes.online false"
-                )
-            with torch.autocast(pl_module.device.type, enabled=False):
-                self.bank.step(features, batch["label"], batch["index"])
+    def step_ends(self, batch: Mapping[str, Tensor]) -> None:
+        """One step of all online classifiers on what the network's own step computed.
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Training failed or was stopped."""
-        self.teardown(trainer, pl_module, "fit")
+        Args:
+            batch: of the step, with ``label`` and ``index``.
+        """
+        if self._taps is None or self.bank is None:
+            return
+        features, self._taps.captured = self._taps.captured, None
+        assert features is not None
+        if silent := [layer for layer in self._widths if layer not in features]:
+            raise UserError(
+                f"{self.option('layers')} {silent[0]}: it does not run in a training step; leave it out, or set "
+                f"{self.option('online')} false"
+            )
+        with torch.autocast(self.bank.weight.device.type, enabled=False):
+            self.bank.step(features, batch["label"], batch["index"])
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the network as it was, however training ended."""
+    def stop_hearing(self) -> None:
+        """Leave the network as it was."""
         if self._taps is not None:
             self._taps.__exit__()
             self._taps = None
 
-    # -- measuring ---------------------------------------------------------------------------------------------------
+    # -- measuring -------------------------------------------------------------------------------------------------
 
-    def requests(self, method: L.LightningModule) -> Sequence[Request]:
+    def requests(self, subject: Subject) -> Sequence[Request]:
         """Pooled features of clean training and measurement images."""
-        names = self.layer_names(method, LAYERS)
-        self._depths = layer_depths(method, names)
+        names = self.chosen(subject)
+        self._depths = subject.depths(names)
         self._test = Request(names, pooled)
         self._train = Request(names, pooled, split="bank", images=self.train_images)
         return [self._train, self._test]
 
-    def begin(self, trainer: L.Trainer, method: L.LightningModule) -> None:
+    def begin(self, occasion: Occasion) -> None:
         """Fresh sums."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        images, device = occasion.images, occasion.subject.device
         kinds = {"ridge_probe": RidgeProbe, **({"logistic_probe": LogisticProbe} if self.logistic else {})}
         self._probes = {
-            name: kind(self._widths, data.num_classes, multi_label=data.multi_label).to(method.device)
+            name: kind(self._widths, images.num_classes, multi_label=images.multi_label).to(device)
             for name, kind in kinds.items()
         }
-        shape = len(self._widths) + 1, data.num_classes  # of each layer and class; the last row counts images
-        self._right = torch.zeros(shape, dtype=torch.float64, device=method.device)
+        shape = len(self._widths) + 1, images.num_classes  # of each layer and class; the last row counts images
+        self._correct = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch of training or of measurement images."""
@@ -266,93 +264,72 @@ class ProbeMonitor(Monitor):
         features, labels = reduced[self._test], batch["label"]
         for probe in self._probes.values():
             probe.update(features, labels)
-        if labels.ndim == 2:
-            self._right[-1, 0] += len(labels)
-            return
-        self._right[-1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-        if self._online_is_judged:
+        if self._online_is_evaluated:
             assert self.bank is not None
-            right = (self.bank.scores(features).argmax(2) == labels).double()
-            self._right[:-1].index_add_(1, labels, right)
+            self._correct[-1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+            correct = (self.bank.scores(features).argmax(2) == labels).double()
+            self._correct[:-1].index_add_(1, labels, correct)
 
     @property
-    def _online_is_judged(self) -> bool:
-        """Whether the online classifiers of all layers have been held against images yet."""
+    def _online_is_evaluated(self) -> bool:
+        """Whether the online classifiers of all layers have chosen their hyper-parameters yet."""
         return self.bank is not None and bool((self.bank.held > 0).all())
 
-    def finish(self, trainer: L.Trainer, method: L.LightningModule, moment: Moment) -> Findings:
+    def finish(self, occasion: Occasion) -> Measured:
         """A row for each layer and kind of classifier, and what it chose."""
-        right = trainer.strategy.reduce(self._right, reduce_op="sum")
-        images = int(right[-1].sum())
-        run = run_name(trainer)
-        common = {
-            "run": run,
-            "model": run,
-            "view": "clean",
-            "split": "measure",
-            "epoch": moment.epoch,
-            "step": moment.step,
-        }
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        rows: list[dict[str, Any]] = []
-        protocols = []
+        correct, images, subject = summed(self._correct), occasion.images, occasion.subject
+        measured = Measured()
+
+        def add(name: str, found: Mapping[str, Sequence[float]], options: Mapping[str, Any]) -> None:
+            protocol = probe_protocol(name, images, subject, "measure", **options)
+            common = {**occasion.columns, "view": "clean", "protocol": protocol.hash}
+            measured.rows += probe_rows(name, self._depths, found, images.measure_size, **common)
+            measured.protocols.append(protocol)
+
         for name, probe in self._probes.items():
             options: dict[str, Any] = {"train_images": self.train_images, "l2": list(probe.l2)}
             if name == "logistic_probe":
                 options["solver"] = SOLVER
-            protocol = probe_protocol(name, data, method, "measure", **options)
-            try:
-                found = {key: value.reshape(-1).tolist() for key, value in probe.compute().items()}
-            except ValueError as error:  # features or labels that no classifier can learn from
-                raise UserError(f"probes after {moment.epoch} epochs: {error}") from error
-            rows += probe_rows(name, self._depths, found, images, protocol=protocol.hash, **common)
-            protocols.append(protocol)
-        if self._online_is_judged:
+            add(name, {key: value.reshape(-1).tolist() for key, value in probe.compute().items()}, options)
+        if self._online_is_evaluated:
             assert self.bank is not None
+            learned = {**self.of_training}
+            precision = learned.pop("precision")
             options = {
                 "network": "learnt from: training mode, batch norm with the statistics of each batch, precision "
-                f"{trainer.precision}; judged: evaluation mode, {method.dtype}",
+                f"{precision}; judged: evaluation mode, {subject.dtype}",
                 "selection": f"{SELECTION}, summed since the last moment",
-                "training views": method.view.spec,  # type: ignore[union-attr]
-                "views an image": method.num_views,
-                "batch": data.batch_size,
+                **learned,
                 "momentum": self.bank.momentum,
                 "statistics": STATISTICS,
                 **self._online_options,
             }
-            if self.bank.sent_in != torch.float32 and trainer.world_size > 1:
+            _, processes = this_process()
+            if self.bank.sent_in != torch.float32 and processes > 1:
                 dtype = str(self.bank.sent_in).removeprefix("torch.")
-                options["gradients"] = f"sent between {trainer.world_size} processes in {dtype}"
-            protocol = probe_protocol("online_probe", data, method, "measure", **options)
-            best = self.bank.best()
-            there = right[-1] > 0
+                options["gradients"] = f"sent between {processes} processes in {dtype}"
+            best, there = self.bank.best(), correct[-1] > 0
             found = {
-                "top1": (right[:-1].sum(1) / right[-1].sum()).tolist(),
-                "mean_per_class": (right[:-1] / right[-1])[:, there].mean(1).tolist(),
+                "top1": (correct[:-1].sum(1) / correct[-1].sum()).tolist(),
+                "mean_per_class": (correct[:-1] / correct[-1])[:, there].mean(1).tolist(),
                 "learning_rate": self.bank.learning_rate[best].tolist(),
                 "weight_decay": self.bank.weight_decay[best].tolist(),
             }
-            rows += probe_rows("online_probe", self._depths, found, images, protocol=protocol.hash, **common)
-            protocols.append(protocol)
+            add("online_probe", found, options)
             self.bank.forget()
-        self.curves += curve_rows(rows)
-        return Findings(rows, scalars(rows), pictures(rows, self.curves), protocols)
+        return measured
 
     @property
     def _online_options(self) -> dict[str, Any]:
         return {"learning_rates": list(self.learning_rates), "weight_decays": list(self.weight_decays)}
 
-    # -- a resumed run -----------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, and the online classifiers."""
-        bank = None if self.bank is None else self.bank.state_dict()
-        return {"curves": self.curves, "bank": bank, "bank_of": self._bank_of}
+        """The online classifiers."""
+        return {"bank": None if self.bank is None else self.bank.state_dict(), "bank_of": self._bank_of}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint left."""
-        self.curves, self._bank_state = state_dict["curves"], state_dict["bank"]
-        self._bank_of = state_dict["bank_of"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._bank_state, self._bank_of = state["bank"], state["bank_of"]
 
     def _bank_options(self, num_classes: int) -> dict[str, Any]:
         return {"widths": dict(self._widths), "num_classes": num_classes, **self._online_options}
@@ -386,34 +363,25 @@ def probe_rows(
 
 
 def probe_protocol(
-    name: str, data: DataModule, method: L.LightningModule, split: Literal["measure", "test"], **options: Any
+    name: str, images: ImageSource, subject: Subject, split: Literal["measure", "test"], **options: Any
 ) -> Protocol:
     """All that changes the accuracy of a classifier, the same live and afterwards.
 
     Args:
         name: kind of classifier.
-        data: whose images were seen.
-        method: what was measured; its precision and its views count.
+        images: that were seen.
+        subject: what was measured; its precision and its views count.
         split: which images were classified. The measurement images are the first of its stratified order.
         options: of the classifier; they replace what is said here for most.
     """
-    tested: dict[str, Any] = {"split": split, "n": len(data.loader(split).sampler.rows)}
-    if split == "test":
-        tested |= {"limit_test": data.limit_test, "measurement images": data.measure_size}
     return Protocol(
         {
             "metric": name,
             "pooling": "average over space",
-            "network": f"evaluation mode, {method.dtype}",
-            "views": {"clean": method.clean_view.spec},  # type: ignore[union-attr]
-            "test images": {**tested, "hash of the measurement images": data.measure_ids},
-            "training images": {
-                "dataset": data.dataset,
-                "seed": data.seed,
-                "val_fraction": data.val_fraction,
-                "limit_train": data.limit_train,
-                "dataset_args": data.dataset_args or {},
-            },
+            "network": f"evaluation mode, {subject.dtype}",
+            "views": {"clean": subject.view("clean").spec},
+            "test images": {**images.tested(split), "hash of the measurement images": images.measure_ids},
+            "training images": images.trained_on,
             "selection": SELECTION + FEW_SELECTION,
             **options,
             "versions": {"ssl_geometry": __version__, "torch": torch.__version__},

@@ -1,0 +1,343 @@
+"""Measuring while any Lightning module trains: when to measure, and where the numbers go.
+
+Measurements are made before the first step (the initialisation) and at the end of epochs. Those that are due in the
+same epoch share one pass over the measurement images. Nothing of the training changes: modes, weights, optimiser and
+random number streams are left as they were found.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from matplotlib.figure import Figure
+from torch import nn
+
+from ssl_geometry.callbacks.loggers import ResumableWandbLogger
+from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.errors import UserError
+from ssl_geometry.measure.cka import CKA, INITIAL
+from ssl_geometry.measure.engine import ImageSource, Measured, Measurement, Occasion, measure_together
+from ssl_geometry.measure.images import MeasurementImages
+from ssl_geometry.measure.invariance import Invariance
+from ssl_geometry.measure.neighbors import Neighborhoods
+from ssl_geometry.measure.probes import Probes
+from ssl_geometry.measure.subject import Subject
+from ssl_geometry.methods import Method
+from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
+from ssl_geometry.runs import load_method
+
+logger = logging.getLogger(__name__)
+
+Network = str | Callable[[L.LightningModule], nn.Module]
+
+
+class GeometryMonitor(L.Callback):
+    """Measures the geometry of a network's layers while it trains, in any Lightning project.
+
+    Numbers go to the trainer's loggers, rows to Parquet: with ``fit`` into the run's directory, else into
+    ``<default_root_dir>/geometry/<version of the logger>/records``.
+
+    Args:
+        measurements: such as ``[CKA(layers="blocks"), Spectrum(every_n_epochs=10)]``.
+        images: to measure on; None takes the trainer's data module, where it is this package's.
+        network: attribute path in the module, or function from the module to the network; None takes the module where
+            it is a method of this package, else its ``backbone``, else the module.
+        heads: attribute paths of modules that read the network's features, measured under these names.
+        clean: how the network sees an image: a :class:`View`, or a transform from a PIL image to a tensor (random views
+            then cannot be measured). Methods of this package know it.
+        every_n_epochs: for measurements that do not say: at the start, after every n-th epoch and after the last one.
+        name: of the network where several are monitored, such as ``"teacher"``; None takes the run's.
+
+    Raises:
+        UserError: when training starts, in one line that names the argument.
+    """
+
+    def __init__(
+        self,
+        measurements: Sequence[Measurement],
+        images: ImageSource | None = None,
+        network: Network | None = None,
+        heads: Sequence[str] = (),
+        clean: Any = None,
+        every_n_epochs: int = 1,
+        name: str | None = None,
+    ) -> None:
+        self.measurements = list(measurements)
+        self.images, self.network, self.heads, self.clean = images, network, heads, clean
+        self.every_n_epochs, self.name = every_n_epochs, name
+        self.seconds = 0.0
+        self.curves: list[Row] = []  # of all measured epochs: what curves over epochs show
+        self._due: list[Measurement] = []  # that are measured in this training at all
+        self._records: RecordsLogger | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Several monitors of one trainer have states of their own."""
+        return "GeometryMonitor" + (f" {self.name}" if self.name else "")
+
+    # -- when it measures ------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find network and images, and hold the measurements to them before hours of training."""
+        if trainer.global_step == 0:
+            self._due, self._records = [], None  # of another training before
+        on = [measurement for measurement in self.measurements if self._every(measurement)]
+        if not on:
+            return
+        self._images = self._find_images(trainer)
+        self._subject = self.subject(pl_module, self.name or run_name(trainer))
+        self._due = self._without_what_labels_need(on)
+        for measurement in self._due:
+            measurement.check(self._subject)
+            measurement.prepare(self._subject, self._images)
+            if isinstance(measurement, CKA) and measurement.reference is not None:
+                measurement.add_reference(self._reference(measurement, pl_module), self._images, self._subject)
+            if isinstance(measurement, Probes) and isinstance(pl_module, Method) and self.images is None:
+                learned = {  # of batches that have labels and indices, as those of the data module have
+                    "precision": trainer.precision,
+                    "training views": pl_module.view.spec,
+                    "views an image": pl_module.num_views,
+                    "batch": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+                }
+                measurement.listen(self._subject, self._images, learned)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the initialisation, which a resumed run has already; then hear the steps."""
+        if trainer.global_step == 0:
+            self.curves = []  # of another training before
+            self._measure(trainer, 0)
+        for probes in self._probes:
+            probes.hear(self._subject)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure where due; checkpoints are written after this, so they know of it."""
+        self._measure(trainer, trainer.current_epoch + 1)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Online probes hear the step's forward."""
+        for probes in self._probes:
+            probes.step_starts()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """And learn from it."""
+        for probes in self._probes:
+            probes.step_ends(batch)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Training failed or was stopped."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the network as it was, however training ended."""
+        for probes in self._probes:
+            probes.stop_hearing()
+
+    def _every(self, measurement: Measurement) -> int:
+        every = measurement.every_n_epochs
+        return self.every_n_epochs if every is None else every
+
+    @property
+    def _probes(self) -> list[Probes]:
+        return [measurement for measurement in self._due if isinstance(measurement, Probes)]
+
+    def _measure(self, trainer: L.Trainer, epoch: int) -> None:
+        last = is_last(trainer, epoch)
+        due = [measurement for measurement in self._due if epoch % self._every(measurement) == 0 or last]
+        if not due:
+            return
+        started = time.perf_counter()
+        occasion = Occasion(self._subject, self._images, run_name(trainer), epoch, trainer.global_step)
+        try:
+            found = measure_together(due, occasion)
+        except UserError:
+            raise
+        except ValueError as error:  # features or labels that mean nothing
+            raise UserError(f"measured after {epoch} epochs: {error}") from error
+        if trainer.is_global_zero:
+            names = part_names(trainer)
+            for measurement, measured in zip(due, found, strict=True):
+                self.curves += curve_rows(measured.rows)
+                log(trainer, self._store(trainer), measured, self.curves, occasion, names[measurement])
+        self.seconds += time.perf_counter() - started
+
+    # -- what it measures ------------------------------------------------------------------------------------------
+
+    def subject(self, module: L.LightningModule, name: str) -> Subject:
+        """The network that is measured.
+
+        Args:
+            module: that is trained.
+            name: of the network in the records.
+
+        Raises:
+            UserError: no such attribute, or a network whose view of an image is not known.
+        """
+        if isinstance(module, Method) and self.network is None and not self.heads and self.clean is None:
+            return Subject.of(module, name)
+        if callable(self.network):
+            network = self.network(module)
+        else:
+            path = self.network or ("backbone" if isinstance(getattr(module, "backbone", None), nn.Module) else "")
+            network = _attribute(module, path, "network")
+        if self.clean is None:
+            raise UserError(
+                f"clean: how {type(network).__name__} sees an image is not known; give "
+                "clean=View('none', size=…, normalize=…), or its evaluation transform"
+            )
+        heads = {path: _attribute(module, path, "heads") for path in self.heads}
+        return Subject(network, self.clean, name=name, heads=heads)
+
+    def _find_images(self, trainer: L.Trainer) -> ImageSource:
+        images = self.images or getattr(trainer, "datamodule", None)
+        if not hasattr(images, "measure_ids"):
+            raise UserError("images: give images=MeasurementImages.from_dataset(…)")
+        return images  # type: ignore[return-value]
+
+    def _without_what_labels_need(self, on: Sequence[Measurement]) -> list[Measurement]:
+        """The measurements that the images allow; one line for what is left out."""
+        images = self._images
+        can_probe = not isinstance(images, MeasurementImages) or images.has_training_images
+        if not can_probe and any(isinstance(measurement, Probes) for measurement in on):
+            logger.warning("probes are left out: they need labelled training images (images: train=…)")
+        without = {Invariance: "class CKA", Neighborhoods: "semantic manifolds and purity"}
+        kinds = [what for kind, what in without.items() if any(isinstance(measurement, kind) for measurement in on)]
+        if kinds and not images.num_classes:
+            logger.warning(f"{', '.join(kinds)} are left out: the measurement images have no labels")
+        return [measurement for measurement in on if can_probe or not isinstance(measurement, Probes)]
+
+    def _reference(self, cka: CKA, module: Any) -> Subject:
+        name, reference, _ = load_method(str(cka.reference), option=cka.option("reference"))
+        if name in (INITIAL, self._subject.name):  # the names tell the networks of the records apart
+            name += "-reference"
+        return Subject.of(reference.to(self._subject.device), name)
+
+    # -- where the numbers go --------------------------------------------------------------------------------------
+
+    def _store(self, trainer: L.Trainer) -> RecordsLogger:
+        """The records: those of the run, or a folder in the trainer's root directory."""
+        if self._records is None:
+            shared = [*trainer.loggers, *(monitor._records for monitor in monitors(trainer))]
+            known = [records for records in shared if isinstance(records, RecordsLogger)]
+            self._records = known[0] if known else RecordsLogger(_folder(trainer))
+        return self._records
+
+    # -- a resumed run ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far, and what the measurements cannot measure again."""
+        states = {name: measurement.state_dict() for name, measurement in self._by_name().items()}
+        return {"curves": self.curves, "measurements": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint left."""
+        self.curves = state_dict["curves"]
+        for name, measurement in self._by_name().items():
+            if state := state_dict["measurements"].get(name):
+                measurement.load_state_dict(state)
+
+    def _by_name(self) -> dict[str, Measurement]:
+        return {f"{type(item).__name__} {number}": item for number, item in enumerate(self.measurements)}
+
+
+def _attribute(module: nn.Module, path: str, argument: str) -> nn.Module:
+    found: Any = module
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+    if not isinstance(found, nn.Module):
+        names = ", ".join(name for name, _ in module.named_children())
+        raise UserError(f"{argument}={path!r}: no module of {type(module).__name__}; it has {names}")
+    return found
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    """A new folder for each training, and the same one where it is resumed."""
+    root = Path(trainer.default_root_dir) / "geometry"
+    name = run_name(trainer)
+    if trainer.global_step:
+        return root / name
+    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(root / other for other in numbered if not (root / other).exists())
+
+
+def run_name(trainer: L.Trainer) -> str:
+    """The run that a trainer belongs to."""
+    version = next((logger.version for logger in trainer.loggers if logger.version is not None), "run")
+    return version if isinstance(version, str) else f"version_{version}"  # as the logger's folder is called
+
+
+def monitors(trainer: L.Trainer) -> list[GeometryMonitor]:
+    """The trainer's monitors, in the order of its callbacks."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, GeometryMonitor)]  # type: ignore[attr-defined]
+
+
+def part_names(trainer: L.Trainer) -> dict[Measurement, str]:
+    """Under what name the records of each measurement lie: its options' (``cka``), else its class's; each name once.
+
+    All measurements of the trainer count, due or not, so that a name is the same in every epoch and after a resume.
+    """
+    names: dict[Measurement, str] = {}
+    for monitor in monitors(trainer):
+        for measurement in monitor.measurements:
+            name = "-".join(filter(None, (monitor.name, measurement.group or type(measurement).__name__)))
+            taken = {RecordsLogger.SCALARS, *names.values()}
+            numbered = (f"{name}-{number}" for number in itertools.count(2))
+            names[measurement] = name if name not in taken else next(other for other in numbered if other not in taken)
+    return names
+
+
+def is_last(trainer: L.Trainer, epoch: int) -> bool:
+    """Whether training ends with this epoch: by its epochs, its steps, its time, or a callback."""
+    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+
+
+def log(
+    trainer: L.Trainer,
+    records: RecordsLogger,
+    measured: Measured,
+    curves: Sequence[Row],
+    occasion: Occasion,
+    part: str,
+) -> None:
+    """Hand what was measured to every logger in the form that it understands (on the first process).
+
+    Args:
+        trainer: whose loggers.
+        records: that take the rows.
+        measured: by one measurement.
+        curves: of all epochs.
+        occasion: when.
+        part: the name of that measurement's records; see :func:`part_names`.
+    """
+    drawn = pictures(measured.rows, curves)
+    figures = cache(lambda: {name: draw() for name, draw in drawn.items()})
+    records.log_findings(part, measured.rows, measured.protocols, occasion.epoch)
+    if is_last(trainer, occasion.epoch):
+        records.save_figures(figures())
+    other: Any
+    for other in trainer.loggers:
+        if other is records:
+            continue
+        kinds = {kind.__name__ for kind in type(other).__mro__}  # of either package that Lightning goes by
+        shown: Mapping[str, Any] = {}
+        if isinstance(other, ResumableWandbLogger):  # W&B's failures are its own matter
+            shown = figures() if other.alive else {}
+        elif "WandbLogger" in kinds and drawn:
+            shown = _for_wandb(figures())
+        row = {**scalars(measured.rows), **shown, "epoch": float(occasion.epoch)}  # figures in one row with their epoch
+        other.log_metrics(row, occasion.step)
+        if "TensorBoardLogger" in kinds:
+            for name, figure in figures().items():
+                other.experiment.add_figure(name, figure, global_step=occasion.step)
+
+
+def _for_wandb(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    import wandb  # a third of a second
+
+    return {name: wandb.Image(figure) for name, figure in figures.items()}

@@ -1,0 +1,308 @@
+"""The measuring engine: measurements that are due together share ONE pass over the images.
+
+Each says what it needs (images, views, layers, reductions); the network runs once per batch and view, and every
+measurement gets its part. Live and offline run this code.
+
+The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the precision
+of training, on images in a fixed random order, split over processes by whole batches. Nothing of the network changes:
+modes, weights and random number streams are left as they were found.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Annotated, Any, ClassVar, ParamSpec, TypeVar
+from typing import Protocol as Interface
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from ssl_geometry.geometry.precision import full_float32
+from ssl_geometry.measure.processes import this_process
+from ssl_geometry.measure.requests import Reduced, Reduction, Request, Split, pooled
+from ssl_geometry.measure.subject import Subject
+from ssl_geometry.models.taps import Taps
+from ssl_geometry.ranges import at_least
+from ssl_geometry.records import Protocol
+
+Epochs = Annotated[int, at_least(0)]
+P, R = ParamSpec("P"), TypeVar("R")
+Layers = str | list[str]
+
+AS_OPTIONS: ContextVar[bool] = ContextVar("AS_OPTIONS", default=False)
+"""Whether messages speak of command-line options (``--cka.layers``) or of a script's arguments (``CKA.layers``)."""
+
+
+def as_options(command: Callable[P, R]) -> Callable[P, R]:
+    """A command, whose messages name its options."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = AS_OPTIONS.set(True)
+        try:
+            return command(*args, **kwargs)
+        finally:
+            AS_OPTIONS.reset(token)
+
+    return run
+
+
+class ImageSource(Interface):
+    """Where measurements get their images: :class:`MeasurementImages`, or a data module of this package."""
+
+    num_classes: int
+    num_test: int
+    multi_label: bool
+    measure_size: int
+    eval_batch_size: int
+    image_shape: tuple[int, ...]
+
+    def loader(self, split: Any, images: int | None = None) -> Any:
+        """Batches of this process: ``image`` uint8 (B, 3, H, W), ``label`` (B,) or (B, C), ``index`` (B,)."""
+
+    @property
+    def size_option(self) -> str:
+        """What says how many images are measured on, for messages."""
+
+    @property
+    def origin(self) -> str:
+        """Where the images come from, for messages."""
+
+    @property
+    def measure_ids(self) -> str:
+        """Hash of the measurement images in their order."""
+
+    @property
+    def measure_sizes(self) -> Int64[Tensor, " C"] | None:
+        """Measurement images of each class, drawn class by class; None where they were not."""
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """Which labelled training images classifiers learn from, for protocols."""
+
+    def tested(self, split: Any) -> dict[str, Any]:
+        """Which images classifiers are tested on, for protocols."""
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """What is measured, on which images, and when.
+
+    Args:
+        subject: the network.
+        images: that it sees.
+        run: that the rows belong to.
+        epoch: completed epochs.
+        step: completed optimiser steps; None where the network is not in training.
+    """
+
+    subject: Subject
+    images: ImageSource
+    run: str
+    epoch: int = 0
+    step: int | None = None
+
+    @property
+    def is_initialisation(self) -> bool:
+        """Whether training is about to begin."""
+        return self.step == 0
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What all rows share."""
+        name = self.subject.name
+        return {"run": self.run, "model": name, "split": "measure", "epoch": self.epoch, "step": self.step}
+
+
+@dataclass
+class Measured:
+    """Rows of one measurement, made by :func:`ssl_geometry.records.record`, and how the numbers came about."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    protocols: list[Protocol] = field(default_factory=list)
+
+
+class Measurement:
+    """Base of what is measured: says what it needs, gets it batch by batch, and returns rows.
+
+    Args:
+        every_n_epochs: while training, measure at the start, after every n-th epoch and after the last one; 0 is never,
+            None leaves it to the monitor.
+    """
+
+    group: ClassVar[str] = ""
+    """Name of its options (``cka`` for ``--cka.layers``) and of its part of the records; by default the class's."""
+    default_layers: ClassVar[str | Sequence[str]] = "all"
+    """Layers where none are chosen, as far as the network has them."""
+    layers: Layers | None = None
+
+    def __init__(self, every_n_epochs: Epochs | None = None) -> None:
+        self.every_n_epochs = every_n_epochs
+
+    @classmethod
+    def option(cls, name: str) -> str:
+        """An argument of it, as the user typed it: ``--cka.layers`` in a command, ``CKA.layers`` in a script."""
+        return f"--{cls.group}.{name}" if AS_OPTIONS.get() and cls.group else f"{cls.__name__}.{name}"
+
+    def chosen(self, subject: Subject) -> tuple[str, ...]:
+        """Names of the layers that are measured of a network.
+
+        Raises:
+            UserError: layers that it does not have, with the option.
+        """
+        return subject.layers(self.layers, self.default_layers, self.option("layers"))
+
+    def check(self, subject: Subject) -> None:
+        """Refuse what means nothing for this network, before images are read.
+
+        Raises:
+            UserError: with the option.
+        """
+        if self.layers is not None:
+            self.chosen(subject)
+
+    def prepare(self, subject: Subject, images: ImageSource) -> None:
+        """Called once, before the first pass."""
+
+    def requests(self, subject: Subject) -> Sequence[Request]:
+        """What it needs of every batch; asked before each pass."""
+        raise NotImplementedError
+
+    def begin(self, occasion: Occasion) -> None:
+        """A pass starts: forget the last one."""
+
+    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
+        """One batch of the pass.
+
+        Args:
+            batch_number: its place in its split, over all processes.
+            reduced: for each of its requests of that split, layer to reduced output.
+            batch: the images, labels and indices.
+        """
+        raise NotImplementedError
+
+    def finish(self, occasion: Occasion) -> Measured:
+        """The pass is over: the rows. Called on every process (metrics are reduced here)."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot measure again, as plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the checkpoint left."""
+
+
+def measure_together(
+    measurements: Sequence[Measurement], occasion: Occasion, advance: Callable[[], None] = lambda: None
+) -> list[Measured]:
+    """One pass over the images for several measurements.
+
+    Args:
+        measurements: prepared ones.
+        occasion: what is measured, on which images, and when.
+        advance: called after every batch of this process.
+
+    Returns:
+        What each of them found, the same on every process.
+    """
+    subject = occasion.subject
+    requests = [tuple(measurement.requests(subject)) for measurement in measurements]
+    for measurement in measurements:
+        measurement.begin(occasion)
+    wanted = [request for asked in requests for request in asked]
+    rank, world_size = this_process()
+    with measuring(subject.network):
+        for split, images in splits(wanted):
+            here = [request for request in wanted if (request.split, request.images) == (split, images)]
+            batches = occasion.images.loader(split, images)
+            for count, (batch, reduced) in enumerate(forward_pass(subject, batches, here)):
+                for measurement, asked in zip(measurements, requests, strict=True):
+                    if mine := {request: reduced[request] for request in asked if request in reduced}:
+                        measurement.update(count * world_size + rank, mine, batch)
+                advance()
+        return [measurement.finish(occasion) for measurement in measurements]
+
+
+def splits(requests: Iterable[Request]) -> list[tuple[Split, int | None]]:
+    """The sets of images that requests ask for, each once."""
+    return list(dict.fromkeys((request.split, request.images) for request in requests))
+
+
+def forward_pass(
+    subject: Subject, batches: Iterable[Mapping[str, Tensor]], requests: Sequence[Request]
+) -> Iterator[tuple[Mapping[str, Tensor], dict[Request, dict[str, Tensor]]]]:
+    """Run the network over images, once per batch and view, and take what was asked for.
+
+    Args:
+        subject: the network, already in the state to be measured (see :func:`measuring`).
+        batches: images, labels and indices.
+        requests: the union of what is to be taken.
+
+    Yields:
+        The batch, and for each request layer to reduced output.
+    """
+    wanted: dict[tuple[str, int], dict[str, set[Reduction]]] = defaultdict(lambda: defaultdict(set))
+    for request in requests:
+        for layer in request.layers:
+            wanted[request.view, request.draw][layer].add(request.reduce)
+    views, device, dtype = {name: subject.view(name) for name, _ in wanted}, subject.device, subject.dtype
+    look = ("", 0)
+
+    def reduce(layer: str, output: Tensor) -> dict[Reduction, Tensor]:
+        return {reduction: reduction(output) for reduction in wanted[look].get(layer, ())}
+
+    with Taps(subject.network, sorted({layer for layers in wanted.values() for layer in layers}), reduce) as taps:
+        for batch in batches:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            taken = {}
+            for look in wanted:
+                name, draw = look
+                seen = views[name](batch["image"], batch["index"], seed=0, epoch=0, view=draw)
+                taken[look] = taps(seen.to(dtype))
+            yield batch, {r: {layer: taken[r.view, r.draw][layer][r.reduce] for layer in r.layers} for r in requests}
+
+
+@contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, full float32, kernels that no timing chooses; all is put back, module by module.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen
+        >>> with measuring(net):
+        ...     assert not net.training
+        >>> [part.training for part in net]
+        [False, True]
+    """
+    modes = {part: part.training for part in module.modules()}
+    benchmark = torch.backends.cudnn.benchmark
+    module.eval()
+    torch.backends.cudnn.benchmark = False  # the last batch is shorter, and would be timed for one use
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        for part, training in modes.items():
+            part.training = training
+
+
+def layer_widths(subject: Subject, layers: Sequence[str], image_shape: Sequence[int]) -> dict[str, int]:
+    """How many features each layer has once pooled, from one forward of a dummy image.
+
+    Args:
+        subject: the network.
+        layers: names of layers.
+        image_shape: (3, H, W) of the images.
+    """
+    with (
+        measuring(subject.network),
+        Taps(subject.network, list(layers), lambda _, output: pooled(output).shape[1]) as taps,
+    ):
+        blank = torch.zeros(1, *image_shape, dtype=torch.uint8, device=subject.device)
+        return taps(subject.seen("clean", blank, torch.zeros(1, dtype=torch.long, device=subject.device)))

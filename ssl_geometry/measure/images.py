@@ -1,0 +1,247 @@
+"""Measurement images: the same ones in every measurement of every network, from any data set.
+
+They are kept in memory as uint8, in one fixed random order, and every process takes whole batches of them: so numbers
+depend neither on the number of processes nor on who measures.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import Int64, UInt8
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+
+from ssl_geometry.data.datasets import FIXED, Images, resize, shuffled, stratified, to_rgb
+from ssl_geometry.data.loader import BatchPlan, Loader, every_nth, size_within
+from ssl_geometry.errors import UserError
+from ssl_geometry.measure.processes import this_process
+from ssl_geometry.measure.requests import Split
+
+FEW = 512
+"""So many images are read without worker processes."""
+
+
+class _Chosen(Dataset):
+    """Some items of a map-style data set, as uint8; a mistake is handed back whole, for torch would wrap it."""
+
+    def __init__(self, dataset: Any, rows: Sequence[int], image_size: int | None) -> None:
+        self.dataset, self.rows, self.image_size = dataset, rows, image_size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> UInt8[Tensor, "3 H W"] | UserError:
+        item = self.dataset[self.rows[i]]
+        image = item[0] if isinstance(item, tuple | list) else item
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(image).movedim(-1, 0)  # arrays are (H, W, 3)
+        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+            image = F.to_pil_image(image)
+        if isinstance(image, PIL.Image.Image):
+            return F.pil_to_tensor(resize(to_rgb(image), self.image_size))
+        found = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
+        return UserError(
+            f"image {self.rows[i]} of {type(self.dataset).__name__} is {found}, expected a PIL image or uint8: give "
+            "the data set without its transform (transform=None), and the transform as clean=…"
+        )
+
+
+class MeasurementImages:
+    """Images to measure on, with or without labels, and labelled training images for probes.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: class of each image, (N,) int64; None leaves out what needs labels.
+        train_images: uint8 (M, 3, H, W), that probes learn from; None leaves probes out.
+        train_labels: class of each of them, (M,) int64.
+        num_classes: None takes one more than the largest label.
+        batch_size: images per forward, in each process.
+
+    Raises:
+        UserError: images that are not uint8 (N, 3, H, W), or other labels than images.
+
+    Example:
+        >>> images = MeasurementImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 2]))
+        >>> images.num_classes, [len(batch["index"]) for batch in images.loader("measure")]
+        (3, [5])
+    """
+
+    multi_label = False
+    origin = "images"
+    size_option = "n"
+
+    def __init__(
+        self,
+        images: UInt8[Tensor, "N 3 H W"],
+        labels: Int64[Tensor, " N"] | None = None,
+        train_images: UInt8[Tensor, "M 3 H W"] | None = None,
+        train_labels: Int64[Tensor, " M"] | None = None,
+        num_classes: int | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self._sets = {"measure": _checked("images", images, labels)}
+        if train_images is not None and train_labels is not None:
+            self._sets["bank"] = _checked("train_images", train_images, train_labels)
+        known = torch.cat([part.labels for part in self._sets.values()])
+        self.num_classes = 0 if labels is None else num_classes or int(known.max()) + 1
+        self.num_test = len(images)
+        self.measure_size, self.image_shape = len(images), tuple(images.shape[1:])
+        self.eval_batch_size = batch_size
+        self._ids = {name: _digest(part) for name, part in self._sets.items()}
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        n: int | None = None,
+        *,
+        train: Any = None,
+        n_train: int | None = None,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        batch_size: int = 256,
+    ) -> Self:
+        """Images of any map-style data set of images, or of tuples that start with an image and its label.
+
+        Images are PIL or uint8. Labels are taken from the data set's ``targets`` or ``labels`` where it has them, else
+        from its items; the images are then chosen with the classes in proportion.
+
+        Args:
+            dataset: that the measurement images are taken from, without a transform.
+            n: how many; None takes 2,048, or all where there are fewer.
+            train: labelled data set that probes learn from.
+            n_train: how many of it; None takes 10,000, or all where there are fewer.
+            num_classes: None takes one more than the largest label.
+            image_size: the shorter side is resized, the middle cut out; None leaves images as they are, all of one
+                size.
+            batch_size: images per forward, in each process.
+
+        Raises:
+            UserError: items that are no images, images of several sizes while ``image_size`` is None, or more images
+                asked for than there are.
+
+        Example:
+            >>> items = [(torch.full((3, 8, 8), number, dtype=torch.uint8), number % 2) for number in range(6)]
+            >>> images = MeasurementImages.from_dataset(items, n=4)
+            >>> images.measure_size, images.num_classes, images.measure_sizes
+            (4, 2, tensor([2, 2]))
+        """
+        images, labels = _read(dataset, n, 2048, "n", image_size)
+        given: dict[str, Any] = {}
+        if train is not None:
+            train_images, train_labels = _read(train, n_train, 10_000, "n_train", image_size)
+            if train_labels is None:
+                raise UserError(f"train={type(train).__name__}: its items have no labels, which probes learn")
+            given = {"train_images": train_images, "train_labels": train_labels}
+        found = cls(images, labels, num_classes=num_classes, batch_size=batch_size, **given)
+        found.num_test = len(dataset)
+        return found
+
+    def loader(self, split: Split, images: int | None = None) -> Loader:
+        """Batches of this process: it gets every R-th batch of the one list.
+
+        Args:
+            split: "measure", or "bank" for the training images.
+            images: the first so many.
+
+        Raises:
+            UserError: training images where none were given.
+        """
+        if split not in self._sets:
+            raise UserError("probes need labelled training images: MeasurementImages.from_dataset(…, train=…)")
+        part = self._sets[split]
+        rank, world_size = this_process()
+        rows = torch.arange(len(part))[:images]
+        return Loader(part, BatchPlan(rows, every_nth(len(rows), self.eval_batch_size, rank, world_size)))
+
+    @property
+    def has_training_images(self) -> bool:
+        """Whether there is something that probes can learn from."""
+        return "bank" in self._sets
+
+    @property
+    def measure_sizes(self) -> Int64[Tensor, " C"] | None:
+        """Measurement images of each class; None without labels."""
+        labels = self._sets["measure"].labels
+        return labels.bincount(minlength=self.num_classes) if self.num_classes else None
+
+    @property
+    def measure_ids(self) -> str:
+        """Hash of the measurement images in their order."""
+        return self._ids["measure"]
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """Which labelled training images classifiers learn from, for protocols."""
+        return {"hash": self._ids.get("bank")}
+
+    def tested(self, split: Split) -> dict[str, Any]:
+        """Which images classifiers are tested on, for protocols."""
+        return {"split": split, "n": self.measure_size}
+
+
+def _read(
+    dataset: Any, n: int | None, usual: int, option: str, image_size: int | None
+) -> tuple[UInt8[Tensor, "n 3 H W"], Int64[Tensor, " n"] | None]:
+    """Some images of a data set, the classes in proportion, in a fixed random order."""
+    count = size_within(option, n, usual, len(dataset), f"{type(dataset).__name__} has {len(dataset):,} images")
+    labels = _labels(dataset)
+    order = shuffled(len(dataset), FIXED) if labels is None else stratified(labels, FIXED)
+    rows = order[:count][shuffled(count, FIXED, 1)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(8, cores - 1) if count > FEW else 0
+    loader = DataLoader(
+        _Chosen(dataset, rows.tolist(), image_size),
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # else its workers' seed is drawn from the global generator
+    )
+    images: list[Tensor] = []
+    for part in track(loader, f"reading {count:,} images", transient=True, disable=count <= FEW):
+        for image in part:
+            if isinstance(image, UserError):
+                raise image
+            if images and image.shape != images[0].shape:
+                sizes = [f"{shape[-1]} x {shape[-2]}" for shape in (images[0].shape, image.shape)]
+                raise UserError(
+                    f"image_size: images of {type(dataset).__name__} differ in size ({sizes[0]}, {sizes[1]} pixels); "
+                    "give an image_size to bring all to one"
+                )
+            images.append(image)
+    return torch.stack(images), None if labels is None else labels[rows]
+
+
+def _labels(dataset: Any) -> Int64[Tensor, " N"] | None:
+    for name in ("targets", "labels"):
+        known: Any = getattr(dataset, name, None)
+        if hasattr(known, "__len__") and len(known) == len(dataset):
+            return torch.as_tensor(known).long()
+    first = dataset[0]
+    if not isinstance(first, tuple | list) or len(first) < 2 or not isinstance(first[1], int | Tensor):
+        return None
+    return torch.tensor([int(dataset[row][1]) for row in range(len(dataset))])
+
+
+def _checked(name: str, images: Tensor, labels: Tensor | None) -> Images:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
+        raise UserError(f"{name} is {found}, expected uint8 (N, 3, H, W)")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise UserError(f"{name}: {len(images)} images have labels of shape {tuple(labels.shape)}")
+    return Images(torch.full((len(images),), -1) if labels is None else labels.long(), images)
+
+
+def _digest(images: Images) -> str:
+    assert isinstance(images.source, Tensor)
+    digest = hashlib.sha256(str(tuple(images.source.shape)).encode())
+    digest.update(images.source.contiguous().numpy().tobytes())
+    digest.update(images.labels.numpy().tobytes())
+    return digest.hexdigest()[:16]

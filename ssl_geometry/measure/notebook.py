@@ -1,0 +1,109 @@
+"""Measuring in a notebook or a script: one call, a table, and its figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.progress import Progress
+from torch import nn
+
+from ssl_geometry.data.views import View
+from ssl_geometry.measure.cka import CKA
+from ssl_geometry.measure.engine import ImageSource, Measurement, Occasion, measure_together, splits
+from ssl_geometry.measure.subject import Subject
+from ssl_geometry.records import Protocol, RecordStore
+from ssl_geometry.report.figures import save_figure
+from ssl_geometry.report.moments import curve_rows, pictures
+
+
+@dataclass
+class Measurements:
+    """What was measured of a network.
+
+    Args:
+        rows: one per number, with the columns of the records (:data:`ssl_geometry.records.COLUMNS`).
+        protocols: how the numbers came about.
+    """
+
+    rows: pd.DataFrame
+    protocols: list[Protocol]
+
+    def draw(self, folder: str | Path | None = None) -> dict[str, Figure]:
+        """The figures of all that was measured.
+
+        Args:
+            folder: where they are kept as PNG and PDF, if anywhere.
+
+        Returns:
+            Name to figure, such as ``cka/map_self``.
+        """
+        rows: list[Any] = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
+        figures = {name: draw() for name, draw in pictures(rows, curve_rows(rows)).items()}
+        if folder is not None:
+            for name, figure in figures.items():
+                save_figure(figure, Path(folder) / name.replace("/", "_"))
+        return figures
+
+    def save(self, folder: str | Path) -> None:
+        """Keep the rows as Parquet with their protocols, which the report page and ``read_records`` read."""
+        rows: list[Any] = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
+        RecordStore(Path(folder) / "records").write("measure", rows, self.protocols)
+
+
+def measure(
+    network: nn.Module,
+    images: ImageSource,
+    measurements: Sequence[Measurement],
+    *,
+    clean: View | Callable[[Any], Any] | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
+    references: Sequence[Subject] = (),
+    name: str = "network",
+) -> Measurements:
+    """Measure a network once: the code, and the numbers, of training with a monitor.
+
+    Args:
+        network: any module whose forward takes images; on the device where it is to be measured.
+        images: :class:`MeasurementImages`, or a data module of this package that is set up.
+        measurements: such as ``[CKA("blocks"), Spectrum()]``.
+        clean: how the network sees an image: a view, or a transform from a PIL image to a tensor. Methods of this
+            package know it.
+        heads: name to module that reads the network's features, measured under that name.
+        references: networks that CKA compares with.
+        name: of the network, in the rows.
+
+    Returns:
+        The rows as a table, which draws.
+
+    Raises:
+        UserError: measurements that mean nothing for this network or these images.
+
+    Example:
+        >>> import torch
+        >>> from ssl_geometry.measure import MeasurementImages
+        >>> from ssl_geometry.models import build_backbone
+        >>> images = MeasurementImages(torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8))
+        >>> network = build_backbone("resnet10", width=0.25)
+        >>> found = measure(network, images, [CKA(layers="stages", gram_size=16)], clean=View("none", size=32))
+        >>> len(found.rows), list(found.draw())
+        (16, ['cka/map_self'])
+    """
+    if clean is None and not hasattr(network, "clean_view"):
+        raise TypeError("measure() needs clean: View('none', size=…, normalize=…), or the evaluation transform")
+    subject = Subject.of(network, name) if clean is None else Subject(network, clean, name=name, heads=heads)
+    for measurement in measurements:
+        measurement.check(subject)
+        measurement.prepare(subject, images)
+        if isinstance(measurement, CKA):
+            for reference in references:
+                measurement.add_reference(reference, images, subject)
+    asked = [request for measurement in measurements for request in measurement.requests(subject)]
+    total = sum(len(images.loader(*part)) for part in splits(asked))
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"measuring {name}", total=total)
+        found = measure_together(measurements, Occasion(subject, images, name), lambda: progress.advance(task))
+    rows = pd.DataFrame([row for measured in found for row in measured.rows])
+    return Measurements(rows, [protocol for measured in found for protocol in measured.protocols])

@@ -1,0 +1,188 @@
+"""A network as measurements see it: what runs, how it sees an image, what its layers are called."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from ssl_geometry.data.views import Augment, View
+from ssl_geometry.errors import UserError
+from ssl_geometry.models.taps import layer_depths, layer_names, present
+
+
+class TransformView:
+    """The clean view of somebody else's pipeline: a transform from a PIL image to a tensor.
+
+    Args:
+        transform: such as that of torchvision's evaluation weights, ``weights.transforms()``.
+
+    Raises:
+        UserError: on a call, where it does not give tensors (3, S, S) of one size.
+
+    Example:
+        >>> from torchvision.transforms import v2
+        >>> to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+        >>> images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+        >>> TransformView(to_tensor)(images).amin()
+        tensor(1.)
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The pipeline as text, for protocols."""
+        return {"transform": repr(self.transform)}
+
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], *args: Any, **kwargs: Any) -> Float[Tensor, "B 3 S S"]:
+        """Each image through the transform, on the device of the images."""
+        views = [self.transform(F.to_pil_image(image)) for image in images.cpu()]
+        shapes = {tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views}
+        if len(shapes) != 1 or not isinstance(views[0], Tensor):
+            raise UserError(f"clean: the transform gives {', '.join(map(str, shapes))}; expected tensors of one shape")
+        return torch.stack(views).to(images.device)
+
+
+class _WithHeads(nn.Module):
+    """A network and what stands on its features, as one forward; each head is named as it is called outside."""
+
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = tuple(heads)
+        for name, head in heads.items():
+            *parents, last = name.split(".")
+            place: nn.Module = self
+            for parent in parents:
+                if parent not in dict(place.named_children()):
+                    place.add_module(parent, nn.ModuleDict())
+                place = place.get_submodule(parent)
+            place.add_module(last, head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        if features.ndim == 4 and features.shape[2:] == (1, 1):
+            features = features.flatten(1)
+        for name in self.heads:
+            self.get_submodule(name)(features)
+        return features
+
+
+class Subject:
+    """A network to be measured.
+
+    Args:
+        network: its forward takes clean views, (B, 3, S, S); layers are named on it.
+        clean: how it sees an image: a view, or a transform from a PIL image to a tensor.
+        name: of the network, in the records.
+        own: how its training views are made, the view ``own``; None where that is not known.
+        named_views: name to augmentation, besides policies and operations.
+        heads: name to module that reads the network's features, measured under that name.
+
+    Example:
+        >>> from ssl_geometry.models import build_backbone
+        >>> subject = Subject(build_backbone("resnet10", width=0.25), View("none", size=32, normalize="cifar10"))
+        >>> subject.layers("stages"), subject.view("crop").size
+        (('layer1.0', 'layer2.0', 'layer3.0', 'layer4.0'), 32)
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        clean: View | Callable[[Image.Image], Tensor],
+        *,
+        name: str = "network",
+        own: View | None = None,
+        named_views: Mapping[str, Augment] | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.network = _WithHeads(network, heads) if heads else network
+        self.clean = clean if isinstance(clean, View | TransformView) else TransformView(clean)
+        self.name, self.own, self.named_views = name, own, named_views or {}
+
+    @classmethod
+    def of(cls, method: Any, name: str = "network") -> Self:
+        """A method of this package, which knows how it sees images."""
+        return cls(method, method.clean_view, name=name, own=method.view, named_views=method.named_views)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are; where it says it is, or on the CPU, for a network without any."""
+        itself = getattr(self.network, "device", torch.device("cpu"))
+        return next((parameter.device for parameter in self.network.parameters()), itself)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters; float32 for a network without any."""
+        return next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
+
+    def view(self, name: str) -> View | TransformView:
+        """How images are seen; parameters are the same for every network (common random numbers).
+
+        Args:
+            name: ``clean``; ``own``, how the network's training views are made; or any policy or operation.
+
+        Returns:
+            A view of the network's size and normalisation.
+
+        Raises:
+            UserError: an unknown name, training views that are not known, or a random view of a network whose clean
+                view is a transform, which does not give away size and normalisation.
+        """
+        if name == "clean":
+            return self.clean
+        if name == "own":
+            if self.own is None:
+                raise UserError("own: how the training views are made is not known; leave this view out")
+            return self.own
+        if isinstance(self.clean, TransformView):
+            raise UserError(
+                f"{name}: random views need the network's size and normalisation: give clean=View('none', size=…, "
+                "normalize=…) in place of a transform"
+            )
+        options = {key: self.clean.spec[key] for key in ("size", "normalize", "center_crop")}
+        return View(self.named_views.get(name, name), **options)
+
+    def layers(
+        self, chosen: str | Sequence[str] | None, default: str | Sequence[str] = "all", option: str = "layers"
+    ) -> tuple[str, ...]:
+        """Names of layers in forward order; see :func:`~ssl_geometry.models.taps.layer_names`.
+
+        Args:
+            chosen: presets, names and globs; None takes those of the default that the network has.
+            default: presets, names and globs.
+            option: where they were chosen, for the message.
+        """
+        patterns = present(self.network, chosen, default)
+        return tuple(layer_names(self.network, patterns, option, example=self._example))
+
+    def depths(self, layers: Sequence[str]) -> dict[str, float]:
+        """Layer to relative depth; see :func:`~ssl_geometry.models.taps.layer_depths`."""
+        return layer_depths(self.network, layers)
+
+    def seen(
+        self, name: str, images: UInt8[Tensor, "B 3 H W"], index: Int64[Tensor, " B"], draw: int = 0
+    ) -> Float[Tensor, "B 3 S S"]:
+        """What goes into the network.
+
+        Args:
+            name: of the view.
+            images: uint8 (B, 3, H, W).
+            index: the images' numbers, from which random views draw.
+            draw: number of the draw of a random view.
+
+        Returns:
+            Views (B, 3, S, S) in the network's dtype.
+        """
+        return self.view(name)(images, index, seed=0, epoch=0, view=draw).to(self.dtype)
+
+    def _example(self) -> Tensor:
+        """Two dummy inputs, which show which layers run."""
+        side = self.clean.size if isinstance(self.clean, View) else 256
+        images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=self.device)
+        return self.seen("clean", images, torch.arange(2, device=self.device))

@@ -1,0 +1,343 @@
+"""The monitor in projects that know nothing of this package: their own modules, batches, loops and loaders."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import timm
+import torch
+import torchvision
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from ssl_geometry.callbacks import GeometryMonitor
+from ssl_geometry.data.views import View
+from ssl_geometry.errors import UserError
+from ssl_geometry.measure import (
+    CKA,
+    Invariance,
+    Measurement,
+    MeasurementImages,
+    Neighborhoods,
+    Probes,
+    Spectrum,
+    Subject,
+    measure,
+)
+from ssl_geometry.records import read_records
+
+SIDE = 32
+CLEAN = View("none", size=SIDE, normalize="cifar10")
+
+
+class Pictures(Dataset):
+    """PIL images of three classes that differ in colour, with names."""
+
+    def __init__(self, n: int = 60, transform: Any = None, labels: bool = True) -> None:
+        noise = torch.randint(0, 120, (n, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(n))
+        self.pixels = noise.to(torch.uint8)
+        for number in range(n):
+            self.pixels[number, number % 3] += 100
+        self.transform, self.labels = transform, labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> Any:
+        image = v2.functional.to_pil_image(self.pixels[i])
+        if self.transform is not None:
+            image = self.transform(image)
+        return (image, i % 3, f"{i}.png") if self.labels else image
+
+
+TO_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
+
+
+def loader(batch_size: int = 16) -> DataLoader:
+    """(views, label, name) tuples."""
+    return DataLoader(Pictures(48, lambda image: [TO_TENSOR(image), TO_TENSOR(image)]), batch_size, drop_last=True)
+
+
+def small_convnet() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+class TwoViews(L.LightningModule):
+    """Backbone and projection head as in lightly's examples."""
+
+    def __init__(self, backbone: nn.Module | None = None, features: int = 16) -> None:
+        super().__init__()
+        self.backbone = backbone or small_convnet()
+        self.projection_head = nn.Sequential(nn.Linear(features, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        views, _, _ = batch
+        a, b = (self.projection_head(self.backbone(view) + 0.01 * torch.randn(1)) for view in views)
+        loss = (a - b).square().mean() - a.var()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class StudentAndTeacher(L.LightningModule):
+    """Manual optimisation by two optimisers, and a teacher that follows by a moving average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.student = nn.ModuleDict({"backbone": small_convnet(), "head": nn.Linear(16, 8)})
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        views, _, _ = batch
+        optimizers: Any = self.optimizers()
+        student = self.student["head"](self.student["backbone"](views[0]))
+        with torch.no_grad():
+            teacher = self.teacher["head"](self.teacher["backbone"](views[1]))
+        self.manual_backward((student - teacher - 0.1).square().mean())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for mine, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                mine.lerp_(theirs, 0.1)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.student[part].parameters(), lr=0.05) for part in ("backbone", "head")]
+
+
+def trainer(root: Path, *monitors: L.Callback, **options: Any) -> L.Trainer:
+    given = {"max_epochs": 2, "logger": CSVLogger(root), "accelerator": "cpu", "log_every_n_steps": 1, **options}
+    silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return L.Trainer(default_root_dir=root, callbacks=list(monitors), **{**silent, **given})
+
+
+def rows(root: Path, run: str = "version_0") -> pd.DataFrame:
+    return read_records(root / "geometry" / run)
+
+
+@pytest.fixture(scope="module")
+def images() -> MeasurementImages:
+    return MeasurementImages.from_dataset(Pictures(), n=48, train=Pictures(90), n_train=90, batch_size=16)
+
+
+def everything() -> list[Measurement]:
+    return [
+        CKA(gram_size=8),
+        Invariance(gram_size=8, views=["crop", "color"]),
+        Probes(layers=["7"], logistic=True),
+        Neighborhoods(k=10, settings=["crop"], copies=3),
+        Spectrum(copies=2),
+    ]
+
+
+def test_everything_in_a_plain_module_and_its_training_is_the_same_bit_for_bit(
+    tmp_path: Path, images: MeasurementImages
+) -> None:
+    modules = []
+    for measured in (True, False):
+        L.seed_everything(0)
+        module = TwoViews()
+        monitors = [GeometryMonitor(everything(), images=images, clean=CLEAN)] if measured else []
+        trainer(tmp_path / str(measured), *monitors).fit(module, loader())
+        modules.append(module)
+    one, other = modules
+    assert one.losses == other.losses
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    found = rows(tmp_path / "True")
+    assert set(found["epoch"]) == {0, 1, 2}
+    metrics = {"cka", "invariance", "class_cka", "ridge_probe", "logistic_probe", "neighbors", "purity", "rankme"}
+    assert metrics <= set(found["metric"])
+    assert set(found["view"].dropna()) == {"clean", "crop", "color", "semantic", "simclr"}
+    assert not found["value"][found["metric"] == "cka"].isna().any()
+    logged = pd.read_csv(tmp_path / "True" / "lightning_logs" / "version_0" / "metrics.csv")
+    assert {"cka/to_init/7", "probes/ridge/7", "spectrum/rankme/7"} <= set(logged.columns)
+    assert list((tmp_path / "True" / "geometry" / "version_0" / "figures").glob("cka_map_self.png"))
+
+
+def test_live_numbers_are_those_of_a_notebook_on_the_saved_weights(tmp_path: Path, images: MeasurementImages) -> None:
+    module = TwoViews()
+    trainer(tmp_path, GeometryMonitor(everything(), images=images, clean=CLEAN)).fit(module, loader())
+    live = rows(tmp_path).query("epoch == 2 and model_other != 'init' and metric != 'kept_since_last'")
+    weights = tmp_path / "weights.pt"
+    torch.save(module.backbone.state_dict(), weights)
+    network = small_convnet()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    offline = measure(network, images, everything(), clean=CLEAN, name="version_0").rows
+    key = ["metric", "layer", "layer_other", "view", "low", "value"]
+    one, two = (frame.sort_values(key, ignore_index=True)[[*key, "high", "n", "protocol"]] for frame in (live, offline))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_student_and_teacher_under_manual_optimisation(tmp_path: Path, images: MeasurementImages) -> None:
+    monitors = [
+        GeometryMonitor([CKA(gram_size=8)], images, f"{name}.backbone", [f"{name}.head"], clean=CLEAN, name=name)
+        for name in ("student", "teacher")
+    ]
+    trainer(tmp_path, *monitors, max_epochs=1).fit(StudentAndTeacher(), loader())
+    found = rows(tmp_path)
+    assert set(found["model"]) == {"student", "teacher"}
+    assert any(layer.startswith("teacher.head") for layer in found["layer"])
+    heads = found[found["layer"].str.startswith("student.head")]
+    assert (heads["depth"] > 1).all()
+    to_initial = found.query("epoch == 1 and model_other == 'init' and layer == layer_other and layer == '3'")
+    moved = to_initial.set_index("model")["value"]
+    assert moved["teacher"] > moved["student"], "the teacher follows slowly"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_epochs": -1, "max_steps": 4}, {"accumulate_grad_batches": 2}, {"max_epochs": 1, "logger": False}],
+    ids=["max_steps", "accumulation", "no logger"],
+)
+def test_other_ways_to_train(tmp_path: Path, images: MeasurementImages, options: dict[str, Any]) -> None:
+    trainer(tmp_path, GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN), **options).fit(TwoViews(), loader())
+    found = rows(tmp_path, "version_0" if options.get("logger", True) else "run")
+    assert found["epoch"].min() == 0
+    assert found["epoch"].max() == (1 if options.get("max_epochs") == 1 else 2)
+
+
+def test_several_fits_have_records_of_their_own_and_a_fit_that_goes_on_continues_them(
+    tmp_path: Path, images: MeasurementImages
+) -> None:
+    monitor = GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN)
+    one = trainer(tmp_path, monitor, max_epochs=1, logger=False)
+    module = TwoViews()
+    one.fit(module, loader())
+    one.fit_loop.max_epochs = 2
+    one.fit(module, loader())
+    assert set(rows(tmp_path, "run")["epoch"]) == {0, 1, 2}
+    trainer(tmp_path, monitor, max_epochs=1, logger=False).fit(TwoViews(), loader())
+    assert set(rows(tmp_path, "run-2")["epoch"]) == {0, 1}
+    assert set(rows(tmp_path, "run")["epoch"]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_networks_of_timm(tmp_path: Path, images: MeasurementImages, name: str) -> None:
+    small = {"vit": {"depth": 2, "img_size": SIDE}, "swi": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1,) * 4, "img_size": SIDE, "window_size": 2, "patch_size": 2}, "con": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}}[name[:3]]  # fmt: skip # noqa: E501
+    network = timm.create_model(name, num_classes=0, **small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant layers of an untrained network
+        found = measure(network, images, [CKA(gram_size=8), Spectrum(copies=0)], clean=CLEAN).rows
+    assert found.query("metric == 'cka'")["layer"].nunique() > 3
+    assert found["depth"].between(0, 1).all()
+
+
+def test_without_labels_what_needs_them_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = MeasurementImages.from_dataset(Pictures(labels=False), batch_size=16)
+    trainer(tmp_path, GeometryMonitor(everything(), images, clean=CLEAN), max_epochs=1).fit(TwoViews(), loader())
+    metrics = set(rows(tmp_path)["metric"])
+    assert {"cka", "invariance", "two_nn", "rankme", "lidar"} <= metrics
+    assert not metrics & {"class_cka", "ridge_probe", "purity", "nnk_purity"}
+    assert "semantic" not in set(rows(tmp_path)["view"])
+    assert [line for line in caplog.messages if "left out" in line] == [
+        "probes are left out: they need labelled training images (images: train=…)",
+        "class CKA, semantic manifolds and purity are left out: the measurement images have no labels",
+    ]
+
+
+def test_a_pipeline_of_torchvision_is_a_clean_view(tmp_path: Path, images: MeasurementImages) -> None:
+    clean = View("none", size=SIDE, normalize=([0.5] * 3, [0.25] * 3))
+    one, two = (measure(small_convnet_of(0), images, [CKA(gram_size=8)], clean=view) for view in (clean, TO_TENSOR))
+    pd.testing.assert_series_equal(one.rows["value"], two.rows["value"], rtol=1e-5)
+    monitor = GeometryMonitor([Invariance(views=["crop"], gram_size=8)], images, clean=TO_TENSOR)
+    with pytest.raises(UserError, match=r"^Invariance.views \[crop\]: .* size and normalisation"):
+        trainer(tmp_path, monitor).fit(TwoViews(), loader())
+
+
+def small_convnet_of(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return small_convnet()
+
+
+def test_heads_are_measured_under_their_own_names(images: MeasurementImages) -> None:
+    module = TwoViews(nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]), 512)
+    heads = {"projection_head": module.projection_head}
+    subject = Subject(module.backbone, CLEAN, heads=heads)
+    assert [name for name in subject.layers("head") if name.startswith("projection_head")] == [
+        "projection_head.0",
+        "projection_head.1",
+        "projection_head.2",
+    ]
+
+
+def test_a_compiled_module(tmp_path: Path, images: MeasurementImages) -> None:
+    module = TwoViews()
+    compiled = torch.compile(module, backend="eager")
+    trainer(tmp_path, GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN), max_epochs=1).fit(compiled, loader())
+    assert set(rows(tmp_path)["layer"]) == {str(i) for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"clean": None}, "clean: how Sequential sees an image is not known; give clean=View("),
+        ({"network": "encoder"}, "network='encoder': no module of TwoViews; it has backbone, projection_head"),
+        ({"heads": ["predictor"]}, "heads='predictor': no module of TwoViews"),
+        ({"images": None}, "images: give images=MeasurementImages.from_dataset(…)"),
+        ({"measurements": [CKA(layers="layer9")]}, "CKA.layers='layer9' matches no layer of Sequential"),
+        ({"measurements": [Neighborhoods(k=48)]}, "Neighborhoods.k 48: each of 48 measurement images has 47 others"),
+    ],
+)
+def test_mistakes_name_the_argument(
+    tmp_path: Path, images: MeasurementImages, given: dict[str, Any], words: str
+) -> None:
+    options = {"measurements": [CKA(gram_size=8)], "images": images, "clean": CLEAN, **given}
+    with pytest.raises(UserError) as error:
+        trainer(tmp_path, GeometryMonitor(**options)).fit(TwoViews(), loader())
+    assert str(error.value).startswith(words)
+    assert "--" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "words"),
+    [
+        (Pictures(4, TO_TENSOR), {}, "is a torch.float32 tensor, expected a PIL image or uint8: give the data set"),
+        ([torch.zeros(3, 8, side, dtype=torch.uint8) for side in (8, 9)], {}, "image_size: images of list differ"),
+        (Pictures(4), {"n": 5}, "n 5: Pictures has 4 images; set at most 4"),
+        (Pictures(4), {"train": Pictures(4, labels=False)}, "train=Pictures: its items have no labels"),
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be_measured(dataset: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        MeasurementImages.from_dataset(dataset, **options)
+    assert words in str(error.value)
+
+
+def test_images_of_several_sizes_come_to_one() -> None:
+    items: Sequence[Any] = [(torch.zeros(3, 8, width, dtype=torch.uint8), 0) for width in (8, 12)]
+    assert MeasurementImages.from_dataset(items, image_size=6).image_shape == (3, 6, 6)
+
+
+def test_a_trainer_of_the_other_package(tmp_path: Path, images: MeasurementImages) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = small_convnet()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.backbone(batch[0][0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    options = {"accelerator": "cpu", "logger": pl.loggers.CSVLogger(tmp_path), "enable_progress_bar": False}
+    monitor: Any = GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN)
+    pl.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[monitor], **options).fit(Module(), loader())
+    assert set(rows(tmp_path)["epoch"]) == {0, 1}
