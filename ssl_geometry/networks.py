@@ -8,16 +8,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import lightning as L
 import torch
 from torch import nn
 
 from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.devices import check_nodes, check_torchrun
 from ssl_geometry.errors import UserError
 from ssl_geometry.models.taps import layer_names, present
+from ssl_geometry.ranges import at_least
 from ssl_geometry.runs import config_of, network_names, split_seeds
+from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,9 @@ IMAGES: Sources = {
 """Options of the data that every measurement depends on."""
 
 
-def networks_parser(command: str, description: str, group: str, layers: str, resumable: bool = False) -> Parser:
+def networks_parser(
+    command: str, description: str, group: str, layers: str, resumable: bool = False, several: bool = False
+) -> Parser:
     """The parser of a command that measures networks, with the options that such commands share.
 
     Args:
@@ -60,6 +66,7 @@ def networks_parser(command: str, description: str, group: str, layers: str, res
         group: of the options that say which layers are measured, such as ``cka`` for ``--cka.layers``.
         layers: the default of these, for the help.
         resumable: started again, the command goes on with what is in ``--out``; others refuse to replace it.
+        several: processes may share the images.
     """
     program = f"python -m ssl_geometry.{command}"
     usage = f"{program} --models [NAME=]SPEC [[NAME=]SPEC ...] [--option VALUE ...]"
@@ -78,6 +85,10 @@ def networks_parser(command: str, description: str, group: str, layers: str, res
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to measure: cpu, cuda or cuda:NUMBER",
     )
+    if several:
+        one = Annotated[int, at_least(1)]
+        parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
+        parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
     if not resumable:
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
@@ -140,6 +151,7 @@ def parse_networks(
             raise UserError(
                 f"--device {options.device}: this machine has {gpus} GPU{'s' * (gpus > 1)}, numbered from 0"
             )
+    check_nodes(options.get("num_nodes", 1), "--num_nodes")
     _check_writable(options.out)
     if any((options.out / part).exists() for part in ("run.json", "checkpoints")):
         raise UserError(
@@ -157,6 +169,38 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"--out {out}: {there} is a file; choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--out {out}: {there} cannot be written to; choose another folder")
+
+
+def launch(options: Any) -> L.Fabric:
+    """The processes that share the images: those of the SLURM job, or started here.
+
+    Args:
+        options: of a command that takes ``--devices`` and ``--num_nodes``.
+
+    Returns:
+        What knows the processes; they are joined, each on its device.
+
+    Raises:
+        UserError: devices that are not there, or processes that were started in another way.
+    """
+    given: dict[str, Any] = {"devices": options.devices, "num_nodes": options.num_nodes}
+    accelerator = "cuda" if options.device.startswith("cuda") else "cpu"
+    check_torchrun(accelerator, options.devices, options.num_nodes, "--")
+    if task := this_task():
+        given |= trainer_options(task, {"accelerator": accelerator})
+    elif accelerator == "cuda" and options.devices > (gpus := torch.cuda.device_count()):
+        raise UserError(f"--devices {options.devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    else:
+        given["plugins"] = plugins_of_a_shell()
+    if ":" in options.device:
+        if given["devices"] != 1:
+            raise UserError(
+                f"--device {options.device}: one GPU; leave its number out for --devices {given['devices']}"
+            )
+        given["devices"] = [int(options.device.partition(":")[2])]
+    fabric = L.Fabric(accelerator=accelerator, **given)
+    fabric.launch()
+    return fabric
 
 
 def chosen_layers(network: nn.Module, options: Any) -> list[str]:

@@ -27,7 +27,7 @@ from torch import nn
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
+from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.prediction import (
     group,
@@ -45,6 +45,7 @@ from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.networks import (
     Sources,
     chosen_layers,
+    launch,
     networks_parser,
     parse_networks,
     unchanged,
@@ -64,7 +65,6 @@ from ssl_geometry.report.models import (
 )
 from ssl_geometry.report.tables import latex, markdown
 from ssl_geometry.runs import load_networks, network_names, split_seeds
-from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
 
 SEMANTIC = "semantic"
 METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
@@ -467,6 +467,7 @@ def _parse(args: Sequence[str]) -> Any:
         "neighbors",
         layers="stages and pooled features; heads differ, and published models have none",
         resumable=True,
+        several=True,
     )
     parser.add_argument(
         "--neighbors.settings",
@@ -506,9 +507,6 @@ def _parse(args: Sequence[str]) -> Any:
         help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
         "of one recipe count once where something is predicted",
     )
-    one = Annotated[int, at_least(1)]
-    parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
-    parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
     options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES)
     options.models, options.seeds = split_seeds(options.models)
     options.recipes = _named_recipes(options.recipes)
@@ -516,7 +514,6 @@ def _parse(args: Sequence[str]) -> Any:
         if name not in SETTINGS:
             raise UserError(f"--neighbors.settings {name}: {nearest(name, SETTINGS)}")
     options.manifolds = [SEMANTIC, *options.neighbors.settings]
-    check_nodes(options.num_nodes, "--num_nodes")
     return options
 
 
@@ -524,28 +521,6 @@ def _named_recipes(given: Any) -> dict[str, str]:
     if not isinstance(given, dict) or any(name is None or isinstance(name, dict | list) for name in given.values()):
         raise UserError(f"--recipes {given}: expected models with the names of their recipes, such as '{{a: x, b: x}}'")
     return {str(model): str(name) for model, name in given.items()}
-
-
-def _fabric(options: Any) -> L.Fabric:
-    """The processes that share the images: those of the SLURM job, or started here."""
-    given: dict[str, Any] = {"devices": options.devices, "num_nodes": options.num_nodes}
-    accelerator = "cuda" if options.device.startswith("cuda") else "cpu"
-    check_torchrun(accelerator, options.devices, options.num_nodes, "--")
-    if task := this_task():
-        given |= trainer_options(task, {"accelerator": accelerator})
-    elif accelerator == "cuda" and options.devices > (gpus := torch.cuda.device_count()):
-        raise UserError(f"--devices {options.devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
-    else:
-        given["plugins"] = plugins_of_a_shell()
-    if ":" in options.device:
-        if given["devices"] != 1:
-            raise UserError(
-                f"--device {options.device}: one GPU; leave its number out for --devices {given['devices']}"
-            )
-        given["devices"] = [int(options.device.partition(":")[2])]
-    fabric = L.Fabric(accelerator=accelerator, **given)
-    fabric.launch()
-    return fabric
 
 
 def _report_small_classes(options: Any, data: DataModule, console: Console) -> None:
@@ -582,7 +557,7 @@ def survey(args: Sequence[str]) -> Path:
         UserError: a mistake in the options, a model or the data.
     """
     options = _parse(args)
-    fabric = _fabric(options)
+    fabric = launch(options)
     out, data, console = options.out, options.data, Console(quiet=not fabric.is_global_zero)
     with fabric.rank_zero_first(local=True):  # downloads
         networks = load_networks(options.models)
