@@ -1,0 +1,39 @@
+"""``measure`` on 2 and 3 processes, in float64: the rows of one process, for a network of nobody's package."""
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ssl_geometry.data.views import View
+from ssl_geometry.measure import CKA, Invariance, MeasurementImages, Neighborhoods, Probes, Spectrum, measure
+from tests.distributed.conftest import Ranks
+
+
+def rows(rank: int, world_size: int, batch_size: int = 10) -> pd.DataFrame:
+    """53 images in batches of 10: no multiple of the processes, and the last batch is short."""
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (113, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(113) % 3
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()).double()
+    images = MeasurementImages(pixels[:53], labels[:53], pixels[53:], labels[53:], batch_size=batch_size)
+    measurements = [
+        CKA(gram_size=5),
+        Invariance(gram_size=5, views=["crop"]),
+        Probes(layers=["3"], logistic=True),
+        Neighborhoods(k=6, settings=["crop"], copies=3),
+        Spectrum(copies=2),
+    ]
+    return measure(network, images, measurements, clean=View("none", size=16)).rows
+
+
+def test_processes_give_the_rows_of_one(ranks: Ranks) -> None:
+    expected = rows(0, 1)
+    assert {"cka", "invariance", "class_cka", "logistic_probe", "neighbors", "lidar"} <= set(expected["metric"])
+    for found in ranks(rows):
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_process_without_images_joins_in(ranks: Ranks) -> None:
+    expected = rows(0, 1, 60)
+    for found in ranks(rows, 60):
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-8, atol=1e-10)
