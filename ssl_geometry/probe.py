@@ -690,7 +690,8 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
     if len(trained) == len(networks):
         networks |= load_networks([named[0], f"{UNTRAINED}=random"])
         groups[UNTRAINED] = UNTRAINED
-    base = {key: value for key, value in first.init_args.items() if key in Method(backbone="resnet10").init_args}
+    known = Method(backbone="resnet10").init_args
+    base = {key: value for key, value in first.init_args.items() if key in known}
     networks[PIXELS] = RawPixels(**base), None
     groups[PIXELS] = PIXELS
     return networks, groups

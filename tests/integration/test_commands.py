@@ -40,7 +40,15 @@ TRAINER = ["--trainer.max_epochs=1", "--trainer.precision=32-true", "--loggers=[
 SHRUNK = {
     "fit": [*NETWORK, *IMAGES, *MONITORS, *TRAINER],
     "compare": [*IMAGES, "--invariance.views=[own]", "--cka.layers=stages", "--permutations=20", "--overwrite=true"],
-    "probe": [*IMAGES, "--linear_epochs=10", "--draws=1", "--label_fractions=[1.0]", "--k=[5]", "--overwrite=true"],
+    "probe": [
+        *IMAGES,
+        "--probes.layers=[pooled, head]",
+        "--linear_epochs=10",
+        "--draws=1",
+        "--label_fractions=[1.0]",
+        "--k=[5]",
+        "--overwrite=true",
+    ],
     "survey": [
         *(*IMAGES, "--neighbors.layers=pooled", "--neighbors.k=10", "--neighbors.copies=3", "--spectrum.copies=3"),
         "--neighbors.settings=[crop]",

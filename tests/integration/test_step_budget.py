@@ -37,6 +37,7 @@ OPTIONS = [
     *("--data.measure_size=32", "--data.eval_batch_size=32", "--probes.layers=[stages,pooled]", "--loggers=[csv]"),
     *("--cka.every_n_epochs=0", "--probes.every_n_epochs=1", "--trainer.max_epochs=1"),
     *("--trainer.accelerator=cuda", "--trainer.precision=bf16-mixed"),
+    "--trainer.log_every_n_steps=0",  # a step that is logged reads the loss
 ]
 PARTS: dict[str, list[tuple[type, str]]] = {
     "step": [(Method, "training_step")],  # and all that is in none of the others
