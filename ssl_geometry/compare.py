@@ -1,12 +1,12 @@
 """Compare networks layer by layer: the figures of Grigg et al. 2021 from runs, checkpoints or random initialisations.
 
     python -m ssl_geometry.compare --models simclr=runs/cifar10/simclr supervised=runs/cifar10/supervised
-    python -m ssl_geometry.compare --models a=RUN,RUN,RUN b=RUN untrained=random --cka.layers blocks
+    python -m ssl_geometry.compare --models a=RUN,RUN,RUN b=RUN untrained=random --cka.layers blocks --devices 4
 
 Protocol: every network sees the same measurement images, and the same augmented copies of them; evaluation mode,
 float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices; the overlap of nearest neighbours stands
 beside it, because CKA alone can be moved by a few outlying images. The numbers are those of the monitors of ``fit``,
-with the same protocol hash.
+with the same protocol hash, on any number of processes: these share the images, and the first one does all the rest.
 """
 
 import re
@@ -18,6 +18,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Annotated, Any
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.loader import size_within
-from ssl_geometry.devices import check_alone, memory_for_measuring
+from ssl_geometry.devices import free_memory
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, findings, views_of
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
@@ -38,14 +39,25 @@ from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import ALIKE, NEAREST, mutual_knn, neighbor_ids
-from ssl_geometry.measure.cka import GramSize, cka_protocol, cka_rows, warn_of_few
-from ssl_geometry.measure.engine import Measured, Measurement, Occasion, as_options, measure_together
+from ssl_geometry.measure.cka import GramSize, cka_protocol, cka_rows, gram_sizes, warn_of_few
+from ssl_geometry.measure.engine import Measured, Measurement, Occasion, as_options, layer_widths, measure_together
 from ssl_geometry.measure.invariance import VIEWS, Invariance
+from ssl_geometry.measure.processes import agreeing, of_each
 from ssl_geometry.measure.requests import GramVector, Reduced, Request, pooled
+from ssl_geometry.measure.storage import BatchStorage
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import Method
 from ssl_geometry.metrics import LayerwiseCKA
-from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
+from ssl_geometry.networks import (
+    Sources,
+    by_turns,
+    chosen_layers,
+    launch,
+    networks_parser,
+    parse_networks,
+    together,
+    unchanged,
+)
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore, record
 from ssl_geometry.report.figures import (
@@ -76,6 +88,8 @@ LONGEST_GROUP = 40
 """Characters of the names of several networks in a legend."""
 SEED, CHANCE = 0, 0.95
 """Of the permutations, and the quantile of theirs that a search over layers is held against."""
+FULL = 0.9
+"""Share of the free memory that is taken before files are."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
 """Neighbours in a row of pictures."""
@@ -105,63 +119,162 @@ class Network:
 
 
 class Kept(Measurement):
-    """What pairs of networks are compared by: the Gram vectors and the pooled features of each layer, clean images.
+    """What pairs of networks are compared by, of clean images: the Gram vectors and the neighbours of each layer.
+
+    Each process keeps those of its images. At the end the first one has the Gram vectors of all, and the features one
+    layer after another.
 
     Args:
-        layers: their names.
+        widths: layer to its pooled features.
         gram_size: images in a Gram matrix.
+        k: neighbours.
+        shown: layer whose features stay, if any does.
+        folder: for files of what does not fit into memory; None keeps all in memory.
     """
 
-    def __init__(self, layers: Sequence[str], gram_size: int) -> None:
+    def __init__(
+        self, widths: Mapping[str, int], gram_size: int, k: int, shown: str | None = None, folder: Path | None = None
+    ) -> None:
         super().__init__()
-        self._clean = Request(tuple(layers), GramVector(gram_size))
-        self._pooled = Request(tuple(layers), pooled)
+        self._widths, self._gram_size, self._k, self._shown, self._folder = widths, gram_size, k, shown, folder
+        self._clean, self._pooled = (Request(tuple(widths), reduce) for reduce in (GramVector(gram_size), pooled))
         self.vectors: list[Tensor] = []
-        self._features: dict[str, list[Tensor]] = defaultdict(list)
+        self.neighbors = torch.empty(0, 0, 0, dtype=torch.long)
+        self.features: Tensor | None = None
 
     def requests(self, subject: Subject) -> Sequence[Request]:
         """Of clean images."""
         return [self._clean, self._pooled]
 
+    def begin(self, occasion: Occasion) -> None:
+        """Room for this process's images."""
+        images = occasion.images
+        whole, rest = divmod(images.measure_size, images.eval_batch_size)
+        batches = [images.eval_batch_size] * whole + [rest] * bool(rest)
+        dtype = torch.promote_types(occasion.subject.dtype, torch.float32)
+        self._lengths = [len(self._widths) * gram_pairs(n, n, self._gram_size) for n in batches]
+        self._vectors = BatchStorage(self._lengths, dtype, self._folder)
+        self._features = {
+            layer: BatchStorage([n * width for n in batches], folder=self._folder)
+            for layer, width in self._widths.items()
+        }
+
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch, to the host."""
-        self.vectors.append(torch.stack(list(reduced[self._clean].values())).cpu())
+        self._vectors.put(batch_number, torch.stack(list(reduced[self._clean].values())))
         for layer, value in reduced[self._pooled].items():
-            self._features[layer].append(value.cpu())
+            self._features[layer].put(batch_number, value)
 
     def finish(self, occasion: Occasion) -> Measured:
-        """Pairs have rows, a single network has none."""
+        """What the first process needs; pairs have rows, a single network has none."""
+        vectors = self._vectors.on_first()
+        del self._vectors
+        if vectors is not None:
+            self.vectors = [part.view(len(self._widths), -1) for part in vectors.split(self._lengths)]
+        neighbors = []
+        for layer, width in self._widths.items():
+            features = self._features.pop(layer).on_first()
+            with agreeing():  # the others wait with their next layer
+                if features is not None:
+                    neighbors.append(neighbor_ids(features.view(-1, width), self._k))
+                    if layer == self._shown:
+                        self.features = features.view(-1, width)
+        if neighbors:
+            self.neighbors = torch.stack(neighbors)
         return Measured()
 
-    def features(self) -> dict[str, Tensor]:
-        """Layer to pooled features, (N, D); handed over."""
-        return {layer: torch.cat(self._features.pop(layer)) for layer in self._pooled.layers}
+
+def gram_pairs(images: int, batch: int, gram_size: int) -> int:
+    """Pairs of images in all Gram matrices of images in batches: the numbers that a layer keeps.
+
+    Example:
+        >>> gram_pairs(130, 128, 64), gram_pairs(140, 128, 64)
+        (4032, 4098)
+    """
+    return sum(n * (n - 1) // 2 for n in gram_sizes(images, batch, gram_size))
+
+
+def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
+    """Where what is kept of the networks goes, and a line that says how much it is.
+
+    Args:
+        widths: network and layer to the pooled features of an image.
+        options: of the command.
+
+    Returns:
+        The folder for files of it where it does not fit into memory, else None; the line.
+    """
+    n, pairs = (
+        options.data.measure_size,
+        gram_pairs(options.data.measure_size, options.data.eval_batch_size, options.gram_size),
+    )
+    vectors = [4 * pairs * len(layers) for layers in widths.values()]
+    features = max(4 * n * sum(layers.values()) for layers in widths.values())
+    said = (
+        f"kept until the end: {_size(sum(vectors))} of Gram vectors of {len(widths)} network{'s' * (len(widths) > 1)}; "
+        f"of one after another {_size(features)} of features"
+    )
+    copied = 3 * max(*vectors, 4 * n * max(width for layers in widths.values() for width in layers.values()))
+    free = min(of_each(free_memory("cpu")))
+    if sum(vectors) + features + copied <= FULL * free:
+        return None, said
+    return options.out, f"{said}; {_size(free)} of memory are free, so in files in {options.out}, removed at the end"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def measure_network(
-    name: str, method: Method, epoch: int | None, data: DataModule, options: Any, store: RecordStore, progress: Any
+    name: str,
+    method: Method,
+    epoch: int | None,
+    kept: Kept,
+    options: Any,
+    store: RecordStore,
+    fabric: L.Fabric,
+    progress: Progress,
 ) -> Network:
-    """One pass over the measurement images: Gram vectors, neighbours, invariance and class CKA of one network."""
-    names = chosen_layers(method, options)
+    """One pass over this process's share of the images: what the first process keeps of one network, and its records.
+
+    Args:
+        name: of the network.
+        method: the network, on its device.
+        epoch: completed ones; None was not trained.
+        kept: takes Gram vectors and neighbours.
+        options: of the command.
+        store: of the records.
+        fabric: knows the processes.
+        progress: shows how far it is.
+    """
+    names, data = chosen_layers(method, options), options.data
     subject = Subject.of(method, name)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
-    kept, invariance = Kept(names, options.gram_size), Invariance(None, names, options.gram_size, views)
-    task = progress.add_task(name, total=len(data.loader("measure")))
+    invariance = Invariance(None, names, options.gram_size, views)
+    task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
     occasion = Occasion(subject, data, options.out.name, epoch or 0)
-    _, found = measure_together([kept, invariance], occasion, lambda: progress.advance(task))
-    store.write(f"layers/{name}", found.rows, found.protocols)
-    by_layer = kept.features()
-    neighbors = torch.stack([neighbor_ids(value, options.k) for value in by_layer.values()])
-    alike = (neighbors < 0).flatten(1).all(1)  # no image has any
-    shown = [layer for layer in names if not layer.startswith("head")][-1:] or names[-1:]
-    kept_features = by_layer[shown[0]] if options.show_neighbors else None
-    labels = None if epoch is None else method.learns_from_labels
-    architecture = str(method.init_args.get("backbone"))
-    depths = subject.depths(names)
-    network = Network(name, labels, epoch, architecture, depths, kept.vectors, neighbors, alike, features=kept_features)
+    _, found = measure_together([kept, invariance], occasion, lambda: progress.advance(task), lambda: together(options))
     errors = torch.cat([metric.deviations().T for _, _, metric in invariance.metrics])  # in the order of the rows
-    network.layers = pd.DataFrame(found.rows).assign(deviations=list(errors.cpu().numpy()))
-    return network
+    if fabric.is_global_zero:
+        store.write(f"layers/{name}", found.rows, found.protocols)
+    return Network(
+        name,
+        None if epoch is None else method.learns_from_labels,
+        epoch,
+        str(method.init_args.get("backbone")),
+        subject.depths(names),
+        kept.vectors,
+        kept.neighbors,
+        (kept.neighbors < 0).flatten(1).all(1),  # no image has any
+        pd.DataFrame(found.rows).assign(deviations=list(errors.cpu().numpy())),
+        kept.features,
+    )
+
+
+def _shown_layer(names: Sequence[str], options: Any) -> str | None:
+    """The layer whose neighbours are shown: the last of the backbone."""
+    shown = [layer for layer in names if not layer.startswith("head")][-1:] or list(names[-1:])
+    return shown[0] if options.show_neighbors else None
 
 
 def groups_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -> dict[str, str]:
@@ -214,6 +327,7 @@ def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store
         The records of CKA, with their jackknife deviations over blocks of images.
     """
     cka = LayerwiseCKA([f"a/{layer}" for layer in a.depths], [f"b/{layer}" for layer in b.depths], options.gram_size)
+    cka.distributed_available_fn = lambda: False  # the first process has the images of all
     for x, y in zip(a.vectors, b.vectors, strict=True):
         cka.update(
             {f"a/{layer}": row for layer, row in zip(a.depths, x, strict=True)},
@@ -353,18 +467,17 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
         A picture, two rows an image.
     """
     assert network.features is not None
-    pixels = torch.cat([batch["image"].cpu() for batch in data.loader("measure")]).movedim(1, -1).numpy()
-    labels = torch.cat([batch["label"].cpu() for batch in data.loader("measure")])
     try:
-        found = nearest(network.features, k=min(CANDIDATES, len(pixels) - 1))
+        found = nearest(network.features, k=min(CANDIDATES, len(network.features) - 1))
         chosen = nnk(network.features, found.ids[list(numbers)], network.features[list(numbers)])
     except ValueError as error:
         raise UserError(f"--show_neighbors: {network.name}: {error}") from error
-    blank = (np.full_like(pixels[0], 255), "", False)
+    blank = (np.full((*data.image_shape[1:], 3), 255, np.uint8), "", False)
 
     def picture(image: int, text: str, framed: bool = False) -> tuple[np.ndarray, str, bool]:
-        name = data.class_names[int(labels[image])] if labels.ndim == 1 else ""
-        return pixels[image], f"{name[:12]}\n{text}", framed
+        seen = data.measured([image])
+        name = data.class_names[int(seen["label"])] if seen["label"].ndim == 1 else ""
+        return seen["image"][0].movedim(0, -1).cpu().numpy(), f"{name[:12]}\n{text}", framed
 
     pictures = []
     for row, number in enumerate(numbers):
@@ -393,6 +506,7 @@ def _parse(args: Sequence[str]) -> Any:
         "Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with figures.",
         "cka",
         layers="all",
+        several=True,
     )
     parser.add_argument("--cka.gram_size", type=GramSize, default=64, help="images in a Gram matrix of CKA")
     parser.add_argument(
@@ -447,33 +561,66 @@ def compare(args: Sequence[str]) -> Path:
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
-    check_alone("compare")
     options = _parse(args)
-    out, data = options.out, options.data
-    networks = load_networks(options.models)
-    groups = groups_of(networks, options)
-    for method, _ in networks.values():
-        chosen_layers(method, options)  # a mistake is told before anything is deleted
-        _check_views(method, options.views)
-    data.prepare_data()
-    data.setup("test")
-    _hold_to_images(options, data.measure_size)
-    warn_of_few(data, options.gram_size, "--cka.gram_size")
-    shutil.rmtree(out / "records", ignore_errors=True)
-    store, console = RecordStore(out / "records"), Console()
+    fabric = launch(options)
+    is_first = fabric.is_global_zero
+    data, console = options.data, Console(quiet=not is_first)
+    networks = by_turns(lambda: load_networks(options.models), options, fabric)
+    with together(options):
+        groups = groups_of(networks, options)
+        for method, _ in networks.values():
+            chosen_layers(method, options)  # a mistake is told before anything is deleted
+            _check_views(method, options.views)
+    by_turns(data.prepare_data, options, fabric)
+    with together(options):
+        data.setup("test")
+        _hold_to_images(options, data.measure_size)
+        warn_of_few(data, options.gram_size, "--cka.gram_size")
+        widths = {
+            name: layer_widths(Subject.of(method, name), chosen_layers(method, options), data.image_shape)
+            for name, (method, _) in networks.items()
+        }
+    folder, said = room(widths, options)
+    store = RecordStore(options.out / "records")
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
+    console.print(said, highlight=False, soft_wrap=True)
     trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
     others = {views_of(name): augment for name, augment in trained.items() if augment}
     options.views = [*options.views, *others]  # every network sees every network's training views
+    with together(options):
+        if is_first:
+            shutil.rmtree(store.directory, ignore_errors=True)
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: list[Network] = []
     protocols = {}
-    with memory_for_measuring(options), Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True, quiet=not is_first)) as progress:
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
             method.named_views = {**method.named_views, **others}
             protocols[name] = cka_protocol(data, options.gram_size, Subject.of(method), {"clean": "clean"})
-            measured.append(measure_network(name, method.to(options.device), epoch, data, options, store, progress))
+            shown = _shown_layer(list(widths[name]), options)
+            kept = Kept(widths[name], options.gram_size, options.k, shown, folder)
+            with together(options):
+                there = method.to(fabric.device)
+                network = measure_network(name, there, epoch, kept, options, store, fabric, progress)
+            measured.append(network)
+            del method, there
+    with together(options):
+        if is_first:
+            _report(measured, protocols, groups, store, options, console)
+    return options.out
+
+
+def _report(
+    measured: Sequence[Network],
+    protocols: Mapping[str, Protocol],
+    groups: Mapping[str, str],
+    store: RecordStore,
+    options: Any,
+    console: Console,
+) -> None:
+    """Compare the pairs, write and print findings, and draw."""
+    out = options.out
     pairs = []
     for a, b in combinations_with_replacement(measured, 2):
         protocol, other = protocols[a.name], protocols[b.name].what["views"]["clean"]
@@ -490,7 +637,8 @@ def compare(args: Sequence[str]) -> Path:
     pictures = draw(frame, groups, labels, out / "figures")
     pictures += [
         save_figure(
-            show_neighbors(network, data, options.show_neighbors), out / "figures" / f"neighbors_{network.name}"
+            show_neighbors(network, options.data, options.show_neighbors),
+            out / "figures" / f"neighbors_{network.name}",
         )
         for network in measured
         if options.show_neighbors
@@ -505,7 +653,6 @@ def compare(args: Sequence[str]) -> Path:
     for picture in pictures:
         console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
-    return out
 
 
 def _check_views(method: Method, views: Sequence[str]) -> None:

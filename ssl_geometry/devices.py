@@ -5,6 +5,7 @@ Every layer is measured whole, so each process holds the whole network: data par
 
 import importlib
 import logging
+import math
 import os
 import re
 import traceback
@@ -303,3 +304,55 @@ def less_to_measure(options: Any) -> str:
     return (
         f"lower --data.eval_batch_size {options.data.eval_batch_size}, or name fewer {options.layers_option}{elsewhere}"
     )
+
+
+def free_memory(device: str) -> float:
+    """Bytes that this process can still take.
+
+    Args:
+        device: a CUDA device, or cpu for the host: there its control groups count, those of a container or a job.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # no Linux: what is free, without the cache
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
+    return min(int(lines["MemAvailable"].split()[0]) * 1024, left_in_control_groups())
+
+
+def left_in_control_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that the control groups of this process still allow: those of a container, or of a job of SLURM.
+
+    A limit holds for all groups below it; inside a container, its own group is what is mounted at the top. Files that
+    the system keeps in memory are given back when they are in the way.
+    """
+    left = math.inf
+    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):  # version 2 names none
+            continue
+        names = ("memory.max", "memory.current", "inactive_file")
+        top = mounted
+        if controllers:
+            names, top = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), mounted / "memory"
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(top):
+                break
+            limit, used, files = _memory_of(folder, *names)
+            left = min(left, limit - used + files)
+    return max(left, 0)
+
+
+def _memory_of(folder: Path, limit: str, used: str, files: str) -> tuple[float, int, int]:
+    """Limit, use, and how much of it are files, of one control group."""
+    try:
+        most = (folder / limit).read_text(encoding="utf-8").strip()
+        if most == "max":
+            return math.inf, 0, 0
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return int(most), int((folder / used).read_text(encoding="utf-8")), int(kept.get(files, 0))
+    except OSError:  # the root has no limit; a path of outside is not there in a container
+        return math.inf, 0, 0

@@ -5,10 +5,10 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import lightning as L
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 
 from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import check_nodes, check_torchrun
+from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
 from ssl_geometry.errors import UserError
+from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.models.taps import layer_names, present
 from ssl_geometry.ranges import at_least
 from ssl_geometry.runs import config_of, network_names, split_seeds
@@ -34,6 +35,7 @@ MODELS = (
     "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""
+T = TypeVar("T")
 Convert = Callable[[Any], Any]
 Sources = Mapping[str, Mapping[str, Convert]]
 """Option of a command to the options of ``fit`` that decide the same numbers, and what makes such a value one of the
@@ -201,6 +203,36 @@ def launch(options: Any) -> L.Fabric:
     fabric = L.Fabric(accelerator=accelerator, **given)
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def together(options: Any) -> Iterator[None]:
+    """A part of a command that all processes come to the end of, or none; see :func:`agreeing`.
+
+    Args:
+        options: of the command.
+
+    Raises:
+        UserError: a mistake in any of them, or memory that is full.
+    """
+    with agreeing(), memory_for_measuring(options):
+        yield
+
+
+def by_turns(do: Callable[[], T], options: Any, fabric: L.Fabric) -> T:
+    """Do something that may download in every process, in one of each node first.
+
+    Args:
+        do: what.
+        options: of the command.
+        fabric: of :func:`launch`.
+    """
+    done: list[T] = []
+    for turn in (True, False):
+        with together(options):
+            if turn == (fabric.local_rank == 0):
+                done.append(do())
+    return done[0]
 
 
 def chosen_layers(network: nn.Module, options: Any) -> list[str]:

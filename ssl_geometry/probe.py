@@ -10,7 +10,6 @@ tenth of the training images. An untrained network and the raw pixels stand in t
 
 import logging
 import math
-import os
 import re
 import shutil
 import statistics
@@ -33,7 +32,7 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
 from ssl_geometry.data.loader import size_within
-from ssl_geometry.devices import check_alone, out_of_memory
+from ssl_geometry.devices import check_alone, free_memory, out_of_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
 from ssl_geometry.geometry.neighbors import RANKING
@@ -205,7 +204,7 @@ def extract(
 
 def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, options: Any) -> None:
     bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
-    features, images, free = sum(widths.values()), bank + test, _free_memory(options.device)
+    features, images, free = sum(widths.values()), bank + test, free_memory(options.device)
     needed = 4 * features * images
     if not {"layers", "labels"}.isdisjoint(options.evaluations):
         device = torch.device(options.device).type
@@ -221,53 +220,6 @@ def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, option
 
 
 LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
-
-
-def _free_memory(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # no Linux: what is free, without the cache
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
-    return min(int(lines["MemAvailable"].split()[0]) * 1024, _left_in_control_groups())
-
-
-def _left_in_control_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that the control groups of this process still allow: those of a container, or of a job of SLURM.
-
-    A limit holds for all groups below it; inside a container, its own group is what is mounted at the top. Files that
-    the system keeps in memory are given back when they are in the way.
-    """
-    left = math.inf
-    for line in own.read_text(encoding="utf-8").splitlines() if own.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):  # version 2 names none
-            continue
-        names = ("memory.max", "memory.current", "inactive_file")
-        top = mounted
-        if controllers:
-            names, top = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), mounted / "memory"
-        group = top / path.strip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(top):
-                break
-            limit, used, files = _memory_of(folder, *names)
-            left = min(left, limit - used + files)
-    return max(left, 0)
-
-
-def _memory_of(folder: Path, limit: str, used: str, files: str) -> tuple[float, int, int]:
-    """Limit, use, and how much of it are files, of one control group."""
-    try:
-        most = (folder / limit).read_text(encoding="utf-8").strip()
-        if most == "max":
-            return math.inf, 0, 0
-        kept = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-        return int(most), int((folder / used).read_text(encoding="utf-8")), int(kept.get(files, 0))
-    except OSError:  # the root has no limit; a path of outside is not there in a container
-        return math.inf, 0, 0
 
 
 # -- evaluations: each gives what it found, by metric ------------------------------------------------------------------

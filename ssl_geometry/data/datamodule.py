@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_geometry.data.datasets import FIXED, Images, load, shuffled, stratified, torchvision_class
-from ssl_geometry.data.loader import BatchPlan, Loader, evenly, every_nth, shares, size_within
+from ssl_geometry.data.loader import Batch, BatchPlan, Loader, evenly, every_nth, shares, size_within
 from ssl_geometry.errors import UserError
 from ssl_geometry.ranges import Pixels, Seed, at_least, between, check_arguments
 
@@ -333,6 +334,15 @@ class DataModule(L.LightningDataModule):
             return Loader(images, plan)
         workers = min(8, self._cores - 1) if self.num_workers is None else self.num_workers
         return Loader(images, plan, workers, pin_memory=self._device.type == "cuda", keep_workers=seed is not None)
+
+    def measured(self, numbers: Sequence[int]) -> Batch:
+        """Some measurement images, the same in every process.
+
+        Args:
+            numbers: their places in the order of measurement.
+        """
+        images = self._images("measure")
+        return images[self._rows["measure"][list(numbers)].to(images.labels.device)]
 
     @property
     def measure_labels(self) -> Int64[Tensor, " N"]:

@@ -10,7 +10,7 @@ modes, weights and random number streams are left as they were found.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
@@ -198,7 +198,10 @@ class Measurement:
 
 
 def measure_together(
-    measurements: Sequence[Measurement], occasion: Occasion, advance: Callable[[], None] = lambda: None
+    measurements: Sequence[Measurement],
+    occasion: Occasion,
+    advance: Callable[[], None] = lambda: None,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Measured]:
     """One pass over the images for several measurements.
 
@@ -206,6 +209,8 @@ def measure_together(
         measurements: prepared ones.
         occasion: what is measured, on which images, and when.
         advance: called after every batch of this process.
+        together: what the pass runs in, such as :func:`ssl_geometry.measure.processes.agreeing`: a process that fails
+            in it comes to nothing that the others wait for.
 
     Returns:
         What each of them found, the same on every process.
@@ -217,14 +222,15 @@ def measure_together(
     wanted = [request for asked in requests for request in asked]
     rank, world_size = this_process()
     with measuring(subject.network):
-        for split, images in splits(wanted):
-            here = [request for request in wanted if (request.split, request.images) == (split, images)]
-            batches = occasion.images.loader(split, images)
-            for count, (batch, reduced) in enumerate(forward_pass(subject, batches, here)):
-                for measurement, asked in zip(measurements, requests, strict=True):
-                    if mine := {request: reduced[request] for request in asked if request in reduced}:
-                        measurement.update(count * world_size + rank, mine, batch)
-                advance()
+        with together():
+            for split, images in splits(wanted):
+                here = [request for request in wanted if (request.split, request.images) == (split, images)]
+                batches = occasion.images.loader(split, images)
+                for count, (batch, reduced) in enumerate(forward_pass(subject, batches, here)):
+                    for measurement, asked in zip(measurements, requests, strict=True):
+                        if mine := {request: reduced[request] for request in asked if request in reduced}:
+                            measurement.update(count * world_size + rank, mine, batch)
+                    advance()
         return [measurement.finish(occasion) for measurement in measurements]
 
 

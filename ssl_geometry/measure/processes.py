@@ -1,9 +1,19 @@
 """Several processes share the images; what they found is put together so that all have the numbers of one."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+
+from ssl_geometry.errors import ExitCode, Interrupted, UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)
+"""How long processes wait while the first one works alone; one that dies ends the wait at once."""
 
 
 def this_process() -> tuple[int, int]:
@@ -40,3 +50,69 @@ def gathered(batches: dict[int, Tensor]) -> dict[int, Tensor]:
         parts = [None] * world_size
         dist.all_gather_object(parts, batches)
     return dict(sorted((number, taken) for part in parts for number, taken in part.items()))
+
+
+def hosts() -> dist.ProcessGroup:
+    """The group of all processes for what lies on the host, whatever their devices; every process must call it."""
+    return _gloo(dist.group.WORLD)
+
+
+@lru_cache(maxsize=1)
+def _gloo(world: object) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup), "every process is in it"
+    return group
+
+
+def of_each(value: T) -> list[T]:
+    """What each process has, in their order, on every process; every process must call it.
+
+    Args:
+        value: of this process; it is pickled.
+
+    Example:
+        >>> of_each(3)  # alone
+        [3]
+    """
+    _, world_size = this_process()
+    values = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value, group=hosts())
+    return values
+
+
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """What fails in one process fails in all: the first reports it, the others end with its exit code.
+
+    Every process must come to the end of the block, where they wait for each other however long it takes, and inside
+    of which a process that fails may keep no other waiting.
+
+    Raises:
+        UserError: on the first process, where another made out a mistake.
+        RuntimeError: on the first process, where another failed in a way that nobody foresaw.
+        Interrupted: on the others, without words.
+
+    Example:
+        >>> with agreeing():  # alone: as it is
+        ...     raise UserError("--k 0: expected at least 1")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: --k 0: expected at least 1
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    is_mistake = isinstance(own, UserError | OSError)  # of a disk that is full, say
+    words = None if own is None else (is_mistake, str(own) or type(own).__name__)
+    failed = [(rank, *told) for rank, told in enumerate(of_each(words)) if told is not None]
+    if not failed:
+        return
+    rank, mistake, reason = failed[0]
+    this, world_size = this_process()
+    if own is not None and (this == 0 or not (mistake or isinstance(own, Interrupted))):
+        raise own
+    if this == 0:
+        raise UserError(reason) if mistake else RuntimeError(f"process {rank} of {world_size}: {reason}")
+    raise Interrupted("", ExitCode.MISTAKE if mistake else ExitCode.FAULT) from own

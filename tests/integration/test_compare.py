@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssl_geometry.compare import Network, _parse, compare, groups_of, main, show_neighbors
+from ssl_geometry.data.datasets import Images
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
@@ -122,8 +123,9 @@ def test_one_picture_or_several_are_shown_each_once(given: list[str], numbers: l
 def test_a_picture_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
     features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
     network = Network("net", False, 1, "resnet10", {}, [], torch.empty(0), torch.empty(0), features=features)
-    batch = {"image": torch.zeros(80, 3, 4, 4, dtype=torch.uint8), "label": torch.zeros(80, dtype=torch.long)}
-    data: Any = SimpleNamespace(loader=lambda split: [batch], class_names=["zero"])
+    images = Images(torch.zeros(80, dtype=torch.long), torch.zeros(80, 3, 4, 4, dtype=torch.uint8))
+    measured = lambda numbers: images[torch.tensor(numbers)]  # noqa: E731
+    data: Any = SimpleNamespace(measured=measured, image_shape=(3, 4, 4), class_names=["zero"])
     figure = show_neighbors(network, data, [5])
     chosen = int(nnk(features, nearest(features, k=50).ids).active[5].sum())
     assert (chosen > 10) == more

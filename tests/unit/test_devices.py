@@ -89,7 +89,7 @@ BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE"
 
 
 @pytest.mark.parametrize("started", [BY_SRUN, BY_TORCHRUN], ids=["srun", "torchrun"])
-@pytest.mark.parametrize("command", [compare, probe])
+@pytest.mark.parametrize("command", [probe])
 def test_commands_of_one_process_are_not_started_several_times(
     monkeypatch: pytest.MonkeyPatch, command: Any, started: dict[str, str]
 ) -> None:
@@ -129,15 +129,18 @@ def test_torchrun_starts_as_many_processes_as_the_options_say(
         check_torchrun(accelerator, devices, nodes, "--trainer.")
 
 
-def test_fit_and_survey_ask_how_many_torchrun_has_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_commands_of_several_processes_ask_how_many_torchrun_has_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name, value in (BY_TORCHRUN | {"WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     args = ["--model=ssl_geometry.methods.SimCLR", "--trainer.accelerator=cpu", f"--runs={tmp_path / 'runs'}"]
     with pytest.raises(UserError, match=r"set --trainer\.devices 2 --trainer\.num_nodes 1$"):
         fit(args)
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(UserError, match=r"set --devices 2 --num_nodes 1$"):
-        survey(["--models=random:resnet10", f"--out={tmp_path / 'out'}"])
+    for command in (compare, survey):
+        with pytest.raises(UserError, match=r"set --devices 2 --num_nodes 1$"):
+            command(["--models=random:resnet10", f"--out={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.datasets import Images, stratified
+from ssl_geometry.devices import left_in_control_groups
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.probes import Probes, check_images, highest_decay, probe_rows
 from ssl_geometry.metrics import ProbeBank
@@ -28,7 +29,6 @@ from ssl_geometry.probe import (
     FrozenFeatures,
     LabelledImages,
     RawPixels,
-    _left_in_control_groups,
     _reason,
     evaluate_knn,
     evaluate_labels,
@@ -269,17 +269,17 @@ def test_memory_that_a_container_or_a_job_leaves(tmp_path: Path) -> None:
 
     step = mounted / "slurm" / "job_1" / "step_0"
     own.write_text("0::/slurm/job_1/step_0\n")
-    assert _left_in_control_groups(own, mounted) == math.inf
+    assert left_in_control_groups(own, mounted) == math.inf
     write(step, {"memory.max": "max"})
     write(step.parent, {"memory.max": 1000, "memory.current": 700, "memory.stat": "anon 500\ninactive_file 150"})
-    assert _left_in_control_groups(own, mounted) == 450, "the limit of the job holds for its steps"
+    assert left_in_control_groups(own, mounted) == 450, "the limit of the job holds for its steps"
     write(step, {"memory.max": 600, "memory.current": 500, "memory.stat": "inactive_file 0"})
-    assert _left_in_control_groups(own, mounted) == 100
+    assert left_in_control_groups(own, mounted) == 100
     own.write_text("5:cpu:/x\n4:memory:/docker/1\n")
     old = {"memory.limit_in_bytes": 900, "memory.usage_in_bytes": 800, "memory.stat": "total_inactive_file 30"}
     write(mounted / "memory", old)  # in a container, its own group is at the top
-    assert _left_in_control_groups(own, mounted) == 130
-    assert _left_in_control_groups(tmp_path / "none", mounted) == math.inf
+    assert left_in_control_groups(own, mounted) == 130
+    assert left_in_control_groups(tmp_path / "none", mounted) == math.inf
 
 
 def test_why_a_network_was_not_measured() -> None:

@@ -1,0 +1,188 @@
+"""``compare`` on 2 and 3 processes: the numbers of one, one line for a mistake, and one exit code."""
+
+import errno
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from ssl_geometry import compare
+from ssl_geometry.cli import run_command
+from ssl_geometry.errors import UserError
+from ssl_geometry.measure.processes import agreeing
+from ssl_geometry.measure.storage import BatchStorage
+from ssl_geometry.networks import by_turns, together
+from ssl_geometry.records import read_records
+from tests.distributed.conftest import Ranks
+from tests.processes import without_drawing
+
+OPTIONS = SimpleNamespace(data=SimpleNamespace(eval_batch_size=8), device="cpu", layers_option="--cka.layers")
+ARGS = [
+    *["--models", "a=random:resnet10@16", "b=random:resnet10@16:1", "--data.dataset=digits", "--device=cpu"],
+    *["--data.limit_test=70", "--data.measure_size=70", "--data.eval_batch_size=24", "--cka.gram_size=8"],
+    *["--cka.layers=stages", "--invariance.views=[flip]", "--permutations=3", "--show_neighbors=[69]"],
+]
+"""70 images in batches of 24: no multiple of the processes, and the last batch is short."""
+Ended = tuple[int, str, str]
+"""Exit code and what was printed."""
+
+
+def ended(command: Any, args: list[str]) -> Ended:
+    out, err, code = StringIO(), StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            run_command(command, args, interrupted="")
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def compared(rank: int, world_size: int, args: list[str], in_files: bool = False, broken: int | None = None) -> Ended:
+    def update(*batch: Any) -> None:
+        raise UserError("image 7: cut short")
+
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawing(patch)
+        patch.setattr(rank_zero_only, "rank", rank)
+        if world_size > 1:
+            patch.setenv("NODE_RANK", "0")
+            patch.setenv("LOCAL_RANK", str(rank))
+        if in_files:
+            patch.setattr(compare, "free_memory", lambda device: 0)
+        if broken == rank:
+            patch.setattr(compare.Kept, "update", update)
+        return ended(compare.compare, [*args, f"--devices={world_size}"])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared") / "out"
+    code, said, _ = compared(0, 1, [*ARGS, f"--out={out}"])
+    assert code == 0
+    assert "of Gram vectors of 2 networks; of one after another" in said
+    assert "in files" not in said
+    return out
+
+
+def test_processes_give_the_numbers_of_one(ranks: Ranks, alone: Path, tmp_path: Path) -> None:
+    out, in_files = tmp_path / "out", len(ranks(turns)) == 3
+    first, *others = ranks(compared, [*ARGS, f"--out={out}"], in_files)
+    assert first[0] == 0, first
+    assert (f"so in files in {out}, removed at the end" in first[1]) == in_files
+    assert {(code, out) for code, out, _ in others} == {(0, "")}, "the first process alone prints"
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in alone.iterdir())
+    left, right = (read_records(path).drop(columns=["run", "protocol"]) for path in (alone, out))
+    shared = left["metric"].isin(["invariance", "class_cka"])
+    assert set(left["metric"][~shared]) == {"cka", "mutual_knn", "max_cka", "max_cka_null", "max_cka_p"}
+    pd.testing.assert_frame_equal(right[~shared], left[~shared], check_exact=True)
+    pd.testing.assert_frame_equal(right[shared], left[shared], rtol=1e-12, atol=1e-12)
+    assert set(read_records(out)["protocol"]) == set(read_records(alone)["protocol"])
+
+
+@pytest.mark.parametrize(
+    ("args", "broken", "line"),
+    [(["--cka.layers=layer9"], None, "--cka.layers='layer9' matches no layer"), ([], 1, "error: image 7: cut short")],
+    ids=["of all", "of one"],
+)
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_mistake_is_one_line_of_the_first_process(
+    ranks: Ranks, tmp_path: Path, args: list[str], broken: int | None, line: str
+) -> None:
+    first, *others = ranks(compared, [*ARGS, f"--out={tmp_path}", "--overwrite=true", *args], False, broken)
+    (said,) = [text for text in first[2].splitlines() if text.startswith("error:")]
+    assert line in said
+    assert first[0] == 2
+    assert {(code, out + err) for code, out, err in others} == {(2, "")}
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def stored(rank: int, world_size: int, folder: Path | None) -> list[float] | None:
+    storage = BatchStorage([4, 0, 4, 4, 2], torch.float64, folder)
+    for number, rows in list(enumerate([2, 0, 2, 2, 1]))[rank::world_size]:
+        storage.put(number, torch.full((rows, 2), float(number)))
+    whole = storage.on_first()
+    few = BatchStorage([3], folder=folder)  # the other processes have none
+    if rank == 0:
+        few.put(0, torch.arange(3))
+    assert (few.on_first() is None) == (rank > 0)
+    return None if whole is None else whole.tolist()
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_batches_come_together_in_their_order(ranks: Ranks, tmp_path: Path, in_files: bool) -> None:
+    folder = tmp_path if in_files else None
+    first, *others = ranks(stored, folder)
+    assert first == stored(0, 1, folder) == [0.0] * 4 + [2.0] * 4 + [3.0] * 4 + [4.0] * 2
+    assert set(others) == {None}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: no room for 8 MiB that memory does not hold \(No space left"):
+        BatchStorage([2**21], folder=tmp_path)
+
+
+def fail(rank: int, world_size: int, errors: dict[int, Exception]) -> Ended:
+    def command(args: list[str]) -> None:
+        with together(OPTIONS):
+            with agreeing():  # in one part of another
+                if rank in errors:
+                    raise errors[rank]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_zero_only, "rank", rank)
+        try:
+            return ended(command, [])
+        except Exception as error:
+            return 1, "", f"{type(error).__name__}: {error}"
+
+
+FULL_MEMORY = (
+    "error: out of memory while measuring (CUDA out of memory): lower --data.eval_batch_size 8, or name fewer "
+)
+
+
+@pytest.mark.parametrize(
+    ("errors", "code", "first", "second"),
+    [
+        ({}, 0, "", ""),
+        ({0: UserError("a")}, 2, "error: a\n", ""),
+        ({1: UserError("a")}, 2, "error: a\n", ""),
+        ({0: UserError("a"), 1: UserError("b")}, 2, "error: a\n", ""),
+        ({0: OSError(errno.ENOSPC, "full", "x/y")}, 2, "error: x/y: full\n", ""),
+        ({1: OSError(errno.ENOSPC, "full", "x/y")}, 2, "error: [Errno 28] full: 'x/y'\n", ""),
+        ({0: ValueError("a")}, 1, "ValueError: a", ""),
+        ({1: ValueError("a")}, 1, "RuntimeError: process 1 of 2: a", "ValueError: a"),
+        ({0: torch.OutOfMemoryError("CUDA out of memory")}, 2, FULL_MEMORY + "--cka.layers\n", ""),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_what_fails_in_one_process_fails_in_all(
+    ranks: Ranks, errors: dict[int, Exception], code: int, first: str, second: str
+) -> None:
+    assert ranks(fail, errors) == [(code, "", first), (code, "", second)]
+
+
+def turns(rank: int, world_size: int) -> float:
+    local_rank: Any = SimpleNamespace(local_rank=rank)
+    return by_turns(np.random.default_rng(rank).random, OPTIONS, local_rank)
+
+
+def test_each_process_does_what_it_has_to(ranks: Ranks) -> None:
+    found = ranks(turns)
+    assert found == [np.random.default_rng(rank).random() for rank in range(len(found))]
