@@ -153,7 +153,8 @@ def parse_networks(
             raise UserError(
                 f"--device {options.device}: this machine has {gpus} GPU{'s' * (gpus > 1)}, numbered from 0"
             )
-    check_nodes(options.get("num_nodes", 1), "--num_nodes")
+    if "num_nodes" in options:
+        check_nodes(options.num_nodes, "--num_nodes")
     _check_writable(options.out)
     if any((options.out / part).exists() for part in ("run.json", "checkpoints")):
         raise UserError(

@@ -89,14 +89,23 @@ def start(
     return process
 
 
-def start_ranks(count: int, args: Sequence[str], output: Path, prepare: Callable[[], None] | None = None) -> list[Any]:
-    """Start all processes of a run on the CPU, as a cluster does, which launches them itself."""
+def start_ranks(
+    count: int,
+    args: Sequence[str],
+    output: Path,
+    prepare: Callable[[], None] | None = None,
+    command: str = "ssl_geometry.fit",
+) -> list[Any]:
+    """Start all processes of a command on the CPU, as a cluster does, which launches them itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"NODE_RANK": "0", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    args = [*args, "--trainer.accelerator=cpu", f"--trainer.devices={count}"]
-    return [start(args, output, prepare, {**common, "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    devices = ["--trainer.accelerator=cpu", f"--trainer.devices={count}"]
+    if command != "ssl_geometry.fit":
+        devices = ["--device=cpu", f"--devices={count}"]
+    every = [{**common, "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [start([*args, *devices], output, prepare, environment, command) for environment in every]
 
 
 def finish(process: Any) -> int:

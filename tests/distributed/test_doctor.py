@@ -9,6 +9,11 @@ from ssl_geometry import doctor, machine
 from tests.processes import PROCESSES
 
 
+@pytest.fixture(autouse=True)
+def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.torch.multiprocessing, "get_context", lambda kind: PROCESSES)
+
+
 def test_a_machine_that_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with suppress(SystemExit):  # this machine may lack something
         doctor.main([f"--runs={tmp_path / 'runs'}", f"--data={tmp_path}"])
@@ -26,6 +31,5 @@ def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         machine, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]
     )
-    monkeypatch.setattr(machine.torch.multiprocessing, "get_context", lambda kind: PROCESSES)
     (finding,) = machine.parity()
     assert "do not train with several processes" in finding.to_do

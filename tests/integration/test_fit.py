@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -29,7 +27,7 @@ from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.runs import load_method, read_checkpoint
-from tests.processes import finish, start
+from tests.processes import finish, start, start_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -601,15 +599,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         "--cka.layers=stages",
         "--trainer.accelerator=cpu",
     ]
-    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "two", *more, method="Supervised")]
-    done = subprocess.run(
-        [*command, "--trainer.devices=2"],
-        cwd=ROOT,
-        env=clean_environment(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes = start_ranks(2, options(tmp_path, "two", *more, method="Supervised"), tmp_path / "out")
+    assert [finish(process) for process in processes] == [0, 0], (tmp_path / "out").read_text()[-3000:]
     one = fit(options(tmp_path, "one", *more, method="Supervised")).directory
     two = tmp_path / "e" / "two"
     first, second = (read_checkpoint(run / "checkpoints" / "last.ckpt", "")["state_dict"] for run in (one, two))

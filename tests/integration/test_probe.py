@@ -27,7 +27,7 @@ ALL = "--evaluations=[layers, knn, linear, linear_augmented, labels]"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    probes = [*OFF, "--probes.every_n_epochs=2", "--probes.logistic=true"]
+    probes = [*OFF, "--probes.every_n_epochs=2", "--probes.logistic=true", "--probes.layers=[layer2.0, pooled, head]"]
     for seed in (0, 1):
         fit(options(folder, f"simclr-{seed}", *probes, f"--seed_everything={seed}"))
     fit(options(folder, "supervised", *probes, method="Supervised"))
@@ -47,7 +47,7 @@ def test_converged_probes_give_the_live_numbers_again(runs: Path, probed: Path) 
         live = read_records(runs / run).query("epoch == 2 and metric in ('ridge_probe', 'logistic_probe')")
         right = again[again["model"] == model].set_index(["metric", "layer"])["value"]
         left = live.set_index(["metric", "layer"])["value"]
-        assert len(left) >= 10
+        assert len(left) >= 6
         np.testing.assert_allclose(left, right.loc[left.index], atol=1e-9)
 
 

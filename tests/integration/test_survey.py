@@ -1,8 +1,6 @@
 """``python -m ssl_geometry.survey``: live numbers again, resumption, processes, known invariances, mistakes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from ssl_geometry.methods import Method, Published
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import main, metric_table, predict, read_targets, recipes_of, survey
-from tests.integration.test_fit import ROOT, clean_environment
+from tests.processes import finish, start_ranks
 from tests.unit.test_datasets import pixels, save
 
 SMALL = ["--neighbors.k=20", "--neighbors.copies=4", "--spectrum.copies=4"]
@@ -115,14 +113,9 @@ class TestASurvey:
             "--data.eval_batch_size=50",
             "--neighbors.layers=pooled",
         ]
-        done = subprocess.run(
-            [sys.executable, "-m", "ssl_geometry.survey", *arguments, f"--out={tmp_path / 'survey'}", "--devices=2"],
-            cwd=ROOT,
-            env=clean_environment(OMP_NUM_THREADS="1"),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        several = [*arguments, f"--out={tmp_path / 'survey'}"]
+        processes = start_ranks(2, several, tmp_path / "printed", command="ssl_geometry.survey")
+        assert [finish(process) for process in processes] == [0, 0], (tmp_path / "printed").read_text()[-3000:]
         survey([*arguments, f"--out={tmp_path / 'one'}"])
         keys = ["model", "metric", "view", "layer", "low"]
         left, right = (
