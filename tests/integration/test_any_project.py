@@ -341,3 +341,16 @@ def test_a_trainer_of_the_other_package(tmp_path: Path, images: MeasurementImage
     monitor: Any = GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN)
     pl.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[monitor], **options).fit(Module(), loader())
     assert set(rows(tmp_path)["epoch"]) == {0, 1}
+
+
+def test_two_networks_are_compared_by_one_call(images: MeasurementImages) -> None:
+    """Each with itself and with the other, as Linear CKA is symmetric."""
+    a, b = (small_convnet_of(seed) for seed in (0, 1))
+    pairs = []
+    for one, other in ((a, b), (b, a)):
+        reference = Subject(other, CLEAN, name="other")
+        found = measure(one, images, [CKA(gram_size=8)], clean=CLEAN, references=[reference]).rows
+        assert set(found["model_other"]) == {"network", "other"}
+        shape = {"index": "layer", "columns": "layer_other", "values": "value"}
+        pairs.append(found.query("model_other == 'other'").pivot(**shape))
+    pd.testing.assert_frame_equal(pairs[0], pairs[1].T, check_names=False)
