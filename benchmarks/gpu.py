@@ -499,8 +499,9 @@ def epochs(args: argparse.Namespace) -> Iterator[Row]:
             }
             if args.tiny:
                 given |= {
-                    "model.backbone": "resnet10", "model.width": 0.25, "model.image_size": 16, "data.image_size": 16,
+                    "model.backbone": "resnet10", "model.width": 1 / 16, "model.image_size": 16, "data.image_size": 16,
                     "data.batch_size": 64, "data.measure_size": 40, "trainer.precision": "32-true", "neighbors.k": 5,
+                    "cka.layers": "stages", "invariance.layers": "pooled", "neighbors.copies": 3, "spectrum.copies": 2,
                 }  # fmt: skip
             began = time.perf_counter()
             fit("--config", str(config), *(f"--{key}={value}" for key, value in given.items()), *options)
