@@ -361,8 +361,8 @@ class FitCLI(LightningCLI):
             LogEveryEpoch(),
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
+            EvaluateAtStart(),  # before the monitor, which shares a pass with the evaluation of the same weights
             GeometryMonitor(self._measurements()),
-            EvaluateAtStart(),
             SeedSteps(self.settings["seed_everything"]),
             losses,
             self.stop_on_signal,

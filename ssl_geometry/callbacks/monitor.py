@@ -8,20 +8,22 @@ random number streams are left as they were found.
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import CKA, INITIAL
-from ssl_geometry.measure.engine import ImageSource, Measured, Measurement, Occasion, measure_together
+from ssl_geometry.measure.engine import ImageSource, Measured, Measurement, Occasion, Part, Pass
 from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
 from ssl_geometry.measure.neighbors import Neighborhoods
@@ -73,6 +75,7 @@ class GeometryMonitor(L.Callback):
         self.seconds = 0.0
         self.curves: list[Row] = []  # of all measured epochs: what curves over epochs show
         self._due: list[Measurement] = []  # that are measured in this training at all
+        self._shared: tuple[Pass, list[Tensor]] | None = None  # that validation has begun, with which weights
         self._records: RecordsLogger | None = None
 
     @property
@@ -85,7 +88,7 @@ class GeometryMonitor(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find network and images, and hold the measurements to them before hours of training."""
         if trainer.global_step == 0:
-            self._due, self._records = [], None  # of another training before
+            self._due, self._shared, self._records = [], None, None  # of another training before
         on = [measurement for measurement in self.measurements if self._every(measurement)]
         if not on:
             return
@@ -148,24 +151,71 @@ class GeometryMonitor(L.Callback):
         return [measurement for measurement in self._due if isinstance(measurement, Probes)]
 
     def _measure(self, trainer: L.Trainer, epoch: int) -> None:
-        last = is_last(trainer, epoch)
-        due = [measurement for measurement in self._due if epoch % self._every(measurement) == 0 or last]
-        if not due:
+        if not (due := self._due_at(trainer, epoch)):
             return
         started = time.perf_counter()
-        occasion = Occasion(self._subject, self._images, run_name(trainer), epoch, trainer.global_step)
-        try:
-            found = measure_together(due, occasion)
-        except UserError:
-            raise
-        except ValueError as error:  # features or labels that mean nothing
-            raise UserError(f"measured after {epoch} epochs: {error}") from error
+        occasion = self._occasion(trainer, epoch)
+        with _one_line(epoch):
+            found = self._pass(due, occasion).finish()
         if trainer.is_global_zero:
             names = part_names(trainer)
             for measurement, measured in zip(due, found, strict=True):
                 self.curves += curve_rows(measured.rows)
                 log(trainer, self._store(trainer), measured, self.curves, occasion, names[measurement])
         self.seconds += time.perf_counter() - started
+
+    def _due_at(self, trainer: L.Trainer, epoch: int) -> list[Measurement]:
+        last = is_last(trainer, epoch)
+        return [measurement for measurement in self._due if epoch % self._every(measurement) == 0 or last]
+
+    def _occasion(self, trainer: L.Trainer, epoch: int) -> Occasion:
+        return Occasion(self._subject, self._images, run_name(trainer), epoch, trainer.global_step)
+
+    # -- the labelled training images, whose features validation needs as well -------------------------------------
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where measurements of this epoch need training images, validation runs that part of their pass."""
+        self._shared = None
+        if not (trainer.state.fn == "fit" and self._due and isinstance(pl_module, Method) and self._agrees(pl_module)):
+            return
+        epoch = trainer.current_epoch + 1 if trainer.global_step else 0
+        begun = Pass(self._due_at(trainer, epoch), self._occasion(trainer, epoch))
+        bank = [request for asked in begun.asked.values() for request in asked if request.split == "bank"]
+        if bank and all((request.view, request.draw) == ("clean", 0) for request in bank):
+            part = bank[0].split, bank[0].images
+            images = len(self._images.loader(*part).sampler.rows)
+            pl_module.shared_bank = images, self._bank_features(pl_module, begun, part)
+
+    def _agrees(self, method: Method) -> bool:
+        """Whether validation computes the features that are measured."""
+        same = self._subject.network is method and self._images is method.trainer.datamodule  # type: ignore[attr-defined]
+        return same and method.hparams["eval_precision"] == "float32" and type(method).features is Method.features
+
+    def _bank_features(self, method: Method, begun: Pass, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Run a part of the pass, once validation begins to take what the backbone gives, and the labels."""
+        started = time.perf_counter()
+        outputs: list[Tensor] = []
+        hook = method.backbone.register_forward_hook(
+            lambda *call: outputs.append(call[-1].to(torch.float32, copy=True))
+        )
+        try:
+            with _one_line(begun.occasion.epoch):
+                for batch in begun.run(part):
+                    yield outputs.pop(), batch["label"]
+        finally:
+            hook.remove()
+        self._shared = begun, [tensor.clone() for tensor in _weights(method)]
+        self.seconds += time.perf_counter() - started
+
+    def _pass(self, due: list[Measurement], occasion: Occasion) -> Pass:
+        """The one that validation began, if its measurements, step and weights are these; else a new one."""
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            begun, weights = shared
+            same = list(begun.asked) == due and begun.occasion == occasion
+            if same and all(map(torch.equal, weights, _weights(occasion.subject.network))):  # not averaged ones
+                return begun
+        return Pass(due, occasion)
 
     # -- what it measures ------------------------------------------------------------------------------------------
 
@@ -244,6 +294,20 @@ class GeometryMonitor(L.Callback):
 
     def _by_name(self) -> dict[str, Measurement]:
         return {f"{type(item).__name__} {number}": item for number, item in enumerate(self.measurements)}
+
+
+@contextmanager
+def _one_line(epoch: int) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:  # features or labels that mean nothing
+        raise UserError(f"measured after {epoch} epochs: {error}") from error
+
+
+def _weights(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def _attribute(module: nn.Module, path: str, argument: str) -> nn.Module:

@@ -168,7 +168,7 @@ class DataModule(L.LightningDataModule):
 
     def _check_evaluation(self) -> None:
         """Before hours of training: every process gets images in every batch of what is evaluated."""
-        for split, option in (("val", "val_fraction"), ("test", "limit_test"), ("bank", "eval_batch_size")):
+        for split, option in (("val", "val_fraction"), ("test", "limit_test")):
             n = len(self._rows[split])
             parts = (evenly(n, self.eval_batch_size, rank, self._world_size) for rank in range(self._world_size))
             if n and any(part.start == part.stop for part in itertools.chain.from_iterable(parts)):
@@ -271,7 +271,7 @@ class DataModule(L.LightningDataModule):
                 f"leaves out {self.num_train % fewer}"
             )
         slices = shares(self.num_train, self.batch_size, self._rank, self._world_size)
-        self._train_loader = self._loader("train", slices, self.seed)
+        self._train_loader = self._loader("train", self._rows["train"], slices, self.seed)
         self._train_loader.load_state_dict(self._resume)
         return self._train_loader
 
@@ -295,27 +295,25 @@ class DataModule(L.LightningDataModule):
         """The test split in fixed order, the same number of batches in each process."""
         return self._evaluation("test")
 
-    def bank_dataloader(self) -> Loader:
-        """At most 50,000 training images to find nearest neighbours in; as many batches in each process."""
-        return self._evaluation("bank")
-
     def loader(
         self,
         split: Literal["train", "val", "test", "measure", "bank"],
         images: int | None = None,
         seed: int | None = None,
+        after: int = 0,
     ) -> Loader:
         """Batches of ``eval_batch_size``; process r of R gets the batches r, r + R, … of the one list.
 
         Args:
             split: which images; measure is the part of the test split that measurements look at, bank the labelled
-                training images that probes learn from (at most 50,000).
+                training images that probes learn from and nearest neighbours are found in (at most 50,000).
             images: the first so many of the stratified order, which hold the classes in proportion; None takes all.
             seed: shuffles them anew in each epoch (see :class:`BatchPlan`); None leaves them in their fixed order.
+            after: leaves out the first so many.
         """
-        rows = self._first(split, images)
+        rows = self._first(split, images)[after:]
         slices = every_nth(len(rows), self.eval_batch_size, self._rank, self._world_size)
-        return self._loader(split, slices, seed, images)
+        return self._loader(split, rows, slices, seed)
 
     def _first(self, split: str, images: int | None) -> Int64[Tensor, " n"]:
         """Rows of the first so many images of the split's stratified order, in the order of the split."""
@@ -325,11 +323,11 @@ class DataModule(L.LightningDataModule):
         return rows[rows < images] if split == "measure" else rows[:images]
 
     def _evaluation(self, split: str) -> Loader:
-        n = len(self._rows[split])
-        return self._loader(split, evenly(n, self.eval_batch_size, self._rank, self._world_size))
+        rows = self._rows[split]
+        return self._loader(split, rows, evenly(len(rows), self.eval_batch_size, self._rank, self._world_size))
 
-    def _loader(self, split: str, slices: list[slice], seed: int | None = None, first: int | None = None) -> Loader:
-        images, plan = self._images(split), BatchPlan(self._first(split, first), slices, seed)
+    def _loader(self, split: str, rows: Tensor, slices: list[slice], seed: int | None = None) -> Loader:
+        images, plan = self._images(split), BatchPlan(rows, slices, seed)
         if self._on_device:
             return Loader(images, plan)
         workers = min(8, self._cores - 1) if self.num_workers is None else self.num_workers
@@ -389,7 +387,7 @@ class DataModule(L.LightningDataModule):
             images, rows = self._images("measure"), self._rows["measure"]
             digest = hashlib.sha256(f"{Path(self.dataset).name} {self.image_shape}".encode())
             digest.update(images.index[rows].cpu().numpy().tobytes())
-            for batch in self._loader("measure", every_nth(len(rows), self.eval_batch_size)):
+            for batch in self._loader("measure", rows, every_nth(len(rows), self.eval_batch_size)):
                 digest.update(batch["image"].cpu().numpy().tobytes())
             self._measure_ids = digest.hexdigest()[:16]
         return self._measure_ids

@@ -215,26 +215,75 @@ def measure_together(
     Returns:
         What each of them found, the same on every process.
     """
-    subject = occasion.subject
-    requests = [tuple(measurement.requests(subject)) for measurement in measurements]
-    for measurement in measurements:
-        measurement.begin(occasion)
-    wanted = [request for asked in requests for request in asked]
-    rank, world_size = this_process()
-    with measuring(subject.network):
+    return Pass(measurements, occasion).finish(advance, together)
+
+
+Part = tuple[Split, int | None]
+"""A set of images: the first so many of a split, or all."""
+
+
+class Pass:
+    """The pass of :func:`measure_together`, whose parts may be run one by one while the network stays as it is.
+
+    A measurement begins with the first part that it asks for: of a pass that is given up, the others know nothing.
+
+    Args:
+        measurements: prepared ones.
+        occasion: what is measured, on which images, and when.
+    """
+
+    def __init__(self, measurements: Sequence[Measurement], occasion: Occasion) -> None:
+        self.occasion = occasion
+        self.asked = {item: tuple(item.requests(occasion.subject)) for item in measurements}
+        self.left = splits(request for asked in self.asked.values() for request in asked)
+        self._begun: set[Measurement] = set()
+
+    def run(self, part: Part) -> Iterator[Mapping[str, Tensor]]:
+        """Run the network over the images of one part, for all that ask for them.
+
+        Args:
+            part: one of those that are left.
+
+        Yields:
+            Each batch of this process, once it was measured.
+        """
+        self.left.remove(part)
+        subject = self.occasion.subject
+        here = {item: [r for r in asked if (r.split, r.images) == part] for item, asked in self.asked.items()}
+        here = {item: asked for item, asked in here.items() if asked}
+        self._begin(here)
+        rank, world_size = this_process()
+        with measuring(subject.network):
+            batches = self.occasion.images.loader(*part)
+            wanted = [request for asked in here.values() for request in asked]
+            for count, (batch, reduced) in enumerate(forward_pass(subject, batches, wanted)):
+                for measurement, asked in here.items():
+                    mine = {request: reduced[request] for request in asked}
+                    measurement.update(count * world_size + rank, mine, batch)
+                yield batch
+
+    def finish(
+        self,
+        advance: Callable[[], None] = lambda: None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> list[Measured]:
+        """Run what is left; see :func:`measure_together`."""
+        self._begin(self.asked)
         with together():
-            for split, images in splits(wanted):
-                here = [request for request in wanted if (request.split, request.images) == (split, images)]
-                batches = occasion.images.loader(split, images)
-                for count, (batch, reduced) in enumerate(forward_pass(subject, batches, here)):
-                    for measurement, asked in zip(measurements, requests, strict=True):
-                        if mine := {request: reduced[request] for request in asked if request in reduced}:
-                            measurement.update(count * world_size + rank, mine, batch)
+            for part in list(self.left):
+                for _ in self.run(part):
                     advance()
-        return [measurement.finish(occasion) for measurement in measurements]
+        with measuring(self.occasion.subject.network):
+            return [measurement.finish(self.occasion) for measurement in self.asked]
+
+    def _begin(self, measurements: Iterable[Measurement]) -> None:
+        for measurement in measurements:
+            if measurement not in self._begun:
+                measurement.begin(self.occasion)
+                self._begun.add(measurement)
 
 
-def splits(requests: Iterable[Request]) -> list[tuple[Split, int | None]]:
+def splits(requests: Iterable[Request]) -> list[Part]:
     """The sets of images that requests ask for, each once."""
     return list(dict.fromkeys((request.split, request.images) for request in requests))
 

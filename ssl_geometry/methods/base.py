@@ -8,7 +8,7 @@ compiled.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 import lightning as L
@@ -47,6 +47,10 @@ NEIGHBORS = 20
 """Nearest training images that vote on an image to be classified."""
 NOT_THE_RECIPE = {"seed", "channels_last", "compile"}
 """Options of a method that seeds of one recipe may differ in."""
+
+SharedBank = tuple[int, Iterable[tuple[Tensor, Tensor]]]
+"""How many of the first images of the bank another one runs through the network; features and labels of each batch."""
+NOT_SHARED: SharedBank = (0, ())
 
 Optimizer = Literal["lars", "sgd", "adamw"]
 Precision = Literal["float32", "training"]
@@ -107,6 +111,8 @@ class Method(L.LightningModule):
     """How training views are made."""
     clean_view: View
     """How images are seen when they are measured."""
+    shared_bank: SharedBank = NOT_SHARED
+    """What the next evaluation takes over of its bank: float32 features, from a pass that serves others too."""
 
     def __init__(
         self,
@@ -315,17 +321,23 @@ class Method(L.LightningModule):
 
     def _fill_bank(self, precision: Precision) -> None:
         """Features of the clean training images that vote on the images to be classified."""
+        (first, shared), self.shared_bank = self.shared_bank, NOT_SHARED
         self.knn.reset()
-        if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.multi_label:
             return  # neighbours vote for one class
-        bank = self.trainer.datamodule.bank_dataloader()  # type: ignore[attr-defined]
-        n = len(bank.sampler.rows)
+        n = len(data.loader("bank").sampler.rows)
         if self.knn.k != min(NEIGHBORS, n):  # said once, and not at every validation
             there = f"there are {n} labelled training images"
             self.knn.k = size_within("nearest neighbours that vote:", None, NEIGHBORS, n, there)
-        for batch in bank:
+        for features, labels in shared:
+            self.knn.update_bank(features, labels)
+        for batch in data.loader("bank", after=first):
             features = self.features(batch["image"].to(self.device), precision)
             self.knn.update_bank(features, batch["label"].to(self.device))
+        if not self.knn.bank:  # of several processes, this one had no batch
+            none = torch.empty(0, device=self.device)
+            self.knn.update_bank(none.expand(0, self.num_features), none.long())
 
     def on_validation_epoch_start(self) -> None:
         """The bank is filled anew: the backbone has moved."""

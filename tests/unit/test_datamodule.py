@@ -236,7 +236,7 @@ def test_limits_keep_the_classes_in_proportion():
 def test_the_bank_is_a_stratified_part_of_what_is_trained_on(monkeypatch):
     monkeypatch.setattr(datamodule, "BANK_SIZE", 200)
     data = digits()
-    bank = list(data.bank_dataloader())
+    bank = list(data.loader("bank"))
     counts = np.bincount(np.concatenate([batch["label"] for batch in bank]))
     assert (counts.sum(), counts.min() >= 18, counts.max() <= 22) == (200, True, True)
     assert {i for batch in bank for i in batch["index"].tolist()} <= set(flat(indices(data.loader("train"))))

@@ -1,5 +1,6 @@
 """Measuring is one pass for all measurements that are due, and changes nothing."""
 
+import math
 import multiprocessing as mp
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks import GeometryMonitor, RecordsLogger
+from ssl_geometry.callbacks import EvaluateAtStart, FlushRecords, GeometryMonitor, RecordsLogger
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import FLOAT32_SWITCHES
@@ -61,20 +63,22 @@ def run(
     epochs: int = 1,
     method: Method | None = None,
     logger: RecordsLogger | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    **options: Any,
 ) -> L.Trainer:
     data = DataModule("digits", limit_train=128, measure_size=100, eval_batch_size=40, batch_size=64)
     trainer = L.Trainer(
         max_epochs=epochs,
         default_root_dir=tmp_path,
-        callbacks=[GeometryMonitor(measurements)],
+        callbacks=[*callbacks, GeometryMonitor(measurements)],
         logger=logger or False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
         log_every_n_steps=1,
         accelerator="cpu",
         use_distributed_sampler=False,
+        **{"limit_val_batches": 0, **options},
     )
     trainer.fit(method or SimCLR(**SMALL), data)
     return trainer
@@ -115,6 +119,69 @@ def test_training_images_are_one_pass_too(tmp_path: Path) -> None:
     assert calls.count(False) == 2 * (3 + 3) + 1, "at two epochs three batches of either split; one dummy image"
     assert calls.count(True) == 2, "online probes listen to the steps"
     assert not any(module._forward_hooks for module in method.backbone.layer1.modules())
+
+
+class Elsewhere(L.Callback):
+    """While it is validated, the network has other weights, as with Lightning's averaging of weights."""
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.kept = [weight.data.clone() for weight in pl_module.parameters()]
+        for number, weight in enumerate(pl_module.parameters()):
+            weight.data.mul_(1 + 0.1 * math.sin(number))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for weight, kept in zip(pl_module.parameters(), self.kept, strict=True):
+            weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    ("train_images", "precision", "options", "callbacks", "validations", "shared"),
+    [
+        (90, "32-true", {}, [], 2, True),
+        (10_000, "64-true", {"val_check_interval": 1}, [], 3, True),
+        (90, "bf16-mixed", {}, [], 2, False),
+        (90, "32-true", {}, [Elsewhere()], 2, False),
+    ],
+    ids=["some of the bank", "all of it, and in mid-epoch", "in another precision", "of other weights"],
+)
+def test_nearest_neighbours_and_probes_share_a_pass_over_training_images(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train_images: int,
+    precision: str,
+    options: dict[str, Any],
+    callbacks: list[L.Callback],
+    validations: int,
+    shared: bool,
+) -> None:
+    """128 images are in the bank, 144 validated, 100 measured. Each has the numbers that it has without the other."""
+    monkeypatch.setattr(RecordsLogger, "save_figures", lambda *_: None)
+
+    def trained(name: str, measurements: list[Measurement], validates: bool) -> tuple[pd.DataFrame, int, Method]:
+        torch.manual_seed(0)
+        method, seen = SimCLR(**SMALL, eval_precision="float32" if precision != "bf16-mixed" else "training"), []
+        method.backbone.register_forward_pre_hook(lambda net, args: None if net.training else seen.append(len(args[0])))
+        logger = RecordsLogger(tmp_path / "e" / name)
+        evaluation = [*callbacks, EvaluateAtStart()] if validates else []
+        more = {"precision": precision, "limit_val_batches": float(validates), "num_sanity_val_steps": 0, **options}
+        run(tmp_path, measurements, 1, method, logger, [FlushRecords(), *evaluation], **more)
+        records = read_records(tmp_path / "e" / name)
+        records = records[records["metric"].str.contains("ridge_probe|val/knn")]
+        return records[["metric", "layer", "epoch", "value", "protocol"]].reset_index(drop=True), sum(seen), method
+
+    learned = min(train_images, 128)
+    probes = [Probes(layers=["stages"], train_images=train_images) for _ in range(2)]
+    both, images, method = trained("both", [probes[0]], True)
+    measured, for_probes, other = trained("measured", [probes[1]], False)
+    evaluated, for_neighbours, _ = trained("evaluated", [], True)
+    assert for_probes == 1 + 2 * (learned + 100), "one dummy image; at two epochs"
+    assert for_neighbours == validations * (128 + 144)
+    assert images == for_probes + for_neighbours - shared * 2 * learned
+    assert len(evaluated) == validations
+    expected = pd.concat([measured, evaluated]).sort_values(["metric", "layer", "epoch"], ignore_index=True)
+    both = both.sort_values(["metric", "layer", "epoch"], ignore_index=True)
+    pd.testing.assert_frame_equal(both, expected, check_exact=True)
+    assert all(map(torch.equal, method.state_dict().values(), other.state_dict().values()))
 
 
 @pytest.mark.parametrize("backend", ["eager"])
