@@ -309,7 +309,7 @@ class DataModule(L.LightningDataModule):
                 training images that probes learn from and nearest neighbours are found in (at most 50,000).
             images: the first so many of the stratified order, which hold the classes in proportion; None takes all.
             seed: shuffles them anew in each epoch (see :class:`BatchPlan`); None leaves them in their fixed order.
-            after: leaves out the first so many.
+            after: leaves out so many at the beginning.
         """
         rows = self._first(split, images)[after:]
         slices = every_nth(len(rows), self.eval_batch_size, self._rank, self._world_size)

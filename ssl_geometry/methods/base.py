@@ -336,8 +336,8 @@ class Method(L.LightningModule):
             features = self.features(batch["image"].to(self.device), precision)
             self.knn.update_bank(features, batch["label"].to(self.device))
         if not self.knn.bank:  # of several processes, this one had no batch
-            none = torch.empty(0, device=self.device)
-            self.knn.update_bank(none.expand(0, self.num_features), none.long())
+            none = torch.empty(0, self.num_features, device=self.device)
+            self.knn.update_bank(none, none[:, 0].long())
 
     def on_validation_epoch_start(self) -> None:
         """The bank is filled anew: the backbone has moved."""

@@ -47,7 +47,7 @@ class KNNAccuracy(Metric):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update_bank(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> None:
-        """Add images of known class, each once over all ranks; every rank must add some."""
+        """Add images of known class, each once over all ranks; every rank must add a batch, which may be empty."""
         self._computed = None  # what was computed before knew less
         self.bank.append(features.detach().float())
         self.bank_labels.append(labels)

@@ -20,7 +20,7 @@ from tests.processes import finish, start_ranks
 KEYS = ["metric", "split", "epoch", "step", "layer", "layer_other", "view"]
 
 
-def train(runs: Path, processes: int, method: str) -> Path:
+def train(runs: Path, processes: int, method: str, batch: int) -> Path:
     options = [
         f"--model=ssl_geometry.methods.{method}",
         *SMALL,
@@ -29,9 +29,11 @@ def train(runs: Path, processes: int, method: str) -> Path:
         "--data.limit_test=67",
         "--data.measure_size=67",
         "--data.batch_size=60",
-        "--data.eval_batch_size=25",
+        f"--data.eval_batch_size={batch}",
         "--trainer.precision=64-true",
         "--trainer.max_epochs=2",
+        "--trainer.check_val_every_n_epoch=1",
+        "--probes.train_images=200",  # of the 257; the others are evaluation's alone
         *(f"--{monitor}.layers=[layer1.0,layer4.0,pooled]" for monitor in ("cka", "invariance", "probes")),
         "--invariance.views=[own]",
         "--spectrum.every_n_epochs=1",
@@ -50,9 +52,14 @@ def train(runs: Path, processes: int, method: str) -> Path:
     return runs / "e" / str(processes)
 
 
-@pytest.mark.parametrize(("method", "counts"), [("SimCLR", (1, 2, 3)), ("Supervised", (1, 3))])
-def test_some_processes_train_the_network_of_one(tmp_path: Path, method: str, counts: tuple[int, ...]) -> None:
-    one, *others = (train(tmp_path, processes, method) for processes in counts)
+@pytest.mark.parametrize(
+    ("method", "counts", "batch"),
+    [("SimCLR", (1, 2, 3), 25), ("Supervised", (1, 3), 100)],  # one of three has no batch of training images
+)
+def test_some_processes_train_the_network_of_one(
+    tmp_path: Path, method: str, counts: tuple[int, ...], batch: int
+) -> None:
+    one, *others = (train(tmp_path, processes, method, batch) for processes in counts)
     expected = read_checkpoint(one / "checkpoints" / "last.ckpt", "")["state_dict"]
     for run in others:
         assert losses(run).index.tolist() == losses(one).index.tolist() == list(range(8))
@@ -66,7 +73,7 @@ def test_some_processes_train_the_network_of_one(tmp_path: Path, method: str, co
             frame = frame.sort_values([*KEYS, "model_other", "low"])  # of a quantile, which one stands in "low"
             frames.append(frame.set_index([*KEYS, "model_other"])[["value", "n"]])
         pd.testing.assert_index_equal(frames[0].index, frames[1].index)
-        assert {"online_probe", "ridge_probe", "nnk_degree", "affinity_quantile", "test/knn"} <= set(
+        assert {"online_probe", "ridge_probe", "nnk_degree", "affinity_quantile", "val/knn", "test/knn"} <= set(
             frames[0].index.get_level_values("metric")
         )
         pd.testing.assert_frame_equal(frames[1], frames[0], rtol=1e-6, atol=1e-9)

@@ -103,22 +103,23 @@ def test_mutual_knn(ranks: Ranks, images: int) -> None:
         assert torch.equal(got, expected)
 
 
-def knn(rank: int, world_size: int) -> Tensor:
+def knn(rank: int, world_size: int, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     # Of few values: many are equally near, and the ranks hold them in another order than one process.
     bank, queries = (torch.randn(n, 3, generator=generator).round() + 5 for n in (101, 53))
     labels, truth = torch.randint(4, (101,), generator=generator), torch.randint(4, (53,), generator=generator)
     metric = KNNAccuracy(k=5)
-    for part in list(torch.arange(101).split(10))[rank::world_size]:
+    for part in list(torch.arange(101).split(batch))[rank::world_size] or [torch.arange(0)]:
         metric.update_bank(bank[part], labels[part])
     for part in list(torch.arange(53).split(10))[rank::world_size]:
         metric.update(queries[part], truth[part])
     return metric.compute()
 
 
-def test_knn(ranks: Ranks) -> None:
-    expected = knn(0, 1)
-    assert {float(value) for value in ranks(knn)} == {float(expected)}
+@pytest.mark.parametrize("batch", [10, 101], ids=["uneven", "one rank has all"])
+def test_knn(ranks: Ranks, batch: int) -> None:
+    expected = knn(0, 1, batch)
+    assert {float(value) for value in ranks(knn, batch)} == {float(expected)}
 
 
 def converged_probe(rank: int, world_size: int, kind: str, batch: int) -> dict[str, Tensor]:
