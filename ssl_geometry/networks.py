@@ -120,7 +120,8 @@ def parse_networks(
         it then, ``layers_option`` where they were given (see :func:`chosen_layers`).
 
     Raises:
-        UserError: no such device, a folder of results that is a training run, or results that would be overwritten.
+        UserError: no such device, a folder of results that is a training run, or results that would be overwritten,
+            unless by the SLURM job that wrote them and was put back into the queue.
     """
     configs = run_configs(args)
     layers_option = f"{group}.layers"
@@ -160,7 +161,8 @@ def parse_networks(
         raise UserError(
             f"--out {options.out} is a training run, whose records these would replace: choose another folder"
         )
-    if (options.out / "records").exists() and not options.get("overwrite", True):
+    is_again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # of this job, whose own results these are
+    if (options.out / "records").exists() and not (options.get("overwrite", True) or is_again):
         raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
     return options
 

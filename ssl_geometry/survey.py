@@ -27,7 +27,6 @@ from torch import nn
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import memory_for_measuring
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.prediction import (
     group,
@@ -40,14 +39,17 @@ from ssl_geometry.geometry.prediction import (
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import as_options
 from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates
+from ssl_geometry.measure.processes import of_each
 from ssl_geometry.methods import Method
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.networks import (
     Sources,
+    by_turns,
     chosen_layers,
     launch,
     networks_parser,
     parse_networks,
+    together,
     unchanged,
 )
 from ssl_geometry.ranges import at_least
@@ -98,7 +100,7 @@ def survey_model(
         for measurement in measurements:
             measurement.prepare(subject, data)
         occasion = Occasion(subject, data, options.out.name, epoch)
-        found = measure_together(measurements, occasion, lambda: progress.advance(task))
+        found = measure_together(measurements, occasion, lambda: progress.advance(task), lambda: together(options))
     except ValueError as error:
         raise UserError(f"--models {name}: {error}") from error
     progress.remove_task(task)
@@ -559,52 +561,56 @@ def survey(args: Sequence[str]) -> Path:
     options = _parse(args)
     fabric = launch(options)
     out, data, console = options.out, options.data, Console(quiet=not fabric.is_global_zero)
-    with fabric.rank_zero_first(local=True):  # downloads
-        networks = load_networks(options.models)
-        data.prepare_data()
-    recipes = recipes_of(networks, options)
-    if options.targets:  # tell mistakes
-        read_targets(options.targets, {name: _source(method) for name, (method, _) in networks.items()}, recipes)
-    for method, _ in networks.values():
-        chosen_layers(method.backbone, options)
-    data.setup("test")
-    if data.multi_label:
-        raise UserError(f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several")
-    options.k = candidates("--neighbors.k", options.neighbors.k, data)
-    _report_small_classes(options, data, console)
+    networks = by_turns(lambda: load_networks(options.models), options, fabric)
+    by_turns(data.prepare_data, options, fabric)
+    with together(options):
+        recipes = recipes_of(networks, options)
+        if options.targets:  # tell mistakes
+            read_targets(options.targets, {name: _source(method) for name, (method, _) in networks.items()}, recipes)
+        for method, _ in networks.values():
+            chosen_layers(method.backbone, options)
+        data.setup("test")
+        if data.multi_label:
+            raise UserError(
+                f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several"
+            )
+        options.k = candidates("--neighbors.k", options.neighbors.k, data)
+        _report_small_classes(options, data, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
     columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = Console(stderr=True, quiet=not fabric.is_global_zero)
-    with memory_for_measuring(options), Progress(*columns, console=quiet) as progress:
+    with Progress(*columns, console=quiet) as progress:
         overall = progress.add_task("all models", total=len(networks))
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
-            fact = _facts(method, epoch, data, options)
-            facts[name] = fact
-            if fabric.broadcast(known.get(name) == fact and bool(store.read_part(f"models/{name}"))):
+            with together(options):
+                fact = facts[name] = _facts(method, epoch, data, options)
+                is_there = known.get(name) == fact and bool(store.read_part(f"models/{name}"))
+            if of_each(is_there)[0]:
                 console.print(f"        kept  {name}", highlight=False, soft_wrap=True)
             else:
-                rows, protocols = survey_model(
-                    name, method.to(fabric.device), epoch or 0, data, options, fabric, progress
-                )
-                if fabric.is_global_zero:
-                    store.write(f"models/{name}", rows, protocols)
-                    known[name] = fact
-                    write_whole(
-                        notes, lambda path: path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-                    )
+                with together(options):
+                    there = method.to(fabric.device)
+                    rows, protocols = survey_model(name, there, epoch or 0, data, options, fabric, progress)
+                    if fabric.is_global_zero:
+                        store.write(f"models/{name}", rows, protocols)
+                        known[name] = fact
+                        write_whole(
+                            notes, lambda path: path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                        )
+                    del there
                 console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
             del method
             progress.advance(overall)
-    if fabric.is_global_zero:
-        for path in report(out, facts, recipes, options):
-            kind = "table" if path.suffix == ".md" else "picture"
-            console.print(f"{kind:>12}  {path}", highlight=False, soft_wrap=True)
-        console.print(f"     records  {out / 'records'}", highlight=False, soft_wrap=True)
-    fabric.barrier()
+    with together(options):
+        if fabric.is_global_zero:
+            for path in report(out, facts, recipes, options):
+                kind = "table" if path.suffix == ".md" else "picture"
+                console.print(f"{kind:>12}  {path}", highlight=False, soft_wrap=True)
+            console.print(f"     records  {out / 'records'}", highlight=False, soft_wrap=True)
     return out
 
 

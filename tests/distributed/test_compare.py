@@ -1,4 +1,4 @@
-"""``compare`` on 2 and 3 processes: the numbers of one, one line for a mistake, and one exit code."""
+"""``compare`` (and ``survey``) on 2 and 3 processes: the numbers of one, one line for a mistake, and one exit code."""
 
 import errno
 import os
@@ -17,20 +17,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from ssl_geometry import compare
 from ssl_geometry.cli import run_command
 from ssl_geometry.errors import UserError
+from ssl_geometry.measure import Neighborhoods
 from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.measure.storage import BatchStorage
 from ssl_geometry.networks import by_turns, together
 from ssl_geometry.records import read_records
+from ssl_geometry.survey import survey
 from tests.distributed.conftest import Ranks
 from tests.processes import without_drawing
 
 OPTIONS = SimpleNamespace(data=SimpleNamespace(eval_batch_size=8), device="cpu", layers_option="--cka.layers")
-ARGS = [
+IMAGES = [
     *["--models", "a=random:resnet10@16", "b=random:resnet10@16:1", "--data.dataset=digits", "--device=cpu"],
-    *["--data.limit_test=70", "--data.measure_size=70", "--data.eval_batch_size=24", "--cka.gram_size=8"],
-    *["--cka.layers=stages", "--invariance.views=[flip]", "--permutations=3", "--show_neighbors=[69]"],
+    *["--data.limit_test=70", "--data.measure_size=70", "--data.eval_batch_size=24"],
 ]
 """70 images in batches of 24: no multiple of the processes, and the last batch is short."""
+OF_COMPARE = ["--cka.gram_size=8", "--cka.layers=stages", "--invariance.views=[flip]", "--permutations=3"]
+ARGS = [*IMAGES, *OF_COMPARE, "--show_neighbors=[69]"]
 Ended = tuple[int, str, str]
 """Exit code and what was printed."""
 
@@ -45,10 +48,7 @@ def ended(command: Any, args: list[str]) -> Ended:
     return code, out.getvalue(), err.getvalue()
 
 
-def compared(rank: int, world_size: int, args: list[str], in_files: bool = False, broken: int | None = None) -> Ended:
-    def update(*batch: Any) -> None:
-        raise UserError("image 7: cut short")
-
+def compared(rank: int, world_size: int, args: list[str], in_files: bool = False) -> Ended:
     with pytest.MonkeyPatch.context() as patch:
         without_drawing(patch)
         patch.setattr(rank_zero_only, "rank", rank)
@@ -57,9 +57,23 @@ def compared(rank: int, world_size: int, args: list[str], in_files: bool = False
             patch.setenv("LOCAL_RANK", str(rank))
         if in_files:
             patch.setattr(compare, "free_memory", lambda device: 0)
-        if broken == rank:
-            patch.setattr(compare.Kept, "update", update)
         return ended(compare.compare, [*args, f"--devices={world_size}"])
+
+
+def mistaken(rank: int, world_size: int, command: Any, args: list[str], cut_short: bool) -> Ended:
+    """Of the second process alone where an image is cut short."""
+
+    def update(*batch: Any) -> None:
+        raise UserError("image 7: cut short")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_zero_only, "rank", rank)
+        patch.setenv("NODE_RANK", "0")
+        patch.setenv("LOCAL_RANK", str(rank))
+        if cut_short and rank == 1:
+            for measurement in (compare.Kept, Neighborhoods):
+                patch.setattr(measurement, "update", update)
+        return ended(command, [*args, f"--devices={world_size}"])
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +102,20 @@ def test_processes_give_the_numbers_of_one(ranks: Ranks, alone: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("args", "broken", "line"),
-    [(["--cka.layers=layer9"], None, "--cka.layers='layer9' matches no layer"), ([], 1, "error: image 7: cut short")],
-    ids=["of all", "of one"],
+    ("command", "args", "line"),
+    [
+        (compare.compare, ["--cka.layers=layer9"], "--cka.layers='layer9' matches no layer"),
+        (compare.compare, [], "image 7: cut short"),
+        (survey, ["--neighbors.layers=layer9"], "--neighbors.layers='layer9' matches no layer"),
+        (survey, ["--neighbors.settings=[]", "--spectrum.copies=0"], "image 7: cut short"),
+    ],
+    ids=["compare: of all", "compare: of one", "survey: of all", "survey: of one"],
 )
 @pytest.mark.parametrize("ranks", [2], indirect=True)
 def test_a_mistake_is_one_line_of_the_first_process(
-    ranks: Ranks, tmp_path: Path, args: list[str], broken: int | None, line: str
+    ranks: Ranks, tmp_path: Path, command: Any, args: list[str], line: str
 ) -> None:
-    first, *others = ranks(compared, [*ARGS, f"--out={tmp_path}", "--overwrite=true", *args], False, broken)
+    first, *others = ranks(mistaken, command, [*IMAGES, f"--out={tmp_path}", *args], "cut short" in line)
     (said,) = [text for text in first[2].splitlines() if text.startswith("error:")]
     assert line in said
     assert first[0] == 2

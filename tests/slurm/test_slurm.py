@@ -6,6 +6,7 @@ The cluster runs on this machine (``slurm/local_cluster.sh``): Debian's slurm-wl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pandas as pd
 import pytest
 
 from ssl_geometry.callbacks.interruption import StopOnSignal
+from ssl_geometry.compare import compare
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import read_checkpoint
 from ssl_geometry.survey import survey
@@ -253,24 +255,29 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), "nobody is left to put it back into the queue"
 
 
-def test_two_nodes_share_the_images_of_a_survey(cluster: Cluster, undisturbed: Path) -> None:
-    args = [
-        "--models",
-        f"a={undisturbed}",
-        "b=random",
-        "--device=cpu",
+def test_two_nodes_share_the_images_of_a_survey_and_a_comparison(cluster: Cluster, undisturbed: Path) -> None:
+    common = ["--models", f"a={undisturbed}", "b=random", "--device=cpu", "--data.eval_batch_size=50"]
+    of_survey = [
         "--neighbors.k=10",
         "--neighbors.copies=3",
         "--neighbors.settings=[policy]",
+        "--neighbors.layers=pooled",
     ]
-    args += ["--data.eval_batch_size=50", "--neighbors.layers=pooled"]
-    two, one = (cluster.directory / name for name in ("survey_two", "survey_one"))
-    job = cluster.submit("survey.sbatch", *TWO_NODES, args=[*args, f"--out={two}"])
+    of_compare = ["--cka.layers=stages", "--cka.gram_size=10", "--invariance.views=[flip]", "--permutations=9"]
+    commands = {"survey": (survey, [*common, *of_survey]), "compare": (compare, [*common, *of_compare])}
+    lines = [
+        shlex.join(["bash", f"{ROOT}/slurm/{name}.sbatch", *args, f"--out={cluster.directory / name}_two"])
+        for name, (_, args) in commands.items()
+    ]
+    wrapped = ["--output=slurm-%j.out", f"--wrap={' && '.join(lines)}"]
+    job = cluster("sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", *TWO_NODES, *wrapped).strip()
     assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)
-    survey([*args, f"--out={one}"])
-    frames = [read_records(path).query("metric != 'nnk_jaccard'") for path in (two, one)]
-    assert len(frames[0]) == len(frames[1]) > 80
-    np.testing.assert_allclose(frames[0]["value"], frames[1]["value"], rtol=1e-9, atol=1e-12)
+    for name, (command, args) in commands.items():
+        two, one = (cluster.directory / f"{name}_{count}" for count in ("two", "one"))
+        command([*args, f"--out={one}"])
+        frames = [read_records(path).query("metric != 'nnk_jaccard'") for path in (two, one)]
+        assert len(frames[0]) == len(frames[1]) > 80
+        np.testing.assert_allclose(frames[0]["value"], frames[1]["value"], rtol=1e-9, atol=1e-12)
 
 
 def test_a_job_that_is_started_without_srun_is_told(cluster: Cluster) -> None:

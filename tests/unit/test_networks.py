@@ -131,3 +131,15 @@ def test_a_training_run_is_no_folder_for_results(
         with pytest.raises(UserError, match=rf"--out {tmp_path / name} is a training run, .*: choose another") as error:
             module._parse([*models, f"--out={tmp_path / name}", *more])
         assert "--overwrite" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", [compare, probe])
+def test_a_requeued_job_replaces_its_own_results(
+    runs: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    args = [*runs({}), f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="holds results already"):
+        module._parse(args)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert module._parse(args).out == tmp_path / "out"
