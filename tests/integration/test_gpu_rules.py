@@ -5,6 +5,7 @@ deterministic where that is asked for, and a tensor of the host in a collective 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from ssl_geometry.compare import compare
 from ssl_geometry.fit import fit
+from ssl_geometry.geometry import probes
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import survey
@@ -34,6 +36,14 @@ MONITORS = {
 ALL = [f"--{name}.{option}" for name, options in MONITORS.items() for option in options]
 OFF = [f"--{name}.every_n_epochs=0" for name in MONITORS]
 METRICS = {"cka", "invariance", "class_cka", "ridge_probe", "logistic_probe", "nnk_degree", "rankme"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps_of_a_solver() -> Iterator[None]:
+    """Each step is made of the same operations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "logistic_regression", partial(probes.logistic_regression, max_iterations=20))
+        yield
 
 
 @pytest.fixture(autouse=True)
