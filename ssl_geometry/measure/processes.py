@@ -64,6 +64,23 @@ def _gloo(world: object) -> dist.ProcessGroup:
     return group
 
 
+@contextmanager
+def reaching() -> Iterator[None]:
+    """What is exchanged in it over :func:`hosts` fails in one line where another process has ended.
+
+    Raises:
+        UserError: one has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]  # without its place in gloo
+        raise UserError(
+            f"another process has ended or cannot be reached ({reason}); its own output may say why; start the "
+            "command again"
+        ) from error
+
+
 def of_each(value: T) -> list[T]:
     """What each process has, in their order, on every process; every process must call it.
 
@@ -77,7 +94,8 @@ def of_each(value: T) -> list[T]:
     _, world_size = this_process()
     values = [value] * world_size
     if world_size > 1:
-        dist.all_gather_object(values, value, group=hosts())
+        with reaching():
+            dist.all_gather_object(values, value, group=hosts())
     return values
 
 

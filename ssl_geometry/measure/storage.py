@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.measure.processes import agreeing, hosts, this_process
+from ssl_geometry.measure.processes import agreeing, hosts, reaching, this_process
 
 
 def on_host(size: int, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> Tensor:
@@ -100,10 +100,11 @@ class BatchStorage:
             owner, turn = number % self._world_size, number // self._world_size
             if not size or rank not in (0, owner):
                 continue
-            if rank:
-                dist.send(self._places[turn], 0, group=hosts())
-            elif owner:
-                dist.recv(places[number], owner, group=hosts())
-            else:
-                places[number].copy_(self._places[turn])
+            with reaching():
+                if rank:
+                    dist.send(self._places[turn], 0, group=hosts())
+                elif owner:
+                    dist.recv(places[number], owner, group=hosts())
+                else:
+                    places[number].copy_(self._places[turn])
         return whole

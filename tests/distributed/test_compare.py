@@ -205,3 +205,17 @@ def turns(rank: int, world_size: int) -> float:
 def test_each_process_does_what_it_has_to(ranks: Ranks) -> None:
     found = ranks(turns)
     assert found == [np.random.default_rng(rank).random() for rank in range(len(found))]
+
+
+def test_a_process_that_has_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "[/x/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:8603. This is typical. See logs"
+        )
+
+    monkeypatch.setattr("ssl_geometry.measure.processes.this_process", lambda: (0, 2))
+    monkeypatch.setattr("ssl_geometry.measure.processes.hosts", lambda: None)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lost)
+    with pytest.raises(UserError, match=r"^another process has ended .*\(.*peer \[127.0.0.1\]:8603\); its own output"):
+        with together(OPTIONS):
+            pass
