@@ -21,6 +21,7 @@ from ssl_geometry.survey import survey
 from tests.fake_cuda import on_a_gpu
 from tests.integration.test_fit import SMALL
 
+pytestmark = pytest.mark.filterwarnings("ignore:logistic regression of .* stopped before the optimum")
 FEW = [
     *("--data.limit_train=128", "--data.limit_test=64", "--data.measure_size=64", "--data.eval_batch_size=64"),
     *("--trainer.accelerator=cuda", "--trainer.devices=1", "--trainer.precision=bf16-mixed"),
