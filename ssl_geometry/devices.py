@@ -168,22 +168,6 @@ def check_torchrun(accelerator: Any, devices: Any, nodes: int, prefix: str) -> N
         )
 
 
-def check_alone(command: str) -> None:
-    """Refuse to be started several times: each process would replace the results of the others.
-
-    Args:
-        command: its name.
-
-    Raises:
-        UserError: by ``srun`` with several tasks, or torchrun.
-    """
-    if (count := processes_started()) > 1:
-        raise UserError(
-            f"{command} measures in one process, and {count} were started, which would replace each other's results: "
-            "start it once, in a job with srun --nodes=1 --ntasks=1"
-        )
-
-
 class ManyDevices(L.Callback):
     """One line where ``--trainer.devices auto`` has taken more GPUs than the training is worth."""
 

@@ -7,17 +7,19 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.models.taps import layer_names, present
 from ssl_geometry.ranges import at_least
@@ -35,6 +37,7 @@ MODELS = (
     "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""
+P = ParamSpec("P")
 T = TypeVar("T")
 Convert = Callable[[Any], Any]
 Sources = Mapping[str, Mapping[str, Convert]]
@@ -206,6 +209,24 @@ def launch(options: Any) -> L.Fabric:
     fabric = L.Fabric(accelerator=accelerator, **given)
     fabric.launch()
     return fabric
+
+
+def said_once(command: Callable[P, T]) -> Callable[P, T]:
+    """A command whose mistakes all of its processes find: the first one says so, and all end with its code.
+
+    Before the processes meet, each reads the same command line; afterwards they agree (:func:`together`).
+    """
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            if getattr(rank_zero_only, "rank", 0):
+                raise Interrupted("", ExitCode.MISTAKE) from error
+            raise
+
+    return run
 
 
 @contextmanager

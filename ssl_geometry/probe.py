@@ -6,6 +6,9 @@
 Protocol: the encoder is frozen, in evaluation mode, float32; features are averaged over space; training images are the
 clean labelled ones of the run, test images the whole test split, read once. Hyper-parameters are chosen on a fixed
 tenth of the training images. An untrained network and the raw pixels stand in the same table.
+
+Several processes share the images wherever a frozen network runs over them; the first one learns the classifiers, and
+fine-tunes.
 """
 
 import logging
@@ -14,7 +17,8 @@ import re
 import shutil
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,12 +32,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
-from ssl_geometry.cli import run_command
+from ssl_geometry.cli import OF_THE_MACHINE, run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
-from ssl_geometry.data.loader import size_within
-from ssl_geometry.devices import check_alone, free_memory, out_of_memory
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.data.loader import BatchPlan, size_within
+from ssl_geometry.devices import free_memory, out_of_memory
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
 from ssl_geometry.geometry.neighbors import RANKING
 from ssl_geometry.geometry.probes import (
@@ -41,6 +45,7 @@ from ssl_geometry.geometry.probes import (
     FOLDS,
     L2,
     accuracies,
+    check_features,
     converged_probes,
     converged_probes_bytes,
     held_out,
@@ -49,7 +54,8 @@ from ssl_geometry.geometry.probes import (
     ridge_probe_of_few,
     ridge_sums,
 )
-from ssl_geometry.measure.engine import as_options, forward_pass, layer_widths, measuring
+from ssl_geometry.measure.engine import Occasion, as_options, layer_widths, measure_together
+from ssl_geometry.measure.features import Features
 from ssl_geometry.measure.probes import (
     FEW_SELECTION,
     LAYERS,
@@ -60,12 +66,22 @@ from ssl_geometry.measure.probes import (
     probe_protocol,
     probe_rows,
 )
-from ssl_geometry.measure.requests import Request, pooled
+from ssl_geometry.measure.processes import agreeing, alone, is_agreed, of_each, this_process
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import Method, Supervised
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.metrics.probe_bank import MOMENTUM
-from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
+from ssl_geometry.networks import (
+    Sources,
+    by_turns,
+    chosen_layers,
+    launch,
+    networks_parser,
+    parse_networks,
+    said_once,
+    together,
+    unchanged,
+)
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
@@ -144,17 +160,19 @@ class LabelledImages(DataModule):
 
 @dataclass
 class FrozenFeatures:
-    """One network, and the features of all images, on the device that measures."""
+    """One network, and the features of all images, on the device that measures; in the first process, that is."""
 
     name: str
     method: Method
     epoch: int
     depths: dict[str, float]
-    train: dict[str, Tensor]
+    train: Mapping[str, Tensor]
     train_labels: Tensor
     train_index: Tensor
-    test: dict[str, Tensor]
+    test: Mapping[str, Tensor]
     test_labels: Tensor
+    folder: Path | None = None
+    """Where features are kept that do not fit into memory."""
 
     def share(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Pooled features and labels of some training images."""
@@ -166,60 +184,93 @@ Found = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def extract(
-    name: str, method: Method, epoch: int | None, data: DataModule, options: Any, progress: Any
+    name: str, method: Method, epoch: int | None, options: Any, progress: Any, console: Console
 ) -> FrozenFeatures:
-    """Features of clean training and test images, each image seen once.
+    """Features of clean training and test images, each image seen once, by one of the processes.
 
     Raises:
-        UserError: features that do not fit into memory, or are not finite.
+        UserError: features that fit neither into memory nor on the disk.
+        ValueError: features that are not finite.
     """
+    data = options.data
     wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method, options), POOLED]
-    subject = Subject.of(method)
+    subject = Subject.of(method, name)
     layers = subject.layers(wanted, option=options.layers_option)
-    widths = layer_widths(subject, layers, data.image_shape)
-    _check_memory(name, widths, data, options)
-    request = Request(layers, pooled)
-    taken: dict[str, Any] = {}
-    with measuring(method):
-        for split, images in (("bank", options.train_images), ("test", None)):
-            batches = data.loader(split, images)  # type: ignore[arg-type]
-            task = progress.add_task(
-                f"{name}: features ({'training' if split == 'bank' else 'test'})", total=len(batches)
-            )
-            parts: dict[str, list[Tensor]] = {layer: [] for layer in (*layers, "label", "index")}
-            for batch, reduced in forward_pass(subject, batches, [request]):
-                for layer, value in {**reduced[request], "label": batch["label"], "index": batch["index"]}.items():
-                    parts[layer].append(value)
-                progress.advance(task)
-            taken[split] = {layer: torch.cat(parts.pop(layer)) for layer in list(parts)}
-    train, test = taken["bank"], taken["test"]
-    labels, index, test_labels = train.pop("label"), train.pop("index"), test.pop("label")
-    del test["index"]
-    depths = subject.depths(layers)
-    for layer, values in {**train, **{f"{layer} (test)": values for layer, values in test.items()}}.items():
-        if broken := int((~values.isfinite().all(1)).sum()):
-            raise UserError(f"--models {name}: layer {layer}: features of {broken} images are not finite")
-    return FrozenFeatures(name, method, epoch or 0, depths, train, labels, index, test, test_labels)
+    with _agreeing(name, options):
+        widths = layer_widths(subject, layers, data.image_shape)
+    folder = kept_where(name, widths, options, console)
+    features = Features(widths, {"bank": options.train_images, "test": None}, folder=folder)
+    batches = sum(len(data.loader(*part)) for part in (("bank", options.train_images), ("test", None)))
+    task = progress.add_task(f"{name}: features", total=batches)
+    occasion = Occasion(subject, data, options.out.name, epoch or 0)
+    measure_together([features], occasion, lambda: progress.advance(task), lambda: _agreeing(name, options))
+    train, test = features.of("bank"), features.of("test")
+    for layer in layers:
+        check_features(f"layer {layer}", train[layer])
+        check_features(f"layer {layer}, test images", test[layer])
+    (labels, index), (test_labels, _) = (
+        known(data, *part) for part in (("bank", options.train_images), ("test", None))
+    )
+    labels, index, test_labels = (values.to(options.device) for values in (labels, index, test_labels))
+    return FrozenFeatures(
+        name, method, epoch or 0, subject.depths(layers), train, labels, index, test, test_labels, folder
+    )
 
 
-def _check_memory(name: str, widths: Mapping[str, int], data: DataModule, options: Any) -> None:
-    bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
-    features, images, free = sum(widths.values()), bank + test, free_memory(options.device)
-    needed = 4 * features * images
+def known(data: DataModule, split: Any, images: int | None = None) -> tuple[Tensor, Tensor]:
+    """Labels and numbers of all images of a split, in its order."""
+    loader = data.loader(split, images)
+    return loader.images.labels[loader.sampler.rows], loader.images.index[loader.sampler.rows]
+
+
+def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Console) -> Path | None:
+    """The folder for features that do not fit into the free memory of some process; None where they fit.
+
+    Raises:
+        UserError: they do not fit on the disk either, or one layer and its classifiers not into memory.
+    """
+    data, (rank, world_size) = options.data, this_process()
+    bank, test = (len(known(data, *part)[0]) for part in (("bank", options.train_images), ("test", None)))
+    features, images, widest = sum(widths.values()), bank + test, max(widths.values())
+    stored, work = 4 * features * images, 0
+    if "linear_augmented" in options.evaluations:
+        stored += 4 * widths[POOLED] * bank
+    if world_size > 1:
+        stored *= 2  # at most: the first process has all, the others of its machine have as much together
     if not {"layers", "labels"}.isdisjoint(options.evaluations):
         device = torch.device(options.device).type
-        needed += converged_probes_bytes(
-            bank, max(widths.values()), data.num_classes, multi_label=data.multi_label, device=device
-        )
-    if needed > 0.9 * free:
-        raise UserError(
-            f"--train_images {options.train_images}: {features:,} features of {images:,} images of {name} and the "
-            f"classifiers on them take about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on "
-            f"{options.device}; {LESS_MEMORY}"
-        )
+        work = converged_probes_bytes(bank, widest, data.num_classes, multi_label=data.multi_label, device=device)
+    free, beside = free_memory("cpu"), work if options.device == "cpu" else 0
+    is_short = any(of_each(stored + beside > FULL * free))
+    with agreeing():
+        if rank == 0:
+            asked, there = options.train_images or bank, free_memory(options.device)
+            if (needed := 4 * widest * max(bank, test) + work) > FULL * there:
+                raise UserError(
+                    f"--train_images {asked}: the widest layer of {name}, {widest:,} features of {max(bank, test):,} "
+                    f"images, and the classifiers on it take about {_gib(needed)}, {_gib(there)} are free on "
+                    f"{options.device}; {LESS_MEMORY}"
+                )
+        if rank == 0 and is_short:
+            folder = next(path for path in (options.out.absolute(), *options.out.absolute().parents) if path.exists())
+            kept, left = f"{features:,} features of {images:,} images", shutil.disk_usage(folder).free
+            if stored > FULL * left:
+                raise UserError(
+                    f"--train_images {asked}: {kept} of {name} take {_gib(stored)}, {_gib(free)} of memory are free "
+                    f"and {_gib(left)} on the disk of --out {options.out}; {LESS_MEMORY}, or an --out on another disk"
+                )
+            told = f"{_gib(free)} of memory are free, so in files in {options.out}, removed at the end"
+            console.print(f"        kept  {name}: {kept}, {_gib(stored)}; {told}", highlight=False, soft_wrap=True)
+    return options.out if is_short else None
 
 
+FULL = 0.9
+"""Share of what is free that features may take."""
 LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 # -- evaluations: each gives what it found, by metric ------------------------------------------------------------------
@@ -283,7 +334,7 @@ def linear_evaluation(
     """SGD on pooled features with a cosine schedule, all learning rates at once.
 
     Two banks learn side by side: one without the held-out tenth, which chooses the learning rate; one from all images,
-    whose classifier of that learning rate is tested.
+    whose classifier of that learning rate is tested. Other processes may have a part in the batches, not in the steps.
     """
     widths = {POOLED: frozen.train[POOLED].shape[1]}
     choosing, final = (
@@ -293,12 +344,14 @@ def linear_evaluation(
     step = 0
     for epoch in range(options.linear_epochs):
         choosing.forget()
-        for features, labels, index in batches(epoch):
-            rate = (1 + math.cos(math.pi * step / (steps * options.linear_epochs))) / 2
-            choosing.step({POOLED: features}, labels, index, rate)
-            final.step({POOLED: features}, labels, None, rate)
-            step += 1
-            progress.advance(task)
+        of_epoch = batches(epoch)
+        with alone():
+            for features, labels, index in of_epoch:
+                rate = (1 + math.cos(math.pi * step / (steps * options.linear_epochs))) / 2
+                choosing.step({POOLED: features}, labels, index, rate)
+                final.step({POOLED: features}, labels, None, rate)
+                step += 1
+                progress.advance(task)
     best = choosing.best()
     (scores,) = final.scores({POOLED: frozen.test[POOLED]}, best)
     return {**_numbers(scores, frozen), "learning_rate": final.learning_rate[best].tolist()}
@@ -318,18 +371,27 @@ def evaluate_linear(frozen: FrozenFeatures, data: DataModule, options: Any, prog
 
 
 def evaluate_linear_augmented(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """Linear evaluation on newly augmented images in every epoch."""
-    loader = data.loader("bank", options.train_images, seed=0)
+    """Linear evaluation on newly augmented images in every epoch; every process must call it, and sees its share."""
+    n, size = len(frozen.train_labels), data.eval_batch_size
+    plan, subject = BatchPlan(torch.arange(n), [], seed=0), Subject.of(frozen.method, frozen.name)
+    widths = {POOLED: frozen.train[POOLED].shape[1]}
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        loader.sampler.set_epoch(epoch)
-        request = Request((POOLED,), pooled, options.augment, draw=epoch)
-        with measuring(frozen.method):
-            for batch, reduced in forward_pass(Subject.of(frozen.method), loader, [request]):
-                yield reduced[request][POOLED], batch["label"], batch["index"]
+        augmented = Features(widths, {"bank": options.train_images}, options.augment, epoch, frozen.folder)
+        occasion = Occasion(subject, data, options.out.name, frozen.epoch)
+        measure_together([augmented], occasion, together=lambda: _agreeing(frozen.name, options))
+        features = augmented.of("bank")[POOLED]
+        plan.set_epoch(epoch)
+        order = plan.order().to(features.device)
+        return ((features[rows], frozen.train_labels[rows], frozen.train_index[rows]) for rows in order.split(size))
 
-    title = f"linear evaluation, {options.augment} views"
-    return {"linear_eval_augmented": linear_evaluation(frozen, batches, len(loader), data, options, progress, title)}
+    rank, _ = this_process()
+    if rank:
+        for epoch in range(options.linear_epochs):
+            batches(epoch)
+        return {}
+    title, steps = f"linear evaluation, {options.augment} views", math.ceil(n / size)
+    return {"linear_eval_augmented": linear_evaluation(frozen, batches, steps, data, options, progress, title)}
 
 
 def evaluate_labels(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
@@ -418,23 +480,19 @@ def evaluate_finetune(frozen: FrozenFeatures, data: DataModule, options: Any, pr
             trainer.fit(network, images)
         except UserError as error:
             raise (failed if "NaN" in str(error) else error) from error
-        request = Request(("head",), pooled)
-        with measuring(network.to(options.device)):
-            batches = data.loader("test")
-            parts = [found[request]["head"] for _, found in forward_pass(Subject.of(network), batches, [request])]
-        if not all(
-            bool(part.isfinite().all()) for part in parts
-        ):  # spoilt by the last step, which has no loss after it
+        tested = Features({"head": data.num_classes}, {"test": None})
+        measure_together([tested], Occasion(Subject.of(network.to(options.device)), data, options.out.name))
+        scores = tested.of("test")["head"]
+        if not bool(scores.isfinite().all()):  # spoilt by the last step, which has no loss after it
             raise failed
-        found[f"finetune_{100 * fraction:g}%"] = _numbers(torch.cat(parts), frozen)
+        found[f"finetune_{100 * fraction:g}%"] = _numbers(scores, frozen)
     return found
 
 
-RUN: dict[str, Callable[[FrozenFeatures, DataModule, Any, Any], Found]] = {
+BY_THE_FIRST: dict[str, Callable[[FrozenFeatures, DataModule, Any, Any], Found]] = {
     "layers": evaluate_layers,
     "knn": evaluate_knn,
     "linear": evaluate_linear,
-    "linear_augmented": evaluate_linear_augmented,
     "labels": evaluate_labels,
     "finetune": evaluate_finetune,
 }
@@ -501,9 +559,11 @@ def _parse(args: Sequence[str]) -> Any:
         "probe",
         "Read classes off frozen networks: linear classifiers on every layer, linear evaluation, nearest neighbours, "
         "few labels, fine-tuning. Several paths of one NAME, separated by commas, are seeds: the table gives mean and "
-        "standard deviation. An untrained network and the raw pixels stand beside them.",
+        "standard deviation. An untrained network and the raw pixels stand beside them. Several processes (--devices, "
+        "or srun) share the images that frozen networks see; the first one learns the classifiers, and fine-tunes.",
         "probes",
         layers="block outputs, pooled features and head",
+        several=True,
     )
     parser.add_argument(
         "--evaluations",
@@ -642,14 +702,14 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
     if len(trained) == len(networks):
         networks |= load_networks([named[0], f"{UNTRAINED}=random"])
         groups[UNTRAINED] = UNTRAINED
-    known = Method(backbone="resnet10").init_args
-    base = {key: value for key, value in first.init_args.items() if key in known}
+    base = {key: value for key, value in first.init_args.items() if key in Method(backbone="resnet10").init_args}
     networks[PIXELS] = RawPixels(**base), None
     groups[PIXELS] = PIXELS
     return networks, groups
 
 
 @as_options
+@said_once
 def probe(args: Sequence[str]) -> Path:
     """Measure, write records, draw the picture and print the tables.
 
@@ -662,44 +722,73 @@ def probe(args: Sequence[str]) -> Path:
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
-    check_alone("probe")
     options = _parse(args)
-    out, data = options.out, options.data
-    networks, groups = load_subjects(options)
+    fabric = launch(options)
+    options.device, is_first = str(fabric.device), fabric.is_global_zero
+    out, console = options.out, Console(quiet=not is_first)
+    networks, groups = by_turns(lambda: load_subjects(options), options, fabric)
+    by_turns(options.data.prepare_data, options, fabric)
+    with together(options):
+        _check(options, networks, console)
+        if is_first:
+            _remove_results(out)
+    store = RecordStore(out / "records")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    protocol_of: dict[str, dict[str, Protocol]] = {}
+    failed: dict[str, str] = {}
+    with Progress(*columns, console=Console(stderr=True, quiet=not is_first)) as progress:
+        for name in list(networks):
+            method, epoch = networks.pop(name)  # one network at a time on the device
+            try:
+                with _agreeing(name, options):
+                    method = method.to(options.device)
+                    protocol_of[name] = measure(name, method, epoch, store, options, progress, console)
+            except (UserError, Interrupted) as error:
+                if not is_agreed(error) or (isinstance(error, Interrupted) and error.code != ExitCode.MISTAKE):
+                    raise  # another process has ended, or the program has a fault
+                failed[name] = str(error)
+            del method  # before the next one is on the device
+            for task in progress.task_ids:
+                progress.remove_task(task)
+            told = "not measured" if name in failed else "    measured"
+            console.print(f"{told}  {name}", highlight=False, soft_wrap=True)
+    with together(options):
+        groups = {name: group for name, group in groups.items() if name not in failed}
+        if not groups:
+            raise UserError(next(iter(failed.values())))
+        if is_first:
+            _report(store.read(), groups, protocol_of, options, console)
+        if failed:
+            raise UserError(f"{', '.join(failed)}: not measured, the tables are without; {'; '.join(failed.values())}")
+    return out
+
+
+def _check(options: Any, networks: Mapping[str, tuple[Method, int | None]], console: Console) -> None:
+    """A mistake is found before anything is deleted."""
+    data = options.data
     for method, _ in networks.values():
         if not isinstance(method, RawPixels):
-            chosen_layers(method, options)  # a mistake is told before anything is deleted
+            chosen_layers(method, options)
         Subject.of(method).view(options.augment)
-    data.prepare_data()
     data.setup("test")
     if data.multi_label:
         options.evaluations = [name for name in options.evaluations if name in SEVERAL_CLASSES]
     if not options.evaluations:
         raise UserError(f"--evaluations: none is left; pictures of several classes allow {', '.join(SEVERAL_CLASSES)}")
     _check_data(options, data)
-    _check_fractions(options, data, console := Console())
-    _remove_results(out)
-    store = RecordStore(out / "records")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    protocol_of: dict[str, dict[str, Protocol]] = {}
-    failed: dict[str, str] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for name in list(networks):
-            method, epoch = networks.pop(name)  # one network at a time on the device
-            try:
-                protocol_of[name] = measure(name, method.to(options.device), epoch, store, options, progress)
-            except (ValueError, RuntimeError, MemoryError) as error:
-                failed[name] = _reason(name, error, options)
-            del method  # before the next one is on the device
-            for task in progress.task_ids:
-                progress.remove_task(task)
-            told = "not measured" if name in failed else "    measured"
-            console.print(f"{told}  {name}", highlight=False, soft_wrap=True)
-    groups = {name: group for name, group in groups.items() if name in protocol_of}
-    frame = store.read()
+    _check_fractions(options, data, console)
+
+
+def _report(
+    frame: pd.DataFrame,
+    groups: Mapping[str, str],
+    protocol_of: Mapping[str, Mapping[str, Protocol]],
+    options: Any,
+    console: Console,
+) -> None:
+    """Tables and picture of the networks that were measured."""
+    out, data = options.out, options.data
     frame = frame[frame["model"].isin(groups)]
-    if frame.empty:
-        raise UserError(next(iter(failed.values())))
     judged = "mean average precision" if data.multi_label else "accuracy"
     said = summary(data, options)
     text = tables(frame, groups, protocol_of, out, said, judged, balanced=_is_balanced(data))
@@ -708,15 +797,18 @@ def probe(args: Sequence[str]) -> Path:
         console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)
-    if failed:
-        raise UserError(f"{', '.join(failed)}: not measured, the tables are without; {'; '.join(failed.values())}")
-    return out
 
 
 def measure(
-    name: str, method: Method, epoch: int | None, store: RecordStore, options: Any, progress: Any
+    name: str,
+    method: Method,
+    epoch: int | None,
+    store: RecordStore,
+    options: Any,
+    progress: Any,
+    console: Console,
 ) -> dict[str, Protocol]:
-    """Everything about one network, into the records.
+    """Everything about one network, into the records; every process must call it.
 
     Args:
         name: of the network.
@@ -725,6 +817,7 @@ def measure(
         store: where records go.
         options: of the command.
         progress: of the command.
+        console: of the command.
 
     Returns:
         Evaluation to protocol.
@@ -732,11 +825,18 @@ def measure(
     Raises:
         ValueError: features or labels that no classifier can learn from.
     """
-    data = options.data
-    frozen = extract(name, method, epoch, data, options, progress)
+    data, (rank, _) = options.data, this_process()
+    frozen = extract(name, method, epoch, options, progress, console)
     chosen = protocols(data, method, options)
     for evaluation in options.evaluations:
-        found = RUN[evaluation](frozen, data, options, progress)
+        found: Found = {}
+        if evaluation == "linear_augmented":
+            found = evaluate_linear_augmented(frozen, data, options, progress)
+        elif rank == 0:
+            with alone():
+                found = BY_THE_FIRST[evaluation](frozen, data, options, progress)
+        if rank:
+            continue
         common = {
             "run": options.out.name,
             "model": name,
@@ -753,6 +853,18 @@ def measure(
     return chosen
 
 
+@contextmanager
+def _agreeing(name: str, options: Any) -> Iterator[None]:
+    """A part of what is done about a network, which all processes come to the end of, or none of them."""
+    with agreeing():
+        try:
+            yield
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:
+            if is_agreed(error):
+                raise
+            raise UserError(_reason(name, error, options)) from error
+
+
 def _reason(name: str, error: Exception, options: Any) -> str:
     """Why a network was not measured; an error of the program is none."""
     if isinstance(error, UserError):
@@ -760,6 +872,8 @@ def _reason(name: str, error: Exception, options: Any) -> str:
     if out_of_memory(error):
         batch = f"lower --data.eval_batch_size {options.data.eval_batch_size}"
         return f"--models {name}: the memory of {options.device} is full; {batch}, {LESS_MEMORY}"
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     if isinstance(error, ValueError):  # features or labels that no classifier can learn from
         return f"--models {name}: {error}"
     raise error

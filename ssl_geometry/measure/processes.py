@@ -6,6 +6,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from ssl_geometry.errors import ExitCode, Interrupted, UserError
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 """How long processes wait while the first one works alone; one that dies ends the wait at once."""
+AGREED = "agreed"
+"""Marks an error that all processes know of."""
 
 
 def this_process() -> tuple[int, int]:
@@ -104,7 +107,7 @@ def agreeing() -> Iterator[None]:
     """What fails in one process fails in all: the first reports it, the others end with its exit code.
 
     Every process must come to the end of the block, where they wait for each other however long it takes, and inside
-    of which a process that fails may keep no other waiting.
+    of which a process that fails may keep no other waiting, except at the end of a block inside of it.
 
     Raises:
         UserError: on the first process, where another made out a mistake.
@@ -121,16 +124,44 @@ def agreeing() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_agreed(error):  # at the end of a block inside of this one: the others leave this one as well
+            raise
         own = error
-    is_mistake = isinstance(own, UserError | OSError)  # of a disk that is full, say
+    # Of a disk or a memory that is full: the latter is explained outside of this block.
+    is_mistake = isinstance(own, UserError | OSError | MemoryError | torch.OutOfMemoryError)
     words = None if own is None else (is_mistake, str(own) or type(own).__name__)
     failed = [(rank, *told) for rank, told in enumerate(of_each(words)) if told is not None]
     if not failed:
         return
     rank, mistake, reason = failed[0]
     this, world_size = this_process()
+    agreed: Exception
     if own is not None and (this == 0 or not (mistake or isinstance(own, Interrupted))):
-        raise own
-    if this == 0:
-        raise UserError(reason) if mistake else RuntimeError(f"process {rank} of {world_size}: {reason}")
-    raise Interrupted("", ExitCode.MISTAKE if mistake else ExitCode.FAULT) from own
+        agreed, own = own, own.__cause__ if isinstance(own.__cause__, Exception) else None
+    elif this == 0:
+        agreed = UserError(reason) if mistake else RuntimeError(f"process {rank} of {world_size}: {reason}")
+    else:
+        agreed = Interrupted("", ExitCode.MISTAKE if mistake else ExitCode.FAULT)
+    agreed.__dict__[AGREED] = True
+    raise agreed from own
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether all processes know of it, or of its cause, from the end of a block of :func:`agreeing`."""
+    return error is not None and (AGREED in error.__dict__ or is_agreed(error.__cause__))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work that the other processes have no part in: whoever asks here finds a single process.
+
+    Example:
+        >>> with alone():
+        ...     this_process()
+        (0, 1)
+    """
+    world, dist.group.WORLD = dist.group.WORLD, None
+    try:
+        yield
+    finally:
+        dist.group.WORLD = world

@@ -119,7 +119,7 @@ def test_fine_tuning_is_judged_by_the_network_that_learnt(
             tuned.append(self)
 
     monkeypatch.setattr(command, "Supervised", Kept)
-    for name, value in {"JOB_ID": "7", "JOB_NAME": "x.sbatch", "NTASKS": "2"}.items():  # of other commands of the job
+    for name, value in {"JOB_ID": "7", "JOB_NAME": "x.sbatch", "NTASKS": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     few = ["--evaluations=finetune", "--finetune_epochs=8", "--augment=none", "--label_fractions=[1.0]"]
     out = probe(["--models", f"a={runs / 'supervised'}", "b=random", f"--out={tmp_path / 'o'}", *few, "--device=cpu"])

@@ -23,6 +23,7 @@ import pytest
 
 from ssl_geometry.callbacks.interruption import StopOnSignal
 from ssl_geometry.compare import compare
+from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import read_checkpoint
 from ssl_geometry.survey import survey
@@ -255,7 +256,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), "nobody is left to put it back into the queue"
 
 
-def test_two_nodes_share_the_images_of_a_survey_and_a_comparison(cluster: Cluster, undisturbed: Path) -> None:
+def test_two_nodes_share_the_images_of_commands_that_measure(cluster: Cluster, undisturbed: Path) -> None:
     common = ["--models", f"a={undisturbed}", "b=random", "--device=cpu", "--data.eval_batch_size=50"]
     of_survey = [
         "--neighbors.k=10",
@@ -264,7 +265,12 @@ def test_two_nodes_share_the_images_of_a_survey_and_a_comparison(cluster: Cluste
         "--neighbors.layers=pooled",
     ]
     of_compare = ["--cka.layers=stages", "--cka.gram_size=10", "--invariance.views=[flip]", "--permutations=9"]
-    commands = {"survey": (survey, [*common, *of_survey]), "compare": (compare, [*common, *of_compare])}
+    of_probe = ["--probes.layers=stages", "--evaluations=[layers, linear_augmented]", "--linear_epochs=3"]
+    commands = {
+        "survey": (survey, [*common, *of_survey]),
+        "compare": (compare, [*common, *of_compare]),
+        "probe": (probe, [*common, *of_probe]),
+    }
     lines = [
         shlex.join(["bash", f"{ROOT}/slurm/{name}.sbatch", *args, f"--out={cluster.directory / name}_two"])
         for name, (_, args) in commands.items()

@@ -88,17 +88,6 @@ BY_SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}
 BY_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 
 
-@pytest.mark.parametrize("started", [BY_SRUN, BY_TORCHRUN], ids=["srun", "torchrun"])
-@pytest.mark.parametrize("command", [probe])
-def test_commands_of_one_process_are_not_started_several_times(
-    monkeypatch: pytest.MonkeyPatch, command: Any, started: dict[str, str]
-) -> None:
-    for name, value in started.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"^{command.__name__} measures in one process, and [24] were started"):
-        command(["--models=nothing"])
-
-
 @pytest.mark.parametrize(
     ("accelerator", "devices", "nodes", "fits"),
     [
@@ -138,7 +127,7 @@ def test_commands_of_several_processes_ask_how_many_torchrun_has_started(
     with pytest.raises(UserError, match=r"set --trainer\.devices 2 --trainer\.num_nodes 1$"):
         fit(args)
     assert not (tmp_path / "runs").exists()
-    for command in (compare, survey):
+    for command in (compare, probe, survey):
         with pytest.raises(UserError, match=r"set --devices 2 --num_nodes 1$"):
             command(["--models=random:resnet10", f"--out={tmp_path / 'out'}"])
 
