@@ -702,7 +702,8 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
     if len(trained) == len(networks):
         networks |= load_networks([named[0], f"{UNTRAINED}=random"])
         groups[UNTRAINED] = UNTRAINED
-    base = {key: value for key, value in first.init_args.items() if key in Method(backbone="resnet10").init_args}
+    known = Method(backbone="resnet10").init_args
+    base = {key: value for key, value in first.init_args.items() if key in known}
     networks[PIXELS] = RawPixels(**base), None
     groups[PIXELS] = PIXELS
     return networks, groups
@@ -756,8 +757,8 @@ def probe(args: Sequence[str]) -> Path:
         groups = {name: group for name, group in groups.items() if name not in failed}
         if not groups:
             raise UserError(next(iter(failed.values())))
-        if is_first:
-            _report(store.read(), groups, protocol_of, options, console)
+        if is_first and not (frame := store.read()).empty:  # raw pixels, which are not fine-tuned, may be what is left
+            _report(frame, groups, protocol_of, options, console)
         if failed:
             raise UserError(f"{', '.join(failed)}: not measured, the tables are without; {'; '.join(failed.values())}")
     return out

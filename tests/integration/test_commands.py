@@ -9,6 +9,7 @@ import importlib
 import re
 import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ import torch
 
 from docs.gallery import TUTORIAL, blocks
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.geometry import probes
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import read_records
 from ssl_geometry.runs import load_method, read_checkpoint
 from tests.integration.test_fit import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore:logistic regression of .* stopped before the optimum")
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "studies").glob("*.md"))]
 OWN_TESTS = {"add-a-method.md", "architecture.md"}
@@ -92,6 +96,8 @@ def folder(tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyP
     """The reader's folder: a clone of the repository, in which the README's runs have been trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
+    few = partial(probes.logistic_regression, max_iterations=30)  # an optimum is tested elsewhere
+    monkeypatch.setattr(probes, "logistic_regression", few)
     for name in ("configs", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in RUNS:

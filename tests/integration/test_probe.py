@@ -16,6 +16,7 @@ from ssl_geometry.methods import Supervised
 from ssl_geometry.probe import PIXELS, UNTRAINED, RawPixels, main, probe
 from ssl_geometry.records import read_records
 from tests.integration.test_fit import options
+from tests.processes import without_drawing
 from tests.unit.test_datasets import pixels, save
 
 FEW = ["--linear_epochs=3", "--draws=2", "--label_fractions=[0.2, 1.0]", "--k=[5]"]
@@ -28,9 +29,11 @@ ALL = "--evaluations=[layers, knn, linear, linear_augmented, labels]"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     probes = [*OFF, "--probes.every_n_epochs=2", "--probes.logistic=true", "--probes.layers=[layer2.0, pooled, head]"]
-    for seed in (0, 1):
-        fit(options(folder, f"simclr-{seed}", *probes, f"--seed_everything={seed}"))
-    fit(options(folder, "supervised", *probes, method="Supervised"))
+    with pytest.MonkeyPatch.context() as patch:
+        without_drawing(patch)
+        for seed in (0, 1):
+            fit(options(folder, f"simclr-{seed}", *probes, f"--seed_everything={seed}"))
+        fit(options(folder, "supervised", *probes, method="Supervised"))
     return folder / "e"
 
 
