@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check lint docs gallery clean
 
@@ -18,8 +18,8 @@ demo: .venv/installed
 test: lint
 	$(PYTEST)
 
-check: lint
-	$(PYTEST) tests/unit
+check: lint  # the loop while writing: unit tests without those that compile or start an interpreter
+	$(PYTEST) tests/unit -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

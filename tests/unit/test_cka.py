@@ -437,6 +437,7 @@ def test_a_projection_adds_each_coordinate_to_one_sum_with_a_sign(width: int, di
         assert matrix.abs().sum(0).max() <= -(-width // dims)
 
 
+@pytest.mark.slow
 def test_a_projection_is_the_same_in_every_process() -> None:
     first = project(torch.arange(5000.0)[None], 4)
     code = "import torch; from ssl_geometry.geometry.cka import project; torch.manual_seed(7); "

@@ -29,6 +29,7 @@ def test_keys_tell_numbers_apart_whose_lower_bits_are_zero(dtype: torch.dtype) -
     assert len(first_rows(row_keys(rows))) == len(rows)
 
 
+@pytest.mark.slow
 def test_no_atomics_and_no_search() -> None:
     """Deterministic mode allows it, and the modules that need no FAISS do not load it."""
     code = (

@@ -185,6 +185,7 @@ def libraries(before: str = "", **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_choice_reaches_faiss_alone() -> None:
     own, others = libraries()
     if own.startswith("None"):
@@ -196,6 +197,7 @@ def test_the_choice_reaches_faiss_alone() -> None:
     assert others == untouched, "NumPy and SciPy keep the kernels that they choose themselves"
 
 
+@pytest.mark.slow
 def test_what_the_user_chose_stands() -> None:
     own, _ = libraries(OPENBLAS_CORETYPE="Nehalem")
     if own.startswith("None"):

@@ -171,6 +171,7 @@ def test_the_page_holds_what_was_packed_and_may_load_nothing(tmp_path: Path) -> 
     assert "alert(1)" not in page, "texts of users are in the packed data alone"
 
 
+@pytest.mark.slow
 def test_fifty_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / f"run{seed}", epochs=4, seed=seed)) for seed in range(50)]
     said: list[str] = []

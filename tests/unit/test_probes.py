@@ -452,6 +452,7 @@ def test_classes_that_no_held_out_image_shows_leave_the_choice_to_the_loss() -> 
     assert 0 < losses.index(min(losses)) < len(L2) - 1, "a sort of what is not a number takes an end"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_within_what_was_said() -> None:
     """The growth of a process's memory, while all strengths of three layers are tried."""

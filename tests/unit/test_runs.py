@@ -142,6 +142,7 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_configuration(tmp_path
     assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from is None
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
     mine = open_run(CONFIG, tmp_path, "e", run_id="a")
     checkpoint(mine.directory)
