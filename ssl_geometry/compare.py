@@ -570,7 +570,7 @@ def compare(args: Sequence[str]) -> Path:
         groups = groups_of(networks, options)
         for method, _ in networks.values():
             chosen_layers(method, options)  # a mistake is told before anything is deleted
-            _check_views(method, options.views)
+            Invariance(views=options.views).check(Subject.of(method))
     by_turns(data.prepare_data, options, fabric)
     with together(options):
         data.setup("test")
@@ -653,14 +653,6 @@ def _report(
     for picture in pictures:
         console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
-
-
-def _check_views(method: Method, views: Sequence[str]) -> None:
-    for name in views:
-        try:
-            Subject.of(method).view(name)
-        except UserError as error:
-            raise UserError(f"--invariance.views [{name}]: {str(error).removeprefix('augment: ')}") from error
 
 
 def _effect(row: Mapping[Hashable, Any]) -> str:

@@ -242,7 +242,7 @@ class GeometryMonitor(L.Callback):
                 "clean=View('none', size=…, normalize=…), or its evaluation transform"
             )
         heads = {path: _attribute(module, path, "heads") for path in self.heads}
-        return Subject(network, self.clean, name=name, heads=heads)
+        return Subject(network, self.clean, name=name, heads=heads, image_shape=self._images.image_shape)
 
     def _find_images(self, trainer: L.Trainer) -> ImageSource:
         images = self.images or getattr(trainer, "datamodule", None)

@@ -80,7 +80,7 @@ class CKA(Measurement):
         self.frozen: dict[str, FrozenReference] = {}
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
-        """Images that differ from those of the start end the comparison with the initialisation."""
+        """Intervals of few Gram matrices are warned of."""
         warn_of_few(images, self.gram_size, self.option("gram_size"))
 
     def add_reference(self, reference: Subject, images: ImageSource, like: Subject) -> None:

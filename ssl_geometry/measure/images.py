@@ -7,6 +7,7 @@ depend neither on the number of processes nor on who measures.
 import hashlib
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -37,15 +38,19 @@ class _Chosen(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> UInt8[Tensor, "3 H W"] | UserError:
+    def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 H W"], int | None] | UserError:
         item = self.dataset[self.rows[i]]
-        image = item[0] if isinstance(item, tuple | list) else item
+        image, *others = item if isinstance(item, tuple | list) else (item,)
+        is_label = bool(others) and (
+            isinstance(others[0], Integral)
+            or (isinstance(others[0], Tensor | np.ndarray) and np.asarray(others[0]).size == 1)
+        )
         if isinstance(image, np.ndarray):
             image = torch.from_numpy(image).movedim(-1, 0)  # arrays are (H, W, 3)
         if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
             image = F.to_pil_image(image)
         if isinstance(image, PIL.Image.Image):
-            return F.pil_to_tensor(resize(to_rgb(image), self.image_size))
+            return F.pil_to_tensor(resize(to_rgb(image), self.image_size)), int(others[0]) if is_label else None
         found = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
         return UserError(
             f"image {self.rows[i]} of {type(self.dataset).__name__} is {found}, expected a PIL image or uint8: give "
@@ -94,6 +99,7 @@ class MeasurementImages:
         self.num_test = len(images)
         self.measure_size, self.image_shape = len(images), tuple(images.shape[1:])
         self.eval_batch_size = batch_size
+        self._drawn_by_class = False
         self._ids = {name: _digest(part) for name, part in self._sets.items()}
 
     @classmethod
@@ -110,8 +116,8 @@ class MeasurementImages:
     ) -> Self:
         """Images of any map-style data set of images, or of tuples that start with an image and its label.
 
-        Images are PIL or uint8. Labels are taken from the data set's ``targets`` or ``labels`` where it has them, else
-        from its items; the images are then chosen with the classes in proportion.
+        Images are PIL or uint8. Where the data set has ``targets`` or ``labels``, images are chosen with the classes in
+        proportion; else at random, and their labels are those of their items.
 
         Args:
             dataset: that the measurement images are taken from, without a transform.
@@ -131,7 +137,7 @@ class MeasurementImages:
             >>> items = [(torch.full((3, 8, 8), number, dtype=torch.uint8), number % 2) for number in range(6)]
             >>> images = MeasurementImages.from_dataset(items, n=4)
             >>> images.measure_size, images.num_classes, images.measure_sizes
-            (4, 2, tensor([2, 2]))
+            (4, 2, None)
         """
         images, labels = _read(dataset, n, 2048, "n", image_size)
         given: dict[str, Any] = {}
@@ -141,7 +147,7 @@ class MeasurementImages:
                 raise UserError(f"train={type(train).__name__}: its items have no labels, which probes learn")
             given = {"train_images": train_images, "train_labels": train_labels}
         found = cls(images, labels, num_classes=num_classes, batch_size=batch_size, **given)
-        found.num_test = len(dataset)
+        found.num_test, found._drawn_by_class = len(dataset), _targets(dataset) is not None
         return found
 
     def loader(self, split: Split, images: int | None = None) -> Loader:
@@ -168,9 +174,9 @@ class MeasurementImages:
 
     @property
     def measure_sizes(self) -> Int64[Tensor, " C"] | None:
-        """Measurement images of each class; None without labels."""
+        """Measurement images of each class, where they were drawn class by class; None where they were not."""
         labels = self._sets["measure"].labels
-        return labels.bincount(minlength=self.num_classes) if self.num_classes else None
+        return labels.bincount(minlength=self.num_classes) if self._drawn_by_class else None
 
     @property
     def measure_ids(self) -> str:
@@ -192,8 +198,8 @@ def _read(
 ) -> tuple[UInt8[Tensor, "n 3 H W"], Int64[Tensor, " n"] | None]:
     """Some images of a data set, the classes in proportion, in a fixed random order."""
     count = size_within(option, n, usual, len(dataset), f"{type(dataset).__name__} has {len(dataset):,} images")
-    labels = _labels(dataset)
-    order = shuffled(len(dataset), FIXED) if labels is None else stratified(labels, FIXED)
+    targets = _targets(dataset)
+    order = shuffled(len(dataset), FIXED) if targets is None else stratified(targets, FIXED)
     rows = order[:count][shuffled(count, FIXED, 1)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores - 1) if count > FEW else 0
@@ -205,10 +211,13 @@ def _read(
         generator=torch.Generator(),  # else its workers' seed is drawn from the global generator
     )
     images: list[Tensor] = []
+    labels: list[int | None] = []
     for part in track(loader, f"reading {count:,} images", transient=True, disable=count <= FEW):
-        for image in part:
-            if isinstance(image, UserError):
-                raise image
+        for item in part:
+            if isinstance(item, UserError):
+                raise item
+            image, label = item
+            labels.append(label)
             if images and image.shape != images[0].shape:
                 sizes = [f"{shape[-1]} x {shape[-2]}" for shape in (images[0].shape, image.shape)]
                 raise UserError(
@@ -216,18 +225,19 @@ def _read(
                     "give an image_size to bring all to one"
                 )
             images.append(image)
-    return torch.stack(images), None if labels is None else labels[rows]
+    known = [label for label in labels if label is not None]
+    if targets is not None:
+        return torch.stack(images), targets[rows]
+    return torch.stack(images), torch.tensor(known) if len(known) == count else None
 
 
-def _labels(dataset: Any) -> Int64[Tensor, " N"] | None:
+def _targets(dataset: Any) -> Int64[Tensor, " N"] | None:
+    """The labels of a data set that knows them without reading its images."""
     for name in ("targets", "labels"):
         known: Any = getattr(dataset, name, None)
         if hasattr(known, "__len__") and len(known) == len(dataset):
             return torch.as_tensor(known).long()
-    first = dataset[0]
-    if not isinstance(first, tuple | list) or len(first) < 2 or not isinstance(first[1], int | Tensor):
-        return None
-    return torch.tensor([int(dataset[row][1]) for row in range(len(dataset))])
+    return None
 
 
 def _checked(name: str, images: Tensor, labels: Tensor | None) -> Images:

@@ -61,7 +61,7 @@ class Invariance(Measurement):
                 raise UserError(f"{self.option('views')} [{name}]: {reason}") from error
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
-        """Views that are the same are measured once; intervals of few Gram matrices are warned of."""
+        """Intervals of few Gram matrices are warned of."""
         warn_of_few(images, self.gram_size, self.option("gram_size"))
 
     def requests(self, subject: Subject) -> Sequence[Request]:

@@ -93,7 +93,10 @@ def measure(
     """
     if clean is None and not hasattr(network, "clean_view"):
         raise TypeError("measure() needs clean: View('none', size=…, normalize=…), or the evaluation transform")
-    subject = Subject.of(network, name) if clean is None else Subject(network, clean, name=name, heads=heads)
+    if clean is None:
+        subject = Subject.of(network, name)
+    else:
+        subject = Subject(network, clean, name=name, heads=heads, image_shape=images.image_shape)
     for measurement in measurements:
         measurement.check(subject)
         measurement.prepare(subject, images)

@@ -254,6 +254,8 @@ class Probes(Measurement):
         }
         shape = len(self._widths) + 1, images.num_classes  # of each layer and class; the last row counts images
         self._correct = torch.zeros(shape, dtype=torch.float64, device=device)
+        # whether the online classifiers of all layers have chosen their hyper-parameters yet; no step comes between
+        self._online_is_evaluated = self.bank is not None and bool((self.bank.held > 0).all())
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch of training or of measurement images."""
@@ -269,11 +271,6 @@ class Probes(Measurement):
             self._correct[-1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
             correct = (self.bank.scores(features).argmax(2) == labels).double()
             self._correct[:-1].index_add_(1, labels, correct)
-
-    @property
-    def _online_is_evaluated(self) -> bool:
-        """Whether the online classifiers of all layers have chosen their hyper-parameters yet."""
-        return self.bank is not None and bool((self.bank.held > 0).all())
 
     def finish(self, occasion: Occasion) -> Measured:
         """A row for each layer and kind of classifier, and what it chose."""

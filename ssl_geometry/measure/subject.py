@@ -1,5 +1,6 @@
 """A network as measurements see it: what runs, how it sees an image, what its layers are called."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -36,8 +37,8 @@ class TransformView:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The pipeline as text, for protocols."""
-        return {"transform": repr(self.transform)}
+        """The pipeline as text, for protocols; without addresses, which differ from process to process."""
+        return {"transform": re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform))}
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], *args: Any, **kwargs: Any) -> Float[Tensor, "B 3 S S"]:
         """Each image through the transform, on the device of the images."""
@@ -83,6 +84,7 @@ class Subject:
         own: how its training views are made, the view ``own``; None where that is not known.
         named_views: name to augmentation, besides policies and operations.
         heads: name to module that reads the network's features, measured under that name.
+        image_shape: (3, H, W) of the images, which a transform may leave at their size.
 
     Example:
         >>> from ssl_geometry.models import build_backbone
@@ -100,7 +102,9 @@ class Subject:
         own: View | None = None,
         named_views: Mapping[str, Augment] | None = None,
         heads: Mapping[str, nn.Module] | None = None,
+        image_shape: Sequence[int] = (3, 256, 256),
     ) -> None:
+        self.image_shape = tuple(image_shape)
         self.network = _WithHeads(network, heads) if heads else network
         self.clean = clean if isinstance(clean, View | TransformView) else TransformView(clean)
         self.name, self.own, self.named_views = name, own, named_views or {}
@@ -183,6 +187,5 @@ class Subject:
 
     def _example(self) -> Tensor:
         """Two dummy inputs, which show which layers run."""
-        side = self.clean.size if isinstance(self.clean, View) else 256
-        images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=self.device)
+        images = torch.zeros(2, *self.image_shape, dtype=torch.uint8, device=self.device)
         return self.seen("clean", images, torch.arange(2, device=self.device))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -354,3 +355,35 @@ def test_two_networks_are_compared_by_one_call(images: MeasurementImages) -> Non
         shape = {"index": "layer", "columns": "layer_other", "values": "value"}
         pairs.append(found.query("model_other == 'other'").pivot(**shape))
     pd.testing.assert_frame_equal(pairs[0], pairs[1].T, check_names=False)
+
+
+def test_a_transform_of_a_network_of_one_size_only(images: MeasurementImages) -> None:
+    """A vision transformer refuses images of another size than its own, also where it is found what runs."""
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=SIDE)
+    found = measure(network, images, [CKA(layers=["blocks.0"], gram_size=8)], clean=TO_TENSOR).rows
+    assert set(found["layer"]) == {"blocks.0"}
+    assert found["value"].notna().all()
+
+
+def test_protocols_of_a_function_have_no_addresses() -> None:
+    views = [Subject(nn.Identity(), lambda image: TO_TENSOR(image)).view("clean").spec for _ in range(2)]
+    assert views[0] == views[1]
+    assert "0x" not in str(views[0])
+
+
+def test_labels_of_items_are_read_with_their_images() -> None:
+    """Once each, whatever kind of integer they are; not those of all other items."""
+    read: list[int] = []
+
+    class Counting(Pictures):
+        def __getitem__(self, i: int) -> Any:
+            read.append(i)
+            image, label, _ = super().__getitem__(i)
+            return image, np.int64(label)
+
+    few = MeasurementImages.from_dataset(Counting(300), n=12)
+    assert len(read) == len(set(read)) == 12
+    labels = torch.cat([batch["label"] for batch in few.loader("measure")])
+    expected = torch.cat([batch["image"] for batch in few.loader("measure")]).float().mean((2, 3)).argmax(1)
+    assert torch.equal(labels, expected)
+    assert few.measure_sizes is None, "a random sample, not drawn class by class"
