@@ -84,7 +84,7 @@ class TwoViews(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views, _, _ = batch
-        a, b = (self.projection_head(self.backbone(view) + 0.01 * torch.randn(1)) for view in views)
+        a, b = (self.projection_head(self.backbone(view) + 0.01 * torch.randn(1, device=self.device)) for view in views)
         loss = (a - b).square().mean() - a.var()
         self.losses.append(float(loss.detach()))
         return loss
@@ -387,3 +387,11 @@ def test_labels_of_items_are_read_with_their_images() -> None:
     expected = torch.cat([batch["image"] for batch in few.loader("measure")]).float().mean((2, 3)).argmax(1)
     assert torch.equal(labels, expected)
     assert few.measure_sizes is None, "a random sample, not drawn class by class"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path, images: MeasurementImages) -> None:
+    measurements = [item for item in everything() if not isinstance(item, Probes)]
+    monitor = GeometryMonitor([*measurements, Probes(layers=["7"])], images, clean=CLEAN)
+    trainer(tmp_path, monitor, max_epochs=1, accelerator="cuda", devices=1).fit(TwoViews(), loader())
+    assert {"cka", "invariance", "ridge_probe", "neighbors", "lidar"} <= set(rows(tmp_path)["metric"])
