@@ -12,13 +12,14 @@ import argparse
 import statistics
 import time
 
-import lightning as L
 import torch
 
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import measuring
+from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.methods import Method
-from ssl_geometry.survey import LAYERS, MANIFOLDS, measure_model
+from ssl_geometry.survey import LAYERS
 
 
 def main() -> None:
@@ -32,16 +33,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.manifolds, options.k = list(MANIFOLDS), 50
-    options.layers, options.default_layers = None, LAYERS
 
     data = DataModule(
         "digits", image_size=options.image_size, measure_size=options.images, eval_batch_size=options.batch
     )
     data.setup()
     method = Method(backbone=options.backbone, width=options.width, image_size=options.image_size).to(options.device)
-    views = 1 + options.copies * (len(MANIFOLDS) - 1)
-    fabric = L.Fabric(accelerator="cuda" if options.device.startswith("cuda") else "cpu", devices=1)
+    subject = Subject.of(method)
+    measurements = [
+        Neighborhoods(layers=list(LAYERS), k=50, copies=options.copies),
+        Spectrum(layers=list(LAYERS), copies=options.copies),
+    ]
+    for measurement in measurements:
+        measurement.prepare(subject, data)
+    views = 1 + options.copies * len(SETTINGS)
     ready = torch.rand(options.batch, 3, options.image_size, options.image_size, device=options.device)
 
     def wait() -> float:
@@ -58,7 +63,7 @@ def main() -> None:
 
     def whole() -> float:
         started = wait()
-        measure_model(method, data, options, fabric, lambda: None)
+        measure_together(measurements, Occasion(subject, data, "benchmark"))
         return wait() - started
 
     times: dict[str, list[float]] = {"bare forward passes": [], "survey": []}

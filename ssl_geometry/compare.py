@@ -9,11 +9,9 @@ beside it, because CKA alone can be moved by a few outlying images. The numbers 
 with the same protocol hash, on any number of processes: these share the images, and the first one does all the rest.
 """
 
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,32 +20,26 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.loader import size_within
 from ssl_geometry.devices import free_memory
 from ssl_geometry.errors import UserError
-from ssl_geometry.findings import SUPERVISED, UNTRAINED, findings, views_of
-from ssl_geometry.geometry.cka import MIN_GRAM_SIZE, permutation_p, permuted_cka
-from ssl_geometry.geometry.contrast import LEVEL, SMALLEST
+from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markdown, views_of
+from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
-from ssl_geometry.geometry.overlap import ALIKE, NEAREST, mutual_knn, neighbor_ids
-from ssl_geometry.measure.cka import GramSize, cka_protocol, cka_rows, gram_sizes, warn_of_few
-from ssl_geometry.measure.engine import Measured, Measurement, Occasion, as_options, layer_widths, measure_together
+from ssl_geometry.measure.cka import GramSize, cka_protocol, warn_of_few
+from ssl_geometry.measure.engine import Occasion, as_options, layer_widths, measure_together
 from ssl_geometry.measure.invariance import VIEWS, Invariance
-from ssl_geometry.measure.processes import agreeing, of_each
-from ssl_geometry.measure.requests import GramVector, Reduced, Request, pooled
-from ssl_geometry.measure.storage import BatchStorage
+from ssl_geometry.measure.processes import of_each
+from ssl_geometry.measure.similarity import Kept, Network, compare_pair, gram_pairs
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import Method
-from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.networks import (
     Sources,
     by_turns,
@@ -59,16 +51,9 @@ from ssl_geometry.networks import (
     unchanged,
 )
 from ssl_geometry.ranges import at_least, between
-from ssl_geometry.records import Protocol, RecordStore, record
-from ssl_geometry.report.figures import (
-    BLOCK,
-    compare_curves,
-    neighbor_pictures,
-    pair_panels,
-    save_figure,
-    training_curves,
-    view_heatmap,
-)
+from ssl_geometry.records import Protocol, RecordStore
+from ssl_geometry.report.comparison import draw, draw_training
+from ssl_geometry.report.figures import neighbor_pictures, save_figure
 from ssl_geometry.resume import recipe
 from ssl_geometry.runs import load_networks, network_names, split_seeds
 
@@ -82,116 +67,13 @@ SOURCES: Sources = {
 """Options of the monitors that measured the same."""
 NEIGHBORS = 10
 """Nearest images that mutual kNN compares, unless others are asked for."""
-MANIFOLDS = ("neighbors", "diameter", "affinity")
-KINDS = ("semantic", "policy")
 LONGEST_GROUP = 40
 """Characters of the names of several networks in a legend."""
-SEED, CHANCE = 0, 0.95
-"""Of the permutations, and the quantile of theirs that a search over layers is held against."""
 FULL = 0.9
 """Share of the free memory that is taken before files are."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
 """Neighbours in a row of pictures."""
-
-
-@dataclass
-class Network:
-    """One network of the comparison, and what is kept of it: no activations, no weights."""
-
-    name: str
-    learns_from_labels: bool | None
-    """None where that is not known, or it was not trained."""
-    epoch: int | None
-    """Completed epochs; None was not trained."""
-    architecture: str
-    depths: dict[str, float]
-    vectors: list[Tensor]
-    """For each batch, the Gram vectors of the layers, (L, P)."""
-    neighbors: Tensor
-    """Of each layer and image, the k nearest images, (L, N, k)."""
-    alike: Tensor
-    """Layers whose direction does not vary, (L,): they have no neighbours."""
-    layers: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """The records of its invariance and class CKA, and their jackknife deviations over blocks of images."""
-    features: Tensor | None = None
-    """Of the last layer of the backbone, (N, D), where neighbours are to be shown."""
-
-
-class Kept(Measurement):
-    """What pairs of networks are compared by, of clean images: the Gram vectors and the neighbours of each layer.
-
-    Each process keeps those of its images. At the end the first one has the Gram vectors of all, and the features one
-    layer after another.
-
-    Args:
-        widths: layer to its pooled features.
-        gram_size: images in a Gram matrix.
-        k: neighbours.
-        shown: layer whose features stay, if any does.
-        folder: for files of what does not fit into memory; None keeps all in memory.
-    """
-
-    def __init__(
-        self, widths: Mapping[str, int], gram_size: int, k: int, shown: str | None = None, folder: Path | None = None
-    ) -> None:
-        super().__init__()
-        self._widths, self._gram_size, self._k, self._shown, self._folder = widths, gram_size, k, shown, folder
-        self._clean, self._pooled = (Request(tuple(widths), reduce) for reduce in (GramVector(gram_size), pooled))
-        self.vectors: list[Tensor] = []
-        self.neighbors = torch.empty(0, 0, 0, dtype=torch.long)
-        self.features: Tensor | None = None
-
-    def requests(self, subject: Subject) -> Sequence[Request]:
-        """Of clean images."""
-        return [self._clean, self._pooled]
-
-    def begin(self, occasion: Occasion) -> None:
-        """Room for this process's images."""
-        images = occasion.images
-        whole, rest = divmod(images.measure_size, images.eval_batch_size)
-        batches = [images.eval_batch_size] * whole + [rest] * bool(rest)
-        dtype = torch.promote_types(occasion.subject.dtype, torch.float32)
-        self._lengths = [len(self._widths) * gram_pairs(n, n, self._gram_size) for n in batches]
-        self._vectors = BatchStorage(self._lengths, dtype, self._folder)
-        self._features = {
-            layer: BatchStorage([n * width for n in batches], folder=self._folder)
-            for layer, width in self._widths.items()
-        }
-
-    def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
-        """One batch, to the host."""
-        self._vectors.put(batch_number, torch.stack(list(reduced[self._clean].values())))
-        for layer, value in reduced[self._pooled].items():
-            self._features[layer].put(batch_number, value)
-
-    def finish(self, occasion: Occasion) -> Measured:
-        """What the first process needs; pairs have rows, a single network has none."""
-        vectors = self._vectors.on_first()
-        del self._vectors
-        if vectors is not None:
-            self.vectors = [part.view(len(self._widths), -1) for part in vectors.split(self._lengths)]
-        neighbors = []
-        for layer, width in self._widths.items():
-            features = self._features.pop(layer).on_first()
-            with agreeing():  # the others wait with their next layer
-                if features is not None:
-                    neighbors.append(neighbor_ids(features.view(-1, width), self._k))
-                    if layer == self._shown:
-                        self.features = features.view(-1, width)
-        if neighbors:
-            self.neighbors = torch.stack(neighbors)
-        return Measured()
-
-
-def gram_pairs(images: int, batch: int, gram_size: int) -> int:
-    """Pairs of images in all Gram matrices of images in batches: the numbers that a layer keeps.
-
-    Example:
-        >>> gram_pairs(130, 128, 64), gram_pairs(140, 128, 64)
-        (4032, 4098)
-    """
-    return sum(n * (n - 1) // 2 for n in gram_sizes(images, batch, gram_size))
 
 
 def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
@@ -308,151 +190,6 @@ def groups_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -
         if not is_what.get(groups[name], True):
             raise UserError(f"--models {groups[name]}=…: the findings call others so, and this one is not; rename it")
     return {name: groups[name] for name in networks}
-
-
-def _common(network: Network, options: Any) -> dict[str, Any]:
-    return {
-        "run": options.out.name,
-        "model": network.name,
-        "split": "measure",
-        "epoch": network.epoch or 0,
-        "n": network.neighbors.shape[1],
-    }
-
-
-def compare_pair(a: Network, b: Network, protocol: Protocol, options: Any, store: RecordStore) -> pd.DataFrame:
-    """All pairs of layers of two networks: CKA with error bars, and overlap of neighbours.
-
-    Returns:
-        The records of CKA, with their jackknife deviations over blocks of images.
-    """
-    cka = LayerwiseCKA([f"a/{layer}" for layer in a.depths], [f"b/{layer}" for layer in b.depths], options.gram_size)
-    cka.distributed_available_fn = lambda: False  # the first process has the images of all
-    for x, y in zip(a.vectors, b.vectors, strict=True):
-        cka.update(
-            {f"a/{layer}": row for layer, row in zip(a.depths, x, strict=True)},
-            {f"b/{layer}": row for layer, row in zip(b.depths, y, strict=True)},
-        )
-    undefined = a.alike[:, None] | b.alike
-    overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
-    alike = f"no neighbours where directions are within {ALIKE} roundings"
-    metric = f"mutual kNN, k={options.k}, {NEAREST}, pooled features; {alike}"
-    knn_protocol = Protocol({**protocol.what, "metric": metric})
-    common = {**_common(a, options), "view": "clean"}
-    rows = cka_rows(cka, a.depths, b.depths, **common, model_other=b.name, protocol=protocol.hash)
-    same_pair = ("model_other", "layer", "layer_other", "depth", "depth_other")
-    overlaps = [
-        record(
-            **common,
-            **{column: row[column] for column in same_pair},
-            metric="mutual_knn",
-            value=shared,
-            protocol=knn_protocol.hash,
-        )
-        for row, shared in zip(rows, overlap.flatten().tolist(), strict=True)
-    ]
-    searched, protocols = [], [protocol, knn_protocol]
-    if a is not b and options.permutations:
-        permuted = f"images within Gram matrices, alike in all layers, seed {SEED}; null: quantile {CHANCE:g}"
-        what = {"permutations": options.permutations, "permuted": permuted}
-        protocols.append(Protocol({**protocol.what, **what}))
-        values = torch.tensor([row["value"] for row in rows], dtype=torch.float64).view(len(a.depths), -1)
-        searched = against_chance(a, b, values, options, **common, protocol=protocols[-1].hash)
-    store.write(f"pairs/{a.name}--{b.name}", rows + overlaps + searched, protocols)
-    return pd.DataFrame(rows).assign(deviations=list(cka.deviations().flatten(1).T.numpy()))
-
-
-def against_chance(
-    a: Network, b: Network, values: Float[Tensor, "L M"], options: Any, **common: Any
-) -> list[dict[str, Any]]:
-    """The most similar layer of the other network for each layer, and what permuted images give such a search.
-
-    Args:
-        a: whose layers are the rows.
-        b: whose layers are searched: its post-residual ones for a post-residual layer, else all.
-        values: their CKA.
-        options: ``gram_size`` and ``permutations``.
-        common: what all records share.
-
-    Returns:
-        For each layer of ``a`` three records: ``max_cka``, with the layer that has it; ``max_cka_null``, which one
-        search in twenty exceeds when images are permuted; ``max_cka_p``, how often it reads as much as here.
-    """
-    null = permuted_cka(a.vectors, b.vectors, options.gram_size, options.permutations, SEED)
-    blocks = torch.tensor([bool(re.fullmatch(BLOCK, layer)) for layer in b.depths])
-    rows: list[dict[str, Any]] = []
-    for layer, row, draws in zip(a.depths, values, null.unbind(1), strict=True):
-        among = row.isfinite() & (blocks if re.fullmatch(BLOCK, layer) and blocks.any() else True)
-        if not among.any():
-            continue
-        best = row.masked_fill(~among, -torch.inf).argmax()
-        by_chance = draws[:, among].amax(1)
-        other = list(b.depths)[best]
-        place = {"model_other": b.name, "layer": layer, "layer_other": other}
-        place |= {"depth": a.depths[layer], "depth_other": b.depths[other]}
-        found = {
-            "max_cka": row[best],
-            "max_cka_null": by_chance.quantile(CHANCE),
-            "max_cka_p": permutation_p(row[best], by_chance),
-        }
-        rows += [record(**common, **place, metric=name, value=float(value)) for name, value in found.items()]
-    return rows
-
-
-def draw(frame: pd.DataFrame, groups: Mapping[str, str], labels: Mapping[str, bool | None], out: Path) -> list[Path]:
-    """All pictures, from the records alone, as PNG and PDF.
-
-    Args:
-        frame: the records of a comparison.
-        groups: of :func:`groups_of`.
-        labels: network to whether it learned from labels, where that is known.
-        out: folder.
-
-    Returns:
-        The PNG files.
-    """
-    pictures = {}
-    pairs = frame[frame["model_other"].notna()]
-    for (a, b), rows in pairs.groupby(["model", "model_other"], sort=False):
-        cka, knn, null = (rows[rows["metric"] == name] for name in ("cka", "mutual_knn", "max_cka_null"))
-        pictures[f"layers_{a}_{b}"] = pair_panels(cka, knn, null)
-    layers = frame[frame["model_other"].isna()]
-    invariance = layers[layers["metric"] == "invariance"]
-    self_supervised = [name for name in groups if labels[name] is False]
-    seen = [view for view in map(views_of, self_supervised) if view in set(invariance["view"])]
-    shown = {view: f"Invariance under the {view}" for view in seen[:1]}
-    shown["own"] = "Invariance under its own training views"
-    panels = {title: invariance[invariance["view"] == view] for view, title in shown.items()}
-    panels["CKA with the classes"] = layers[layers["metric"] == "class_cka"]
-    pictures["invariance_and_classes"] = compare_curves(
-        {title: rows for title, rows in panels.items() if len(rows)}, groups, f"{int(frame['n'].iloc[0]):,} images"
-    )
-    for model, rows in invariance.groupby("model", sort=False):
-        pictures[f"invariance_{model}"] = view_heatmap(rows)
-    return [save_figure(figure, out / name) for name, figure in pictures.items()]
-
-
-def draw_training(models: Sequence[str], out: Path) -> list[Path]:
-    """Manifold graph metrics over the training of the runs that measured them (``--neighbors.every_n_epochs``).
-
-    Args:
-        models: as given to ``--models``.
-        out: folder of the picture.
-
-    Returns:
-        The PNG file, or nothing where fewer than one run measured them more than once.
-    """
-    frames = []
-    for name, path in network_names(models).items():
-        if (Path(path) / "records" / "neighbors").is_dir():
-            frame = RecordStore(Path(path) / "records").read()
-            shown = frame["metric"].isin(MANIFOLDS) & (frame["layer"] == "pooled") & frame["view"].isin(KINDS)
-            frames.append(frame[shown].assign(model=name))
-    rows = pd.concat(frames) if frames else pd.DataFrame({"epoch": [], "layer": []})
-    if rows["epoch"].nunique() < 2:
-        return []
-    title = f"Manifolds in the pooled features over training, {int(rows['n'].max()):,} images"
-    return [save_figure(training_curves(rows, MANIFOLDS, KINDS, "pooled", title), out / "manifolds_training")]
 
 
 def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -> Figure:
@@ -626,15 +363,18 @@ def _report(
         protocol, other = protocols[a.name], protocols[b.name].what["views"]["clean"]
         if other != protocol.what["views"]["clean"]:
             protocol = Protocol({**protocol.what, "views of the other": other})
-        pairs.append(compare_pair(a, b, protocol, options, store))
+        found, rows = compare_pair(a, b, protocol, out.name, options.gram_size, options.k, options.permutations)
+        store.write(f"pairs/{a.name}--{b.name}", found.rows, found.protocols)
+        pairs.append(rows)
     labels = {network.name: network.learns_from_labels for network in measured}
     frame = store.read()
     methods = {network.name: UNTRAINED if network.epoch is None else groups[network.name] for network in measured}
     architectures = {network.name: network.architecture for network in measured}
     table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), methods, labels, architectures)
     table.to_parquet(out / "findings.parquet")
-    (out / "findings.md").write_text(_markdown(table, options, int(frame["n"].iloc[0])), encoding="utf-8")
-    pictures = draw(frame, groups, labels, out / "figures")
+    (out / "findings.md").write_text(markdown(table, options.models, int(frame["n"].iloc[0])), encoding="utf-8")
+    self_supervised = [views_of(network.name) for network in measured if network.learns_from_labels is False]
+    pictures = draw(frame, groups, self_supervised, out / "figures")
     pictures += [
         save_figure(
             show_neighbors(network, options.data, options.show_neighbors),
@@ -643,47 +383,16 @@ def _report(
         for network in measured
         if options.show_neighbors
     ]
-    pictures += draw_training(options.models, out / "figures")
+    pictures += draw_training(network_names(options.models), out / "figures")
     for claim, rows in table.groupby("claim", sort=False):
         decided, baseline = rows["verdict"].iloc[0], rows["baseline"].iloc[0]
         aside = "" if baseline else " (without baseline)"
         console.print(f"[bold]{decided:>11}[/bold]  {claim}{aside}", highlight=False, soft_wrap=True)
         for row in rows.to_dict("records"):
-            console.print(f"{'':>13}{row['contrast']}: {_effect(row)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{'':>13}{row['contrast']}: {effect(row)}", markup=False, highlight=False, soft_wrap=True)
     for picture in pictures:
         console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
-
-
-def _effect(row: Mapping[Hashable, Any]) -> str:
-    """A contrast and its interval, as text."""
-    if not np.isfinite(row["effect"]):
-        return "–"
-    if not np.isfinite(row["low"]):
-        return f"{row['effect']:+.3f}, no interval over {row['over']}"
-    return f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] over {row['over']}"
-
-
-def _markdown(table: pd.DataFrame, options: Any, n: int) -> str:
-    lines = [
-        "# What this comparison decides about the findings of Grigg et al. 2021",
-        "",
-        f"Networks: {', '.join(options.models)}; {n} images. These are numbers of these runs, not the paper's. A claim "
-        f"is supported if the {LEVEL:.0%} intervals of all of its contrasts lie above {SMALLEST}, and contradicted if "
-        f"one of k lies below -{SMALLEST} at a level of {LEVEL:.0%} for all k; else it is undecided, which more images "
-        "(--data.measure_size), and more runs with other seeds where intervals are over runs, may decide. An interval "
-        "over images alone speaks of these networks, not of their methods; where one kind of network has several runs, "
-        "a single network of another kind has no interval. The criteria: docs/cka.md.",
-        "",
-        "| claim | contrast (positive where the claim holds) | numbers | effect, 95 % interval | baseline | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
-    for claim, rows in table.groupby("claim", sort=False):
-        for place, row in enumerate(rows.to_dict("records")):
-            ends = (claim, row["baseline"] or "none", row["verdict"]) if place == 0 else ("", "", "")
-            cells = (ends[0], row["contrast"], row["numbers"], _effect(row), *ends[1:])
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -10,13 +10,13 @@ interval. (Another method's spread cannot stand in: it need not be alike, and mo
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy import ndarray as Array
 
-from ssl_geometry.geometry.contrast import Contrast, deviations, interval, verdict
+from ssl_geometry.geometry.contrast import LEVEL, SMALLEST, Contrast, deviations, interval, verdict
 from ssl_geometry.report.figures import BLOCK
 
 UNTRAINED, SUPERVISED = "untrained", "supervised"
@@ -397,3 +397,41 @@ def _same_place(pairs: pd.DataFrame) -> pd.Index:
     away = (pairs["depth"] - pairs["depth_other"]).abs().where(pairs["layer"] != pairs["layer_other"], -1)
     nearest = pairs.assign(away=away).sort_values("away", kind="stable")
     return nearest.groupby(["model", "model_other", "layer"], sort=False).head(1).index
+
+
+def effect(row: Mapping[Hashable, Any]) -> str:
+    """A row of :func:`findings` and its interval, as text."""
+    if not np.isfinite(row["effect"]):
+        return "–"
+    if not np.isfinite(row["low"]):
+        return f"{row['effect']:+.3f}, no interval over {row['over']}"
+    return f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] over {row['over']}"
+
+
+def markdown(table: pd.DataFrame, models: Sequence[str], n: int) -> str:
+    """The findings as a page.
+
+    Args:
+        table: of :func:`findings`.
+        models: networks, as they were given.
+        n: images.
+    """
+    lines = [
+        "# What this comparison decides about the findings of Grigg et al. 2021",
+        "",
+        f"Networks: {', '.join(models)}; {n} images. These are numbers of these runs, not the paper's. A claim "
+        f"is supported if the {LEVEL:.0%} intervals of all of its contrasts lie above {SMALLEST}, and contradicted if "
+        f"one of k lies below -{SMALLEST} at a level of {LEVEL:.0%} for all k; else it is undecided, which more images "
+        "(--data.measure_size), and more runs with other seeds where intervals are over runs, may decide. An interval "
+        "over images alone speaks of these networks, not of their methods; where one kind of network has several runs, "
+        "a single network of another kind has no interval. The criteria: docs/cka.md.",
+        "",
+        "| claim | contrast (positive where the claim holds) | numbers | effect, 95 % interval | baseline | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim, rows in table.groupby("claim", sort=False):
+        for place, row in enumerate(rows.to_dict("records")):
+            ends = (claim, row["baseline"] or "none", row["verdict"]) if place == 0 else ("", "", "")
+            cells = (ends[0], row["contrast"], row["numbers"], effect(row), *ends[1:])
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"

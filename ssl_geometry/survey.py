@@ -22,20 +22,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from scipy.stats import false_discovery_control
 from torch import nn
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.geometry.prediction import (
-    group,
-    least_p,
-    leave_one_out,
-    predictive_r2,
-    rank_correlation,
-    unit_means,
-)
+from ssl_geometry.geometry.prediction import group, least_p, unit_means
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import as_options
 from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates
@@ -52,25 +44,23 @@ from ssl_geometry.networks import (
     together,
     unchanged,
 )
+from ssl_geometry.prediction import LEAST_MODELS, UNTRAINED, predict, read_targets, recipes_of, task_text
 from ssl_geometry.ranges import at_least
-from ssl_geometry.records import Protocol, RecordStore, read_records
+from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.figures import save_figure
 from ssl_geometry.report.models import (
     collapse_curves,
-    collapse_over_training,
     correlation_map,
     depth_profiles,
     model_map,
     model_tree,
     prediction_scatter,
 )
-from ssl_geometry.report.tables import latex, markdown
+from ssl_geometry.report.survey import METRICS, collapse_in_training, metric_table, readable, write_table
 from ssl_geometry.runs import load_networks, network_names, split_seeds
 
 SEMANTIC = "semantic"
-METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
-STATISTICS = ("mean", "std", "median")
 LAYERS = ("stages", "pooled")
 SOURCES: Sources = {
     "neighbors.layers": {"neighbors.layers": unchanged, "spectrum.layers": unchanged},
@@ -78,12 +68,8 @@ SOURCES: Sources = {
     "spectrum.copies": {"spectrum.copies": unchanged},
 }
 """Options of the monitors that measured the same."""
-UNTRAINED = "untrained"
 LEAST_OF_A_CLASS = 3
 """Images of a class with fewer have no two neighbours, and no manifold."""
-LEAST_MODELS = 4
-"""Fewer are not mapped; fewer recipes are not correlated, nor predicted from each other."""
-PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
 
 
 def survey_model(
@@ -127,206 +113,6 @@ def fingerprint(method: nn.Module) -> str:
 # -- from records to tables --------------------------------------------------------------------------------------------
 
 
-def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Sequence[str]) -> pd.DataFrame:
-    """The manifold graph metrics of every model: one row a model, columns (manifold, metric, statistic).
-
-    Args:
-        frame: records of a survey.
-        layer: model to the layer that is looked at, the encoder's last; in the order of the rows.
-        manifolds: kinds, in the order of the columns. What was not measured, or has no value, is NaN.
-
-    Example:
-        >>> common = {"model": "a", "layer": "pooled", "view": "crop"}
-        >>> rows = [{**common, "metric": "diameter", "value": 0.5, "low": 0.4},
-        ...         {**common, "metric": "diameter_std", "value": 0.1, "low": None},
-        ...         {**common, "metric": "diameter_quantile", "value": 0.6, "low": 0.5}]
-        >>> metric_table(pd.DataFrame(rows), {"a": "pooled"}, ["crop"]).iloc[0].dropna().to_list()
-        [0.5, 0.1, 0.6]
-    """
-    at = frame[frame["layer"] == frame["model"].map(layer)]
-    parts = {}
-    for metric in METRICS:
-        medians = at[(at["metric"] == f"{metric}_quantile") & (at["low"] == 0.5)]
-        for statistic, rows in zip(
-            STATISTICS, (at[at["metric"] == metric], at[at["metric"] == f"{metric}_std"], medians), strict=True
-        ):
-            for view, values in rows.groupby("view", sort=False):
-                parts[view, metric, statistic] = values.set_index("model")["value"]
-    columns = pd.MultiIndex.from_product([manifolds, METRICS, STATISTICS], names=["manifold", "metric", "statistic"])
-    empty = pd.Series(dtype=float)
-    cells = [parts.get(key, empty).reindex(list(layer)).to_numpy() for key in columns]
-    return pd.DataFrame(np.transpose(cells), index=list(layer), columns=columns)
-
-
-def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The same as text, a table a metric, a column a manifold: mean ± spread over images (median)."""
-    tables = {}
-    for metric, title in METRICS.items():
-        part, form = table.xs(metric, axis=1, level="metric"), ("{:.1f}" if metric == "neighbors" else "{:.3f}").format
-        tables[title.capitalize()] = text = pd.DataFrame(index=table.index)
-        for view in part.columns.unique("manifold"):
-            numbers = part[view].map(form)
-            text[view] = numbers["mean"] + " ± " + numbers["std"] + " (" + numbers["median"] + ")"
-            text.loc[part[view]["mean"].isna(), view] = "–"
-    return tables
-
-
-def recipes_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -> dict[str, str]:
-    """Which models are seeds or versions of one recipe, and count once where something is predicted.
-
-    Args:
-        networks: name to network and its epochs.
-        options: of the command: ``recipes`` names those of some models, ``seeds`` the name that each was given.
-
-    Returns:
-        Model to the first model of its recipe: what ``--recipes`` says; else models given as ``NAME=RUN,RUN`` are one
-        recipe; else what the network says of itself (:attr:`Method.recipe`; untrained networks by architecture).
-
-    Raises:
-        UserError: a recipe of a model that is not there.
-    """
-    known: dict[str, str] = {}
-    for name, (method, epoch) in networks.items():
-        itself = method.recipe if epoch is not None else f"{UNTRAINED} {method.init_args.get('backbone')}"
-        given = options.seeds.get(name, name)
-        known[name] = options.recipes.get(name) or options.recipes.get(given) or (given if given != name else itself)
-    if strange := [name for name in options.recipes if name not in known and name not in options.seeds.values()]:
-        raise UserError(f"--recipes.{strange[0]}: no such model; {nearest(strange[0], known)}")
-    first = {recipe: name for name, recipe in reversed(known.items())}
-    return {name: first[recipe] for name, recipe in known.items()}
-
-
-def read_targets(sources: Sequence[str], models: Mapping[str, str], recipes: Mapping[str, str]) -> pd.DataFrame:
-    """What models reached on tasks.
-
-    Args:
-        sources: ``published``, CSV files with the columns task, dataset, model, value, or folders that
-            ``python -m ssl_geometry.probe`` wrote.
-        models: those of the survey, each with the published checkpoint that it is, if it is one. Published results are
-            of checkpoints, all others of the names that the survey gives; what is of other models is left out.
-        recipes: of :func:`recipes_of`.
-
-    Returns:
-        Columns task, dataset, model, value.
-
-    Raises:
-        UserError: no such file, columns that are missing, or results of too few of the recipes.
-    """
-    parts = []
-    for source in sources:
-        path = PUBLISHED if source == "published" else Path(source)
-        if path.is_dir():
-            try:
-                frame = read_records(path)
-            except FileNotFoundError as error:
-                raise UserError(f"--targets {error}") from error
-            kept = (frame["layer"] == "pooled") & (frame["split"] == "test") & frame["low"].notna()  # accuracies
-            frame = frame[kept].assign(task=frame["metric"], dataset=path.name)
-        else:
-            try:
-                frame = pd.read_csv(path)
-            except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-                raise UserError(f"--targets {source}: cannot be read as a table ({reason})") from error
-        if missing := [name for name in ("task", "dataset", "model", "value") if name not in frame]:
-            raise UserError(f"--targets {source}: no column {missing[0]!r}; {nearest(missing[0], list(frame.columns))}")
-        if "metric" in frame and not path.is_dir():  # two metrics of a data set are two tasks, never averaged
-            several = frame.groupby(["task", "dataset"])["metric"].transform("nunique") > 1
-            frame["task"] = frame["task"].where(~several, frame["task"] + " (" + frame["metric"] + ")")
-        if source == "published":
-            frame["model"] = frame["model"].map({checkpoint: name for name, checkpoint in models.items()})
-        parts.append(frame[["task", "dataset", "model", "value"]])
-    targets = pd.concat(parts, ignore_index=True)
-    known = targets[targets["model"].isin(models)]
-    if known.empty:
-        there = sorted(targets["model"].dropna().unique()) or ["other checkpoints"]
-        raise UserError(f"--targets {' '.join(sources)}: results of none of these models; they have {', '.join(there)}")
-    most = known["model"].map(recipes).groupby([known["task"], known["dataset"]]).nunique().max()
-    if most < LEAST_MODELS:
-        raise UserError(
-            f"--targets {' '.join(sources)}: no task has results of {LEAST_MODELS} recipes, which a prediction of each "
-            f"from the others needs: {most} at most, since seeds and versions of one recipe count once (--recipes)"
-        )
-    return known
-
-
-def predict(
-    table: pd.DataFrame, targets: pd.DataFrame, baseline: Mapping[str, float], recipes: Mapping[str, str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Which metrics predict each task, and how well a ridge regression does, beside ImageNet accuracy.
-
-    Models of one recipe are averaged first: recipes are what is permuted and what is left out.
-
-    Args:
-        table: of :func:`metric_table`.
-        targets: of :func:`read_targets`.
-        baseline: ImageNet linear top-1 of the models for which it is known, percent.
-        recipes: of :func:`recipes_of`.
-
-    Returns:
-        One row a task and data set, and a mean over data sets where there are several; and the prediction of each
-        recipe (under the name of its first model) from the others. Tasks with fewer than four recipes are left out.
-    """
-    found, predicted = [], []
-    targets = targets.assign(title=targets["task"] + ": " + targets["dataset"])
-    several = targets.groupby("task").filter(lambda rows: rows["dataset"].nunique() > 1)
-    complete = several.groupby(["task", "model"])["value"].agg(["mean", "size"]).reset_index()
-    complete = complete[complete["size"] == complete.groupby("task")["size"].transform("max")]
-    means = complete.assign(
-        title=complete["task"] + ": mean of " + complete["size"].astype(str), value=complete["mean"]
-    )
-    for title, rows in pd.concat([targets, means]).groupby("title", sort=False):
-        of_models = rows.groupby("model", sort=False)["value"].mean()
-        units = [recipes[model] for model in of_models.index]
-        x = unit_means(table.loc[of_models.index].to_numpy(), units)
-        y = unit_means(of_models.to_numpy()[:, None], units)[:, 0]
-        if len(y) < LEAST_MODELS or np.ptp(y) == 0:
-            continue
-        tested = rank_correlation(x, y)
-        row: dict[str, Any] = {"task": title, "recipes": len(y), "models": len(of_models)}
-        row["metrics"] = int(np.isfinite(tested.rho).sum())
-        if row["metrics"]:
-            best = int(np.nanargmax(np.abs(tested.rho)))
-            row |= {
-                "best metric": " ".join(table.columns[best]),
-                "rho": tested.rho[best],
-                "p": tested.p[best],
-                "p (Holm)": tested.adjusted[best],
-            }
-        complete_columns = np.isfinite(x).all(0)
-        if complete_columns.any():
-            guess = leave_one_out(x, y)
-            row["ridge Q2"] = predictive_r2(guess, y)
-            predicted += [
-                {"task": title, "model": model, "value": value, "predicted": g}
-                for model, value, g in zip(dict.fromkeys(units), y, guess, strict=True)
-            ]
-        accuracy = unit_means(np.array([[baseline.get(model, np.nan)] for model in of_models.index]), units)
-        base = rank_correlation(accuracy, y)  # side by side with the metrics on the same recipes, or not at all
-        row |= {"ImageNet rho": base.rho[0], "ImageNet p": base.p[0], "ImageNet Q2": np.nan}
-        if np.isfinite(accuracy).all():
-            row["ImageNet Q2"] = predictive_r2(leave_one_out(accuracy, y), y)
-        found.append(row)
-    tasks = pd.DataFrame(found)
-    if "p (Holm)" in tasks and (tested_tasks := tasks["p (Holm)"].notna()).any():
-        tasks.insert(list(tasks.columns).index("p (Holm)") + 1, "q (BH over tasks)", np.nan)
-        tasks.loc[tested_tasks, "q (BH over tasks)"] = false_discovery_control(tasks.loc[tested_tasks, "p (Holm)"])
-    return tasks, pd.DataFrame(predicted, columns=["task", "model", "value", "predicted"])
-
-
-def _write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Path, note: str) -> Path:
-    """Numbers as Parquet, and their texts, by title, as Markdown and LaTeX; the Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flat = table.set_axis([" ".join(key) if isinstance(key, tuple) else str(key) for key in table.columns], axis=1)
-    write_whole(path.with_suffix(".parquet"), flat.to_parquet)
-    pages = "\n".join(f"# {title}\n\n{note}\n\n{markdown(text)}\n" for title, text in texts.items())
-    path.with_suffix(".md").write_text(pages, encoding="utf-8")
-    path.with_suffix(".tex").write_text(
-        "\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()), encoding="utf-8"
-    )
-    return path.with_suffix(".md")
-
-
 def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[str, str], options: Any) -> list[Path]:
     """All tables and pictures, from the records alone.
 
@@ -348,7 +134,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
         f"Features of the encoder's last layer, {n:,} images of {Path(options.data.dataset).name}; mean ± standard "
         f"deviation over images (median). k = {options.k}, {options.neighbors.copies} augmented views."
     )
-    made, pictures = [_write_table(table, readable(table), out / "tables" / "mgm", note)], {}
+    made, pictures = [write_table(table, readable(table), out / "tables" / "mgm", note)], {}
     title = f"Manifold graph metrics over depth, {n:,} images"
     pictures["profiles"] = depth_profiles(frame, options.manifolds, list(METRICS), families, title)
     pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
@@ -383,8 +169,8 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
             f"them. With {many} recipes no p can be below {lowest:.2g}, nor below "
             f"{min(1, tasks['metrics'].max() * lowest):.2g} after Holm. With so few, every figure is a hint."
         )
-        text = {"Prediction of transfer": _task_text(tasks)}
-        made.append(_write_table(tasks.set_index("task"), text, out / "tables" / "prediction", note))
+        text = {"Prediction of transfer": task_text(tasks)}
+        made.append(write_table(tasks.set_index("task"), text, out / "tables" / "prediction", note))
         write_whole(out / "tables" / "predicted.parquet", predicted.to_parquet)
         shown = tasks[tasks["task"].str.contains("mean of")] if len(tasks) > 9 else tasks
         shown = shown if len(shown) else tasks.head(9)
@@ -395,7 +181,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
         }
         if titles:
             pictures["prediction"] = prediction_scatter(predicted, families, titles)
-    pictures |= _training(network_names(options.models))
+    pictures |= collapse_in_training(network_names(options.models))
     return made + [save_figure(figure, out / "figures" / name) for name, figure in pictures.items()]
 
 
@@ -413,7 +199,7 @@ def _alike(
         f"Ward's clusters of {len(table)} models on {used} standardised metrics, and their first two principal "
         f"components ({found.explained[0]:.0%} and {found.explained[1]:.0%} of the variance)."
     )
-    made = [_write_table(place, {"Which models are alike": text}, folder / "map", note)]
+    made = [write_table(place, {"Which models are alike": text}, folder / "map", note)]
     title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
     return made, {
         "tree": model_tree(found.merges, list(table.index), families, title),
@@ -429,33 +215,8 @@ def _together(table: pd.DataFrame, recipes: Mapping[str, str], folder: Path) -> 
     correlation = correlation.corr("spearman", min_periods=LEAST_MODELS)
     text = correlation.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
     note = f"Spearman correlations of means over {len(of_recipes)} recipes ({len(table)} models)."
-    made = [_write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note)]
+    made = [write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note)]
     return made, {"correlation": correlation_map(correlation, len(of_recipes), "Manifold graph metrics (means)")}
-
-
-def _training(models: Mapping[str, str]) -> dict[str, Figure]:
-    """Of the runs among the specifications that measured spectra while they learned: the collapse over training."""
-    parts = []
-    for name, spec in models.items():
-        if (Path(spec) / "records").is_dir():
-            frame = read_records(spec)
-            frame = frame[frame["metric"].isin(["mean_cosine", "rankme", "diameter"])]
-            parts.append(frame.assign(model=name))
-    frame = pd.concat(parts) if parts else pd.DataFrame(columns=["metric", "epoch"])
-    if frame.loc[frame["metric"] == "mean_cosine", "epoch"].nunique() < 2:
-        return {}
-    return {"collapse_training": collapse_over_training(frame, "pooled", "Collapse over training, pooled features")}
-
-
-def _task_text(tasks: pd.DataFrame) -> pd.DataFrame:
-    text = pd.DataFrame(index=tasks["task"])
-    for column in tasks.columns.drop("task"):
-        digits = 4 if column.startswith("p") or column.endswith(" p") else 2
-        text[column] = [
-            "–" if pd.isna(value) else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-            for value in tasks[column]
-        ]
-    return text
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

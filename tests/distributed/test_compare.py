@@ -19,6 +19,7 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure import Neighborhoods
 from ssl_geometry.measure.processes import agreeing
+from ssl_geometry.measure.similarity import Kept
 from ssl_geometry.measure.storage import BatchStorage
 from ssl_geometry.networks import by_turns, together
 from ssl_geometry.records import read_records
@@ -71,7 +72,7 @@ def mistaken(rank: int, world_size: int, command: Any, args: list[str], cut_shor
         patch.setenv("NODE_RANK", "0")
         patch.setenv("LOCAL_RANK", str(rank))
         if cut_short and rank == 1:
-            for measurement in (compare.Kept, Neighborhoods):
+            for measurement in (Kept, Neighborhoods):
                 patch.setattr(measurement, "update", update)
         return ended(command, [*args, f"--devices={world_size}"])
 

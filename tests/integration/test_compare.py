@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from ssl_geometry.compare import Network, _parse, compare, groups_of, main, show_neighbors
+from ssl_geometry.compare import _parse, compare, groups_of, main, show_neighbors
 from ssl_geometry.data.datasets import Images
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
+from ssl_geometry.measure.similarity import Network
 from ssl_geometry.methods import Method, Published, SimCLR, Supervised
 from ssl_geometry.records import read_records
 from ssl_geometry.report.figures import BLOCK

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from ssl_geometry import survey as command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError
 from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.methods import Method, Published
+from ssl_geometry.prediction import PUBLISHED, predict, read_targets, recipes_of
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
-from ssl_geometry.survey import main, metric_table, predict, read_targets, recipes_of, survey
+from ssl_geometry.report.survey import metric_table
+from ssl_geometry.runs import load_networks
+from ssl_geometry.survey import main, survey
 from tests.processes import finish, start_ranks
 from tests.unit.test_datasets import pixels, save
 
@@ -278,7 +282,7 @@ def test_published_targets_name_models_and_say_where_they_come_from() -> None:
     assert not any("segmentation" in task and "mean of" in task for task in tasks["task"]), "no mean of two metrics"
     assert "many-shot fine-tune: mean of 11" in set(tasks["task"])
     assert tasks["ImageNet Q2"].isna().all()
-    assert pd.read_csv(command.PUBLISHED)["provenance"].notna().all()
+    assert pd.read_csv(PUBLISHED)["provenance"].notna().all()
 
 
 def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +290,7 @@ def test_own_probes_are_targets(runs: Path, surveyed: Path, tmp_path: Path, caps
     arguments = ["--models", *spec, "untrained=random", "other=random:1"]
     out = probe([*arguments, f"--out={tmp_path / 'digits'}", "--evaluations=[knn]", "--k=[5]"])
     arguments, before = [*models(runs), f"--out={surveyed}", *SMALL, f"--targets=[{out}]"], times(surveyed)
-    with pytest.raises(command.UserError, match=r"no task has results of 4 recipes.*: 3 at most"):
+    with pytest.raises(UserError, match=r"no task has results of 4 recipes.*: 3 at most"):
         survey(arguments)  # two untrained networks of one architecture
     survey([*arguments, "--recipes={other: another}"])
     assert "over 4 recipes (4 models)" in (surveyed / "tables" / "correlation.md").read_text()
@@ -332,7 +336,7 @@ def test_metrics_are_correlated_over_four_recipes_at_least(tmp_path: Path) -> No
 
 def test_what_is_one_recipe() -> None:
     def untrained(spec: str) -> tuple[Method, None]:
-        return command.load_networks([f"x={spec}"])["x"][0], None
+        return load_networks([f"x={spec}"])["x"][0], None
 
     networks = {
         "seed0": (Pixels(seed=0), 3),
@@ -355,7 +359,7 @@ def test_what_is_one_recipe() -> None:
         "byol": "byol",
         "timm:x-v1": "timm:x-v1",
     }
-    with pytest.raises(command.UserError, match=r"--recipes.sed0: no such model; did you mean 'seed0'"):
+    with pytest.raises(UserError, match=r"--recipes.sed0: no such model; did you mean 'seed0'"):
         recipes_of(networks, SimpleNamespace(recipes={"sed0": "x"}, seeds={}))
 
 
@@ -445,11 +449,11 @@ def test_a_mistake_is_one_line(
 
 
 def test_features_that_are_not_finite_name_the_model(runs: Path, tmp_path: Path) -> None:
-    method = command.load_networks([f"simclr={runs / 'simclr'}"])["simclr"]
+    method = load_networks([f"simclr={runs / 'simclr'}"])["simclr"]
     method[0].backbone.conv1.weight.data.fill_(torch.nan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "load_networks", lambda specs: {"broken": method})
-        with pytest.raises(command.UserError, match=r"--models broken: layer .* finite"):
+        with pytest.raises(UserError, match=r"--models broken: layer .* finite"):
             survey(["--models", f"broken={runs / 'simclr'}", f"--out={tmp_path}", *SMALL])
 
 
@@ -471,7 +475,7 @@ def test_a_damaged_part_is_told(runs: Path, tmp_path: Path) -> None:
     arguments = ["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}", *SMALL, "--neighbors.layers=pooled"]
     survey([*arguments, "--neighbors.settings=[]"])
     (tmp_path / "records" / "models" / "simclr.parquet").write_bytes(b"PAR1, then nothing")
-    with pytest.raises(command.UserError, match=r"simclr.parquet: damaged .* remove it"):
+    with pytest.raises(UserError, match=r"simclr.parquet: damaged .* remove it"):
         survey([*arguments, "--neighbors.settings=[]"])
 
 

@@ -1,0 +1,87 @@
+"""Tables and figures of many models, from records alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ssl_geometry.records import read_records
+from ssl_geometry.records.store import write_whole
+from ssl_geometry.report.models import collapse_over_training
+from ssl_geometry.report.tables import latex, markdown
+
+METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
+STATISTICS = ("mean", "std", "median")
+
+
+def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Sequence[str]) -> pd.DataFrame:
+    """The manifold graph metrics of every model: one row a model, columns (manifold, metric, statistic).
+
+    Args:
+        frame: records of a survey.
+        layer: model to the layer that is looked at, the encoder's last; in the order of the rows.
+        manifolds: kinds, in the order of the columns. What was not measured, or has no value, is NaN.
+
+    Example:
+        >>> common = {"model": "a", "layer": "pooled", "view": "crop"}
+        >>> rows = [{**common, "metric": "diameter", "value": 0.5, "low": 0.4},
+        ...         {**common, "metric": "diameter_std", "value": 0.1, "low": None},
+        ...         {**common, "metric": "diameter_quantile", "value": 0.6, "low": 0.5}]
+        >>> metric_table(pd.DataFrame(rows), {"a": "pooled"}, ["crop"]).iloc[0].dropna().to_list()
+        [0.5, 0.1, 0.6]
+    """
+    at = frame[frame["layer"] == frame["model"].map(layer)]
+    parts = {}
+    for metric in METRICS:
+        medians = at[(at["metric"] == f"{metric}_quantile") & (at["low"] == 0.5)]
+        for statistic, rows in zip(
+            STATISTICS, (at[at["metric"] == metric], at[at["metric"] == f"{metric}_std"], medians), strict=True
+        ):
+            for view, values in rows.groupby("view", sort=False):
+                parts[view, metric, statistic] = values.set_index("model")["value"]
+    columns = pd.MultiIndex.from_product([manifolds, METRICS, STATISTICS], names=["manifold", "metric", "statistic"])
+    empty = pd.Series(dtype=float)
+    cells = [parts.get(key, empty).reindex(list(layer)).to_numpy() for key in columns]
+    return pd.DataFrame(np.transpose(cells), index=list(layer), columns=columns)
+
+
+def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The same as text, a table a metric, a column a manifold: mean ± spread over images (median)."""
+    tables = {}
+    for metric, title in METRICS.items():
+        part, form = table.xs(metric, axis=1, level="metric"), ("{:.1f}" if metric == "neighbors" else "{:.3f}").format
+        tables[title.capitalize()] = text = pd.DataFrame(index=table.index)
+        for view in part.columns.unique("manifold"):
+            numbers = part[view].map(form)
+            text[view] = numbers["mean"] + " ± " + numbers["std"] + " (" + numbers["median"] + ")"
+            text.loc[part[view]["mean"].isna(), view] = "–"
+    return tables
+
+
+def write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Path, note: str) -> Path:
+    """Numbers as Parquet, and their texts, by title, as Markdown and LaTeX; the Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = table.set_axis([" ".join(key) if isinstance(key, tuple) else str(key) for key in table.columns], axis=1)
+    write_whole(path.with_suffix(".parquet"), flat.to_parquet)
+    pages = "\n".join(f"# {title}\n\n{note}\n\n{markdown(text)}\n" for title, text in texts.items())
+    path.with_suffix(".md").write_text(pages, encoding="utf-8")
+    path.with_suffix(".tex").write_text(
+        "\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()), encoding="utf-8"
+    )
+    return path.with_suffix(".md")
+
+
+def collapse_in_training(models: Mapping[str, str]) -> dict[str, Figure]:
+    """Of the runs among the specifications that measured spectra while they learned: the collapse over training."""
+    parts = []
+    for name, spec in models.items():
+        if (Path(spec) / "records").is_dir():
+            frame = read_records(spec)
+            frame = frame[frame["metric"].isin(["mean_cosine", "rankme", "diameter"])]
+            parts.append(frame.assign(model=name))
+    frame = pd.concat(parts) if parts else pd.DataFrame(columns=["metric", "epoch"])
+    if frame.loc[frame["metric"] == "mean_cosine", "epoch"].nunique() < 2:
+        return {}
+    return {"collapse_training": collapse_over_training(frame, "pooled", "Collapse over training, pooled features")}
