@@ -267,7 +267,7 @@ def _parse(args: Sequence[str]) -> Any:
         help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
     )
     options = parse_networks(parser, "compare", args, "cka", "all", SOURCES)
-    options.gram_size, options.views = options.cka.gram_size, options.invariance.views
+    options.gram_size, options.views = options.cka.gram_size, list(dict.fromkeys(options.invariance.views))
     options.models, options.seeds = split_seeds(options.models)
     shown = options.show_neighbors if isinstance(options.show_neighbors, list) else [options.show_neighbors]
     options.show_neighbors = list(dict.fromkeys(shown))

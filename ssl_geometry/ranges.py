@@ -11,11 +11,13 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ssl_geometry.errors import UserError
 
@@ -125,6 +127,26 @@ def check_value(hint: Any, value: Any, option: str) -> None:
         raise UserError(f"{option} {_as_typed(value)}: expected {expected(hint)}")
 
 
+def _suits(hint: Any, value: Any) -> bool:
+    """Whether a value is of the kind that an annotation of plain values names; of other annotations, anything is.
+
+    Example:
+        >>> _suits(int, 8.5), _suits(float, 8), _suits(list[str] | None, ["stem"]), _suits(list[str], "stem")
+        (False, True, True, False)
+    """
+    kinds, origin = get_args(hint), get_origin(hint)
+    if origin is Annotated:
+        return _suits(kinds[0], value)
+    if origin in (Union, UnionType):
+        return any(_suits(kind, value) for kind in kinds)
+    if origin in (list, Sequence):
+        plain = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+        return plain and all(_suits(kind, item) for item in value for kind in kinds)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return not isinstance(hint, type) or hint not in (bool, str, NoneType) or isinstance(value, hint)
+
+
 def check_arguments(owner: type, values: Mapping[str, Any], prefix: str) -> None:
     """Refuse arguments of a class outside the ranges in the annotations of its constructor, and those that it inherits.
 
@@ -142,6 +164,10 @@ def check_arguments(owner: type, values: Mapping[str, Any], prefix: str) -> None
         hint, value = parameter.annotation, values[name]
         if value is None and parameter.default is not None and _is_ours(hint):
             raise UserError(f"{prefix}{name} null: expected {expected(hint)}")
+        if value is not parameter.default and not _suits(
+            hint, value
+        ):  # of a script: a command's parser has looked already
+            raise UserError(f"{prefix}{name} {_as_typed(value)}: expected {expected(hint)}")
         check_value(hint, value, prefix + name)
 
 
@@ -197,6 +223,9 @@ def expected(hint: Any) -> str:
     if values := _literals(hint):
         return f"one of {', '.join(values)}"
     text = str(hint)
+    if "str" in text and not range_of(hint):
+        single = get_origin(hint) in (Union, UnionType) and str in get_args(hint)
+        return "a name, or a list such as [a, b]" if single else "a list such as [a, b]"
     whole, several = "int" in text and "float" not in text, re.search(r"list\[|Sequence\[", text)
     kind = ("whole numbers" if whole else "numbers") if several else ("a whole number" if whole else "a number")
     limits = range_of(hint)
@@ -263,4 +292,6 @@ def _is_ours(hint: Any) -> bool:
 def _as_typed(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_as_typed, value))}]"
+    if value is None:
+        return "null"
     return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -117,14 +117,15 @@ def gram_vector(
         raise ValueError(f"gram_size must be at least {MIN_GRAM_SIZE}, got {gram_size}")
     x = _features(activations, features)
     options = kernel, bandwidth, drop_top
-    return torch.cat([_triangle(_centred_gram(group, *options)).flatten() for group in _grouped(x, gram_size)])
+    vectors = [_triangle(_centred_gram(group, *options)).flatten() for group in _grouped(x, gram_size)]
+    return torch.cat([x.new_empty(0), *vectors])
 
 
 def _grouped(x: Tensor, gram_size: int) -> list[Tensor]:
     """The images of whole Gram matrices, (G, n, ...), and of the short last one."""
     whole = len(x) // gram_size
     groups = x[: whole * gram_size].unflatten(0, (whole, gram_size)), x[whole * gram_size :].unsqueeze(0)
-    return [group for group in groups if group.shape[1] >= MIN_GRAM_SIZE]
+    return [group for group in groups if len(group) and group.shape[1] >= MIN_GRAM_SIZE]
 
 
 def _triangle(matrices: Shaped[Tensor, "G n n"]) -> Shaped[Tensor, "G n*(n-1)/2"]:

@@ -59,8 +59,8 @@ class CKA(Measurement):
     """Layerwise CKA of the network with itself, with its initialisation, and with a reference network.
 
     Args:
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these.
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         gram_size: images in a Gram matrix, at least 4; the cost grows with it.
         reference: a run directory or a checkpoint to compare with as well, such as the supervised twin.
     """
@@ -69,8 +69,8 @@ class CKA(Measurement):
 
     def __init__(
         self,
-        every_n_epochs: Epochs | None = None,
         layers: str | list[str] = "all",
+        every_n_epochs: Epochs | None = None,
         gram_size: GramSize = 64,
         reference: str | None = None,
     ) -> None:
@@ -116,7 +116,10 @@ class CKA(Measurement):
         if self._keep_initial:
             self.frozen[INITIAL] = FrozenReference(INITIAL, self._depths, {}, images)
         elif INITIAL in self.frozen and self.frozen[INITIAL].images != images:
-            logger.info("the measurement images are others than at the start: CKA with the initialisation ends here")
+            logger.info(
+                "the measurement images, their batches or gram_size are others than at the start: CKA with the "
+                "initialisation ends here"
+            )
             del self.frozen[INITIAL]
         layers, device = self._request.layers, occasion.subject.device
         self._itself = LayerwiseCKA(layers, gram_size=self.gram_size).to(device)

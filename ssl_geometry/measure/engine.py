@@ -25,8 +25,8 @@ from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.requests import Reduced, Reduction, Request, Split, pooled
 from ssl_geometry.measure.subject import Subject
-from ssl_geometry.models.taps import Taps
-from ssl_geometry.ranges import at_least
+from ssl_geometry.models.taps import Taps, evaluating
+from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol
 
 Epochs = Annotated[int, at_least(0)]
@@ -141,6 +141,7 @@ class Measurement:
     layers: Layers | None = None
 
     def __init__(self, every_n_epochs: Epochs | None = None) -> None:
+        check_arguments(Measurement, {"every_n_epochs": every_n_epochs}, self.option(""))
         self.every_n_epochs = every_n_epochs
 
     @classmethod
@@ -324,7 +325,7 @@ def forward_pass(
 
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, full float32, kernels that no timing chooses; all is put back, module by module.
+    """:func:`~ssl_geometry.models.taps.evaluating`, no gradients, full float32, kernels that no timing chooses.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen
@@ -333,18 +334,14 @@ def measuring(module: nn.Module) -> Iterator[None]:
         >>> [part.training for part in net]
         [False, True]
     """
-    modes = {part: part.training for part in module.modules()}
     benchmark = torch.backends.cudnn.benchmark
-    module.eval()
     torch.backends.cudnn.benchmark = False  # the last batch is shorter, and would be timed for one use
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
+        with evaluating(module), torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        for part, training in modes.items():
-            part.training = training
 
 
 def layer_widths(subject: Subject, layers: Sequence[str], image_shape: Sequence[int]) -> dict[str, int]:
@@ -360,4 +357,5 @@ def layer_widths(subject: Subject, layers: Sequence[str], image_shape: Sequence[
         Taps(subject.network, list(layers), lambda _, output: pooled(output).shape[1]) as taps,
     ):
         blank = torch.zeros(1, *image_shape, dtype=torch.uint8, device=subject.device)
-        return taps(subject.seen("clean", blank, torch.zeros(1, dtype=torch.long, device=subject.device)))
+        found = taps(subject.seen("clean", blank, torch.zeros(1, dtype=torch.long, device=subject.device)))
+    return {layer: found[layer] for layer in layers}  # of a module that runs several times, the first counts

@@ -27,8 +27,8 @@ class Invariance(Measurement):
     """CKA between two augmented views of the images, per layer and augmentation; class CKA where there are labels.
 
     Args:
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers; see ``--cka.layers``.
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         gram_size: images in a Gram matrix.
         views: augmentations: own (the method's training views), policies (simclr, supervised) and single operations.
     """
@@ -37,14 +37,14 @@ class Invariance(Measurement):
 
     def __init__(
         self,
-        every_n_epochs: Epochs | None = None,
         layers: str | list[str] = "all",
+        every_n_epochs: Epochs | None = None,
         gram_size: GramSize = 64,
         views: Sequence[str] = VIEWS,
     ) -> None:
         check_arguments(Invariance, locals(), self.option(""))
         super().__init__(every_n_epochs)
-        self.layers, self.gram_size, self.views = layers, gram_size, tuple(views)
+        self.layers, self.gram_size, self.views = layers, gram_size, tuple(dict.fromkeys(views))
 
     def check(self, subject: Subject) -> None:
         """The views too.

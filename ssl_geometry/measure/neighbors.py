@@ -46,9 +46,9 @@ class Neighborhoods(Measurement):
     """Manifold graph metrics of each layer: neighbours, diameter, affinity, and how graphs change.
 
     Args:
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
             has them.
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         k: nearest images of which NNK chooses; None takes 50, or all others where there are fewer.
         settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
         copies: augmented views of each image.
@@ -59,8 +59,8 @@ class Neighborhoods(Measurement):
 
     def __init__(
         self,
-        every_n_epochs: Epochs | None = None,
         layers: str | list[str] | None = None,
+        every_n_epochs: Epochs | None = None,
         k: Annotated[int, at_least(LEAST_CANDIDATES)] | None = None,
         settings: Sequence[str] = tuple(SETTINGS),
         copies: Annotated[int, at_least(3)] = 10,
@@ -69,7 +69,7 @@ class Neighborhoods(Measurement):
         super().__init__(every_n_epochs)
         if unknown := [name for name in settings if name not in SETTINGS]:
             raise UserError(f"{self.option('settings')} {unknown[0]}: expected some of {', '.join(SETTINGS)}")
-        self.layers, self.settings, self.copies = layers, tuple(settings), copies
+        self.layers, self.settings, self.copies = layers, tuple(dict.fromkeys(settings)), copies
         self._asked_k = k
         self.last: dict[str, Tensor] = {}  # the graph of the last measurement, to see how much of it is left
 

@@ -108,10 +108,10 @@ class Probes(Measurement):
     """Linear classifiers on every layer: online ones that learn beside the network, and converged ones.
 
     Args:
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off, online
-            classifiers as well.
         layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, as far as the
             network has them.
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off, online
+            classifiers as well.
         online: train classifiers on the activations of the training steps (where an image shows one class, and batches
             are this package's).
         online_sent_in: dtype in which processes send each other the gradients of the online classifiers in every step:
@@ -128,8 +128,8 @@ class Probes(Measurement):
 
     def __init__(
         self,
-        every_n_epochs: Epochs | None = None,
         layers: str | list[str] | None = None,
+        every_n_epochs: Epochs | None = None,
         online: bool = True,
         online_sent_in: Literal["auto", "float32", "bfloat16"] = "auto",
         logistic: bool = False,

@@ -35,9 +35,9 @@ class Spectrum(Measurement):
     """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity, mean cosine of each layer.
 
     Args:
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
             has them.
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         copies: augmented views of each image that LiDAR compares; 0 leaves LiDAR and alignment out.
     """
 
@@ -46,8 +46,8 @@ class Spectrum(Measurement):
 
     def __init__(
         self,
-        every_n_epochs: Epochs | None = None,
         layers: str | list[str] | None = None,
+        every_n_epochs: Epochs | None = None,
         copies: Annotated[int, at_least(2, also=0)] = 10,
     ) -> None:
         check_arguments(Spectrum, locals(), self.option(""))

@@ -10,8 +10,10 @@ quarter of a transformer), ``head`` (every leaf of a method's ``head``), ``all``
 """
 
 import math
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Self
@@ -70,7 +72,7 @@ def layer_names(
     ran = set(named) if surely else _that_run(model, named, example)
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [name for name in named if name in ran and fnmatchcase(name, pattern)]
+        found = [name for name in named if name in ran and (name == pattern or fnmatchcase(name, pattern))]
         found = [name for name in presets.get(pattern, []) if name in ran] or found
         if not found and pattern in named:
             raise UserError(
@@ -94,7 +96,7 @@ def _that_run(model: nn.Module, named: dict[str, nn.Module], example: Callable[[
     if example is None and view is None:  # Taps raise where a layer does not run
         return set(named)
     device = next((parameter.device for parameter in method.parameters()), torch.device("cpu"))  # raw pixels have none
-    images = torch.zeros(2, 3, view.spec["size"], view.spec["size"], device=device) if example is None else example()
+    size = 0 if example is not None else view.spec["size"]
     ran: set[str] = set()
 
     def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -103,19 +105,61 @@ def _that_run(model: nn.Module, named: dict[str, nn.Module], example: Callable[[
         if first is not None and first.ndim > 1 and len(first) == 2:
             ran.add(name)
 
-    modes = {part: part.training for part in method.modules()}
     handles = [module.register_forward_hook(partial(note, name)) for name, module in named.items()]
-    devices = [device] if device.type == "cuda" else []
     try:
-        method.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-            method(images)
+        with evaluating(method), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            method(torch.zeros(2, 3, size, size, device=device) if example is None else example())
     finally:
         for handle in handles:
             handle.remove()
+    return ran
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which nothing of training changes: modes, buffers and random numbers are put back.
+
+    Some forwards change buffers in evaluation mode as well. A network, or a transform of its images, that draws random
+    numbers draws the same ones each time, and takes none from the streams of training.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen
+        >>> with evaluating(net):
+        ...     assert not net.training
+        >>> [part.training for part in net]
+        [False, True]
+    """
+    modes = {part: part.training for part in module.modules()}
+    buffers = [
+        (part, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if not nn.parameter.is_lazy(buffer)
+    ]
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.default_generator.manual_seed(0)
+            for cuda in devices:
+                with torch.cuda.device(cuda):
+                    torch.cuda.manual_seed(0)
+            module.eval()
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+        with torch.no_grad():
+            for part, name, buffer, before in buffers:
+                if getattr(part, name) is not buffer:
+                    setattr(part, name, buffer)
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         for part, training in modes.items():
             part.training = training
-    return ran
 
 
 def present(model: nn.Module, layers: str | Sequence[str] | None, default: str | Sequence[str]) -> str | Sequence[str]:

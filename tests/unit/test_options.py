@@ -421,9 +421,9 @@ def test_accumulation_over_more_batches_than_an_epoch_has() -> None:
 @pytest.mark.parametrize(
     ("measurement", "words"),
     [
-        (Invariance(1, views=["own", "sepia"]), "--invariance.views [sepia]: no operation or policy is called"),
+        (Invariance(views=["own", "sepia"]), "--invariance.views [sepia]: no operation or policy is called"),
         (CKA(layers="layer9"), "--cka.layers='layer9' matches no layer"),
-        (Spectrum(1, layers=["pooled", "knn"]), "--spectrum.layers='knn' does not run when SimCLR is measured"),
+        (Spectrum(layers=["pooled", "knn"]), "--spectrum.layers='knn' does not run when SimCLR is measured"),
     ],
 )
 @as_options

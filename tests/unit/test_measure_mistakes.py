@@ -1,0 +1,148 @@
+"""Wrong arguments of what measures in a script are one line, and what measures leaves all as it was."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from ssl_geometry.data.views import View
+from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.measure import (
+    CKA,
+    Invariance,
+    Measurement,
+    MeasurementImages,
+    Neighborhoods,
+    Probes,
+    Spectrum,
+    Subject,
+    measure,
+)
+
+SIDE = 8
+CLEAN = View("none", size=SIDE, normalize="none")
+PIXELS = torch.randint(0, 255, (24, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+LABELS = torch.arange(24) % 3
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.fixture(scope="module")
+def images() -> MeasurementImages:
+    return MeasurementImages(PIXELS, LABELS, PIXELS, LABELS, batch_size=12)
+
+
+WHOLE, NAMES, LIST = "expected a whole number", "expected a name, or a list such as [a, b]", "a list such as [a, b]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (CKA, {"gram_size": "8"}, f"CKA.gram_size 8: {WHOLE} of at least 4"),
+        (CKA, {"gram_size": 8.5}, f"CKA.gram_size 8.5: {WHOLE} of at least 4"),
+        (CKA, {"gram_size": True}, f"CKA.gram_size True: {WHOLE} of at least 4"),
+        (CKA, {"gram_size": [8]}, f"CKA.gram_size [8]: {WHOLE} of at least 4"),
+        (CKA, {"layers": 3}, f"CKA.layers 3: {NAMES}"),
+        (CKA, {"layers": ["0", 3]}, f"CKA.layers [0, 3]: {NAMES}"),
+        (CKA, {"every_n_epochs": 1.5}, f"CKA.every_n_epochs 1.5: {WHOLE} of at least 0"),
+        (Measurement, {"every_n_epochs": "x"}, f"Measurement.every_n_epochs x: {WHOLE} of at least 0"),
+        (Invariance, {"views": "crop"}, f"Invariance.views crop: expected {LIST}"),
+        (Invariance, {"views": None}, f"Invariance.views null: expected {LIST}"),
+        (Invariance, {"views": [3]}, f"Invariance.views [3]: expected {LIST}"),
+        (Neighborhoods, {"k": "5"}, f"Neighborhoods.k 5: {WHOLE} of at least 3"),
+        (Neighborhoods, {"k": True}, f"Neighborhoods.k True: {WHOLE} of at least 3"),
+        (Neighborhoods, {"settings": "crop"}, f"Neighborhoods.settings crop: expected {LIST}"),
+        (Neighborhoods, {"settings": None}, f"Neighborhoods.settings null: expected {LIST}"),
+        (Spectrum, {"copies": 2.5}, f"Spectrum.copies 2.5: {WHOLE} of at least 2, or 0"),
+        (Probes, {"train_images": 2.5}, f"Probes.train_images 2.5: {WHOLE} of at least 1"),
+        (Probes, {"learning_rates": 0.1}, "Probes.learning_rates 0.1: expected numbers above 0, at most 7"),
+        (Probes, {"learning_rates": ["a"]}, "Probes.learning_rates [a]: expected numbers above 0, at most 7"),
+        (Probes, {"logistic": "yes"}, "Probes.logistic yes: expected true or false"),
+        (Probes, {"online": 3}, "Probes.online 3: expected true or false"),
+    ],
+)
+def test_arguments_of_another_kind(kind: Any, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        kind(**given)
+    assert str(error.value) == words
+
+
+def test_layers_come_first(images: MeasurementImages) -> None:
+    assert set(measure(network(), images, [CKA("0", gram_size=8)], clean=CLEAN).rows["layer"]) == {"0"}
+
+
+class Restless(nn.Module):
+    """Draws random numbers and counts its calls, in evaluation mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        return self.inner(nn.functional.dropout(images) + np.random.rand() + random.random())  # noqa: NPY002
+
+
+def test_measuring_leaves_buffers_and_streams_of_random_numbers(images: MeasurementImages) -> None:
+    net = Restless()
+
+    def draw() -> tuple[float, ...]:
+        return float(torch.rand(1)), random.random(), float(np.random.rand())  # noqa: NPY002
+
+    flipped: Any = v2.Compose([v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    found = []
+    for clean in (CLEAN, flipped, flipped):
+        streams = []
+        for look in (True, False):
+            torch.manual_seed(1), random.seed(1), np.random.seed(1)  # noqa: NPY002
+            if look:
+                found.append(measure(net, images, [CKA(gram_size=8)], clean=clean).rows)
+            streams.append(draw())
+        assert streams[0] == streams[1]
+    assert (net.calls, net.replaced) == (0, 0)
+    assert found[1]["value"].equals(found[2]["value"]), "the same numbers are drawn in every measurement"
+
+
+class Twice(nn.Module):
+    """One activation for two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.act(self.second(self.act(self.first(images))))
+
+
+@pytest.mark.parametrize("measurement", [Spectrum("all", copies=0), Probes("all"), CKA("all", gram_size=8)])
+def test_a_module_that_runs_twice(images: MeasurementImages, measurement: Measurement) -> None:
+    rows = measure(Twice(), images, [measurement], clean=CLEAN).rows
+    assert set(rows["layer"]) == {"first", "second", "act"}
+
+
+def test_a_gram_matrix_of_more_images_than_there_are() -> None:
+    """No matrix of that size is made for the groups that are not there."""
+    features = torch.randn(6, 3)
+    torch.testing.assert_close(gram_vector(features, 10**9), gram_vector(features, 6))
+    assert gram_vector(features[:3], 10**9).shape == (0,)
+
+
+def test_a_view_that_is_asked_for_twice_is_measured_once(images: MeasurementImages) -> None:
+    rows = measure(network(), images, [Invariance("0", gram_size=8, views=["crop", "crop"])], clean=CLEAN).rows
+    assert len(rows.query("metric == 'invariance'")) == 1
+
+
+def test_a_name_that_reads_as_a_pattern(images: MeasurementImages) -> None:
+    net = nn.Sequential()
+    net.add_module("block[0]", nn.Conv2d(3, 4, 3))
+    assert Subject(net, CLEAN).layers(["block[0]"]) == ("block[0]",)
