@@ -132,7 +132,7 @@ def measure_network(
     names, data = chosen_layers(method, options), options.data
     subject = Subject.of(method, name)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
-    invariance = Invariance(None, names, options.gram_size, views)
+    invariance = Invariance(names, gram_size=options.gram_size, views=views)
     task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
     occasion = Occasion(subject, data, options.out.name, epoch or 0)
     _, found = measure_together([kept, invariance], occasion, lambda: progress.advance(task), lambda: together(options))

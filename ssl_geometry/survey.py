@@ -97,8 +97,8 @@ def survey_model(
 def _measurements(method: Method, options: Any) -> tuple[Neighborhoods, Spectrum]:
     """What is measured of one model."""
     names, asked = chosen_layers(method.backbone, options), options.neighbors
-    neighborhoods = Neighborhoods(None, names, options.k, asked.settings, asked.copies)
-    return neighborhoods, Spectrum(None, names, options.spectrum.copies)
+    neighborhoods = Neighborhoods(names, k=options.k, settings=asked.settings, copies=asked.copies)
+    return neighborhoods, Spectrum(names, copies=options.spectrum.copies)
 
 
 def fingerprint(method: nn.Module) -> str:
