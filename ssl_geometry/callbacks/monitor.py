@@ -48,12 +48,14 @@ class GeometryMonitor(L.Callback):
         measurements: such as ``[CKA(layers="blocks"), Spectrum(every_n_epochs=10)]``.
         images: to measure on; None takes the trainer's data module, where it is this package's.
         network: attribute path in the module, or function from the module to the network; None takes the module where
-            it is a method of this package, else its ``backbone``, else the module.
+            it is a method of this package, else its ``backbone``, else its only submodule with parameters, else the
+            module, with a line that names its parts; ``""`` is the module itself.
         heads: attribute paths of modules that read the network's features, measured under these names.
         clean: how the network sees an image: a :class:`View`, or a transform from a PIL image to a tensor (random views
             then cannot be measured). Methods of this package know it.
         every_n_epochs: for measurements that do not say: at the start, after every n-th epoch and after the last one.
-        name: of the network where several are monitored, such as ``"teacher"``; None takes the run's.
+        name: of the network where several are monitored, such as ``"teacher"``: in the rows, in the names of curves
+            (``cka/teacher/to_init/…``) and of figures. None takes the run's.
 
     Raises:
         UserError: when training starts, in one line that names the argument.
@@ -234,8 +236,7 @@ class GeometryMonitor(L.Callback):
         if callable(self.network):
             network = self.network(module)
         else:
-            path = self.network or ("backbone" if isinstance(getattr(module, "backbone", None), nn.Module) else "")
-            network = _attribute(module, path, "network")
+            network = _attribute(module, _usual(module) if self.network is None else self.network, "network")
         if self.clean is None:
             raise UserError(
                 f"clean: how {type(network).__name__} sees an image is not known; give "
@@ -308,6 +309,22 @@ def _one_line(epoch: int) -> Iterator[None]:
 
 def _weights(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
+
+
+def _usual(module: nn.Module) -> str:
+    """Where the network of a module is, if nobody says."""
+    parts = dict(module.named_children())
+    if "backbone" in parts:
+        return "backbone"
+    learns = [name for name, part in parts.items() if next(part.parameters(), None) is not None]
+    holders = nn.ModuleList | nn.ModuleDict  # which have no forward
+    if len(learns) == 1 and not isinstance(parts[learns[0]], holders) and not list(module.parameters(recurse=False)):
+        return learns[0]
+    logger.warning(
+        f"the whole {type(module).__name__} is measured, as it has no backbone; "
+        f"give network=… to measure one of its parts: {', '.join(learns)}"
+    )
+    return ""
 
 
 def _attribute(module: nn.Module, path: str, argument: str) -> nn.Module:

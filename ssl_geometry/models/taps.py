@@ -3,10 +3,12 @@
 A name is the module's dotted path as it reads on the bare network: ``torch.compile``, DDP and a method's ``backbone``
 leave no trace in it. torchvision's ResNets and timm's vision transformers have further names: ``stem``, ``pooled``,
 and in a ResNet ``layer3.2.residual``, the branch of block ``layer3.2`` before the addition. Any other network is taken
-as the sequence of its child modules, in the order of their registration.
+as the sequence of its child modules, in the order of their registration; a container, and a module that holds a stack
+of equal blocks (an encoder, a stage), is replaced by what it holds.
 
-Presets: ``post_residual`` (block outputs), ``residual``, ``blocks`` (both), ``stages`` (last block of each stage, or
-quarter of a transformer), ``head`` (every leaf of a method's ``head``), ``all`` (stem, blocks, pooled, head).
+Presets: ``post_residual`` (block outputs), ``residual``, ``blocks`` (both), ``stages`` (last block of each stage or
+stack, or of each quarter of a single stack, as of a transformer), ``head`` (every leaf of a method's ``head``), ``all``
+(stem, blocks, pooled, head).
 """
 
 import math
@@ -32,6 +34,8 @@ from ssl_geometry.errors import UserError, nearest
 HEAD_STEP = 0.1
 """Depth from a leaf of a head to the next, the first one counted from the backbone's end at 1."""
 
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 LAST_AXIS = r"(LayerNorm|RmsNorm|RMSNorm)(?!.*2d)"
 """Kinds of normalisation over the last axis, by their names in torch and timm."""
@@ -404,10 +408,13 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
             aliases |= {f"{b}.{last_norm}": f"{b}.residual" for b in blocks if isinstance(tree[b], kind)}
     elif _is_vision_transformer(net):
         blocks = [path for path in tree if re.fullmatch(r"blocks\.\d+", path)]
-        stages = [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+        stages = _quarters(blocks)
         aliases = {"patch_embed": "stem", "fc_norm": "pooled"}
     else:
         blocks = list(_unrolled(net))
+        stacks = [[name for name in stack if name in blocks] for stack in _stacks(net)]
+        stacks = [stack for stack in stacks if stack]
+        stages = _quarters(stacks[0]) if len(stacks) == 1 else [stack[-1] for stack in stacks]
     heads = getattr(outer, "heads", [name for name in parts if name == "head"]) if "backbone" in parts else []
     head = [
         path
@@ -449,11 +456,40 @@ def _is_vision_transformer(net: nn.Module) -> bool:
     return isinstance(net, VisionTransformer)
 
 
+def _quarters(blocks: Sequence[str]) -> list[str]:
+    return [blocks[math.ceil(len(blocks) * quarter / 4) - 1] for quarter in (1, 2, 3, 4)]
+
+
 def _unrolled(module: nn.Module, path: str = "") -> Iterator[str]:
-    """The child modules of a network of no known kind, containers replaced by what they hold."""
+    """The child modules of a network of no known kind; containers and stacks are replaced by what they hold."""
     for name, child in module.named_children():
         child, child_path = _eager(child), f"{path}.{name}".lstrip(".")
-        if isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if isinstance(child, CONTAINERS) or _holds_a_stack(child):
             yield from _unrolled(child, child_path)
         else:
             yield child_path
+
+
+def _holds_a_stack(module: nn.Module) -> bool:
+    """Whether a module is no block but runs blocks: an encoder, a stage, a network in a wrapper."""
+    parts = [_eager(child) for child in module.children()]
+    return any(_is_stack(part) if isinstance(part, CONTAINERS) else _holds_a_stack(part) for part in parts)
+
+
+def _is_stack(container: nn.Module) -> bool:
+    """Whether it has two blocks of one class."""
+    kinds = [type(part) for _, part in _blocks(container)]
+    return len(set(kinds)) < len(kinds)
+
+
+def _blocks(container: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The parts that are neither layers nor containers."""
+    parts = [(name, _eager(part)) for name, part in container.named_children()]
+    return [(name, part) for name, part in parts if list(part.children()) and not isinstance(part, CONTAINERS)]
+
+
+def _stacks(net: nn.Module) -> Iterator[list[str]]:
+    """The names of the blocks of each stack."""
+    for path, module in _post_order(net):
+        if isinstance(module, CONTAINERS) and _is_stack(module):
+            yield [f"{path}.{name}".lstrip(".") for name, _ in _blocks(module)]

@@ -67,25 +67,48 @@ def twins(rows: Iterable[Row]) -> list[Row]:
         if row["metric"] == "cka" and row["model_other"] != row["model"]:
             same = row["layer"] == row["layer_other"]
             away = -1.0 if same else abs(row["depth_other"] - row["depth"])
-            key = (row["model_other"], row["layer"])
+            key = (row["model"], row["model_other"], row["layer"])
             if key not in best or away < best[key][0]:
                 best[key] = away, row
     return [row for _, row in best.values()]
 
 
 def scalars(rows: Sequence[Row]) -> dict[str, float]:
-    """The numbers of one moment that loggers show as curves.
+    """The numbers of one epoch that loggers show as curves.
 
     Args:
-        rows: records of one network at one moment.
+        rows: records of one epoch.
 
     Returns:
-        Logged name to value; what the names mean stands in ``docs/wandb.md``.
+        Logged name to value; what the names mean stands in ``docs/wandb.md``. Those of a network that is called
+        otherwise than its run, such as a teacher beside the student, have its name behind the first part.
 
     Example:
-        >>> scalars([{"metric": "ridge_probe", "layer": "pooled", "view": "clean", "value": 0.5, "layer_other": None}])
-        {'probes/ridge/pooled': 0.5}
+        >>> row = {"metric": "ridge_probe", "layer": "pooled", "view": "clean", "value": 0.5, "layer_other": None}
+        >>> scalars([{**row, "run": "a", "model": "a"}, {**row, "run": "a", "model": "teacher"}])
+        {'probes/ridge/pooled': 0.5, 'probes/teacher/ridge/pooled': 0.5}
     """
+    return {
+        _of_network(key, network): value
+        for network, own in _by_network(rows).items()
+        for key, value in _scalars(own).items()
+    }
+
+
+def _by_network(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the name of their network; "" is that of the run."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault("" if row["model"] == row["run"] else row["model"], []).append(row)
+    return found
+
+
+def _of_network(key: str, network: str) -> str:
+    section, _, rest = key.partition("/")
+    return f"{section}/{network}/{rest}" if network else key
+
+
+def _scalars(rows: Sequence[Row]) -> dict[str, float]:
     found = {f"cka/to_{row['model_other']}/{row['layer']}": row["value"] for row in twins(rows)}
     layers = [row["layer"] for row in rows if row["metric"] == "invariance"]
     watched = "pooled" if "pooled" in layers else next(reversed(layers), None)
@@ -122,15 +145,25 @@ def curve_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
-    """How to draw the pictures of one moment.
+    """How to draw the figures of one epoch.
 
     Args:
-        rows: records of one network at this moment.
-        curves: :func:`curve_rows` of this moment and of all before it.
+        rows: records of this epoch.
+        curves: :func:`curve_rows` of this epoch and of all before it.
 
     Returns:
-        Logged name to what draws the picture. Only what was measured at this moment has pictures.
+        Logged name to what draws the figure, network by network as in :func:`scalars`. Only what was measured in this
+        epoch has figures.
     """
+    before = _by_network(curves)
+    return {
+        _of_network(key, network): draw
+        for network, own in _by_network(rows).items()
+        for key, draw in _pictures(own, before.get(network, [])).items()
+    }
+
+
+def _pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
     measured = dict.fromkeys(row["metric"] for row in rows)
     found: Pictures = {}
     if "cka" in measured:

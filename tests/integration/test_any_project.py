@@ -117,7 +117,7 @@ class StudentAndTeacher(L.LightningModule):
                 mine.lerp_(theirs, 0.1)
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.student[part].parameters(), lr=0.05) for part in ("backbone", "head")]
+        return [torch.optim.SGD(self.student[part].parameters(), lr=2.0) for part in ("backbone", "head")]
 
 
 def trainer(root: Path, *monitors: L.Callback, **options: Any) -> L.Trainer:
@@ -185,6 +185,7 @@ def test_live_numbers_are_those_of_a_notebook_on_the_saved_weights(tmp_path: Pat
 
 
 def test_student_and_teacher_under_manual_optimisation(tmp_path: Path, images: MeasurementImages) -> None:
+    L.seed_everything(0)
     monitors = [
         GeometryMonitor([CKA(gram_size=8)], images, f"{name}.backbone", [f"{name}.head"], clean=CLEAN, name=name)
         for name in ("student", "teacher")
@@ -198,6 +199,48 @@ def test_student_and_teacher_under_manual_optimisation(tmp_path: Path, images: M
     to_initial = found.query("epoch == 1 and model_other == 'init' and layer == layer_other and layer == '3'")
     moved = to_initial.set_index("model")["value"]
     assert moved["teacher"] > moved["student"], "the teacher follows slowly"
+    logged = pd.read_csv(tmp_path / "lightning_logs" / "version_0" / "metrics.csv")
+    for name in ("student", "teacher"):  # curves and figures of their own
+        assert logged[f"cka/{name}/to_init/3"].dropna().tolist() == pytest.approx([1.0, moved[name]])
+        assert (tmp_path / "geometry" / "version_0" / "figures" / f"cka_{name}_map_self.png").exists()
+
+
+class Classifier(L.LightningModule):
+    """A network under a name of its own."""
+
+    def __init__(self, parts: Sequence[str] = ("net",)) -> None:
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss()
+        for name in parts:
+            self.add_module(name, small_convnet())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return sum(part(images) for part in self.children() if part is not self.criterion)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0][0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_the_only_part_that_learns_is_the_network(images: MeasurementImages, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever it is called; of several, the whole module is measured, and one line shows how to choose."""
+    monitor = GeometryMonitor([CKA()], images, clean=CLEAN)
+    monitor._images = images
+    one, two = Classifier(), Classifier(["left", "right"])
+    assert monitor.subject(one, "run").network is one.net
+    assert not caplog.messages
+    assert monitor.subject(two, "run").network is two
+    assert caplog.messages == [
+        "the whole Classifier is measured, as it has no backbone; "
+        "give network=… to measure one of its parts: left, right"
+    ]
+    monitor.network = ""
+    assert monitor.subject(one, "run").network is one
+    monitor.network, held = None, Classifier([])
+    held.nets = nn.ModuleDict({"student": small_convnet()})
+    assert monitor.subject(held, "run").network is held, "a ModuleDict has no forward"
 
 
 @pytest.mark.parametrize(

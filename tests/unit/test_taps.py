@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from lightly.models.modules.heads import SimCLRProjectionHead
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import ResNet, VisionTransformer, mobilenet_v3_small
+from torchvision.models.resnet import BasicBlock
 from torchvision.models.swin_transformer import SwinTransformer
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.cka import pool
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.models import build_backbone
-from ssl_geometry.models.taps import Taps, layer_depths, layer_names
+from ssl_geometry.models.taps import Taps, layer_depths, layer_names, present
 
 STAGES = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
 
@@ -597,3 +599,51 @@ def test_ddp_networks_give_what_bare_ones_give_without_communication(tmp_path, m
             assert_same(take(wrapped, "all", images), expected)
     finally:
         dist.destroy_process_group()
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.fc = net, nn.Linear(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("network", "blocks", "stages"),
+    [
+        (
+            lambda: VisionTransformer(16, 8, num_layers=5, num_heads=2, hidden_dim=8, mlp_dim=8),
+            [f"encoder.layers.encoder_layer_{i}" for i in range(5)],
+            [f"encoder.layers.encoder_layer_{i}" for i in (1, 2, 3, 4)],
+        ),
+        (
+            lambda: timm_net("convnext_tiny", depths=(2, 1, 3, 2), dims=(4, 8, 8, 16)),
+            ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1", "stages.2.blocks.0", "stages.2.blocks.1",
+             "stages.2.blocks.2", "stages.3.blocks.0", "stages.3.blocks.1"],
+            ["stages.0.blocks.1", "stages.1", "stages.2.blocks.2", "stages.3.blocks.1"],
+        ),
+        (
+            lambda: timm_net("swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(2, 2),
+                             num_heads=(1, 2)),
+            ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.1.blocks.1"],
+            ["layers.0.blocks.1", "layers.1.blocks.1"],
+        ),
+        (
+            lambda: Wrapped(ResNet(BasicBlock, [2, 1, 1, 2])),
+            ["net.layer1.0", "net.layer1.1", "net.layer2.0", "net.layer3.0", "net.layer4.0", "net.layer4.1"],
+            ["net.layer1.1", "net.layer4.1"],
+        ),
+        (mobilenet_v3_small, [f"features.{i}" for i in range(1, 12)], [f"features.{i}" for i in (3, 6, 9, 11)]),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4))), ["0", "1.0", "1.1"], []),
+    ],
+    ids=["vision transformer of torchvision", "convnext", "swin", "resnet in a wrapper", "mobilenet", "no blocks"],
+)  # fmt: skip
+def test_networks_of_no_known_kind_have_blocks_and_stages(network, blocks, stages):
+    net = network()
+    found = [name for name in layer_names(net, "blocks") if name in blocks]
+    assert found == blocks
+    if stages:
+        assert layer_names(net, "stages") == stages
+    else:
+        assert present(net, None, "stages") == "all"
+    inside = [name for name in layer_names(net, "all") if any(name.startswith(f"{block}.") for block in blocks)]
+    assert not inside, "a block is one layer"
