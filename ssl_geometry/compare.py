@@ -22,12 +22,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.loader import size_within
-from ssl_geometry.devices import free_memory
+from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markdown, views_of
 from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
@@ -45,6 +45,7 @@ from ssl_geometry.networks import (
     by_turns,
     chosen_layers,
     launch,
+    measuring_progress,
     networks_parser,
     parse_networks,
     together,
@@ -69,8 +70,6 @@ NEIGHBORS = 10
 """Nearest images that mutual kNN compares, unless others are asked for."""
 LONGEST_GROUP = 40
 """Characters of the names of several networks in a legend."""
-FULL = 0.9
-"""Share of the free memory that is taken before files are."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
 """Neighbours in a row of pictures."""
@@ -92,19 +91,19 @@ def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | 
     )
     vectors = [4 * pairs * len(layers) for layers in widths.values()]
     features = max(4 * n * sum(layers.values()) for layers in widths.values())
+    networks = f"{len(widths)} network{'s' * (len(widths) > 1)}"
     said = (
-        f"kept until the end: {_size(sum(vectors))} of Gram vectors of {len(widths)} network{'s' * (len(widths) > 1)}; "
-        f"of one after another {_size(features)} of features"
+        f"kept until the end: {as_size(sum(vectors))} of Gram vectors of {networks}; "
+        f"of one after another {as_size(features)} of features"
     )
     copied = 3 * max(*vectors, 4 * n * max(width for layers in widths.values() for width in layers.values()))
     free = min(of_each(free_memory("cpu")))
-    if sum(vectors) + features + copied <= FULL * free:
+    if sum(vectors) + features + copied <= MOST_OF_FREE * free:
         return None, said
-    return options.out, f"{said}; {_size(free)} of memory are free, so in files in {options.out}, removed at the end"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    return (
+        options.out,
+        f"{said}; {as_size(free)} of memory are free, so in files in {options.out}, removed at the end",
+    )
 
 
 def measure_network(
@@ -327,10 +326,9 @@ def compare(args: Sequence[str]) -> Path:
     with together(options):
         if is_first:
             shutil.rmtree(store.directory, ignore_errors=True)
-    columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: list[Network] = []
     protocols = {}
-    with Progress(*columns, console=Console(stderr=True, quiet=not is_first)) as progress:
+    with measuring_progress(fabric) as progress:
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
             method.named_views = {**method.named_views, **others}

@@ -290,6 +290,20 @@ def less_to_measure(options: Any) -> str:
     )
 
 
+MOST_OF_FREE = 0.9
+"""Share of the free memory, or of a disk, that measuring may take."""
+
+
+def as_size(count: float) -> str:
+    """A number of bytes as text.
+
+    Example:
+        >>> as_size(3 * 2**20), as_size(1.5 * 2**30)
+        ('3.0 MiB', '1.5 GiB')
+    """
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def free_memory(device: str) -> float:
     """Bytes that this process can still take.
 

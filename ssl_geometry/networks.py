@@ -14,7 +14,19 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import lightning as L
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from torch import nn
+from typing_extensions import override
 
 from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
@@ -209,6 +221,24 @@ def launch(options: Any) -> L.Fabric:
     fabric = L.Fabric(accelerator=accelerator, **given)
     fabric.launch()
     return fabric
+
+
+class _Rate(ProgressColumn):
+    """Steps per second, once there are two."""
+
+    @override
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def measuring_progress(fabric: L.Fabric) -> Progress:
+    """A progress bar with rate and time left, which the first process shows on standard error.
+
+    Args:
+        fabric: of :func:`launch`.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True, quiet=not fabric.is_global_zero))
 
 
 def said_once(command: Callable[P, T]) -> Callable[P, T]:

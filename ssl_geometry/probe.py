@@ -13,54 +13,47 @@ fine-tunes.
 
 import logging
 import math
-import re
 import shutil
-import statistics
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import lightning as L
 import pandas as pd
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.cli import OF_THE_MACHINE, run_command
-from ssl_geometry.data.datamodule import BANK_SIZE, BATCH_SIZE, DataModule
+from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.datasets import stratified
-from ssl_geometry.data.loader import BatchPlan, size_within
-from ssl_geometry.devices import free_memory, out_of_memory
+from ssl_geometry.data.loader import size_within
+from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
-from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
-from ssl_geometry.geometry.neighbors import RANKING
+from ssl_geometry.finetuning import FineTuning
 from ssl_geometry.geometry.probes import (
     FEW,
     FOLDS,
-    L2,
-    accuracies,
     check_features,
-    converged_probes,
     converged_probes_bytes,
-    held_out,
-    one_hot,
-    ridge_probe,
-    ridge_probe_of_few,
-    ridge_sums,
 )
 from ssl_geometry.measure.engine import Occasion, as_options, layer_widths, measure_together
 from ssl_geometry.measure.features import Features
+from ssl_geometry.measure.frozen import (
+    POOLED,
+    RATES,
+    AugmentedLinearEvaluation,
+    Evaluation,
+    FewLabels,
+    Found,
+    FrozenFeatures,
+    LayerProbes,
+    LinearEvaluation,
+    NearestNeighbors,
+)
 from ssl_geometry.measure.probes import (
-    FEW_SELECTION,
     LAYERS,
-    SOLVER,
-    STATISTICS,
     check_images,
     highest_decay,
     probe_protocol,
@@ -68,14 +61,14 @@ from ssl_geometry.measure.probes import (
 )
 from ssl_geometry.measure.processes import agreeing, alone, is_agreed, of_each, this_process
 from ssl_geometry.measure.subject import Subject
-from ssl_geometry.methods import Method, Supervised
-from ssl_geometry.metrics import ProbeBank
-from ssl_geometry.metrics.probe_bank import MOMENTUM
+from ssl_geometry.methods import Method
+from ssl_geometry.methods.raw_pixels import PIXEL_SIDE, RawPixels
 from ssl_geometry.networks import (
     Sources,
     by_turns,
     chosen_layers,
     launch,
+    measuring_progress,
     networks_parser,
     parse_networks,
     said_once,
@@ -84,21 +77,27 @@ from ssl_geometry.networks import (
 )
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
-from ssl_geometry.records.store import write_whole
-from ssl_geometry.report.figures import compare_curves, save_figure
-from ssl_geometry.report.tables import latex, markdown, seed_table
+from ssl_geometry.report.probes import FIGURE, PIXELS, draw, tables
 from ssl_geometry.runs import load_networks, split_seeds
 
 logger = logging.getLogger(__name__)
 
-EVALUATIONS = ("layers", "knn", "linear", "linear_augmented", "labels", "finetune")
+EVALUATIONS = [
+    evaluation.name
+    for evaluation in (
+        LayerProbes,
+        NearestNeighbors,
+        LinearEvaluation,
+        AugmentedLinearEvaluation,
+        FewLabels,
+        FineTuning,
+    )
+]
 USUAL = [name for name in EVALUATIONS if name != "finetune"]
 """What is evaluated unless the command line says otherwise."""
 SEVERAL_CLASSES = ("layers", "labels")
 """Those that pictures with several classes allow; they are judged by mean average precision."""
-POOLED = "pooled"
-"""The layer that everything but the curve over layers is read off: the input of a classifier on top."""
-UNTRAINED, PIXELS = "untrained", "raw pixels"
+UNTRAINED = "untrained"
 SOURCES: Sources = {
     "probes.layers": {"probes.layers": unchanged},
     **{f"data.{name}": {f"data.{name}": unchanged} for name in ("limit_train", "val_fraction")},
@@ -107,80 +106,10 @@ SOURCES: Sources = {
 (``--probes.train_images``) is no such option: live they are fewer on purpose."""
 NEIGHBORS = (20, 200)
 FRACTIONS = (0.01, 0.1, 1.0)
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Learning rates of linear evaluation, on features of the probe bank's scale."""
-PIXEL_SIDE = 32
-"""Raw pixels of larger pictures are averaged down to this side."""
-TEMPERATURE = 0.07
-"""Of the votes of nearest neighbours."""
-SEED = 0
-"""Of the head and the views of fine-tuning."""
-FINETUNING: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "warmup_epochs": 0}
 LEAST_STEPS = 10
 """Of linear evaluation: with fewer, nothing was learnt yet."""
-PICTURE = "linear_probes"
 UNBALANCED = 1.1
 """Classes are of unequal size where the largest has more than so many times the test images of the smallest."""
-
-
-class RawPixels(Method):
-    """The baseline without a network: its pooled features are the pixels.
-
-    Args:
-        kwargs: of a trained method, for its views.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "backbone": "resnet10", "width": 0.25, "channels_last": False, "compile": False})
-        side = min(kwargs["image_size"], PIXEL_SIDE)
-        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
-        self.backbone = nn.Sequential()  # in place of the small network that the base built
-        self.backbone.add_module(POOLED, pixels)
-        self.num_features = 3 * side**2
-
-
-class LabelledImages(DataModule):
-    """Trains on the first of the labelled training images, which hold the classes in proportion.
-
-    Args:
-        images: how many of them.
-        kwargs: of the data module.
-    """
-
-    def __init__(self, images: int, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "batch_size": min(kwargs.get("batch_size") or BATCH_SIZE, images)})
-        self.images = images
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read the data set, and leave images without a label out of training."""
-        super().setup(stage)
-        self._rows["train"] = self._rows["bank"][: self.images]
-        self.num_train = len(self._rows["train"])
-
-
-@dataclass
-class FrozenFeatures:
-    """One network, and the features of all images, on the device that measures; in the first process, that is."""
-
-    name: str
-    method: Method
-    epoch: int
-    depths: dict[str, float]
-    train: Mapping[str, Tensor]
-    train_labels: Tensor
-    train_index: Tensor
-    test: Mapping[str, Tensor]
-    test_labels: Tensor
-    folder: Path | None = None
-    """Where features are kept that do not fit into memory."""
-
-    def share(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Pooled features and labels of some training images."""
-        return {POOLED: self.train[POOLED][rows]}, self.train_labels[rows]
-
-
-Found = Mapping[str, Mapping[str, Sequence[float]]]
-"""Metric to what was found for each layer (``top1``, ...)."""
 
 
 def extract(
@@ -212,9 +141,9 @@ def extract(
         known(data, *part) for part in (("bank", options.train_images), ("test", None))
     )
     labels, index, test_labels = (values.to(options.device) for values in (labels, index, test_labels))
-    return FrozenFeatures(
-        name, method, epoch or 0, subject.depths(layers), train, labels, index, test, test_labels, folder
-    )
+    depths, agree = subject.depths(layers), partial(_agreeing, name, options)
+    asked = options.train_images
+    return FrozenFeatures(occasion, depths, train, labels, index, test, test_labels, asked, folder, agree)
 
 
 def known(data: DataModule, split: Any, images: int | None = None) -> tuple[Tensor, Tensor]:
@@ -241,302 +170,31 @@ def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Cons
         device = torch.device(options.device).type
         work = converged_probes_bytes(bank, widest, data.num_classes, multi_label=data.multi_label, device=device)
     free, beside = free_memory("cpu"), work if options.device == "cpu" else 0
-    is_short = any(of_each(stored + beside > FULL * free))
+    is_short = any(of_each(stored + beside > MOST_OF_FREE * free))
     with agreeing():
         if rank == 0:
             asked, there = options.train_images or bank, free_memory(options.device)
-            if (needed := 4 * widest * max(bank, test) + work) > FULL * there:
+            if (needed := 4 * widest * max(bank, test) + work) > MOST_OF_FREE * there:
                 raise UserError(
                     f"--train_images {asked}: the widest layer of {name}, {widest:,} features of {max(bank, test):,} "
-                    f"images, and the classifiers on it take about {_gib(needed)}, {_gib(there)} are free on "
+                    f"images, and the classifiers on it take about {as_size(needed)}, {as_size(there)} are free on "
                     f"{options.device}; {LESS_MEMORY}"
                 )
         if rank == 0 and is_short:
             folder = next(path for path in (options.out.absolute(), *options.out.absolute().parents) if path.exists())
             kept, left = f"{features:,} features of {images:,} images", shutil.disk_usage(folder).free
-            if stored > FULL * left:
+            if stored > MOST_OF_FREE * left:
                 raise UserError(
-                    f"--train_images {asked}: {kept} of {name} take {_gib(stored)}, {_gib(free)} of memory are free "
-                    f"and {_gib(left)} on the disk of --out {options.out}; {LESS_MEMORY}, or an --out on another disk"
+                    f"--train_images {asked}: {kept} of {name} take {as_size(stored)}, {as_size(free)} of memory are "
+                    f"free and {as_size(left)} on the disk of --out {options.out}; {LESS_MEMORY}, or an --out on "
+                    "another disk"
                 )
-            told = f"{_gib(free)} of memory are free, so in files in {options.out}, removed at the end"
-            console.print(f"        kept  {name}: {kept}, {_gib(stored)}; {told}", highlight=False, soft_wrap=True)
+            told = f"{as_size(free)} of memory are free, so in files in {options.out}, removed at the end"
+            console.print(f"        kept  {name}: {kept}, {as_size(stored)}; {told}", highlight=False, soft_wrap=True)
     return options.out if is_short else None
 
 
-FULL = 0.9
-"""Share of what is free that features may take."""
 LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-# -- evaluations: each gives what it found, by metric ------------------------------------------------------------------
-
-
-def evaluate_layers(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """Converged classifiers on every layer: figure 3, left, of Grigg et al. 2021."""
-    held = held_out(frozen.train_index)
-    targets = one_hot(frozen.train_labels, data.num_classes)
-    task = progress.add_task(f"{frozen.name}: logistic regression, {len(frozen.train)} layers", total=1)
-    logistic = converged_probes(frozen.train, frozen.train_labels, held, data.num_classes, L2)
-    ridge = {}
-    for layer, x in frozen.train.items():
-        if len(x) < FEW:
-            ridge[layer] = ridge_probe_of_few(x, frozen.train_labels, data.num_classes, L2)
-            continue
-        fit, chosen_by = (ridge_sums(x[part], targets[part]) for part in (~held, held))
-        ridge[layer] = ridge_probe(fit, chosen_by, x[held], frozen.train_labels[held], L2)
-    progress.advance(task)
-    found: dict[str, dict[str, list[float]]] = {}
-    for metric, probes in (("logistic_probe", logistic), ("ridge_probe", ridge)):
-        found[metric] = {}
-        for layer, probe in probes.items():
-            (scores,) = probe.scores(frozen.test[layer])
-            numbers = accuracies(scores, frozen.test_labels)
-            numbers |= {"l2": probe.l2[0], "gradient_norm": probe.gradient_norm[0]}
-            for key, value in numbers.items():
-                found[metric].setdefault(key, []).append(float(value))
-    return found
-
-
-def evaluate_knn(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """Votes of the nearest training images, weighted by similarity and each counting one."""
-    found = {}
-    classes, vary = data.num_classes, directions_vary(frozen.train[POOLED])
-    distances, neighbours = knn_search(frozen.test[POOLED], frozen.train[POOLED], max(options.k))
-    for k in options.k:
-        for temperature, kind in ((TEMPERATURE, ""), (None, "_majority")):
-            predicted = knn_vote(distances[:, :k], neighbours[:, :k], frozen.train_labels, classes, temperature)
-            # One column more than classes: of the images that have no neighbour.
-            numbers = _numbers(one_hot(predicted % (classes + 1), classes + 1), frozen)
-            found[f"knn{k}{kind}"] = numbers if vary else {key: [math.nan] for key in numbers}
-    if not vary:
-        reason = "features of all training images point one way"
-        warnings.warn(f"{frozen.name}: accuracy of nearest neighbours is NaN: {reason}", stacklevel=2)
-    return found
-
-
-def _numbers(scores: Tensor, frozen: FrozenFeatures) -> dict[str, list[float]]:
-    """How right the scores of the test images are."""
-    return {key: [float(value)] for key, value in accuracies(scores, frozen.test_labels).items()}
-
-
-Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
-"""Epoch to batches of features, labels and indices."""
-
-
-def linear_evaluation(
-    frozen: FrozenFeatures, batches: Batches, steps: int, data: DataModule, options: Any, progress: Any, title: str
-) -> dict[str, list[float]]:
-    """SGD on pooled features with a cosine schedule, all learning rates at once.
-
-    Two banks learn side by side: one without the held-out tenth, which chooses the learning rate; one from all images,
-    whose classifier of that learning rate is tested. Other processes may have a part in the batches, not in the steps.
-    """
-    widths = {POOLED: frozen.train[POOLED].shape[1]}
-    choosing, final = (
-        ProbeBank(widths, data.num_classes, RATES, [options.linear_weight_decay]).to(options.device) for _ in range(2)
-    )
-    task = progress.add_task(f"{frozen.name}: {title}", total=steps * options.linear_epochs)
-    step = 0
-    for epoch in range(options.linear_epochs):
-        choosing.forget()
-        of_epoch = batches(epoch)
-        with alone():
-            for features, labels, index in of_epoch:
-                rate = (1 + math.cos(math.pi * step / (steps * options.linear_epochs))) / 2
-                choosing.step({POOLED: features}, labels, index, rate)
-                final.step({POOLED: features}, labels, None, rate)
-                step += 1
-                progress.advance(task)
-    best = choosing.best()
-    (scores,) = final.scores({POOLED: frozen.test[POOLED]}, best)
-    return {**_numbers(scores, frozen), "learning_rate": final.learning_rate[best].tolist()}
-
-
-def evaluate_linear(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """Linear evaluation without augmentation: features are computed once."""
-    features, n, size = frozen.train[POOLED], len(frozen.train_labels), data.batch_size
-
-    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch)).to(features.device)
-        for rows in order.split(size):
-            yield features[rows], frozen.train_labels[rows], frozen.train_index[rows]
-
-    steps = math.ceil(n / size)
-    return {"linear_eval": linear_evaluation(frozen, batches, steps, data, options, progress, "linear evaluation")}
-
-
-def evaluate_linear_augmented(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """Linear evaluation on newly augmented images in every epoch; every process must call it, and sees its share."""
-    n, size = len(frozen.train_labels), data.eval_batch_size
-    plan, subject = BatchPlan(torch.arange(n), [], seed=0), Subject.of(frozen.method, frozen.name)
-    widths = {POOLED: frozen.train[POOLED].shape[1]}
-
-    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-        augmented = Features(widths, {"bank": options.train_images}, options.augment, epoch, frozen.folder)
-        occasion = Occasion(subject, data, options.out.name, frozen.epoch)
-        measure_together([augmented], occasion, together=lambda: _agreeing(frozen.name, options))
-        features = augmented.of("bank")[POOLED]
-        plan.set_epoch(epoch)
-        order = plan.order().to(features.device)
-        return ((features[rows], frozen.train_labels[rows], frozen.train_index[rows]) for rows in order.split(size))
-
-    rank, _ = this_process()
-    if rank:
-        for epoch in range(options.linear_epochs):
-            batches(epoch)
-        return {}
-    title, steps = f"linear evaluation, {options.augment} views", math.ceil(n / size)
-    return {"linear_eval_augmented": linear_evaluation(frozen, batches, steps, data, options, progress, title)}
-
-
-def evaluate_labels(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """Logistic regression on a share of the labels, the classes in proportion: mean and spread over draws."""
-    found: dict[str, dict[str, list[float]]] = {}
-    n = len(frozen.train_labels)
-    task = progress.add_task(f"{frozen.name}: few labels", total=len(options.label_fractions))
-    for fraction in options.label_fractions:
-        images = round(fraction * n)
-        values, chosen = [], {}
-        for draw in range(options.draws if fraction < 1 else 1):
-            rows = stratified(frozen.train_labels.cpu(), draw)[:images].to(options.device)
-            features, labels = frozen.share(rows)
-            probe = converged_probes(features, labels, held_of_each_class(labels), data.num_classes, L2)[POOLED]
-            (scores,) = probe.scores(frozen.test[POOLED])
-            values.append(_numbers(scores, frozen))
-            chosen[f"l2_draw{draw + 1}"] = [float(probe.l2[0])]
-        several = {key: [value[key][0] for value in values] for key in values[0]}
-        numbers = {key: [statistics.mean(draws)] for key, draws in several.items()}
-        if len(values) > 1:
-            numbers["sd"] = [statistics.stdev(next(iter(several.values())))]
-        found[f"labels_{100 * fraction:g}%"] = {**numbers, **chosen}
-        progress.advance(task)
-    return found
-
-
-def held_of_each_class(labels: Tensor) -> Tensor:
-    """A tenth of the images of each class, one image at least; a class of one image is learnt from.
-
-    Args:
-        labels: class of each image, (N,) int64; where images show several, (N,C), a tenth of all images is held out.
-
-    Returns:
-        Which images are held out, (N,) bool: the last of each class.
-
-    Example:
-        >>> held_of_each_class(torch.tensor([0, 0, 1, 2, 1, 1])).tolist()
-        [False, True, False, False, False, True]
-    """
-    held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    parts = [labels == value for value in labels.unique()] if labels.ndim == 1 else [~held]
-    for part in parts:
-        rows = part.nonzero().squeeze(1)
-        if len(rows) > 1:
-            held[rows[-max(1, len(rows) // 10) :]] = True
-    return held
-
-
-def evaluate_finetune(frozen: FrozenFeatures, data: DataModule, options: Any, progress: Any) -> Found:
-    """The whole network trained on labels from these weights; an untrained network is trained from scratch."""
-    found: dict[str, dict[str, list[float]]] = {}
-    if isinstance(frozen.method, RawPixels):
-        return found
-    given = frozen.method.init_args
-    shared = ("backbone", "stem", "width", "image_size", "normalize", "center_crop", "channels_last")
-    for fraction in options.label_fractions:
-        progress.console.print(f"fine-tuning {frozen.name} on {100 * fraction:g}% of the labels", highlight=False)
-        torch.manual_seed(SEED)
-        network = Supervised(
-            data.num_classes,
-            augment=options.augment,
-            lr=options.finetune_lr,
-            **FINETUNING,
-            compile=False,  # a new network for each share of the labels: compiling takes longer than it saves
-            **{key: given[key] for key in shared},
-        )
-        network.backbone.load_state_dict(frozen.method.backbone.state_dict())
-        images = LabelledImages(round(fraction * len(frozen.train_labels)), **options.data_options)
-        trainer = L.Trainer(
-            max_epochs=options.finetune_epochs,
-            accelerator="gpu" if options.device.startswith("cuda") else "cpu",
-            devices=[torch.device(options.device).index or 0] if options.device.startswith("cuda") else 1,
-            callbacks=[FitProgress(), StopOnNaN()],
-            plugins=[LightningEnvironment()],  # alone, whatever the job has more tasks for
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-        )
-        failed = UserError(
-            f"--finetune_lr {options.finetune_lr:g}: the loss of {frozen.name} became NaN or infinite on "
-            f"{100 * fraction:g}% of the labels; set less"
-        )
-        try:
-            trainer.fit(network, images)
-        except UserError as error:
-            raise (failed if "NaN" in str(error) else error) from error
-        tested = Features({"head": data.num_classes}, {"test": None})
-        measure_together([tested], Occasion(Subject.of(network.to(options.device)), data, options.out.name))
-        scores = tested.of("test")["head"]
-        if not bool(scores.isfinite().all()):  # spoilt by the last step, which has no loss after it
-            raise failed
-        found[f"finetune_{100 * fraction:g}%"] = _numbers(scores, frozen)
-    return found
-
-
-BY_THE_FIRST: dict[str, Callable[[FrozenFeatures, DataModule, Any, Any], Found]] = {
-    "layers": evaluate_layers,
-    "knn": evaluate_knn,
-    "linear": evaluate_linear,
-    "labels": evaluate_labels,
-    "finetune": evaluate_finetune,
-}
-
-
-def protocols(data: DataModule, method: Method, options: Any) -> dict[str, Protocol]:
-    """For each evaluation, all that changes its numbers."""
-    chosen = {
-        "layers": {"l2": list(L2), "solver": f"logistic regression: {SOLVER}"},
-        "knn": {"similarity": f"cosine, {RANKING}", "k": options.k, "temperature": TEMPERATURE},
-        "linear": {
-            "epochs": options.linear_epochs,
-            "batch": data.batch_size,
-            "weight_decay": options.linear_weight_decay,
-            "learning_rates": list(RATES),
-            "schedule": "cosine",
-            "momentum": MOMENTUM,
-            "statistics": STATISTICS,
-        },
-        "labels": {"l2": list(L2), "solver": SOLVER, "fractions": options.label_fractions, "draws": options.draws},
-        "finetune": {
-            "epochs": options.finetune_epochs,
-            "learning_rate for 256 images": options.finetune_lr,
-            "batch": data.batch_size,
-            "training views": options.augment,
-            "fractions": options.label_fractions,
-            "seed": SEED,
-            **FINETUNING,
-        },
-    }
-    chosen["linear_augmented"] = {**chosen["linear"], "batch": data.eval_batch_size, "training views": options.augment}
-    chosen["knn"]["selection"] = "none"
-    chosen["labels"]["selection"] = (
-        "accuracy on a tenth of each class of a subset, one image at least; a class of one image is learnt from"
-        f"{FEW_SELECTION}"
-    )
-    chosen["finetune"] |= {"selection": "none", "encoder": "trained as well, in training mode"}
-    bank: dict[str, Any] = {"clean training images": len(data.loader("bank", options.train_images).sampler.rows)}
-    if isinstance(method, RawPixels):
-        bank["pixels"] = f"averaged down to {PIXEL_SIDE} x {PIXEL_SIDE}"
-    return {
-        name: probe_protocol(name, data, Subject.of(method), "test", **bank, **chosen[name])
-        for name in options.evaluations
-    }
 
 
 def summary(data: DataModule, options: Any) -> str:
@@ -551,7 +209,21 @@ def summary(data: DataModule, options: Any) -> str:
     )
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+def evaluations(options: Any) -> list[Evaluation]:
+    """What the options ask for."""
+    data, linear = options.data, (options.linear_epochs, options.linear_weight_decay)
+    fractions, view = options.label_fractions, options.augment
+    tuning = (options.finetune_epochs, options.finetune_lr, view, data.batch_size, options.data_options)
+    known = [
+        LayerProbes(),
+        NearestNeighbors(options.k),
+        LinearEvaluation(*linear, data.batch_size),
+        AugmentedLinearEvaluation(*linear, data.eval_batch_size, view),
+        FewLabels(fractions, options.draws),
+        FineTuning(fractions, *tuning),
+    ]
+    by_name = {evaluation.name: evaluation for evaluation in known}
+    return [by_name[name] for name in options.evaluations]
 
 
 def _parse(args: Sequence[str]) -> Any:
@@ -734,10 +406,9 @@ def probe(args: Sequence[str]) -> Path:
         if is_first:
             _remove_results(out)
     store = RecordStore(out / "records")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     protocol_of: dict[str, dict[str, Protocol]] = {}
     failed: dict[str, str] = {}
-    with Progress(*columns, console=Console(stderr=True, quiet=not is_first)) as progress:
+    with measuring_progress(fabric) as progress:
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device
             try:
@@ -828,14 +499,19 @@ def measure(
     """
     data, (rank, _) = options.data, this_process()
     frozen = extract(name, method, epoch, options, progress, console)
-    chosen = protocols(data, method, options)
-    for evaluation in options.evaluations:
+    protocols: dict[str, Protocol] = {}
+    bank: dict[str, Any] = {"clean training images": len(frozen.train_labels)}
+    if isinstance(method, RawPixels):
+        bank["pixels"] = f"averaged down to {PIXEL_SIDE} x {PIXEL_SIDE}"
+    for evaluation in evaluations(options):
+        kind = evaluation.name
+        protocols[kind] = probe_protocol(kind, data, frozen.occasion.subject, "test", **bank, **evaluation.protocol())
         found: Found = {}
-        if evaluation == "linear_augmented":
-            found = evaluate_linear_augmented(frozen, data, options, progress)
+        if evaluation.on_every_process:
+            found = evaluation.evaluate(frozen, progress)
         elif rank == 0:
             with alone():
-                found = BY_THE_FIRST[evaluation](frozen, data, options, progress)
+                found = evaluation.evaluate(frozen, progress)
         if rank:
             continue
         common = {
@@ -843,15 +519,15 @@ def measure(
             "model": name,
             "view": "clean",
             "split": "test",
-            "epoch": frozen.epoch,
-            "protocol": chosen[evaluation].hash,
+            "epoch": epoch or 0,
+            "protocol": protocols[kind].hash,
         }
         rows = []
         for metric, numbers in found.items():
-            depths = frozen.depths if evaluation == "layers" else {POOLED: frozen.depths[POOLED]}
+            depths = frozen.depths if kind == LayerProbes.name else {POOLED: frozen.depths[POOLED]}
             rows += probe_rows(metric, depths, numbers, len(frozen.test_labels), **common)
-        store.write(f"{evaluation}/{name}", rows, [chosen[evaluation]])
-    return chosen
+        store.write(f"{kind}/{name}", rows, [protocols[kind]])
+    return protocols
 
 
 @contextmanager
@@ -883,7 +559,7 @@ def _reason(name: str, error: Exception, options: Any) -> str:
 def _remove_results(out: Path) -> None:
     """What an earlier run of this command left; other files stay."""
     shutil.rmtree(out / "records", ignore_errors=True)
-    for path in ("tables.md", "tables.tex", f"figures/{PICTURE}.png", f"figures/{PICTURE}.pdf"):
+    for path in ("tables.md", "tables.tex", f"figures/{FIGURE}.png", f"figures/{FIGURE}.pdf"):
         (out / path).unlink(missing_ok=True)
 
 
@@ -894,117 +570,6 @@ def _is_balanced(data: DataModule) -> bool:
         return True
     counts = labels[labels >= 0].bincount()
     return int(counts.max()) <= UNBALANCED * int(counts[counts > 0].min())
-
-
-def tables(
-    frame: pd.DataFrame,
-    groups: Mapping[str, str],
-    protocol_of: Mapping[str, Mapping[str, Protocol]],
-    out: Path,
-    said: str,
-    judged: str = "accuracy",
-    balanced: bool = True,
-) -> str:
-    """The tables of a probe from its records, as Markdown and LaTeX, each with its protocols.
-
-    Args:
-        frame: the records.
-        groups: network to the name that was given for it.
-        protocol_of: network to evaluation to protocol.
-        out: folder of ``tables.md`` and ``tables.tex``.
-        said: the protocol in one line, which stands under each table.
-        judged: what the numbers are.
-        balanced: whether the classes are of one size; if not, there are tables of the mean over classes.
-
-    Returns:
-        The tables of pooled features, in Markdown.
-    """
-    n = int(frame["n"].iloc[0])
-    images = f"in percent on {n:,} test images; mean and standard deviation over networks"
-    kinds = {"": judged} if balanced else {"": judged, "_mean_per_class": f"mean per-class {judged}"}
-    on_pooled, on_layers = [], []
-    for suffix, what in kinds.items():
-        mine = frame[frame["metric"].str.endswith(suffix)]
-        mine = mine.assign(metric=mine["metric"].str.removesuffix(suffix))
-        rows = mine[mine["layer"] == POOLED]
-        columns = {metric: _title(metric) for metric in sorted(rows["metric"].unique(), key=_place) if _title(metric)}
-        on_pooled.append((f"Pooled features: {what} {images}", seed_table(rows, columns, groups)))
-        for metric, kind in (("logistic_probe", "Logistic regression"), ("ridge_probe", "Ridge regression")):
-            rows = mine[mine["metric"] == metric].sort_values("depth", kind="stable")
-            if len(rows):
-                by_layer = rows.assign(metric=rows["layer"])
-                layers = seed_table(by_layer, {layer: layer for layer in rows["layer"].unique()}, groups).T
-                on_layers.append((f"{kind} on each layer: {what} {images}", layers))
-    parts = [*on_pooled, *on_layers]
-    shown = [f"## {title}\n\n{markdown(table)}\n" for title, table in parts]
-    texts = _distinct(protocol_of)
-    lines = [f"{part}\n{said}.\n" for part in shown]
-    lines += ["## Protocols\n", *(f"### {title}\n\n```json\n{text}\n```\n" for title, text in texts.items())]
-    write_whole(out / "tables.md", lambda path: path.write_text("\n".join(lines), encoding="utf-8"))
-    comments = [f"% {line}" for title, text in texts.items() for line in (title, *text.splitlines(), "")]
-    latexes = [latex(table, f"{title}. {said}.") for title, table in parts]
-    write_whole(out / "tables.tex", lambda path: path.write_text("\n".join([*comments, *latexes]), encoding="utf-8"))
-    return "\n".join(shown[: len(on_pooled)])
-
-
-def _distinct(protocol_of: Mapping[str, Mapping[str, Protocol]]) -> dict[str, str]:
-    """Each protocol once: its evaluation, hash and networks to its text."""
-    networks: dict[tuple[str, str], list[str]] = {}
-    texts = {}
-    for network, by_evaluation in protocol_of.items():
-        for evaluation, protocol in by_evaluation.items():
-            networks.setdefault((evaluation, protocol.hash), []).append(network)
-            texts[protocol.hash] = protocol.text
-    return {f"{name} {digest} ({', '.join(who)})": texts[digest] for (name, digest), who in networks.items()}
-
-
-def _place(metric: str) -> int:
-    order = ("linear", "logistic", "ridge", "knn", "labels", "finetune")
-    return next(number for number, start in enumerate(order) if metric.startswith(start))
-
-
-def _title(metric: str) -> str:
-    """The column of a metric; empty for what is in the records alone."""
-    fixed = {
-        "linear_eval": "linear",
-        "linear_eval_augmented": "linear, augmented",
-        "logistic_probe": "logistic",
-        "ridge_probe": "ridge",
-    }
-    for pattern, title in {
-        r"knn(\d+)": "{}-NN",
-        r"knn(\d+)_majority": "{}-NN, majority",
-        r"labels_([^_]+)": "{} labels",
-        r"labels_([^_]+)_sd": "{} labels, deviation over draws",
-        r"finetune_([^_]+)": "fine-tuned, {} labels",
-    }.items():
-        if match := re.fullmatch(pattern, metric):
-            return title.format(match[1])
-    return fixed.get(metric, "")
-
-
-def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: str = "accuracy") -> Path:
-    """Accuracy against depth, figure 3 left of Grigg et al. 2021, as PNG and PDF.
-
-    Args:
-        frame: the records of a probe.
-        groups: network to the name that was given for it.
-        folder: of the pictures.
-        judged: what the numbers are.
-
-    Returns:
-        The PNG file.
-    """
-    rows = frame[frame["metric"] == "logistic_probe"]
-    curves = rows[rows["model"] != PIXELS]
-    pixels = rows[rows["model"] == PIXELS]["value"]
-    figure = compare_curves(
-        {f"Logistic regression on pooled features, {int(frame['n'].iloc[0]):,} test images": curves},
-        {name: group for name, group in groups.items() if name != PIXELS},
-        label=judged,
-        levels={} if pixels.empty else {PIXELS: float(pixels.iloc[0])},
-    )
-    return save_figure(figure, folder / PICTURE)
 
 
 def main(args: Sequence[str] | None = None) -> None:

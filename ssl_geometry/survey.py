@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 
 from ssl_geometry.cli import run_command
@@ -39,6 +39,7 @@ from ssl_geometry.networks import (
     by_turns,
     chosen_layers,
     launch,
+    measuring_progress,
     networks_parser,
     parse_networks,
     together,
@@ -341,9 +342,7 @@ def survey(args: Sequence[str]) -> Path:
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
-    columns = (TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    quiet = Console(stderr=True, quiet=not fabric.is_global_zero)
-    with Progress(*columns, console=quiet) as progress:
+    with measuring_progress(fabric) as progress:
         overall = progress.add_task("all models", total=len(networks))
         for name in list(networks):
             method, epoch = networks.pop(name)  # one network at a time on the device

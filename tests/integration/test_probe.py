@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_geometry import probe as command
+from ssl_geometry import finetuning
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.fit import fit
 from ssl_geometry.fit import main as fit_main
 from ssl_geometry.methods import Supervised
-from ssl_geometry.probe import PIXELS, UNTRAINED, RawPixels, main, probe
+from ssl_geometry.methods.raw_pixels import RawPixels
+from ssl_geometry.probe import UNTRAINED, main, probe
 from ssl_geometry.records import read_records
+from ssl_geometry.report.probes import PIXELS
 from tests.integration.test_fit import options
 from tests.processes import without_drawing
 from tests.unit.test_datasets import pixels, save
@@ -121,7 +123,7 @@ def test_fine_tuning_is_judged_by_the_network_that_learnt(
             super().__init__(*args, **kwargs)
             tuned.append(self)
 
-    monkeypatch.setattr(command, "Supervised", Kept)
+    monkeypatch.setattr(finetuning, "Supervised", Kept)
     for name, value in {"JOB_ID": "7", "JOB_NAME": "x.sbatch", "NTASKS": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     few = ["--evaluations=finetune", "--finetune_epochs=8", "--augment=none", "--label_fractions=[1.0]"]

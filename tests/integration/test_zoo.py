@@ -26,8 +26,9 @@ from ssl_geometry.methods import Published
 from ssl_geometry.models import build_backbone
 from ssl_geometry.models.zoo import TABLE, Checkpoint, load_checkpoint
 from ssl_geometry.models.zoo.tensorbundle import read_bundle
-from ssl_geometry.probe import PIXELS, probe
+from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
+from ssl_geometry.report.probes import PIXELS
 from ssl_geometry.runs import load_networks
 
 State = dict[str, Tensor]

@@ -20,21 +20,22 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.datasets import Images, stratified
 from ssl_geometry.devices import left_in_control_groups
 from ssl_geometry.errors import UserError
-from ssl_geometry.measure.probes import Probes, check_images, highest_decay, probe_rows
-from ssl_geometry.metrics import ProbeBank
-from ssl_geometry.models.taps import layer_names
-from ssl_geometry.probe import (
+from ssl_geometry.finetuning import LabelledImages
+from ssl_geometry.measure import Occasion, Subject
+from ssl_geometry.measure.frozen import (
     POOLED,
     RATES,
+    FewLabels,
     FrozenFeatures,
-    LabelledImages,
-    RawPixels,
-    _reason,
-    evaluate_knn,
-    evaluate_labels,
-    evaluate_linear,
+    LinearEvaluation,
+    NearestNeighbors,
     held_of_each_class,
 )
+from ssl_geometry.measure.probes import Probes, check_images, highest_decay, probe_rows
+from ssl_geometry.methods.raw_pixels import RawPixels
+from ssl_geometry.metrics import ProbeBank
+from ssl_geometry.models.taps import layer_names
+from ssl_geometry.probe import _reason
 
 CLASSES, N, WIDTH = 5, 600, 20
 
@@ -53,10 +54,8 @@ def subject() -> FrozenFeatures:
     (train, labels), (test, test_labels) = images(N), images(N)
     depths = {POOLED: 1.0}
     index = torch.arange(N)
-    return FrozenFeatures("a", MagicMock(), 0, depths, {POOLED: train}, labels, index, {POOLED: test}, test_labels)
-
-
-DATA: Any = SimpleNamespace(num_classes=CLASSES, batch_size=64, multi_label=False)
+    occasion = Occasion(Subject(torch.nn.Identity(), MagicMock(), name="a"), MagicMock(num_classes=CLASSES), "run")
+    return FrozenFeatures(occasion, depths, {POOLED: train}, labels, index, {POOLED: test}, test_labels)
 
 
 def right(predicted: Any, subject: FrozenFeatures) -> float:
@@ -73,7 +72,7 @@ def standard(subject: FrozenFeatures, rows: Tensor | slice = slice(None)) -> tup
 def test_neighbours_vote_as_in_scikit_learn(subject: FrozenFeatures, name: str, temperature: float | None) -> None:
     train, test = ({POOLED: part[POOLED] - 3} for part in (subject.train, subject.test))  # cosines of all sizes
     subject = replace(subject, train=train, test=test)
-    found = evaluate_knn(subject, DATA, SimpleNamespace(k=[200]), MagicMock())
+    found = NearestNeighbors([200]).evaluate(subject, MagicMock())
     weights: Any = "uniform" if temperature is None else lambda distance: np.exp((1 - distance) / temperature)
     theirs = KNeighborsClassifier(200, metric="cosine", weights=weights, algorithm="brute")
     theirs.fit(subject.train[POOLED].double(), subject.train_labels)
@@ -88,7 +87,7 @@ def test_neighbours_vote_as_in_scikit_learn(subject: FrozenFeatures, name: str, 
 def test_neighbours_of_features_that_point_one_way_give_no_accuracy(subject: FrozenFeatures) -> None:
     one_way = {POOLED: torch.rand(len(subject.train_labels), 1) + torch.zeros(WIDTH)}
     with pytest.warns(UserWarning, match="a: accuracy of nearest neighbours is NaN") as seen:
-        found = evaluate_knn(replace(subject, train=one_way), DATA, SimpleNamespace(k=[5, 9]), MagicMock())
+        found = NearestNeighbors([5, 9]).evaluate(replace(subject, train=one_way), MagicMock())
     assert len(seen) == 1
     assert all(math.isnan(value) for numbers in found.values() for (value,) in numbers.values())
     (row,) = probe_rows("knn5", {POOLED: 1.0}, {"top1": found["knn5"]["top1"]}, N)
@@ -99,7 +98,7 @@ def test_neighbours_of_features_that_point_one_way_give_no_accuracy(subject: Fro
 def test_an_image_of_zeros_is_not_classified(subject: FrozenFeatures) -> None:
     test = subject.test[POOLED].clone()
     test[subject.test_labels == 0] = 0
-    dark = evaluate_knn(replace(subject, test={POOLED: test}), DATA, SimpleNamespace(k=[5]), MagicMock())["knn5"]
+    dark = NearestNeighbors([5]).evaluate(replace(subject, test={POOLED: test}), MagicMock())["knn5"]
     assert 0 < dark["top1"][0] <= float((subject.test_labels != 0).double().mean())
 
 
@@ -120,8 +119,7 @@ def plain_sgd(subject: FrozenFeatures, rate: float, epochs: int) -> float:
 
 
 def test_linear_evaluation_is_plain_sgd_with_the_recorded_learning_rate(subject: FrozenFeatures) -> None:
-    options = SimpleNamespace(device="cpu", linear_epochs=20, linear_weight_decay=0.0)
-    found = evaluate_linear(subject, DATA, options, MagicMock())["linear_eval"]
+    found = LinearEvaluation(epochs=20, weight_decay=0.0, batch_size=64).evaluate(subject, MagicMock())["linear_eval"]
     (rate,) = found["learning_rate"]
     assert any(rate == pytest.approx(known) for known in RATES)
     plain = {known: plain_sgd(subject, known, 20) for known in RATES}
@@ -131,8 +129,7 @@ def test_linear_evaluation_is_plain_sgd_with_the_recorded_learning_rate(subject:
 
 
 def test_few_labels_are_logistic_regression_of_each_draw(subject: FrozenFeatures) -> None:
-    options = SimpleNamespace(label_fractions=[0.1, 1.0], draws=3, device="cpu")
-    found = evaluate_labels(subject, DATA, options, MagicMock())
+    found = FewLabels([0.1, 1.0], draws=3).evaluate(subject, MagicMock())
     for name, images, draws in (("labels_10%", N // 10, 3), ("labels_100%", N, 1)):
         values = []
         for draw in range(draws):

@@ -107,7 +107,7 @@ def test_neighbours_that_vote(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture
 def no_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for 22 images out of 30, of which none has a number that chooses."""
-    for module in ("measure.probes", "probe"):
+    for module in ("measure.probes", "measure.frozen"):
         monkeypatch.setattr(f"ssl_geometry.{module}.held_out", lambda index: torch.zeros_like(index, dtype=torch.bool))
 
 
