@@ -23,12 +23,12 @@ from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import CKA, INITIAL
-from ssl_geometry.measure.engine import ImageSource, Measured, Measurement, Occasion, Part, Pass
+from ssl_geometry.measure.engine import ImageSource, Measured, Measurement, Occasion, Part, Pass, given
 from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
 from ssl_geometry.measure.neighbors import Neighborhoods
 from ssl_geometry.measure.probes import Probes
-from ssl_geometry.measure.subject import Subject
+from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.methods import Method
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 from ssl_geometry.runs import load_method
@@ -71,7 +71,7 @@ class GeometryMonitor(L.Callback):
         every_n_epochs: int = 1,
         name: str | None = None,
     ) -> None:
-        self.measurements = list(measurements)
+        self.measurements = given(measurements)
         self.images, self.network, self.heads, self.clean = images, network, heads, clean
         self.every_n_epochs, self.name = every_n_epochs, name
         self.seconds = 0.0
@@ -94,6 +94,9 @@ class GeometryMonitor(L.Callback):
         on = [measurement for measurement in self.measurements if self._every(measurement)]
         if not on:
             return
+        shared = {id(item) for monitor in monitors(trainer) if monitor is not self for item in monitor.measurements}
+        if twice := [type(measurement).__name__ for measurement in on if id(measurement) in shared]:
+            raise UserError(f"measurements: one {twice[0]} is given to two monitors; give each its own")
         self._images = self._find_images(trainer)
         self._subject = self.subject(pl_module, self.name or run_name(trainer))
         self._due = self._without_what_labels_need(on)
@@ -238,15 +241,12 @@ class GeometryMonitor(L.Callback):
         else:
             network = _attribute(module, _usual(module) if self.network is None else self.network, "network")
         if self.clean is None:
-            raise UserError(
-                f"clean: how {type(network).__name__} sees an image is not known; give "
-                "clean=View('none', size=…, normalize=…), or its evaluation transform"
-            )
+            raise UserError(HOW_IT_SEES.format(type(network).__name__))
         heads = {path: _attribute(module, path, "heads") for path in self.heads}
         return Subject(network, self.clean, name=name, heads=heads, image_shape=self._images.image_shape)
 
     def _find_images(self, trainer: L.Trainer) -> ImageSource:
-        images = self.images or getattr(trainer, "datamodule", None)
+        images: Any = getattr(trainer, "datamodule", None) if self.images is None else self.images
         if not hasattr(images, "measure_ids"):
             raise UserError("images: give images=MeasurementImages.from_dataset(…)")
         return images  # type: ignore[return-value]

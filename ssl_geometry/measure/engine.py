@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.requests import Reduced, Reduction, Request, Split, pooled
@@ -196,6 +197,29 @@ class Measurement:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the checkpoint left."""
+
+
+def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement]:
+    """The measurements that a script asked for: one, or several.
+
+    Args:
+        measurements: as they were given.
+
+    Raises:
+        UserError: a class in place of a measurement, or something else.
+
+    Example:
+        >>> given(Measurement)
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: measurements: Measurement is a class; write Measurement()
+    """
+    listed = list(measurements) if isinstance(measurements, Sequence) else [measurements]
+    for item in listed:
+        if isinstance(item, type):
+            raise UserError(f"measurements: {item.__name__} is a class; write {item.__name__}()")
+        if not isinstance(item, Measurement):
+            raise UserError(f"measurements: {item!r} is no measurement, such as CKA()")
+    return listed
 
 
 def measure_together(

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import PIL.Image
@@ -24,6 +24,7 @@ from ssl_geometry.data.loader import BatchPlan, Loader, every_nth, size_within
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.requests import Split
+from ssl_geometry.ranges import at_least, check_value
 
 FEW = 512
 """So many images are read without worker processes."""
@@ -45,17 +46,32 @@ class _Chosen(Dataset):
             isinstance(others[0], Integral)
             or (isinstance(others[0], Tensor | np.ndarray) and np.asarray(others[0]).size == 1)
         )
-        if isinstance(image, np.ndarray):
-            image = torch.from_numpy(image).movedim(-1, 0)  # arrays are (H, W, 3)
-        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
-            image = F.to_pil_image(image)
-        if isinstance(image, PIL.Image.Image):
-            return F.pil_to_tensor(resize(to_rgb(image), self.image_size)), int(others[0]) if is_label else None
-        found = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
+        pixels = _pixels(image)
+        if pixels is not None:
+            return F.pil_to_tensor(resize(to_rgb(pixels), self.image_size)), int(others[0]) if is_label else None
+        found = type(image).__name__
+        if isinstance(image, Tensor | np.ndarray):
+            found = f"a {image.dtype} {'tensor' if isinstance(image, Tensor) else 'array'} {tuple(image.shape)}"
+        is_uint8 = str(getattr(image, "dtype", "")).endswith("uint8")
+        advice = "give the data set without its transform (transform=None), and the transform as clean=…"
+        if is_uint8:
+            advice = "a tensor is (3, H, W) or (H, W), an array (H, W, 3) or (H, W)"
+        elif isinstance(image, dict | str | bytes):
+            advice = "give a data set whose items are images, or tuples that begin with an image and its label"
         return UserError(
-            f"image {self.rows[i]} of {type(self.dataset).__name__} is {found}, expected a PIL image or uint8: give "
-            "the data set without its transform (transform=None), and the transform as clean=…"
+            f"image {self.rows[i]} of {type(self.dataset).__name__} is {found}, expected a PIL image or uint8: {advice}"
         )
+
+
+def _pixels(image: Any) -> PIL.Image.Image | None:
+    """An image of any usual kind, grey ones among them; None for what is none."""
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+        image = image.movedim(-1, 0) if image.ndim == 3 else image  # arrays are (H, W, 3)
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim in (2, 3):
+        image = image if image.ndim == 3 else image[None]
+        return F.to_pil_image(image) if len(image) in (1, 3, 4) else None
+    return image if isinstance(image, PIL.Image.Image) else None
 
 
 class MeasurementImages:
@@ -91,6 +107,8 @@ class MeasurementImages:
         num_classes: int | None = None,
         batch_size: int = 256,
     ) -> None:
+        images = torch.as_tensor(images)  # arrays and lists too
+        labels, train_labels = (None if given is None else torch.as_tensor(given) for given in (labels, train_labels))
         self._sets = {"measure": _checked("images", images, labels)}
         if train_images is not None and train_labels is not None:
             self._sets["bank"] = _checked("train_images", train_images, train_labels)
@@ -116,8 +134,9 @@ class MeasurementImages:
     ) -> Self:
         """Images of any map-style data set of images, or of tuples that start with an image and its label.
 
-        Images are PIL or uint8. Where the data set has ``targets`` or ``labels``, images are chosen with the classes in
-        proportion; else at random, and their labels are those of their items.
+        Images are PIL or uint8: a tensor (3, H, W) or (H, W), an array (H, W, 3) or (H, W); grey ones become RGB. Where
+        the data set has ``targets`` or ``labels``, images are chosen with the classes in proportion; else at random,
+        and their labels are those of their items.
 
         Args:
             dataset: that the measurement images are taken from, without a transform.
@@ -197,6 +216,13 @@ def _read(
     dataset: Any, n: int | None, usual: int, option: str, image_size: int | None
 ) -> tuple[UInt8[Tensor, "n 3 H W"], Int64[Tensor, " n"] | None]:
     """Some images of a data set, the classes in proportion, in a fixed random order."""
+    name = type(dataset).__name__
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        inside = "; give its data set: loader.dataset" if isinstance(dataset, DataLoader) else ""
+        raise UserError(f"{name} is no map-style data set, whose items have numbers{inside}")
+    check_value(Annotated[int, at_least(1)], n, option)
+    if not len(dataset):
+        raise UserError(f"{name} has no images")
     count = size_within(option, n, usual, len(dataset), f"{type(dataset).__name__} has {len(dataset):,} images")
     targets = _targets(dataset)
     order = shuffled(len(dataset), FIXED) if targets is None else stratified(targets, FIXED)

@@ -73,6 +73,20 @@ class Neighborhoods(Measurement):
         self._asked_k = k
         self.last: dict[str, Tensor] = {}  # the graph of the last measurement, to see how much of it is left
 
+    def check(self, subject: Subject) -> None:
+        """The views too.
+
+        Raises:
+            UserError: with the option as it was typed.
+        """
+        super().check(subject)
+        for setting in self.settings:
+            try:
+                subject.view(SETTINGS[setting])
+            except UserError as error:
+                option = f"{self.option('settings')} [{setting}]"
+                raise UserError(f"{option}: {error}, or leave them out: settings=[]") from error
+
     def prepare(self, subject: Subject, images: ImageSource) -> None:
         """Hold k to the images."""
         if images.multi_label:

@@ -11,15 +11,16 @@ from rich.progress import Progress
 from torch import nn
 
 from ssl_geometry.data.views import View
+from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import CKA
-from ssl_geometry.measure.engine import ImageSource, Measurement, Occasion, measure_together, splits
-from ssl_geometry.measure.subject import Subject
+from ssl_geometry.measure.engine import ImageSource, Measurement, Occasion, given, measure_together, splits
+from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.figures import save_figure
 from ssl_geometry.report.moments import curve_rows, pictures
 
 
-@dataclass
+@dataclass(repr=False)
 class Measurements:
     """What was measured of a network.
 
@@ -30,6 +31,13 @@ class Measurements:
 
     rows: pd.DataFrame
     protocols: list[Protocol]
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(self.rows["metric"].unique()) if len(self.rows) else "nothing"
+        return f"Measurements of {len(self.rows):,} rows: {metrics}"
+
+    def _repr_html_(self) -> str:
+        return str(self.rows.to_html(max_rows=10, notebook=True))
 
     def draw(self, folder: str | Path | None = None) -> dict[str, Figure]:
         """The figures of all that was measured.
@@ -56,7 +64,7 @@ class Measurements:
 def measure(
     network: nn.Module,
     images: ImageSource,
-    measurements: Sequence[Measurement],
+    measurements: Sequence[Measurement] | Measurement,
     *,
     clean: View | Callable[[Any], Any] | None = None,
     heads: Mapping[str, nn.Module] | None = None,
@@ -68,7 +76,7 @@ def measure(
     Args:
         network: any module whose forward takes images; on the device where it is to be measured.
         images: :class:`MeasurementImages`, or a data module of this package that is set up.
-        measurements: such as ``[CKA("blocks"), Spectrum()]``.
+        measurements: such as ``[CKA("blocks"), Spectrum()]``, or one.
         clean: how the network sees an image: a view, or a transform from a PIL image to a tensor. Methods of this
             package know it.
         heads: name to module that reads the network's features, measured under that name.
@@ -91,8 +99,13 @@ def measure(
         >>> len(found.rows), list(found.draw())
         (16, ['cka/map_self'])
     """
+    measurements = given(measurements)
+    if not hasattr(images, "measure_ids"):
+        raise UserError(
+            f"images is {type(images).__name__}; give MeasurementImages(…) or MeasurementImages.from_dataset(…)"
+        )
     if clean is None and not hasattr(network, "clean_view"):
-        raise TypeError("measure() needs clean: View('none', size=…, normalize=…), or the evaluation transform")
+        raise UserError(HOW_IT_SEES.format(type(network).__name__))
     if clean is None:
         subject = Subject.of(network, name)
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_geometry import __version__, metrics
+from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.spectrum import (
     CONSTANT,
     FIRST,
@@ -53,6 +54,21 @@ class Spectrum(Measurement):
         check_arguments(Spectrum, locals(), self.option(""))
         super().__init__(every_n_epochs)
         self.layers, self.copies = layers, copies
+
+    def check(self, subject: Subject) -> None:
+        """The views too.
+
+        Raises:
+            UserError: with the option as it was typed.
+        """
+        super().check(subject)
+        if self.copies:
+            try:
+                subject.view(VIEW)
+            except UserError as error:
+                raise UserError(
+                    f"{self.option('copies')} {self.copies}: {error}, or leave them out: copies=0"
+                ) from error
 
     def requests(self, subject: Subject) -> Sequence[Request]:
         """Pooled features of clean images and of augmented views."""

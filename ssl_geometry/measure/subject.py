@@ -14,6 +14,11 @@ from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
 from ssl_geometry.models.taps import layer_depths, layer_names, present
 
+HOW_IT_SEES = (
+    "clean: how {} sees an image is not known; give "
+    "clean=View('none', size=…, normalize=…), or its evaluation transform"
+)
+
 
 class TransformView:
     """The clean view of somebody else's pipeline: a transform from a PIL image to a tensor.

@@ -333,6 +333,16 @@ def test_a_compiled_module(tmp_path: Path, images: MeasurementImages) -> None:
         ({"network": "encoder"}, "network='encoder': no module of TwoViews; it has backbone, projection_head"),
         ({"heads": ["predictor"]}, "heads='predictor': no module of TwoViews"),
         ({"images": None}, "images: give images=MeasurementImages.from_dataset(…)"),
+        ({"images": torch.zeros(4, 3, 8, 8)}, "images: give images=MeasurementImages.from_dataset(…)"),
+        (
+            {"measurements": [Spectrum()], "clean": TO_TENSOR},
+            "Spectrum.copies 10: simclr: random views need the network's size and normalisation: give "
+            "clean=View('none', size=…, normalize=…) in place of a transform, or leave them out: copies=0",
+        ),
+        (
+            {"measurements": [Neighborhoods()], "clean": TO_TENSOR},
+            "Neighborhoods.settings [policy]: simclr: random views",
+        ),
         ({"measurements": [CKA(layers="layer9")]}, "CKA.layers='layer9' matches no layer of Sequential"),
         ({"measurements": [Neighborhoods(k=48)]}, "Neighborhoods.k 48: each of 48 measurement images has 47 others"),
     ],
@@ -350,7 +360,12 @@ def test_mistakes_name_the_argument(
 @pytest.mark.parametrize(
     ("dataset", "options", "words"),
     [
-        (Pictures(4, TO_TENSOR), {}, "is a torch.float32 tensor, expected a PIL image or uint8: give the data set"),
+        (Pictures(4, TO_TENSOR), {}, "is a torch.float32 tensor (3, 32, 32), expected a PIL image or uint8: give the"),
+        ([np.zeros((3, 8, 9), np.uint8)], {}, "is a uint8 array (3, 8, 9), expected a PIL image or uint8: a tensor is"),
+        ([{"image": 0}], {}, "is dict, expected a PIL image or uint8: give a data set whose items are images"),
+        ([], {}, "list has no images"),
+        (Pictures(4), {"n": -3}, "n -3: expected a whole number of at least 1"),
+        (DataLoader(Pictures(4)), {}, "DataLoader is no map-style data set, whose items have numbers; give its"),
         ([torch.zeros(3, 8, side, dtype=torch.uint8) for side in (8, 9)], {}, "image_size: images of list differ"),
         (Pictures(4), {"n": 5}, "n 5: Pictures has 4 images; set at most 4"),
         (Pictures(4), {"train": Pictures(4, labels=False)}, "train=Pictures: its items have no labels"),
@@ -360,6 +375,51 @@ def test_images_that_cannot_be_measured(dataset: Any, options: dict[str, Any], w
     with pytest.raises(UserError) as error:
         MeasurementImages.from_dataset(dataset, **options)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (8, 9, 3)])
+def test_arrays_are_images_grey_ones_too(shape: tuple[int, ...]) -> None:
+    pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    (batch,) = MeasurementImages.from_dataset([pixels]).loader("measure")
+    expected = pixels if shape[-1] == 3 else np.repeat(pixels.reshape(8, 9, 1), 3, 2)
+    assert np.array_equal(batch["image"][0].permute(1, 2, 0), expected)
+
+
+def test_lists_and_arrays_are_tensors() -> None:
+    images = MeasurementImages(np.zeros((2, 3, 8, 8), np.uint8), [0, 1])  # type: ignore[arg-type]
+    assert images.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"measurements": [CKA]}, "measurements: CKA is a class; write CKA()"),
+        ({"measurements": ["cka"]}, "measurements: 'cka' is no measurement, such as CKA()"),
+        ({"images": torch.zeros(4, 3, 8, 8)}, "images is Tensor; give MeasurementImages(…) or MeasurementImages.from"),
+        ({"clean": None}, "clean: how Sequential sees an image is not known; give clean=View('none', size=…, normal"),
+    ],
+)
+def test_mistakes_in_a_notebook_name_the_argument(images: MeasurementImages, given: dict[str, Any], words: str) -> None:
+    options: Any = {"network": small_convnet(), "images": images, "measurements": [CKA()], "clean": CLEAN, **given}
+    with pytest.raises(UserError) as error:
+        measure(**options)
+    assert str(error.value).startswith(words)
+
+
+def test_a_notebook_shows_a_table_and_takes_one_measurement(images: MeasurementImages) -> None:
+    found = measure(small_convnet(), images, CKA(gram_size=8), clean=CLEAN)
+    assert repr(found) == "Measurements of 64 rows: cka"
+    assert "<table" in found._repr_html_()
+
+
+def test_one_measurement_of_two_monitors_is_refused(tmp_path: Path, images: MeasurementImages) -> None:
+    """It would compare one network with the initialisation of the other."""
+    shared = [CKA(gram_size=8)]
+    monitors = [
+        GeometryMonitor(shared, images, f"{name}.backbone", clean=CLEAN, name=name) for name in ("student", "teacher")
+    ]
+    with pytest.raises(UserError, match="one CKA is given to two monitors; give each its own"):
+        trainer(tmp_path, *monitors).fit(StudentAndTeacher(), loader())
 
 
 def test_images_of_several_sizes_come_to_one() -> None:
