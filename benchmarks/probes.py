@@ -20,7 +20,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ssl_geometry.geometry.probes import L2, logistic_regression, one_hot, ridge, ridge_sums
+from ssl_geometry.geometry.classification import L2, one_hot
+from ssl_geometry.geometry.logistic import logistic_regression
+from ssl_geometry.geometry.ridge import ridge, ridge_sums
 from ssl_geometry.measure.engine import layer_widths
 from ssl_geometry.measure.requests import pooled
 from ssl_geometry.measure.subject import Subject

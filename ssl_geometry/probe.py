@@ -32,12 +32,8 @@ from ssl_geometry.data.loader import size_within
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.finetuning import FineTuning
-from ssl_geometry.geometry.probes import (
-    FEW,
-    FOLDS,
-    check_features,
-    converged_probes_bytes,
-)
+from ssl_geometry.geometry.classification import FEW, FOLDS, check_features
+from ssl_geometry.geometry.logistic import converged_probes_bytes
 from ssl_geometry.measure.engine import Occasion, as_options, layer_widths, measure_together
 from ssl_geometry.measure.features import Features
 from ssl_geometry.measure.frozen import (

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ssl_geometry.geometry.classification import check_features, check_labels
 from ssl_geometry.geometry.duplicates import row_blocks
 from ssl_geometry.geometry.neighbors import nearest
-from ssl_geometry.geometry.probes import check_features, check_labels
 
 VOTES = 2**24
 """Votes (of queries times classes, float64) that are counted at once."""

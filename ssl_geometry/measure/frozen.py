@@ -18,19 +18,11 @@ from typing_extensions import override
 
 from ssl_geometry.data.datasets import stratified
 from ssl_geometry.data.loader import BatchPlan
+from ssl_geometry.geometry.classification import FEW, L2, accuracies, held_out, one_hot
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
+from ssl_geometry.geometry.logistic import converged_probes
 from ssl_geometry.geometry.neighbors import RANKING
-from ssl_geometry.geometry.probes import (
-    FEW,
-    L2,
-    accuracies,
-    converged_probes,
-    held_out,
-    one_hot,
-    ridge_probe,
-    ridge_probe_of_few,
-    ridge_sums,
-)
+from ssl_geometry.geometry.ridge import ridge_probe, ridge_probe_of_few, ridge_sums
 from ssl_geometry.measure.engine import Occasion, measure_together
 from ssl_geometry.measure.features import Features
 from ssl_geometry.measure.probes import FEW_SELECTION, SOLVER, STATISTICS

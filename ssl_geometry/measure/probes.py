@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ssl_geometry import __version__
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.probes import FEW, FOLDS, HELD_OUT, ITERATIONS, TOLERANCE, choosing_folds, held_out
+from ssl_geometry.geometry.classification import FEW, FOLDS, HELD_OUT, choosing_folds, held_out
+from ssl_geometry.geometry.logistic import ITERATIONS, TOLERANCE
 from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, layer_widths
 from ssl_geometry.measure.processes import summed, this_process
 from ssl_geometry.measure.requests import Reduced, Request, pooled

@@ -9,9 +9,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.geometry.classification import check_labels
 from ssl_geometry.geometry.duplicates import row_keys
 from ssl_geometry.geometry.knn import directions_vary, knn_predict
-from ssl_geometry.geometry.probes import check_labels
 
 
 class KNNAccuracy(Metric):

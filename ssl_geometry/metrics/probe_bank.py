@@ -2,9 +2,9 @@
 
 Protocol: logistic regression by SGD with momentum on standardised features (running mean and variance of the features
 seen before, at the first step of that batch), started at zero. A fixed tenth of the images (see
-:func:`ssl_geometry.geometry.probes.held_out`) trains no classifier: the accuracy on it chooses, for each layer, among
-the hyper-parameters. Over several processes, the sums of a step are reduced: every process holds the classifiers that
-one process would have, up to the rounding of the gradients where they are sent in bfloat16.
+:func:`~ssl_geometry.geometry.classification.held_out`) trains no classifier: the accuracy on it chooses, for each
+layer, among the hyper-parameters. Over several processes, the sums of a step are reduced: every process holds the
+classifiers that one process would have, up to the rounding of the gradients where they are sent in bfloat16.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributed import all_reduce, get_world_size, is_available, is_initialized
 
-from ssl_geometry.geometry.probes import held_out
+from ssl_geometry.geometry.classification import held_out
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from ssl_geometry.geometry.probes import (
+from ssl_geometry.geometry.classification import (
     FEW,
     L2,
     LinearProbe,
@@ -22,14 +22,11 @@ from ssl_geometry.geometry.probes import (
     check_bank,
     check_features,
     check_labels,
-    converged_probes,
     held_out,
-    merge_sums,
-    ridge_probe,
-    ridge_probe_of_few,
-    ridge_sums,
     unchecked_one_hot,
 )
+from ssl_geometry.geometry.logistic import converged_probes
+from ssl_geometry.geometry.ridge import merge_sums, ridge_probe, ridge_probe_of_few, ridge_sums
 
 
 class _LayerProbe(Metric):
@@ -139,7 +136,7 @@ class RidgeProbe(_LayerProbe):
     Args:
         widths: layer to number of its features.
         num_classes: number of classes.
-        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.probes.ridge`.
+        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.ridge.ridge`.
         multi_label: whether labels are zeros and ones (B, C), because images show several classes.
 
     Example:
@@ -208,7 +205,7 @@ class LogisticProbe(_LayerProbe):
     Args:
         widths: layer to number of its features.
         num_classes: number of classes.
-        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.probes.logistic_regression`.
+        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.logistic.logistic_regression`.
         multi_label: whether labels are zeros and ones (B, C), because images show several classes.
 
     Example:

@@ -17,7 +17,7 @@ import torch
 
 from docs.gallery import TUTORIAL, blocks
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.geometry import probes
+from ssl_geometry.geometry import logistic
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import read_records
@@ -96,8 +96,8 @@ def folder(tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyP
     """The reader's folder: a clone of the repository, in which the README's runs have been trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
-    few = partial(probes.logistic_regression, max_iterations=30)  # an optimum is tested elsewhere
-    monkeypatch.setattr(probes, "logistic_regression", few)
+    few = partial(logistic.logistic_regression, max_iterations=30)  # an optimum is tested elsewhere
+    monkeypatch.setattr(logistic, "logistic_regression", few)
     for name in ("configs", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in RUNS:

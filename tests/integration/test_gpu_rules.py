@@ -14,7 +14,7 @@ import torch
 
 from ssl_geometry.compare import compare
 from ssl_geometry.fit import fit
-from ssl_geometry.geometry import probes
+from ssl_geometry.geometry import logistic
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import survey
@@ -43,7 +43,7 @@ METRICS = {"cka", "invariance", "class_cka", "ridge_probe", "logistic_probe", "n
 def _few_steps_of_a_solver() -> Iterator[None]:
     """Each step is made of the same operations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "logistic_regression", partial(probes.logistic_regression, max_iterations=20))
+        patch.setattr(logistic, "logistic_regression", partial(logistic.logistic_regression, max_iterations=20))
         yield
 
 

@@ -34,7 +34,7 @@ def test_no_atomics_and_no_search() -> None:
     """Deterministic mode allows it, and the modules that need no FAISS do not load it."""
     code = (
         "import sys, torch\n"
-        "import ssl_geometry.geometry.manifold, ssl_geometry.geometry.probes\n"
+        "import ssl_geometry.geometry.manifold, ssl_geometry.geometry.logistic\n"
         "from ssl_geometry.geometry.duplicates import first_rows\n"
         "torch.use_deterministic_algorithms(True)\n"
         "assert first_rows(torch.tensor([4, 4, 2])).tolist() == [0, 2]\n"

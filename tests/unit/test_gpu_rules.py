@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from ssl_geometry.geometry.cka import cka
-from ssl_geometry.geometry.probes import L2, accuracies, one_hot, ridge_probe, ridge_sums
+from ssl_geometry.geometry.classification import L2, accuracies, one_hot
+from ssl_geometry.geometry.ridge import ridge_probe, ridge_sums
 from ssl_geometry.metrics import RidgeProbe
 from tests.fake_cuda import FakeCuda
 

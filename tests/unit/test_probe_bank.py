@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ssl_geometry.geometry.probes import held_out
+from ssl_geometry.geometry.classification import held_out
 from ssl_geometry.metrics import ProbeBank
 
 

@@ -18,25 +18,16 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_geometry.geometry import probes
-from ssl_geometry.geometry.probes import (
+from ssl_geometry.geometry import classification, logistic
+from ssl_geometry.geometry.classification import L2, accuracies, choosing_folds, held_out, one_hot
+from ssl_geometry.geometry.logistic import (
     GROUP_BYTES,
-    L2,
-    accuracies,
-    choosing_folds,
     converged_probes,
     converged_probes_bytes,
     cross_entropy,
-    held_out,
     logistic_regression,
-    merge_sums,
-    one_hot,
-    ridge,
-    ridge_probe,
-    ridge_probe_of_few,
-    ridge_sums,
-    squared_error,
 )
+from ssl_geometry.geometry.ridge import merge_sums, ridge, ridge_probe, ridge_probe_of_few, ridge_sums, squared_error
 from ssl_geometry.metrics import LogisticProbe, RidgeProbe
 
 
@@ -225,8 +216,8 @@ def test_problems_solved_in_blocks_have_the_same_optimum(monkeypatch: pytest.Mon
     several = torch.stack([labels == 0, labels < 2, labels == 3], 1).long()
     for targets, classes in ((labels, 4), (several, 3)):
         whole = logistic_regression({"layer": x}, targets, classes, [1e-4, 1e-2, 1.0])["layer"]
-        monkeypatch.setattr(probes, "SOLVER_BYTES", 1)
-        monkeypatch.setattr(probes, "BLOCK", 100)
+        monkeypatch.setattr(logistic, "SOLVER_BYTES", 1)
+        monkeypatch.setattr(classification, "BLOCK", 100)
         parts = logistic_regression({"layer": x}, targets, classes, [1e-4, 1e-2, 1.0])["layer"]
         monkeypatch.undo()
         torch.testing.assert_close(parts.objective, whole.objective, rtol=1e-7, atol=0)
@@ -335,7 +326,7 @@ def test_sums_of_parts_merge_to_those_of_the_whole(monkeypatch: pytest.MonkeyPat
     parts = torch.stack([ridge_sums(x[a:b], y[a:b]) for a, b in ((0, 0), (0, 1), (1, 30), (30, 30), (30, 50))])
     torch.testing.assert_close(merge_sums(parts), whole)
     torch.testing.assert_close(merge_sums(merge_sums(parts[:3])[None].repeat(1, 1, 1)), merge_sums(parts[:3]))
-    monkeypatch.setattr(probes, "BLOCK", 40)
+    monkeypatch.setattr(classification, "BLOCK", 40)
     torch.testing.assert_close(ridge_sums(x, y), whole)
     assert ridge_sums(x[:0], y[:0]).abs().max() == 0 == merge_sums(torch.zeros(2, 3, 4)).abs().max()
 
@@ -458,15 +449,15 @@ def test_memory_is_within_what_was_said() -> None:
     """The growth of a process's memory, while all strengths of three layers are tried."""
     code = (
         "import torch, warnings\n"
-        "from ssl_geometry.geometry import probes\n"
+        "from ssl_geometry.geometry import logistic\n"
         "warnings.simplefilter('ignore'); torch.set_num_threads(1)\n"
-        "solve = probes.logistic_regression\n"
-        "probes.logistic_regression = lambda *problem: solve(*problem, max_iterations=6)\n"
+        "solve = logistic.logistic_regression\n"
+        "logistic.logistic_regression = lambda *problem: solve(*problem, max_iterations=6)\n"
         "def grown(n, width, classes):\n"
         "    features = {name: torch.randn(n, width) for name in 'abc'}\n"
         "    labels, held = torch.arange(n) % classes, torch.arange(n) % 10 == 0\n"
         "    before = peak()\n"
-        "    probes.converged_probes(features, labels, held, classes)\n"
+        "    logistic.converged_probes(features, labels, held, classes)\n"
         "    return 1024 * (peak() - before)\n"
         "def peak():\n"
         "    return int(dict(line.split(':') for line in open('/proc/self/status'))['VmHWM'].split()[0])\n"

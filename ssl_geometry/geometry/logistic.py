@@ -1,12 +1,7 @@
-"""What can be read off frozen features by linear classifiers.
-
-Protocol: hyper-parameters are chosen on a fixed tenth of the training images, of fewer than 100 by five-fold
-cross-validation; the classifier is fitted again on all of them, and test images are looked at once. Classifiers see
-features that are standardised on the training images.
-"""
+"""Logistic regression: many layers and strengths of the penalty at once, by L-BFGS in principal axes."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +9,20 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-L2 = tuple(10.0**power for power in range(-6, 3))
-"""Strengths of the penalty that are tried where none are given."""
-HELD_OUT = 10  # one image of so many teaches nothing and chooses
-FEW = 100
-"""Fewer images choose by cross-validation: a tenth of them is too few to choose by."""
-FOLDS = 5
+from ssl_geometry.geometry.classification import (
+    BLOCK,
+    L2,
+    LinearProbe,
+    check_bank,
+    check_features,
+    check_strengths,
+    choose_strength,
+    choosing_folds,
+    is_varying,
+    one_hot,
+    rows_at_once,
+)
+
 TOLERANCE, ITERATIONS = 3e-6, 2000
 """Where logistic regression ends: share of the objective that an entry of its gradient may have, and steps."""
 MEMORY = 12  # steps that L-BFGS remembers
@@ -32,404 +35,6 @@ together take twice as long as one after the other, for they leave the caches an
 """
 SOLVER_BYTES = 2**30
 """Working memory up to which the strengths of one layer are solved together."""
-BLOCK = 2**20
-"""Numbers of float64 that are computed at once where images are gone through in blocks."""
-
-
-class LinearProbe(NamedTuple):
-    """Linear classifiers of one layer, one for each of S strengths of the penalty, in units of the raw features."""
-
-    weight: Float[Tensor, "S D C"]
-    bias: Float[Tensor, "S C"]
-    l2: Float[Tensor, " S"]
-    objective: Float[Tensor, " S"]
-    """What was minimised, at the solution, float64."""
-    gradient_norm: Float[Tensor, " S"]
-    """Largest entry of its gradient there, for standardised features, float64."""
-
-    def scores(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "S N C"]:
-        """What each classifier says to each image, before any softmax, float64."""
-        # Weights are those of raw features, whose mean may be a million times their deviation: float32 would lose them.
-        parts = features.split(_rows(features.shape[1]))
-        return torch.cat([part.double() @ self.weight + self.bias[:, None] for part in parts], 1)
-
-    def chosen(self, number: int) -> "LinearProbe":
-        """One of the strengths, S = 1."""
-        return LinearProbe(*(part[number : number + 1] for part in self))
-
-
-def held_out(index: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """A fixed tenth of all images, by their numbers: the same in every run, order and process.
-
-    Args:
-        index: number of each image in its data set.
-
-    Example:
-        >>> round(float(held_out(torch.arange(100_000)).float().mean()), 2)
-        0.1
-    """
-    mixed = (index + 1) * -7046029254386353131  # the golden ratio in 64 bits; then the shifts of splitmix
-    mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
-    return (mixed ^ (mixed >> 29)) % HELD_OUT == 0
-
-
-def choosing_folds(
-    labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], held: Bool[Tensor, " N"], num_classes: int
-) -> Bool[Tensor, "F N"]:
-    """Which images choose, of classifiers that learn from the others: one set of them, or five for a few images.
-
-    Args:
-        labels: class of each image, or zeros and ones where images show several.
-        held: the images that choose where there are 100 or more.
-        num_classes: number of classes.
-
-    Returns:
-        ``held`` alone, or each image in one of five folds, dealt out class by class in their order; folds whose others
-        could not teach (see :func:`check_bank`) are left out.
-
-    Raises:
-        ValueError: no image chooses.
-
-    Example:
-        >>> choosing_folds(torch.tensor([0, 1, 0, 1, 0]), torch.zeros(5, dtype=torch.bool), 2).int().argmax(0)
-        tensor([0, 3, 1, 4, 2])
-    """
-    if len(labels) >= FEW:
-        folds = held[None]
-    else:
-        order = labels.argsort(stable=True) if labels.ndim == 1 else torch.arange(len(labels), device=labels.device)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=labels.device) % FOLDS)
-        folds = place == torch.arange(FOLDS, device=labels.device)[:, None]
-        least = num_classes if labels.ndim == 1 else 2
-        others = [labels[~fold] for fold in folds]
-        teach = [len(rest) < len(labels) and len(rest) >= least and bool((rest != rest[0]).any()) for rest in others]
-        folds = folds[torch.tensor(teach, device=labels.device)]
-    if not bool(folds.any()):
-        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
-    return folds
-
-
-def _rows(columns: int) -> int:
-    """How many images are gone through at once."""
-    return max(1, BLOCK // columns)
-
-
-def check_features(name: str, features: Float[Tensor, "N D"]) -> None:
-    """Refuse features that are not finite.
-
-    Args:
-        name: what they are, as the message calls them.
-        features: of each image.
-
-    Raises:
-        ValueError: how many of how many images are broken.
-    """
-    broken = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(_rows(features.shape[1])))
-    if broken:
-        raise ValueError(f"{name}: features of {broken} of {len(features)} images are not finite")
-
-
-def check_labels(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> None:
-    """Refuse labels of classes that are not there.
-
-    Args:
-        labels: class of each image, or zeros and ones where images show several.
-        num_classes: number of classes.
-
-    Raises:
-        ValueError: what the labels are.
-    """
-    if labels.ndim == 2 and labels.shape[1] != num_classes:
-        raise ValueError(f"labels of {labels.shape[1]} classes: expected {num_classes}")
-    low, high = (int(end) for end in labels.aminmax()) if labels.numel() else (0, 0)
-    if labels.ndim == 2 and (low < 0 or high > 1):
-        raise ValueError(f"labels from {low} to {high}: expected zeros and ones where images show several classes")
-    if labels.ndim == 1 and (low < 0 or high >= num_classes):
-        raise ValueError(f"labels from {low} to {high}: expected 0 to {num_classes - 1} for {num_classes} classes")
-
-
-def check_bank(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> None:
-    """Refuse labels that teach nothing.
-
-    Args:
-        labels: class of each image to learn from, or zeros and ones where images show several.
-        num_classes: number of classes.
-
-    Raises:
-        ValueError: as of :func:`check_labels`, fewer images than classes, or one class only.
-    """
-    check_labels(labels, num_classes)
-    if len(labels) < (num_classes if labels.ndim == 1 else 2):
-        raise ValueError(f"{len(labels)} images for {num_classes} classes: a classifier needs one a class at least")
-    if bool((labels == labels[0]).all()):
-        alike = f"of class {int(labels[0])}" if labels.ndim == 1 else "labelled alike"
-        raise ValueError(f"all {len(labels)} images are {alike}: a classifier needs two classes at least")
-
-
-def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
-    """Labels as targets, float32: one column a class; labels of several classes an image are that already.
-
-    Raises:
-        ValueError: labels of classes that are not there.
-
-    Example:
-        >>> one_hot(torch.tensor([1, 0]), 2)
-        tensor([[0., 1.],
-                [1., 0.]])
-    """
-    check_labels(labels, num_classes)
-    return unchecked_one_hot(labels, num_classes)
-
-
-def unchecked_one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
-    """The same of labels that are known to be right: it does not wait for the device to look at them.
-
-    Example:
-        >>> unchecked_one_hot(torch.tensor([1, 0]), 2)
-        tensor([[0., 1.],
-                [1., 0.]])
-    """
-    return (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).float()
-
-
-def accuracies(
-    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
-) -> dict[str, Float[Tensor, ""]]:
-    """How right scores are.
-
-    Args:
-        scores: of each image and class.
-        labels: class of each image, or zeros and ones where images show several.
-
-    Returns:
-        ``top1`` and ``mean_per_class`` (the mean over classes that are present of the share that is right); for several
-        classes an image ``mAP``, the mean over classes that are present of the average precision. float64; not a number
-        where there is no image, or no class is present.
-
-    Raises:
-        ValueError: scores that are not numbers, or labels of classes that are not there.
-
-    Example:
-        >>> accuracies(torch.eye(3)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2]))["mean_per_class"]
-        tensor(0.5000, dtype=torch.float64)
-    """
-    check_labels(labels, scores.shape[1])
-    if broken := int(scores.isnan().any(1).sum()):
-        raise ValueError(f"scores of {broken} of {len(scores)} images are not numbers")
-    if labels.ndim == 2:
-        return {"mAP": _mean_average_precision(scores, labels)}
-    right = (scores.argmax(1) == labels).double()
-    number = torch.bincount(labels, minlength=scores.shape[1])
-    by_class = torch.zeros(len(number), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
-    return {"top1": right.mean(), "mean_per_class": (by_class / number)[number > 0].mean()}
-
-
-def _mean_average_precision(scores: Float[Tensor, "N C"], labels: Int64[Tensor, "N C"]) -> Float[Tensor, ""]:
-    from sklearn.metrics import average_precision_score  # half a second to import; most data have one class an image
-
-    finite = scores.nan_to_num()  # infinity keeps its place; NaN is reported by the callers
-    pairs = zip(labels.T.cpu().numpy(), finite.T.cpu().numpy(), strict=True)
-    found = [average_precision_score(truth, column) for truth, column in pairs if truth.any()]
-    return scores.new_tensor(found, dtype=torch.float64).mean()
-
-
-# -- ridge -------------------------------------------------------------------------------------------------------------
-
-
-def ridge_sums(features: Float[Tensor, "N D"], targets: Float[Tensor, "N C"]) -> Float[Tensor, "D+1 D+1+C"]:
-    """All that ridge regression needs of some images, float64; :func:`merge_sums` joins those of batches and ranks.
-
-    The rows of the features hold the products with features and targets, summed about the means: nothing cancels where
-    features vary little around a large mean. The last row holds the means, and the number of images in between.
-
-    Args:
-        features: of each image.
-        targets: of each image; see :func:`one_hot`.
-
-    Example:
-        >>> ridge_sums(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]])).tolist()
-        [[2.0, 2.0, 1.0], [2.0, 2.0, 0.5]]
-    """
-    width = features.shape[1]
-    found = []
-    for x, y in zip(features.split(_rows(width)), targets.split(_rows(width)), strict=True):
-        both = torch.cat([x.double(), y.double()], 1)
-        mean = both.sum(0) / max(1, len(x))
-        both -= mean
-        products = both[:, :width].T @ both
-        last = torch.cat([mean[:width], mean.new_full((1,), len(x)), mean[width:]])
-        rows = torch.cat([products[:, :width], mean[:width, None], products[:, width:]], 1)
-        found.append(torch.cat([rows, last[None]]))
-    return found[0] if len(found) == 1 else merge_sums(torch.stack(found))
-
-
-def merge_sums(parts: Float[Tensor, "P D+1 D+1+C"]) -> Float[Tensor, "D+1 D+1+C"]:
-    """The sums of all images from those of parts of them, which may be empty.
-
-    References:
-        Chan, Golub & LeVeque, *Updating formulae and a pairwise algorithm for computing sample variances*, 1982.
-
-    Example:
-        >>> x, y = torch.arange(8.0).view(4, 2), torch.eye(4)
-        >>> merged = merge_sums(torch.stack([ridge_sums(x[:1], y[:1]), ridge_sums(x[1:], y[1:])]))
-        >>> bool((merged - ridge_sums(x, y)).abs().max() < 1e-12)
-        True
-    """
-    width = parts.shape[1] - 1
-    counts, means = parts[:, -1, width], parts[:, -1]
-    total = counts.sum()
-    mean = (counts / total.clamp_min(1)) @ means
-    apart = (means - mean) * counts.sqrt()[:, None]
-    apart[:, width] = 0
-    merged = parts.sum(0)
-    merged[:-1] += apart[:, :width].T @ apart
-    mean[width] = total
-    merged[:-1, width] = mean[:width]
-    merged[-1] = mean
-    return merged
-
-
-def ridge(sums: Float[Tensor, "D+1 D+1+C"], l2: Sequence[float] = L2) -> LinearProbe:
-    """Minimise (1/N) |y - x W - b|^2 + l2 |W|^2 on standardised features, in closed form.
-
-    Args:
-        sums: of the images, as of :func:`ridge_sums`.
-        l2: strengths of the penalty, 0 or above.
-
-    Returns:
-        Regressions in float64. A feature that does not vary has the weight 0; collinear ones share theirs.
-
-    Raises:
-        ValueError: no image, sums that are not finite, a negative strength, or no penalty where features are collinear.
-
-    References:
-        Hoerl & Kennard, *Ridge regression*, 1970.
-
-    Example:
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> probe = ridge(ridge_sums(x, x[:, :1] * 2 + 1), l2=[1e-9])
-        >>> [round(value, 3) for value in probe.weight.flatten().tolist()], round(float(probe.bias), 3)
-        ([2.0, 0.0, 0.0], 1.0)
-    """
-    _check_strengths(l2, zero=True)
-    width = len(sums) - 1
-    n = sums[-1, width]
-    finite, some = torch.stack([sums.isfinite().all(), n > 0]).tolist()
-    if not finite:
-        raise ValueError("ridge regression: features or targets are not finite")
-    if not some:
-        raise ValueError("ridge regression of no image: give some")
-    mean, target_mean = sums[-1, :width], sums[-1, width + 1 :]
-    covariance, cross = sums[:-1, :width] / n, sums[:-1, width + 1 :] / n
-    variance = covariance.diagonal()
-    varies = _varies(variance, mean)
-    scale = torch.where(varies, variance.rsqrt(), 0)
-    correlation, aim = scale[:, None] * covariance * scale, scale[:, None] * cross
-    strengths = torch.tensor(l2, dtype=torch.float64, device=sums.device)
-    solved, dependent = _penalised(correlation, aim, l2)
-    if 0 in l2 and dependent > int((~varies).sum()):
-        raise ValueError(f"l2 0: {int(varies.sum())} features of {int(n)} images are collinear; set it above 0")
-    standard = torch.stack([solved[strength] for strength in l2])  # (S, D, C), of standardised features
-    weight = scale[:, None] * standard
-    bias = target_mean - mean @ weight
-    columns = standard.permute(1, 0, 2)  # one product for all strengths
-    product = (correlation @ columns.flatten(1)).view_as(columns).permute(1, 0, 2)
-    gradient = 2 * (product + strengths[:, None, None] * standard - aim)
-    # |y|^2 is not among the sums: of one-hot targets it is their sum. The objective is reported up to that constant.
-    fit = (standard * (product - 2 * aim)).sum((1, 2))
-    objective = fit + strengths * standard.square().sum((1, 2))
-    return LinearProbe(weight, bias, strengths, objective, gradient.abs().amax((1, 2)))
-
-
-def _penalised(
-    correlation: Float[Tensor, "D D"], aim: Float[Tensor, "D C"], l2: Sequence[float]
-) -> tuple[dict[float, Float[Tensor, "D C"]], int]:
-    """(correlation + l2)^-1 aim for each strength; and, where eigenvalues were computed, how many of them are zero.
-
-    A matrix of unit diagonal whose smallest eigenvalue is above D (D + 1) eps has a Cholesky factor in spite of
-    rounding (Demmel 1989): strengths above that are solved by one, each in the memory of one matrix and without a wait
-    of the host. Weaker ones, 0 among them, are solved by the eigenvalues of the correlation.
-    """
-    width, eps = len(correlation), torch.finfo(torch.float64).eps
-    solved, failed = {}, []
-    for strength in l2:
-        if strength > width * (width + 1) * eps:
-            matrix = correlation.clone()
-            matrix.diagonal().add_(strength)
-            root, failure = torch.linalg.cholesky_ex(matrix)
-            solved[strength] = torch.cholesky_solve(aim, root)
-            failed.append(failure)
-    if failed and bool(torch.stack(failed).any()):  # not the sums of any features
-        solved.clear()
-    if len(solved) == len(set(l2)):
-        return solved, 0
-    values, vectors = torch.linalg.eigh(correlation)
-    lost = values <= width * eps * values[-1:]
-    projected = vectors.T @ aim
-    for strength in l2:
-        if strength not in solved:
-            shrinkage = torch.where(lost, torch.inf, values) if strength == 0 else values.clamp_min(0) + strength
-            solved[strength] = vectors @ (projected / shrinkage[:, None])
-    return solved, int(lost.sum())
-
-
-def ridge_probe(
-    fit: Float[Tensor, "D+1 D+1+C"],
-    held: Float[Tensor, "D+1 D+1+C"],
-    held_features: Float[Tensor, "M D"],
-    held_labels: Int64[Tensor, " M"] | Int64[Tensor, "M C"],
-    l2: Sequence[float] = L2,
-) -> LinearProbe:
-    """Ridge regression whose strength is chosen on held-out images, fitted again on all.
-
-    Args:
-        fit: sums of the images to learn from.
-        held: sums of the held-out images.
-        held_features: of the held-out images.
-        held_labels: of the held-out images.
-        l2: strengths to choose from; of equally right ones that of the smallest squared error, then the strongest.
-
-    Returns:
-        One regression (S = 1).
-
-    Raises:
-        ValueError: features that are not finite, or no held-out images.
-    """
-    best = _choose([(ridge(fit, l2), held_features, held_labels)], squared_error)
-    return ridge(merge_sums(torch.stack([fit, held])), [l2[best]])
-
-
-def ridge_probe_of_few(
-    features: Float[Tensor, "N D"],
-    labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"],
-    num_classes: int,
-    l2: Sequence[float] = L2,
-) -> LinearProbe:
-    """:func:`ridge_probe` of fewer than 100 images, its strength chosen by five-fold cross-validation.
-
-    Args:
-        features: of each image.
-        labels: of each image.
-        num_classes: number of classes.
-        l2: as of :func:`ridge_probe`, by the numbers of all images, each scored by the classifier without its fold.
-
-    Returns:
-        One regression (S = 1), of all images.
-
-    Raises:
-        ValueError: features that are not finite, or images that teach nothing.
-
-    Example:
-        >>> labels = torch.arange(20) % 2
-        >>> probe = ridge_probe_of_few(torch.eye(2)[labels], labels, num_classes=2)
-        >>> bool((probe.scores(torch.eye(2))[0].argmax(1) == torch.arange(2)).all())
-        True
-    """
-    targets = one_hot(labels, num_classes)
-    parts = []
-    for fold in choosing_folds(labels, torch.zeros_like(targets[:, 0], dtype=torch.bool), num_classes):
-        parts.append((ridge(ridge_sums(features[~fold], targets[~fold]), l2), features[fold], labels[fold]))
-    return ridge(ridge_sums(features, targets), [l2[_choose(parts, squared_error)]])
 
 
 def cross_entropy(
@@ -444,63 +49,6 @@ def cross_entropy(
     if labels.ndim == 1:
         return F.cross_entropy(scores, labels)
     return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="sum") / len(labels)
-
-
-def squared_error(
-    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
-) -> Float[Tensor, ""]:
-    """What ridge regression minimises: the mean over images of the squared distance to the targets.
-
-    Example:
-        >>> float(squared_error(torch.zeros(1, 2), torch.tensor([1])))
-        1.0
-    """
-    return (scores - unchecked_one_hot(labels, scores.shape[1])).square().sum(1).mean()
-
-
-def _choose(
-    parts: Sequence[tuple[LinearProbe, Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Float[Tensor, ""]]
-) -> int:
-    """The strength that is right most often; the loss decides among equals, and a few held-out images leave many.
-
-    Args:
-        parts: classifiers, and the features and labels of images that they have not seen.
-        loss: of scores and labels.
-    """
-    labels = torch.cat([part[2] for part in parts])
-    if not len(labels):
-        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
-    strengths = parts[0][0].l2
-    check_labels(labels, parts[0][0].weight.shape[2])
-    found = []
-    for number in range(len(strengths)):
-        scores = torch.cat([probe.chosen(number).scores(features)[0] for probe, features, _ in parts])
-        if labels.ndim == 1:
-            right = (scores.argmax(1) == labels).double().mean()
-        else:
-            right = _mean_average_precision(scores, labels).nan_to_num(0)  # no class of these images is present
-        found.append(torch.stack([scores.isnan().any(1).sum(), right, -loss(scores, labels), strengths[number]]))
-    places = torch.stack(found).tolist()  # of all strengths in one read
-    if broken := int(max(place[0] for place in places)):
-        raise ValueError(f"scores of {broken} of {len(labels)} images are not numbers")
-    return places.index(max(places))
-
-
-def _check_strengths(l2: Sequence[float], zero: bool) -> None:
-    if not len(l2):
-        raise ValueError("no strength of the penalty is given")
-    for strength in l2:
-        if not 0 <= strength < float("inf") or not (strength or zero):
-            least = "of at least" if zero else "above"
-            raise ValueError(f"l2 {strength:g}: expected a strength of the penalty {least} 0")
-
-
-def _varies(variance: Float[Tensor, " D"], mean: Float[Tensor, " D"]) -> Bool[Tensor, " D"]:
-    """Features that vary by more than the rounding of float32; the others say nothing."""
-    return variance > torch.finfo(torch.float32).eps ** 2 * (variance + mean.square())
-
-
-# -- logistic regression -----------------------------------------------------------------------------------------------
 
 
 def converged_probes(
@@ -539,7 +87,7 @@ def converged_probes(
             parts = [
                 (probes[name], features[name][fold], labels[fold]) for probes, fold in zip(tried, folds, strict=True)
             ]
-            best[name] = _choose(parts, cross_entropy)
+            best[name] = choose_strength(parts, cross_entropy)
     found: dict[str, LinearProbe] = {}
     for number in sorted(set(best.values())):  # layers that chose the same strength are one problem
         some = {name: x for name, x in features.items() if best[name] == number}
@@ -636,7 +184,7 @@ def logistic_regression(
         >>> probe.weight.shape, bool((probe.gradient_norm < 1e-5).all())
         (torch.Size([2, 4, 2]), True)
     """
-    _check_strengths(l2, zero=False)
+    check_strengths(l2, zero=False)
     _check_problem(features, labels, num_classes)
     # Images come last in targets and logits: a softmax over classes then runs along the images, 14 times faster on a
     # CPU than over ten classes that lie side by side.
@@ -690,10 +238,10 @@ def _principal_axes(features: Float[Tensor, "N D"], inputs: Float[Tensor, "N M+1
     Axes along which little varies count: a weak penalty lets classifiers live there. Hence float64, and no cut.
     """
     n, width = features.shape
-    parts = features.split(_rows(width))
+    parts = features.split(rows_at_once(width))
     mean = sum((part.double().sum(0) for part in parts), torch.zeros(())) / n
     variance = sum(((part.double() - mean).square().sum(0) for part in parts), torch.zeros(())) / n
-    scale = torch.where(_varies(variance, mean), variance.rsqrt(), 0)
+    scale = torch.where(is_varying(variance, mean), variance.rsqrt(), 0)
     if n < width:  # all images lie in a space of n dimensions
         basis, coordinates = torch.linalg.qr(((features.double() - mean) * scale).T)
         _, vectors = torch.linalg.eigh(coordinates @ coordinates.T)
@@ -704,7 +252,7 @@ def _principal_axes(features: Float[Tensor, "N D"], inputs: Float[Tensor, "N M+1
         standard = ((part.double() - mean) * scale for part in parts)
         _, turn = torch.linalg.eigh(sum((part.T @ part for part in standard), torch.zeros(())))
         squares = torch.zeros_like(mean)
-        for part, into in zip(parts, inputs.split(_rows(width)), strict=True):
+        for part, into in zip(parts, inputs.split(rows_at_once(width)), strict=True):
             turned = ((part.double() - mean) * scale) @ turn
             into[:, :-1] = turned
             squares += turned.square().sum(0) / n
@@ -905,7 +453,7 @@ def _judge(
     bias = weight[..., -1] - raw @ axes.mean
     gradient, slope, spread = torch.zeros_like(raw), torch.zeros_like(bias), torch.zeros_like(bias)
     loss = l2.new_zeros(len(l2), 1 if multinomial else bias.shape[1])
-    rows = _rows(raw.shape[2] + bias.numel())
+    rows = rows_at_once(raw.shape[2] + bias.numel())
     for part, y in zip(features.split(rows), targets.split(rows, 1), strict=True):
         part, y = part.double(), y.double()
         logits = (raw.flatten(0, 1) @ part.T).unflatten(0, bias.shape) + bias[..., None]
