@@ -249,7 +249,7 @@ class GeometryMonitor(L.Callback):
         images: Any = getattr(trainer, "datamodule", None) if self.images is None else self.images
         if not hasattr(images, "measure_ids"):
             raise UserError("images: give images=MeasurementImages.from_dataset(…)")
-        return images  # type: ignore[return-value]
+        return images
 
     def _without_what_labels_need(self, on: Sequence[Measurement]) -> list[Measurement]:
         """The measurements that the images allow; one line for what is left out."""
