@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_geometry import __version__
 from ssl_geometry.geometry.cka import DUST, LEAST_BLOCK, MIN_GRAM_SIZE, standing
 from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, forward_pass, measuring
-from ssl_geometry.measure.processes import gathered, this_process
+from ssl_geometry.measure.processes import gathered, is_of_the_first, this_process
 from ssl_geometry.measure.requests import GramVector, Reduced, Request
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import LayerwiseCKA
@@ -27,6 +27,7 @@ from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol, record
 
 logger = logging.getLogger(__name__)
+logger.addFilter(is_of_the_first)
 
 FEW_GRAMS, SMALLER = 3, 16
 """So many Gram matrices give intervals that say little; the size that is proposed instead."""

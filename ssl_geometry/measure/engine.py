@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import full_float32
-from ssl_geometry.measure.processes import this_process
+from ssl_geometry.measure.processes import this_process, warned_once
 from ssl_geometry.measure.requests import Reduced, Reduction, Request, Split, pooled
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.models.taps import Taps, evaluating
@@ -298,7 +298,7 @@ class Pass:
             for part in list(self.left):
                 for _ in self.run(part):
                     advance()
-        with measuring(self.occasion.subject.network):
+        with measuring(self.occasion.subject.network), warned_once():
             return [measurement.finish(self.occasion) for measurement in self.asked]
 
     def _begin(self, measurements: Iterable[Measurement]) -> None:

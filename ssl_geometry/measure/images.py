@@ -78,7 +78,7 @@ class MeasurementImages:
     """Images to measure on, with or without labels, and labelled training images for probes.
 
     Args:
-        images: uint8 (N, 3, H, W).
+        images: uint8 (N, 3, H, W), kept on the host.
         labels: class of each image, (N,) int64; None leaves out what needs labels.
         train_images: uint8 (M, 3, H, W), that probes learn from; None leaves probes out.
         train_labels: class of each of them, (M,) int64.
@@ -272,7 +272,7 @@ def _checked(name: str, images: Tensor, labels: Tensor | None) -> Images:
         raise UserError(f"{name} is {found}, expected uint8 (N, 3, H, W)")
     if labels is not None and labels.shape != images.shape[:1]:
         raise UserError(f"{name}: {len(images)} images have labels of shape {tuple(labels.shape)}")
-    return Images(torch.full((len(images),), -1) if labels is None else labels.long(), images)
+    return Images(torch.full((len(images),), -1) if labels is None else labels.long().cpu(), images.cpu())
 
 
 def _digest(images: Images) -> str:

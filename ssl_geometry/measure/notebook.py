@@ -14,6 +14,7 @@ from ssl_geometry.data.views import View
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import CKA
 from ssl_geometry.measure.engine import ImageSource, Measurement, Occasion, given, measure_together, splits
+from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.figures import save_figure
@@ -118,7 +119,7 @@ def measure(
                 measurement.add_reference(reference, images, subject)
     asked = [request for measurement in measurements for request in measurement.requests(subject)]
     total = sum(len(images.loader(*part)) for part in splits(asked))
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=this_process()[0] > 0) as progress:
         task = progress.add_task(f"measuring {name}", total=total)
         found = measure_together(measurements, Occasion(subject, images, name), lambda: progress.advance(task))
     rows = pd.DataFrame([row for measured in found for row in measured.rows])

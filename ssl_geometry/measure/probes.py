@@ -26,7 +26,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.classification import FEW, FOLDS, HELD_OUT, choosing_folds, held_out
 from ssl_geometry.geometry.logistic import ITERATIONS, TOLERANCE
 from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, layer_widths
-from ssl_geometry.measure.processes import summed, this_process
+from ssl_geometry.measure.processes import is_of_the_first, summed, this_process
 from ssl_geometry.measure.requests import Reduced, Request, pooled
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import LogisticProbe, ProbeBank, RidgeProbe
@@ -36,6 +36,7 @@ from ssl_geometry.ranges import above, at_least, check_arguments
 from ssl_geometry.records import Protocol, record
 
 logger = logging.getLogger(__name__)
+logger.addFilter(is_of_the_first)
 
 LAYERS = ("post_residual", "pooled", "head")
 SELECTION = f"accuracy on one of {HELD_OUT} training images, chosen by index; ties broken by the loss there"

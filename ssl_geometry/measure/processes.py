@@ -1,7 +1,9 @@
 """Several processes share the images; what they found is put together so that all have the numbers of one."""
 
+import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -149,6 +151,21 @@ def agreeing() -> Iterator[None]:
 def is_agreed(error: BaseException | None) -> bool:
     """Whether all processes know of it, or of its cause, from the end of a block of :func:`agreeing`."""
     return error is not None and (AGREED in error.__dict__ or is_agreed(error.__cause__))
+
+
+def is_of_the_first(line: logging.LogRecord) -> bool:
+    """Filter of a logger: of what all processes find alike, the first one speaks for all."""
+    return this_process()[0] == 0
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """Warnings of what all processes find alike come from the first one."""
+    rank, _ = this_process()
+    with warnings.catch_warnings() if rank else nullcontext():
+        if rank:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

@@ -188,9 +188,10 @@ def _pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
 
 
 def _shown_kinds(rows: Sequence[Row], metric: str) -> list[str]:
-    """Semantic manifolds, and the first kind of augmentation manifolds."""
+    """Semantic manifolds, which need labels, and the first kind of augmentation manifolds; those that were measured."""
     kinds = dict.fromkeys(row["view"] for row in rows if row["metric"] == metric)
-    return ["semantic", *[kind for kind in kinds if kind != "semantic"][:1]]
+    augmented = [kind for kind in kinds if kind != "semantic"]
+    return [*(kind for kind in kinds if kind == "semantic"), *augmented[:1]]
 
 
 def _lines(name: str, curves: Sequence[Row], metric: str) -> Pictures:

@@ -1,6 +1,11 @@
 """``measure`` on 2 and 3 processes, in float64: the rows of one process, for a network of nobody's package."""
 
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
 import pandas as pd
+import pytest
 import torch
 from torch import nn
 
@@ -37,3 +42,21 @@ def test_a_process_without_images_joins_in(ranks: Ranks) -> None:
     expected = rows(0, 1, 60)
     for found in ranks(rows, 60):
         pd.testing.assert_frame_equal(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def said(rank: int, world_size: int) -> tuple[str, str]:
+    """Class CKA of few pairs, in few Gram matrices, is warned of."""
+    images = MeasurementImages(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), torch.arange(12) % 6)
+    network, out, err = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        measure(network, images, [Invariance(gram_size=6, views=[])], clean=View("none", size=8))
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_the_first_process_warns_for_all(ranks: Ranks) -> None:
+    (_, warned), other = ranks(said)
+    assert "would give more pairs" in warned
+    assert "Invariance.gram_size 6: 2 Gram matrices of 12 images" in warned
+    assert other == ("", "")

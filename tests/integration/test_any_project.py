@@ -294,6 +294,12 @@ def test_without_labels_what_needs_them_is_left_out(tmp_path: Path, caplog: pyte
     ]
 
 
+def test_figures_of_images_without_labels_are_drawn(tmp_path: Path) -> None:
+    images = MeasurementImages.from_dataset(Pictures(labels=False), batch_size=16)
+    found = measure(small_convnet(), images, [Neighborhoods(k=10, settings=["crop"], copies=3)], clean=CLEAN)
+    assert set(found.draw()) >= {"neighbors/neighbors", "neighbors/neighbors_crop_epochs"}
+
+
 def test_a_pipeline_of_torchvision_is_a_clean_view(tmp_path: Path, images: MeasurementImages) -> None:
     clean = View("none", size=SIDE, normalize=([0.5] * 3, [0.25] * 3))
     one, two = (measure(small_convnet_of(0), images, [CKA(gram_size=8)], clean=view) for view in (clean, TO_TENSOR))
@@ -490,6 +496,15 @@ def test_labels_of_items_are_read_with_their_images() -> None:
     expected = torch.cat([batch["image"] for batch in few.loader("measure")]).float().mean((2, 3)).argmax(1)
     assert torch.equal(labels, expected)
     assert few.measure_sizes is None, "a random sample, not drawn class by class"
+
+
+@pytest.mark.gpu
+def test_images_on_a_gpu_are_measured_as_those_on_the_host() -> None:
+    pixels, labels = torch.randint(0, 256, (24, 3, SIDE, SIDE), dtype=torch.uint8), torch.arange(24) % 3
+    there, here = (MeasurementImages(pixels.to(device), labels.to(device), batch_size=8) for device in ("cuda", "cpu"))
+    assert there.measure_ids == here.measure_ids
+    found = measure(small_convnet().cuda(), there, [Invariance(gram_size=8, views=[])], clean=CLEAN).rows
+    assert set(found["metric"]) == {"class_cka"}
 
 
 @pytest.mark.gpu
