@@ -18,8 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ssl_geometry.geometry.chunks import over_chunks
 from ssl_geometry.geometry.duplicates import first_rows, row_keys
-from ssl_geometry.geometry.nnk import NNK, RESOLUTION, centered, over_chunks, products, solve_cosine, vector_lengths
+from ssl_geometry.geometry.nnk import NNK, RESOLUTION, solve_cosine
+from ssl_geometry.geometry.vectors import centered, products, vector_lengths
 
 DIRECTIONS = 0.1
 """Directions of at least this share of the largest squared singular value span a neighbourhood."""

@@ -19,26 +19,19 @@ Candidates come as rows of the features, padded with -1; they are nearest images
 centred copy of the features, memory does not grow with their number.
 """
 
-import math
-import threading
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64
 from scipy.optimize import nnls
 from torch import Tensor
-from torch.nn import functional as F
 
-from ssl_geometry.geometry.precision import full_float32
+from ssl_geometry.geometry.chunks import over_chunks, queries_at_once, scratch
+from ssl_geometry.geometry.vectors import centered, products, products_of_directions, vector_lengths
 
 Kernel = Literal["cosine", "gaussian"] | Callable[[Tensor, Tensor], Tensor]
-Reference = Literal["block-pruning"] | None
-T = TypeVar("T")
-_memory = threading.local()
-
 ACTIVE = 1e-6
 """A candidate is a neighbour if its weight exceeds this share of the query's largest."""
 OPTIMAL = 1e-13
@@ -56,8 +49,6 @@ CLOSE = 1e-2
 """Squared distance of unit vectors to their nearest candidate below which float32 cosines are too coarse."""
 SURE = 1e-10
 """KKT residual beyond which rounding has spoilt the tableau, and a query is solved again by the slower path."""
-PRUNED = 1e-10
-"""Weight up to which the public solver drops a candidate, and the ridge that stands in for its singular matrices."""
 
 
 class NNK(NamedTuple):
@@ -85,7 +76,6 @@ def solve(
     *,
     valid: Bool[Tensor, "Q K"] | None = None,
     tolerance: float = 1e-6,
-    reference: Reference = None,
 ) -> NNK:
     """Solve NNK problems that are given by their kernel matrices.
 
@@ -95,15 +85,12 @@ def solve(
         self_similarity: the kernel of each query with itself; enters the error alone.
         valid: which candidates exist; None for all.
         tolerance: largest KKT residual of an answer that counts as exact.
-        reference: None solves exactly. "block-pruning" does what the public solver does, for comparison: starting
-            with all candidates, it drops all of weight <= 1e-10 at once and readmits none. The residual shows how
-            far that is from optimal.
 
     Returns:
         Weights, neighbours, error and residual of each query.
 
     Raises:
-        ValueError: no query or no candidate, values that are not finite, or an unknown reference.
+        ValueError: no query or no candidate, or values that are not finite.
 
     Warns:
         UserWarning: queries that miss the tolerance, as under a kernel that is not positive semi-definite.
@@ -123,10 +110,10 @@ def solve(
     exists = torch.ones_like(target, dtype=torch.bool) if valid is None else valid
 
     def work(r: slice) -> NNK:
-        return _solve(_Kernel.of(_symmetric(gram[r]), target[r].double(), own[r], exists[r]), tolerance, reference)
+        return _solve(_Kernel.of(_symmetric(gram[r]), target[r].double(), own[r], exists[r]), tolerance)
 
-    parts = over_chunks(work, len(target), target.device, _queries_at_once(target))
-    return _joined(parts, tolerance, reference)
+    parts = over_chunks(work, len(target), target.device, queries_at_once(target))
+    return _joined(parts, tolerance)
 
 
 def solve_cosine(
@@ -134,7 +121,6 @@ def solve_cosine(
     *,
     valid: Bool[Tensor, "Q K"] | None = None,
     tolerance: float = 1e-6,
-    reference: Reference = None,
 ) -> NNK:
     """Solve NNK problems under the kernel (1 + cos)/2 that are given by differences of unit vectors, however small.
 
@@ -142,13 +128,12 @@ def solve_cosine(
         local: (x_a - x_i) · (x_b - x_i) of all pairs of candidates of each query, of unit vectors.
         valid: as of :func:`solve`.
         tolerance: as of :func:`solve`.
-        reference: as of :func:`solve`.
 
     Returns:
         Weights, neighbours, error and residual of each query.
 
     Raises:
-        ValueError: no query or no candidate, values that are not finite, or an unknown reference.
+        ValueError: no query or no candidate, or values that are not finite.
 
     Warns:
         UserWarning: queries that miss the tolerance.
@@ -167,10 +152,10 @@ def solve_cosine(
     exists = torch.ones(queries, k, dtype=torch.bool, device=local.device) if valid is None else valid
 
     def work(r: slice) -> NNK:
-        return _solve(_Differences.of(_symmetric(local[r]), exists[r]), tolerance, reference)
+        return _solve(_Differences.of(_symmetric(local[r]), exists[r]), tolerance)
 
-    parts = over_chunks(work, queries, local.device, _queries_at_once(exists))
-    return _joined(parts, tolerance, reference)
+    parts = over_chunks(work, queries, local.device, queries_at_once(exists))
+    return _joined(parts, tolerance)
 
 
 def nnk(
@@ -182,7 +167,6 @@ def nnk(
     similarity: Float[Tensor, "N N"] | None = None,
     chunk: int | None = None,
     tolerance: float = 1e-6,
-    reference: Reference = None,
 ) -> NNK:
     """The NNK neighbours of each query among its candidates.
 
@@ -197,7 +181,6 @@ def nnk(
         chunk: queries at once in each thread; None for 256 on a CPU and 8,192 elsewhere, fewer for more than 64
             candidates.
         tolerance: as of :func:`solve`.
-        reference: as of :func:`solve`.
 
     Returns:
         Weights, neighbours, error and residual of each query. A query without candidates has no neighbours. Under the
@@ -206,7 +189,7 @@ def nnk(
 
     Raises:
         ValueError: ids that fit neither the queries nor the features, features that are not finite, zero vectors
-            under the cosine kernel, an unknown kernel or reference, or kept cosines that cannot serve.
+            under the cosine kernel, an unknown kernel, or kept cosines that cannot serve.
 
     Warns:
         UserWarning: queries that miss the tolerance, or whose candidates rounding alone tells from them.
@@ -248,9 +231,9 @@ def nnk(
         valid = valid & ~close.unsqueeze(1)
 
         def problem(r: slice) -> _Kernel | _Differences:
-            index = _scratch("index", (*rows[r].shape, k), torch.int64, device)
+            index = scratch("index", (*rows[r].shape, k), torch.int64, device)
             torch.add((rows[r] * n).unsqueeze(2), rows[r].unsqueeze(1), out=index)
-            between = _scratch("between", index.shape, similarity.dtype, device)
+            between = scratch("between", index.shape, similarity.dtype, device)
             gram = _symmetric(torch.take(similarity, index, out=between)).mul_(0.5).add_(0.5)
             return _Kernel.of(gram, cosines[r] / 2 + 0.5, gram.new_ones(1), valid[r])
 
@@ -268,14 +251,14 @@ def nnk(
         points, centers = centered(features, queries, unit=kernel == "cosine")
 
         def problem(r: slice) -> _Kernel | _Differences:
-            between = _scratch("between", (*rows[r].shape, k), points.dtype, device)
+            between = scratch("between", (*rows[r].shape, k), points.dtype, device)
             gram = _symmetric(products(points, rows[r], centers[r], out=between))
             near = gram.diagonal(dim1=1, dim2=2)  # squared distance to the query
             if kernel == "cosine":
                 nearest = near.where(valid[r], torch.inf).amin(1)
                 coarse = nearest < COARSE**2 * centers[r].square().sum(1)
                 if points.dtype == torch.float32 and bool(coarse.any()):
-                    gram[coarse] = _products_of_directions(features, rows[r][coarse], targets[r][coarse])
+                    gram[coarse] = products_of_directions(features, rows[r][coarse], targets[r][coarse])
                 return _Differences.of(gram, valid[r])
             near = near.clone()
             width = near.where(valid[r], 0).amax(1, keepdim=True) * (2 / 9)  # 2s², s = d/3
@@ -285,7 +268,7 @@ def nnk(
 
     def work(r: slice) -> NNK:
         posed = problem(r)
-        result = _solve(posed, tolerance, reference)
+        result = _solve(posed, tolerance)
         if isinstance(posed, _Kernel):
             return result
         radius = posed.near.amax(1)
@@ -294,7 +277,7 @@ def nnk(
         values = (value.masked_fill(rounded, torch.nan) for value in (result.error, result.residual))
         return NNK(result.weights.where(known, torch.nan), result.active & known, *values)
 
-    result = _joined(over_chunks(work, len(ids), device, chunk or _queries_at_once(ids)), tolerance, reference)
+    result = _joined(over_chunks(work, len(ids), device, chunk or queries_at_once(ids)), tolerance)
     if similarity is not None and bool(close.any()):
         again = torch.nonzero(close).flatten()
         redone = nnk(
@@ -303,7 +286,6 @@ def nnk(
             features[again],
             chunk=chunk,
             tolerance=tolerance,
-            reference=reference,
         )
         result = NNK(*(a.index_copy(0, again, b) for a, b in zip(result, redone, strict=True)))
     return result
@@ -350,224 +332,10 @@ def nnk_graph(ids: Int64[Tensor, "N K"], result: NNK) -> Float[Tensor, "N N"]:
     return torch.sparse_coo_tensor(both, weight.repeat(2), (n, n), check_invariants=False).coalesce()
 
 
-def interpolate(
-    ids: Int64[Tensor, "Q K"], result: NNK, targets: Float[Tensor, "N C"] | Int64[Tensor, " N"]
-) -> Float[Tensor, "Q C"]:
-    """Predict by NNK interpolation: the average over a query's candidates, weighted by theta.
-
-    Where the queries are the features themselves, each is predicted without itself: leave-one-out.
-
-    Args:
-        ids: the candidates of each query, -1 for none.
-        result: :func:`nnk` of the same queries and candidates.
-        targets: what is known of the N images that ``ids`` number; or their classes, for class probabilities.
-
-    Returns:
-        sum theta_j y_j / sum theta_j, float64; NaN for a query without neighbours.
-
-    References:
-        Shekkizhar & Ortega, *DeepNNK: explaining deep models and their generalization using polytope interpolation*,
-        2020.
-
-    Example:
-        >>> points = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> ids = torch.tensor([[1, 2], [0, 2], [0, 1]])
-        >>> interpolate(ids, nnk(points, ids), torch.tensor([0, 0, 1])).argmax(1)
-        tensor([0, 0, 0])
-    """
-    values = (F.one_hot(targets) if targets.ndim == 1 else targets).double()
-    rows = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
-    entries = torch.stack([rows.flatten(), ids.clamp_min(0).flatten()])
-    weights = result.weights / result.weights.sum(1, keepdim=True)
-    return torch.sparse_coo_tensor(entries, weights.flatten(), (len(ids), len(values)), check_invariants=False) @ values
-
-
-def centered(
-    features: Float[Tensor, "N D"], queries: Float[Tensor, "Q D"] | None = None, *, unit: bool = True
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, "Q D"]]:
-    """Features (and queries) relative to a point amid them, so that float32 tells close ones apart.
-
-    Args:
-        features: a vector for each image.
-        queries: other vectors, which are moved alike; None for the features themselves.
-        unit: bring all to unit length first.
-
-    Returns:
-        Moved features and queries, at least float32. Differences of unit vectors keep their precision even where all
-        cosines round to 1 (untrained and collapsed networks).
-
-    Raises:
-        ValueError: features that are not finite, or zero vectors with ``unit``.
-
-    Example:
-        >>> points, _ = centered(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))
-        >>> points
-        tensor([[ 0.5000, -0.5000],
-                [-0.5000,  0.5000]])
-    """
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    sample = features[:: len(features) // 256 + 1].double()
-    origin = (F.normalize(sample, dim=1) if unit else sample).mean(0)
-
-    def moved(x: Tensor) -> Tensor:
-        lengths = vector_lengths(x, unit).unsqueeze(1)
-        result = torch.empty_like(x, dtype=dtype)
-
-        def work(r: slice) -> None:
-            result[r] = (x[r] / lengths[r] if unit else x[r]) - origin
-
-        over_chunks(work, len(x), x.device, 32 if x.device.type == "cpu" else None)
-        return result
-
-    points = moved(features)
-    return points, points if queries is None else moved(queries)
-
-
-def products(
-    points: Float[Tensor, "N D"],
-    rows: Int64[Tensor, "Q K"],
-    centers: Float[Tensor, "Q D"],
-    other: tuple[Int64[Tensor, "Q M"], Float[Tensor, "Q D"]] | None = None,
-    *,
-    out: Float[Tensor, "Q K M"] | None = None,
-) -> Float[Tensor, "Q K M"]:
-    """Inner products of the differences between each query and its candidates.
-
-    Args:
-        points: a vector for each image.
-        rows: candidates of each query.
-        centers: the queries.
-        other: candidates and queries on the other side of the product; None for the same.
-        out: where to write.
-
-    Returns:
-        (x_j - c) · (x_m - c') of each query, in the dtype of the points.
-
-    Example:
-        >>> line = torch.tensor([[0.0], [1.0], [3.0]])
-        >>> products(line, torch.tensor([[1, 2]]), line[:1])
-        tensor([[[1., 3.],
-                 [3., 9.]]])
-    """
-    queries, k = rows.shape
-    width = k if other is None else other[0].shape[1]
-    result = points.new_empty(queries, k, width) if out is None else out
-    # On a CPU the differences of a few queries stay in a core's cache until they are multiplied, and of a symmetric
-    # product only what lies below the diagonal is formed, 16 columns at once: a quarter less time (K = 50, D = 2048).
-    numbers, block = (2**19, 16) if points.device.type == "cpu" else (2**28, k)
-    step = max(1, numbers // ((k + width) * points.shape[1]))
-    for start in range(0, queries, step):
-        r = slice(start, start + step)
-        a = _differences(points, rows[r], centers[r])
-        if other is not None:
-            torch.bmm(a, _differences(points, other[0][r], other[1][r]).mT, out=result[r])
-            continue
-        for column in range(0, k, block):
-            end = column + block
-            part = a[:, column:] @ a[:, column:end].mT
-            result[r, column:, column:end] = part
-            result[r, column:end, end:] = part[:, block:].mT
-    return result
-
-
-def _differences(
-    points: Float[Tensor, "N D"], rows: Int64[Tensor, "Q K"], centers: Float[Tensor, "Q D"]
-) -> Float[Tensor, "Q K D"]:
-    return points.index_select(0, rows.flatten()).view(*rows.shape, -1).sub_(centers.unsqueeze(1))
-
-
-def _products_of_directions(
-    features: Float[Tensor, "N D"], rows: Int64[Tensor, "Q K"], queries: Float[Tensor, "Q D"]
-) -> Float[Tensor, "Q K K"]:
-    """:func:`products` of unit vectors, all in float64."""
-    parts = []
-    step = max(1, 2**19 // (rows.shape[1] * features.shape[1]))
-    for ids, centers in zip(rows.split(step), queries.double().split(step), strict=True):
-        x = features[ids].double()
-        apart = x / x.norm(dim=2, keepdim=True) - (centers / centers.norm(dim=1, keepdim=True)).unsqueeze(1)
-        parts.append(apart @ apart.mT)
-    return torch.cat(parts)
-
-
-def over_chunks(work: Callable[[slice], T], n: int, device: torch.device, chunk: int | None = None) -> list[T]:
-    """Apply a function to consecutive slices of n queries, without gradients or autocast.
-
-    On a CPU every thread of torch takes whole slices and runs them alone. Small operations that are split over
-    threads one by one wait for the slowest thread each time: 10 to 20 times slower where other processes use the
-    cores.
-
-    Args:
-        work: a function of a slice that touches nothing shared.
-        n: queries.
-        device: where the tensors are.
-        chunk: longest slice; None for 256 on a CPU and 8,192 elsewhere.
-
-    Returns:
-        The results in order.
-
-    Example:
-        >>> over_chunks(lambda r: r.stop - r.start, 10, torch.device("cpu"), chunk=5)
-        [5, 5]
-    """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    size = max(1, min(chunk or (256 if device.type == "cpu" else 8192), -(-n // threads)))
-    slices = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-    inference = torch.is_inference_mode_enabled()  # a thread starts without the modes of its parent
-
-    def alone(r: slice) -> T:
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return work(r)
-
-    if device.type != "cpu":
-        with full_float32():
-            return [alone(r) for r in slices]
-    torch.set_num_threads(1)  # inside the slices
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, slices))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _queries_at_once(candidates: Shaped[Tensor, "Q K"]) -> int:
-    most = 8192 if candidates.device.type != "cpu" else 256
-    return max(1, min(most, most * 64**2 // candidates.shape[1] ** 2))
-
-
-def vector_lengths(x: Float[Tensor, "N D"], unit: bool = False) -> Float[Tensor, " N"]:
-    """Length of each vector, at least float64; refuses what is not finite and, with ``unit``, zero vectors.
-
-    Raises:
-        ValueError: how many of how many images are broken.
-
-    Example:
-        >>> vector_lengths(torch.tensor([[3.0, 4.0]]))
-        tensor([5.], dtype=torch.float64)
-    """
-    lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float64))
-    if bad := int((~lengths.isfinite()).sum()):
-        raise ValueError(f"features must be finite, {bad} of {len(x)} images have NaN or infinite values")
-    if unit and (zero := int((lengths == 0).sum())):
-        raise ValueError(f"the cosine needs vectors of some length, {zero} of {len(x)} images are zero vectors")
-    return lengths
-
-
-def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Memory that the chunks of a thread share: on a CPU fresh pages can cost more than the arithmetic done in them.
-    if device.type != "cpu":
-        return torch.empty(*shape, dtype=dtype, device=device)
-    held = _memory.__dict__  # of this thread, which over_chunks has started and ends
-    size = math.prod(shape)
-    if name not in held or held[name].dtype != dtype or held[name].numel() < size:
-        held[name] = torch.empty(size, dtype=dtype)
-    return held[name][:size].view(*shape)
-
-
 def _symmetric(gram: Float[Tensor, "Q K K"]) -> Float[Tensor, "Q K K"]:
     # A product of float32 matrices is symmetric up to rounding only; a solution to 1e-10 needs more.
-    both = torch.add(gram, gram.mT, out=_scratch("both", gram.shape, gram.dtype, gram.device))
-    return _scratch("gram", gram.shape, torch.float64, gram.device).copy_(both).mul_(0.5)
+    both = torch.add(gram, gram.mT, out=scratch("both", gram.shape, gram.dtype, gram.device))
+    return scratch("gram", gram.shape, torch.float64, gram.device).copy_(both).mul_(0.5)
 
 
 class _Kernel(NamedTuple):
@@ -591,7 +359,7 @@ class _Kernel(NamedTuple):
         # Kernels of any scale are brought to a largest value of 1, so that the limits above are relative ones.
         size, aim = self.gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True), self.target.abs().amax(1, keepdim=True)
         size, aim = size.where(size > 0, 1), aim.where(aim > 0, 1)
-        table = _scratch("table", (len(self.gram), k + 1, k + 1), self.gram.dtype, self.gram.device)
+        table = scratch("table", (len(self.gram), k + 1, k + 1), self.gram.dtype, self.gram.device)
         torch.div(self.gram, size.unsqueeze(2), out=table[:, :k, :k])
         table[:, k, :k] = table[:, :k, k] = self.target / aim
         table[:, k, k] = 0
@@ -653,7 +421,7 @@ class _Differences(NamedTuple):
         least = size.amin(1, keepdim=True)  # the nearest is scaled by it
         unit, aim = (usable & self.valid) / size, aim.where(aim > 0, 1)
 
-        table = _scratch("table", (queries, k + 1, k + 1), self.local.dtype, device)
+        table = scratch("table", (queries, k + 1, k + 1), self.local.dtype, device)
         lift = (closest / 4 - to_first / 2) * unit
         left = torch.stack([lift, unit, apart * unit / -16], 2)
         right = torch.stack([unit, lift, apart * unit], 1)
@@ -702,12 +470,7 @@ def _answer(weights: Float[Tensor, "Q K"], error: Float[Tensor, " Q"], residual:
     return NNK(weights, weights > ACTIVE * weights.amax(1, keepdim=True), error, residual)
 
 
-def _solve(problem: _Kernel | _Differences, tolerance: float, reference: Reference) -> NNK:
-    if reference == "block-pruning":
-        kernel = problem.kernel() if isinstance(problem, _Differences) else problem
-        return problem.certified(_block_pruning(kernel.gram, kernel.target, kernel.valid))
-    if reference is not None:
-        raise ValueError(f"reference must be None or 'block-pruning', got {reference!r}")
+def _solve(problem: _Kernel | _Differences, tolerance: float) -> NNK:
     table, inside, unit = problem.tableau()
     result = problem.certified(_lawson_hanson(table, inside) * unit)
     if missed := torch.nonzero(~(result.residual <= min(SURE, tolerance))).flatten().tolist():
@@ -731,7 +494,7 @@ def _lawson_hanson(table: Float[Tensor, "Q K+1 K+1"], inside: Bool[Tensor, "Q K"
     span for the others. What is in at the start has been swept in already. The tableau is overwritten.
     """
     queries, k = inside.shape
-    spare = _scratch("spare", table.shape, table.dtype, table.device)
+    spare = scratch("spare", table.shape, table.dtype, table.device)
 
     weights = torch.zeros(queries, k, dtype=table.dtype, device=table.device)
     live = at = torch.arange(queries, device=table.device)
@@ -768,20 +531,6 @@ def _lawson_hanson(table: Float[Tensor, "Q K+1 K+1"], inside: Bool[Tensor, "Q K"
     return weights
 
 
-def _block_pruning(
-    gram: Float[Tensor, "Q K K"], target: Float[Tensor, "Q K"], valid: Bool[Tensor, "Q K"]
-) -> Float[Tensor, "Q K"]:
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    kept = valid & (target > PRUNED)
-    while True:
-        system = gram.where(kept.unsqueeze(2) & kept.unsqueeze(1), eye) + PRUNED * eye
-        weights = torch.linalg.solve(system, target.where(kept, 0))
-        still = kept & (weights > PRUNED)
-        if bool((still == kept).all()):
-            return weights.where(kept, 0)
-        kept = still
-
-
 def _spectrum(gram: Float[Tensor, "K K"]) -> tuple[Float[Tensor, " M"], Float[Tensor, "K M"]]:
     """Eigenvalues that are not zero, and their vectors."""
     values, vectors = torch.linalg.eigh(gram)
@@ -798,7 +547,7 @@ def _scipy(matrix: Float[Tensor, "M K"], side: Float[Tensor, " M"]) -> Float[Ten
     return torch.from_numpy(weights).to(matrix.device)
 
 
-def _joined(parts: list[NNK], tolerance: float, reference: Reference) -> NNK:
+def _joined(parts: list[NNK], tolerance: float) -> NNK:
     result = NNK(*(torch.cat(part) for part in zip(*parts, strict=True)))
     lost = int(result.residual.isnan().sum())
     if lost:
@@ -807,7 +556,7 @@ def _joined(parts: list[NNK], tolerance: float, reference: Reference) -> NNK:
             stacklevel=3,
         )
     missed = int((result.residual > tolerance).sum())
-    if missed and reference is None:
+    if missed:
         warnings.warn(
             f"{missed} of {len(result.residual)} NNK problems miss the tolerance of {tolerance:g} (worst residual "
             f"{float(result.residual.nan_to_num().max()):.1e}): is the kernel positive semi-definite?",

@@ -1,0 +1,133 @@
+"""Vectors of images relative to each other: lengths, differences and their inner products, without losing digits."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_geometry.geometry.chunks import over_chunks
+
+
+def centered(
+    features: Float[Tensor, "N D"], queries: Float[Tensor, "Q D"] | None = None, *, unit: bool = True
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "Q D"]]:
+    """Features (and queries) relative to a point amid them, so that float32 tells close ones apart.
+
+    Args:
+        features: a vector for each image.
+        queries: other vectors, which are moved alike; None for the features themselves.
+        unit: bring all to unit length first.
+
+    Returns:
+        Moved features and queries, at least float32. Differences of unit vectors keep their precision even where all
+        cosines round to 1 (untrained and collapsed networks).
+
+    Raises:
+        ValueError: features that are not finite, or zero vectors with ``unit``.
+
+    Example:
+        >>> points, _ = centered(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))
+        >>> points
+        tensor([[ 0.5000, -0.5000],
+                [-0.5000,  0.5000]])
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    sample = features[:: len(features) // 256 + 1].double()
+    origin = (F.normalize(sample, dim=1) if unit else sample).mean(0)
+
+    def moved(x: Tensor) -> Tensor:
+        lengths = vector_lengths(x, unit).unsqueeze(1)
+        result = torch.empty_like(x, dtype=dtype)
+
+        def work(r: slice) -> None:
+            result[r] = (x[r] / lengths[r] if unit else x[r]) - origin
+
+        over_chunks(work, len(x), x.device, 32 if x.device.type == "cpu" else None)
+        return result
+
+    points = moved(features)
+    return points, points if queries is None else moved(queries)
+
+
+def products(
+    points: Float[Tensor, "N D"],
+    rows: Int64[Tensor, "Q K"],
+    centers: Float[Tensor, "Q D"],
+    other: tuple[Int64[Tensor, "Q M"], Float[Tensor, "Q D"]] | None = None,
+    *,
+    out: Float[Tensor, "Q K M"] | None = None,
+) -> Float[Tensor, "Q K M"]:
+    """Inner products of the differences between each query and its candidates.
+
+    Args:
+        points: a vector for each image.
+        rows: candidates of each query.
+        centers: the queries.
+        other: candidates and queries on the other side of the product; None for the same.
+        out: where to write.
+
+    Returns:
+        (x_j - c) · (x_m - c') of each query, in the dtype of the points.
+
+    Example:
+        >>> line = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> products(line, torch.tensor([[1, 2]]), line[:1])
+        tensor([[[1., 3.],
+                 [3., 9.]]])
+    """
+    queries, k = rows.shape
+    width = k if other is None else other[0].shape[1]
+    result = points.new_empty(queries, k, width) if out is None else out
+    # On a CPU the differences of a few queries stay in a core's cache until they are multiplied, and of a symmetric
+    # product only what lies below the diagonal is formed, 16 columns at once: a quarter less time (K = 50, D = 2048).
+    numbers, block = (2**19, 16) if points.device.type == "cpu" else (2**28, k)
+    step = max(1, numbers // ((k + width) * points.shape[1]))
+    for start in range(0, queries, step):
+        r = slice(start, start + step)
+        a = _differences(points, rows[r], centers[r])
+        if other is not None:
+            torch.bmm(a, _differences(points, other[0][r], other[1][r]).mT, out=result[r])
+            continue
+        for column in range(0, k, block):
+            end = column + block
+            part = a[:, column:] @ a[:, column:end].mT
+            result[r, column:, column:end] = part
+            result[r, column:end, end:] = part[:, block:].mT
+    return result
+
+
+def _differences(
+    points: Float[Tensor, "N D"], rows: Int64[Tensor, "Q K"], centers: Float[Tensor, "Q D"]
+) -> Float[Tensor, "Q K D"]:
+    return points.index_select(0, rows.flatten()).view(*rows.shape, -1).sub_(centers.unsqueeze(1))
+
+
+def products_of_directions(
+    features: Float[Tensor, "N D"], rows: Int64[Tensor, "Q K"], queries: Float[Tensor, "Q D"]
+) -> Float[Tensor, "Q K K"]:
+    """:func:`products` of unit vectors, all in float64."""
+    parts = []
+    step = max(1, 2**19 // (rows.shape[1] * features.shape[1]))
+    for ids, centers in zip(rows.split(step), queries.double().split(step), strict=True):
+        x = features[ids].double()
+        apart = x / x.norm(dim=2, keepdim=True) - (centers / centers.norm(dim=1, keepdim=True)).unsqueeze(1)
+        parts.append(apart @ apart.mT)
+    return torch.cat(parts)
+
+
+def vector_lengths(x: Float[Tensor, "N D"], unit: bool = False) -> Float[Tensor, " N"]:
+    """Length of each vector, at least float64; refuses what is not finite and, with ``unit``, zero vectors.
+
+    Raises:
+        ValueError: how many of how many images are broken.
+
+    Example:
+        >>> vector_lengths(torch.tensor([[3.0, 4.0]]))
+        tensor([5.], dtype=torch.float64)
+    """
+    lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float64))
+    if bad := int((~lengths.isfinite()).sum()):
+        raise ValueError(f"features must be finite, {bad} of {len(x)} images have NaN or infinite values")
+    if unit and (zero := int((lengths == 0).sum())):
+        raise ValueError(f"the cosine needs vectors of some length, {zero} of {len(x)} images are zero vectors")
+    return lengths
