@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from ssl_geometry.records import read_records
-from ssl_geometry.runs import read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
 
 SMALL = [
     "--model.backbone=resnet10",

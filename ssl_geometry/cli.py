@@ -242,7 +242,7 @@ def _quiet() -> None:
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "The number of training batches .* is smaller than the logging interval",
         ".*does not have many workers",
-        "The `srun` command is available",  # ssl_geometry.slurm says it where it matters
+        "The `srun` command is available",  # ssl_geometry.runs.slurm says it where it matters
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message)

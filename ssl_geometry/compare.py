@@ -55,8 +55,8 @@ from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.comparison import draw, draw_training
 from ssl_geometry.report.figures import neighbor_pictures, save_figure
-from ssl_geometry.resume import recipe
-from ssl_geometry.runs import load_networks, network_names, split_seeds
+from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
+from ssl_geometry.runs.resume import recipe
 
 CANDIDATES = 50
 """Nearest images of which NNK chooses, where neighbours are shown."""

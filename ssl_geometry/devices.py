@@ -20,7 +20,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.slurm import processes_started, this_task
+from ssl_geometry.runs.slurm import processes_started, this_task
 
 logger = logging.getLogger(__name__)
 

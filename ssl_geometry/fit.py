@@ -54,15 +54,16 @@ from ssl_geometry.callbacks import (
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy, check_torchrun
-from ssl_geometry.endings import end_with_parent, explain, report_lost
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
+from ssl_geometry.failures import end_with_parent, explain, report_lost
 from ssl_geometry.measure import CKA, Invariance, Measurement, Neighborhoods, Probes, Spectrum, Subject
 from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.ranges import Seed, above, at_least, check_project
-from ssl_geometry.runs import Run, WholeCheckpointIO, config_of, is_first_process, open_run, run_of
-from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
+from ssl_geometry.runs.checkpoints import WholeCheckpointIO
+from ssl_geometry.runs.directory import Run, config_of, is_first_process, open_run, run_of
+from ssl_geometry.runs.slurm import plugins_of_a_shell, this_task, trainer_options
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
-from ssl_geometry.slurm import this_task
+from ssl_geometry.runs.slurm import this_task
 
 GIB = 2**30
 SAFE_LIGHTNING = (2, 6, 6)

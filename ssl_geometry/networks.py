@@ -35,8 +35,9 @@ from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.models.taps import layer_names, present
 from ssl_geometry.ranges import at_least
-from ssl_geometry.runs import config_of, network_names, split_seeds
-from ssl_geometry.slurm import plugins_of_a_shell, this_task, trainer_options
+from ssl_geometry.runs.directory import config_of
+from ssl_geometry.runs.networks import network_names, split_seeds
+from ssl_geometry.runs.slurm import plugins_of_a_shell, this_task, trainer_options
 
 logger = logging.getLogger(__name__)
 

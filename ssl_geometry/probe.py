@@ -74,7 +74,7 @@ from ssl_geometry.networks import (
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.probes import FIGURE, PIXELS, draw, tables
-from ssl_geometry.runs import load_networks, split_seeds
+from ssl_geometry.runs.networks import load_networks, split_seeds
 
 logger = logging.getLogger(__name__)
 

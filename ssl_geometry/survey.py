@@ -59,7 +59,7 @@ from ssl_geometry.report.models import (
     prediction_scatter,
 )
 from ssl_geometry.report.survey import METRICS, collapse_in_training, metric_table, readable, write_table
-from ssl_geometry.runs import load_networks, network_names, split_seeds
+from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
 
 SEMANTIC = "semantic"
 LAYERS = ("stages", "pooled")

@@ -32,7 +32,7 @@ from ssl_geometry.measure.processes import is_of_the_first
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.methods import Method
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
-from ssl_geometry.runs import load_method
+from ssl_geometry.runs.networks import load_method
 
 logger = logging.getLogger(__name__)
 logger.addFilter(is_of_the_first)

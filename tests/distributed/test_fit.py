@@ -12,7 +12,7 @@ import torch
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import SameStart
 from ssl_geometry.records import read_records
-from ssl_geometry.runs import read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
 from tests.distributed.conftest import Ranks
 from tests.integration.test_fit import SMALL, losses
 from tests.processes import finish, start_ranks

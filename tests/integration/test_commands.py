@@ -21,7 +21,8 @@ from ssl_geometry.geometry import logistic
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.records import read_records
-from ssl_geometry.runs import load_method, read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
+from ssl_geometry.runs.networks import load_method
 from tests.integration.test_fit import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:logistic regression of .* stopped before the optimum")

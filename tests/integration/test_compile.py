@@ -21,7 +21,7 @@ from ssl_geometry.methods.compilation import is_compiled, try_out
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import read_records
 from ssl_geometry.records.catalogue import described
-from ssl_geometry.runs import read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
 from tests.fake_cuda import FakeCuda
 from tests.integration.test_fit import losses, options
 

@@ -26,7 +26,8 @@ from ssl_geometry.measure.engine import measuring
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import RecordStore, read_records
-from ssl_geometry.runs import load_method, read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
+from ssl_geometry.runs.networks import load_method
 from tests.processes import finish, start, start_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -523,7 +524,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(
             raise OSError(28, "No space left on device")
         save(checkpoint, file)
 
-    monkeypatch.setattr("ssl_geometry.runs.torch.save", save_until_full)
+    monkeypatch.setattr("ssl_geometry.runs.checkpoints.torch.save", save_until_full)
     with pytest.raises(SystemExit) as exit_:
         main(options(tmp_path, "full"))
     assert exit_.value.code == 2

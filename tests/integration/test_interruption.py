@@ -31,7 +31,7 @@ from ssl_geometry.data.loader import BatchPlan, Loader, every_nth
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.report.upload import logged_rows
-from ssl_geometry.runs import read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
 from tests.integration.test_fit import ROOT, SMALL, clean_environment
 from tests.integration.wandb_server import Server
 from tests.processes import HANG_SECONDS, PROCESSES, finish, start, start_ranks

@@ -19,7 +19,7 @@ from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import InvarianceKNN
 from ssl_geometry.records import read_records
 from ssl_geometry.report.moments import scalars
-from ssl_geometry.runs import load_method
+from ssl_geometry.runs.networks import load_method
 from tests.integration.test_fit import options
 
 

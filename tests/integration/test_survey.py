@@ -21,7 +21,7 @@ from ssl_geometry.prediction import PUBLISHED, predict, read_targets, recipes_of
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.report.survey import metric_table
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs.networks import load_networks
 from ssl_geometry.survey import main, survey
 from tests.processes import finish, start_ranks
 from tests.unit.test_datasets import pixels, save

@@ -29,7 +29,7 @@ from ssl_geometry.models.zoo.tensorbundle import read_bundle
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.report.probes import PIXELS
-from ssl_geometry.runs import load_networks
+from ssl_geometry.runs.networks import load_networks
 
 State = dict[str, Tensor]
 
@@ -460,7 +460,7 @@ def test_compare_takes_networks_without_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ssl_geometry.runs.from_zoo", lambda name, file: small(name))
+    monkeypatch.setattr("ssl_geometry.runs.networks.from_zoo", lambda name, file: small(name))
     models = ["random:resnet10@32", "byol"]
     layers = ["--cka.layers", "[layer1.0, layer4.0]", "--invariance.views=[own, color]", "--cka.gram_size=32"]
     out = compare(["--models", *models, *layers, *IMAGES, "--device", "cpu"])

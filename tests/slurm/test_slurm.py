@@ -25,7 +25,7 @@ from ssl_geometry.callbacks.interruption import StopOnSignal
 from ssl_geometry.compare import compare
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
-from ssl_geometry.runs import read_checkpoint
+from ssl_geometry.runs.checkpoints import read_checkpoint
 from ssl_geometry.survey import survey
 from tests.integration.test_fit import SMALL, losses
 from tests.processes import HANG_SECONDS, finish, start_ranks

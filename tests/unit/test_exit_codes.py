@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ssl_geometry.cli import run_command
-from ssl_geometry.endings import explain
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
-from ssl_geometry.runs import Run
+from ssl_geometry.failures import explain
+from ssl_geometry.runs.directory import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def test_no_command_ends_with_a_number_that_is_not_in_the_list() -> None:
         for call, given in re.findall(r"\b(sys\.exit|os\._exit|Interrupted)\(([^()]*)", path.read_text()):
             ends.append(path.name)
             assert not re.search(r"(^|[ =,])\d+\s*(,|$)", given), f"{path}: {call}({given})"
-    assert {"cli.py", "endings.py", "zoo.py"} <= set(ends)
+    assert {"cli.py", "failures.py", "zoo.py"} <= set(ends)
 
 
 @pytest.mark.parametrize(

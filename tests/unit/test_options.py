@@ -24,7 +24,7 @@ from ssl_geometry.networks import networks_parser
 from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
 from ssl_geometry.report.__main__ import report
 from ssl_geometry.report.upload import new_id
-from ssl_geometry.runs import Run, open_run
+from ssl_geometry.runs.directory import Run, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 

@@ -20,19 +20,9 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.fit import KeptCheckpoint
 from ssl_geometry.methods import Method
 from ssl_geometry.records import RecordStore, record
-from ssl_geometry.runs import (
-    DIRECTORY_VARIABLE,
-    LOCK_SECONDS,
-    Run,
-    WholeCheckpointIO,
-    config_of,
-    load_method,
-    load_networks,
-    network_names,
-    open_run,
-    read_checkpoint,
-    split_seeds,
-)
+from ssl_geometry.runs.checkpoints import WholeCheckpointIO, read_checkpoint
+from ssl_geometry.runs.directory import DIRECTORY_VARIABLE, LOCK_SECONDS, Run, config_of, open_run
+from ssl_geometry.runs.networks import load_method, load_networks, network_names, split_seeds
 
 CONFIG: dict[str, Any] = {
     "model": {"class_path": "x.SimCLR", "init_args": {"backbone": "resnet18"}},
@@ -147,7 +137,7 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
     mine = open_run(CONFIG, tmp_path, "e", run_id="a")
     checkpoint(mine.directory)
     code = f"""
-from ssl_geometry.runs import open_run
+from ssl_geometry.runs.directory import open_run
 config = {CONFIG!r}
 assert open_run(config, {str(tmp_path)!r}, "e", resume="auto").resumed_from is None
 open_run(config, {str(tmp_path)!r}, "e", run_id="a", resume="auto")
@@ -178,7 +168,7 @@ def test_every_process_resumes_from_the_same_checkpoint(tmp_path: Path, monkeypa
     checkpoint(run.directory, epochs=2)
     older = checkpoint(run.directory, "epoch=00001", epochs=1)
     first = open_run(CONFIG, tmp_path, "e", resume=str(older))
-    monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
+    monkeypatch.setattr("ssl_geometry.runs.directory.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "e", resume=str(older)) == first
     assert open_run(CONFIG, tmp_path, "e", resume="auto") == first
 
@@ -370,7 +360,7 @@ def test_other_processes_continue_where_only_a_kept_checkpoint_is(
 ) -> None:
     run = open_run(CONFIG, tmp_path, "e", run_id="a")
     checkpoint(run.directory, "epoch=00001")
-    monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
+    monkeypatch.setattr("ssl_geometry.runs.directory.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == run.last_checkpoint
 
 
@@ -629,13 +619,13 @@ def test_a_full_disk_is_the_reason_and_its_advice_works(tmp_path: Path, monkeypa
             raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 185856 vs 185752")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ssl_geometry.runs.torch.save", save)
+        patch.setattr("ssl_geometry.runs.checkpoints.torch.save", save)
         with pytest.raises(UserError, match="No space left on device; there is no earlier checkpoint") as error:
             WholeCheckpointIO().save_checkpoint({}, run.last_checkpoint)
     advised = str(error.value).rpartition("--resume ")[2]
     again = open_run(CONFIG, tmp_path / "elsewhere", "f", resume=advised)
     assert (again.directory, again.resumed_from) == (run.directory, None)
-    monkeypatch.setattr("ssl_geometry.runs.is_first_process", lambda: False)
+    monkeypatch.setattr("ssl_geometry.runs.directory.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "f", resume=advised) == again
 
 

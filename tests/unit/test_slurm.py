@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.slurm import plugins_of_a_shell, requeue, this_task, trainer_options
+from ssl_geometry.runs.slurm import plugins_of_a_shell, requeue, this_task, trainer_options
 
 JOB = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "fit.sbatch"}
 STEP = JOB | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}

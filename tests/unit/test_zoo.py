@@ -24,7 +24,7 @@ from ssl_geometry.models.zoo import TABLE, Checkpoint, cached, download, fetch, 
 from ssl_geometry.models.zoo.load import _from_torch
 from ssl_geometry.models.zoo.pickles import read_pickle
 from ssl_geometry.models.zoo.tensorbundle import is_bundle, read_bundle
-from ssl_geometry.runs import load_networks, network_names
+from ssl_geometry.runs.networks import load_networks, network_names
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SOURCES = Path(__file__).parents[3] / "shared" / "data" / "zoo_sources.csv"

@@ -13,8 +13,8 @@ import lightning as L
 from ssl_geometry.callbacks import LostProcess, a_reader_ended
 from ssl_geometry.devices import less_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
-from ssl_geometry.runs import PARENT_VARIABLE, Run, is_first_process
-from ssl_geometry.slurm import requeue, this_task
+from ssl_geometry.runs.directory import PARENT_VARIABLE, Run, is_first_process
+from ssl_geometry.runs.slurm import requeue, this_task
 
 LOST = r"Connection (closed|reset)|Broken pipe|NCCL.*(remote process|closed)|Timed out waiting"
 """In what torch says where another process is gone."""
