@@ -35,6 +35,8 @@ MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "a
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
 HEAD = r"head(\..+)?"
 STAGE = r"layer(\d+)\."
+LETTER = 0.055
+"""Width of a letter of 7 points, in inches."""
 DOTS = "white dots: for each layer (row) the most similar layer of the other network"
 
 
@@ -98,7 +100,7 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
         axes.set_title(title or f"CKA of {first['model']} with {other}\nepoch {first['epoch']}, {first['n']} images")
         figure.colorbar(image, ax=axes, label=described("cka").axis, shrink=0.8)
         if not itself:
-            figure.supxlabel(DOTS, fontsize=7)
+            figure.supxlabel(textwrap.fill(DOTS, int(figure.get_figwidth() / LETTER)), fontsize=7)
     return figure
 
 
@@ -152,8 +154,8 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
     """
     frame, first = pd.DataFrame(rows), _first(rows)
     along, lines = ("depth", "epoch") if against == "depth" else ("epoch", "depth")
-    limits = (frame[lines].min(), max(frame[lines].max(), frame[lines].min() + 1e-9))
-    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(*limits), "viridis")
+    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(frame[lines].min(), frame[lines].max()), "viridis")
+    several = frame[lines].nunique() > 1
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.2))
         axes = figure.add_subplot()
@@ -166,11 +168,13 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
         axes.grid(alpha=0.25)
         if against == "depth":
             axes.set_xlabel("depth of the layer (0 = stem, 1 = end of the backbone)")
-            figure.colorbar(colors, ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
+            if several:
+                figure.colorbar(colors, ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
         else:
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            figure.colorbar(colors, ax=axes, label="depth of the layer")
+            if several:
+                figure.colorbar(colors, ax=axes, label="depth of the layer")
         axes.set_title(_wrapped(title or _what(frame)))
     return figure
 

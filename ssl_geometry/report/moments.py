@@ -3,6 +3,7 @@
 Loggers get the same while a network trains and when its records are uploaded later: both come from here.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -180,7 +181,7 @@ def _pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
             found[f"neighbors/{metric}"] = partial(manifold_violins, rows, metric)
             for view in _shown_kinds(rows, metric):
                 curve = [row for row in curves if row["metric"] == metric and row["view"] == view]
-                found[f"neighbors/{metric}_{view}_epochs"] = partial(layer_curves, curve, "epoch")
+                found |= _over(f"neighbors/{metric}_{view}_epochs", curve, "epoch", layer_curves)
     for metric in ("rankme", "lidar", "alpha_req", "mean_cosine"):
         if metric in measured:
             found |= _lines(f"spectrum/{metric}", curves, metric)
@@ -196,12 +197,13 @@ def _shown_kinds(rows: Sequence[Row], metric: str) -> list[str]:
 
 def _lines(name: str, curves: Sequence[Row], metric: str) -> Pictures:
     curve = [row for row in curves if row["metric"] == metric]
-    if not curve:
-        return {}
-    return {
-        f"{name}_depth": partial(layer_curves, curve, "depth"),
-        f"{name}_epochs": partial(layer_curves, curve, "epoch"),
-    }
+    return _over(f"{name}_depth", curve, "depth", layer_curves) | _over(f"{name}_epochs", curve, "epoch", layer_curves)
+
+
+def _over(name: str, curve: Sequence[Row], against: str, draw: Callable[..., Figure]) -> Pictures:
+    """Lines over depth or epochs, where there is more than a point of each."""
+    known = [row for row in curve if row["value"] is not None and not math.isnan(row["value"])]
+    return {name: partial(draw, known, against)} if len({row[against] for row in known}) > 1 else {}
 
 
 def _cka(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
@@ -215,6 +217,6 @@ def _cka(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
         found[f"cka/map_{'self' if itself else other}"] = partial(cka_heatmap, block)
         if not itself:
             curve = [row for row in curves if row["metric"] == "cka" and row["model_other"] == other]
-            found[f"cka/depth_{other}"] = partial(cka_curves, curve, against="depth")
-            found[f"cka/epochs_{other}"] = partial(cka_curves, curve, against="epoch")
+            found |= _over(f"cka/depth_{other}", curve, "depth", cka_curves)
+            found |= _over(f"cka/epochs_{other}", curve, "epoch", cka_curves)
     return found

@@ -20,6 +20,7 @@ from ssl_geometry.report.figures import (
     view_heatmap,
 )
 from ssl_geometry.report.models import correlation_map
+from ssl_geometry.report.moments import curve_rows, pictures
 
 
 def rows(other: str = "b", epoch: int = 3) -> list[dict[str, Any]]:
@@ -92,6 +93,43 @@ def test_titles_say_what_is_shown_of_how_many_images_and_fit(metric: str, view: 
     )
     figure.canvas.draw()
     left, right = title.get_window_extent().intervalx
+    assert 0 <= left < right <= figure.bbox.width
+
+
+def rankme(*epochs: int, layers: int = 3, value: float = 0.5) -> list[dict[str, Any]]:
+    return [
+        record(
+            run="a", model="a", metric="rankme", view="clean", layer=f"l{i}", depth=i, epoch=epoch, n=64, value=value
+        )
+        for epoch in epochs
+        for i in range(layers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measured", "names"),
+    [
+        (rankme(0), ["spectrum/rankme_depth"]),
+        (rankme(0, 1), ["spectrum/rankme_depth", "spectrum/rankme_epochs"]),
+        (rankme(0, 1, layers=1), ["spectrum/rankme_epochs"]),
+        (rankme(0, value=float("nan")), []),
+        ([{**row, "model": "teacher"} for row in rankme(0)], ["spectrum/teacher/rankme_depth"]),
+    ],
+    ids=["one epoch", "two epochs", "one layer", "no number", "another network"],
+)
+def test_lines_are_drawn_where_there_is_more_than_a_point(measured: list[dict[str, Any]], names: list[str]) -> None:
+    assert list(pictures(measured, curve_rows(measured))) == names
+
+
+def test_a_colour_bar_stands_beside_several_lines_alone() -> None:
+    assert [len(layer_curves(rankme(*epochs), "depth").axes) for epochs in ((4,), (4, 5))] == [1, 2]
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_what_the_dots_of_a_map_are_stands_inside_of_it(layers: int) -> None:
+    figure = cka_heatmap(pair([f"l{i}" for i in range(layers)], ["k0"] * 1))
+    figure.canvas.draw()
+    left, right = figure._supxlabel.get_window_extent().intervalx  # type: ignore[attr-defined]
     assert 0 <= left < right <= figure.bbox.width
 
 
