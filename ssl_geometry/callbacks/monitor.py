@@ -262,7 +262,8 @@ class GeometryMonitor(L.Callback):
         without = {Invariance: "class CKA", Neighborhoods: "semantic manifolds and purity"}
         kinds = [what for kind, what in without.items() if any(isinstance(measurement, kind) for measurement in on)]
         if kinds and not images.num_classes:
-            logger.warning(f"{', '.join(kinds)} are left out: the measurement images have no labels")
+            verb = "is" if kinds == ["class CKA"] else "are"
+            logger.warning(f"{', '.join(kinds)} {verb} left out: the measurement images have no labels")
         return [measurement for measurement in on if can_probe or not isinstance(measurement, Probes)]
 
     def _reference(self, cka: CKA, module: Any) -> Subject:

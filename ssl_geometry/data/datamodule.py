@@ -358,6 +358,11 @@ class DataModule(L.LightningDataModule):
         return "--data.measure_size"
 
     @property
+    def batch_option(self) -> str:
+        """What says how many images are in a batch, for messages."""
+        return "--data.eval_batch_size"
+
+    @property
     def origin(self) -> str:
         """Where the images come from, for messages."""
         return f"--data.dataset {self.dataset}"

@@ -203,7 +203,7 @@ def first_gram(batch_number: int, images: ImageSource, gram_size: int) -> int:
 
 
 def warn_of_few(images: ImageSource, gram_size: int, option: str) -> None:
-    """Warn where intervals rest on so few Gram matrices that they are wider than all that CKA can be.
+    """Warn where batches cut Gram matrices, or where intervals of few of them are wider than all that CKA can be.
 
     Args:
         images: whose measurement images are seen.
@@ -211,6 +211,12 @@ def warn_of_few(images: ImageSource, gram_size: int, option: str) -> None:
         option: that gave it.
     """
     sizes = gram_sizes(images.measure_size, images.eval_batch_size, gram_size)
+    if images.eval_batch_size < images.measure_size and images.eval_batch_size % gram_size:
+        held = dict.fromkeys(gram_sizes(images.eval_batch_size, images.eval_batch_size, gram_size))
+        logger.warning(
+            f"{option} {gram_size}: a batch of {images.eval_batch_size} images holds Gram matrices of "
+            f"{', '.join(map(str, held)) or 'no'} images; set {images.batch_option} to a multiple of {gram_size}"
+        )
     count, blocks = len(sizes), _blocks(sizes)
     if blocks > FEW_GRAMS:
         return

@@ -70,6 +70,10 @@ class ImageSource(Interface):
         """What says how many images are measured on, for messages."""
 
     @property
+    def batch_option(self) -> str:
+        """What says how many images are in a batch, for messages."""
+
+    @property
     def origin(self) -> str:
         """Where the images come from, for messages."""
 

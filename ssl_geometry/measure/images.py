@@ -7,6 +7,7 @@ depend neither on the number of processes nor on who measures.
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Annotated, Any, Self
 
@@ -46,9 +47,10 @@ class _Chosen(Dataset):
             isinstance(others[0], Integral)
             or (isinstance(others[0], Tensor | np.ndarray) and np.asarray(others[0]).size == 1)
         )
+        label = int(others[0]) if is_label else -1  # as torchvision marks the unlabelled images of STL10
         pixels = _pixels(image)
         if pixels is not None:
-            return F.pil_to_tensor(resize(to_rgb(pixels), self.image_size)), int(others[0]) if is_label else None
+            return F.pil_to_tensor(resize(to_rgb(pixels), self.image_size)), label if label >= 0 else None
         found = type(image).__name__
         if isinstance(image, Tensor | np.ndarray):
             found = f"a {image.dtype} {'tensor' if isinstance(image, Tensor) else 'array'} {tuple(image.shape)}"
@@ -77,16 +79,19 @@ def _pixels(image: Any) -> PIL.Image.Image | None:
 class MeasurementImages:
     """Images to measure on, with or without labels, and labelled training images for probes.
 
+    They may be given in any order, sorted by class too: they are shuffled, by a permutation that depends on their
+    number alone.
+
     Args:
         images: uint8 (N, 3, H, W), kept on the host.
-        labels: class of each image, (N,) int64; None leaves out what needs labels.
+        labels: class of each image, (N,) of whole numbers from 0; None leaves out what needs labels.
         train_images: uint8 (M, 3, H, W), that probes learn from; None leaves probes out.
-        train_labels: class of each of them, (M,) int64.
+        train_labels: class of each of them, (M,) of whole numbers from 0.
         num_classes: None takes one more than the largest label.
         batch_size: images per forward, in each process.
 
     Raises:
-        UserError: images that are not uint8 (N, 3, H, W), or other labels than images.
+        UserError: images that are not uint8 (N, 3, H, W), other labels than images, or labels that are no classes.
 
     Example:
         >>> images = MeasurementImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 2]))
@@ -96,7 +101,7 @@ class MeasurementImages:
 
     multi_label = False
     origin = "images"
-    size_option = "n"
+    size_option, batch_option = "n", "batch_size"
 
     def __init__(
         self,
@@ -109,9 +114,9 @@ class MeasurementImages:
     ) -> None:
         images = torch.as_tensor(images)  # arrays and lists too
         labels, train_labels = (None if given is None else torch.as_tensor(given) for given in (labels, train_labels))
-        self._sets = {"measure": _checked("images", images, labels)}
+        self._sets = {"measure": _checked("images", images, labels, num_classes)}
         if train_images is not None and train_labels is not None:
-            self._sets["bank"] = _checked("train_images", train_images, train_labels)
+            self._sets["bank"] = _checked("train_images", train_images, train_labels, num_classes)
         known = torch.cat([part.labels for part in self._sets.values()])
         self.num_classes = 0 if labels is None else num_classes or int(known.max()) + 1
         self.num_test = len(images)
@@ -215,7 +220,7 @@ class MeasurementImages:
 def _read(
     dataset: Any, n: int | None, usual: int, option: str, image_size: int | None
 ) -> tuple[UInt8[Tensor, "n 3 H W"], Int64[Tensor, " n"] | None]:
-    """Some images of a data set, the classes in proportion, in a fixed random order."""
+    """Some images of a data set, the classes in proportion."""
     name = type(dataset).__name__
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         inside = "; give its data set: loader.dataset" if isinstance(dataset, DataLoader) else ""
@@ -226,7 +231,7 @@ def _read(
     count = size_within(option, n, usual, len(dataset), f"{type(dataset).__name__} has {len(dataset):,} images")
     targets = _targets(dataset)
     order = shuffled(len(dataset), FIXED) if targets is None else stratified(targets, FIXED)
-    rows = order[:count][shuffled(count, FIXED, 1)]
+    rows = order[:count]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(8, cores - 1) if count > FEW else 0
     loader = DataLoader(
@@ -252,9 +257,9 @@ def _read(
                 )
             images.append(image)
     known = [label for label in labels if label is not None]
-    if targets is not None:
-        return torch.stack(images), targets[rows]
-    return torch.stack(images), torch.tensor(known) if len(known) == count else None
+    if len(known) == count:  # those of a target_transform, where the data set has one
+        return torch.stack(images), torch.tensor(known)
+    return torch.stack(images), None if targets is None else targets[rows]
 
 
 def _targets(dataset: Any) -> Int64[Tensor, " N"] | None:
@@ -262,17 +267,29 @@ def _targets(dataset: Any) -> Int64[Tensor, " N"] | None:
     for name in ("targets", "labels"):
         known: Any = getattr(dataset, name, None)
         if hasattr(known, "__len__") and len(known) == len(dataset):
-            return torch.as_tensor(known).long()
+            with suppress(TypeError, ValueError, RuntimeError):  # such as the boxes of a detection data set
+                labels = torch.as_tensor(known)
+                if labels.ndim == 1 and not labels.is_floating_point() and labels.min() >= 0:
+                    return labels.long()
     return None
 
 
-def _checked(name: str, images: Tensor, labels: Tensor | None) -> Images:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+def _checked(name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> Images:
+    """Images with their labels in a fixed random order: a Gram matrix has to be a random sample of them."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         raise UserError(f"{name} is {found}, expected uint8 (N, 3, H, W)")
-    if labels is not None and labels.shape != images.shape[:1]:
+    if labels is None:
+        labels = torch.full((len(images),), -1)
+    elif labels.shape != images.shape[:1]:
         raise UserError(f"{name}: {len(images)} images have labels of shape {tuple(labels.shape)}")
-    return Images(torch.full((len(images),), -1) if labels is None else labels.long().cpu(), images.cpu())
+    elif labels.is_floating_point() or labels.min() < 0:
+        given = f"{labels.dtype}" if labels.is_floating_point() else f"from {labels.min()} on"
+        raise UserError(f"{name}: labels are {given}, expected whole numbers from 0; leave them out where unknown")
+    elif num_classes and labels.max() >= num_classes:
+        raise UserError(f"num_classes {num_classes}: {name} have labels up to {labels.max()}; set {labels.max() + 1}")
+    order = shuffled(len(images), FIXED, 1)
+    return Images(labels.long().cpu()[order], images.cpu()[order])
 
 
 def _digest(images: Images) -> str:

@@ -31,6 +31,7 @@ class Invariance(Measurement):
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         gram_size: images in a Gram matrix.
         views: augmentations: own (the method's training views), policies (simclr, supervised) and single operations.
+            By default all of them; own is left out where the training views are not known, as of any other module.
     """
 
     group = "invariance"
@@ -53,12 +54,16 @@ class Invariance(Measurement):
             UserError: with the option as it was typed.
         """
         super().check(subject)
-        for name in self.views:
+        for name in self._views_of(subject):
             try:
                 subject.view(name)
             except UserError as error:
                 reason = str(error).removeprefix("augment: ")
                 raise UserError(f"{self.option('views')} [{name}]: {reason}") from error
+
+    def _views_of(self, subject: Subject) -> list[str]:
+        """The views that were asked for, or those of the default that are known."""
+        return [name for name in self.views if name != "own" or subject.own is not None or self.views != VIEWS]
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
         """Intervals of few Gram matrices are warned of."""
@@ -68,11 +73,9 @@ class Invariance(Measurement):
         """Clean images for class CKA, which other measurements ask for too, and two augmented views of each policy."""
         names = self.chosen(subject)
         self._depths = subject.depths(names)
-        specs = {name: subject.view(name).spec for name in self.views}
+        specs = {name: subject.view(name).spec for name in self._views_of(subject)}
         # of views that give the same images, the first one is measured for all
-        self._distinct = {
-            name: next(other for other in self.views if specs[other] == spec) for name, spec in specs.items()
-        }
+        self._distinct = {name: next(other for other in specs if specs[other] == spec) for name, spec in specs.items()}
         vector = GramVector(self.gram_size)
         self._clean = Request(names, vector)
         distinct = dict.fromkeys(self._distinct.values())
@@ -103,7 +106,7 @@ class Invariance(Measurement):
     def metrics(self) -> list[tuple[str, str, InvarianceCKA | ClassCKA]]:
         """Name in the rows, view and sums of all that is measured, in the order of the rows."""
         found: list[tuple[str, str, InvarianceCKA | ClassCKA]]
-        found = [("invariance", view, self._invariance[self._distinct[view]]) for view in self.views]
+        found = [("invariance", view, self._invariance[measured]) for view, measured in self._distinct.items()]
         return found if self._classes is None else [*found, ("class_cka", "clean", self._classes)]
 
     def finish(self, occasion: Occasion) -> Measured:

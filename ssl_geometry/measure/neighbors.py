@@ -189,7 +189,7 @@ class Neighborhoods(Measurement):
                 "batch": images.eval_batch_size,  # the random baselines of affinity and angle come from one batch
                 "overlap": {"k": _overlap_k(images), "nearest": NEAREST},
                 "intervals": "Student's t, n - 1; semantic: pairs of images that share an image are not independent",
-                "intrinsic dimension": f"{DIMENSION_K} neighbours, of equal images one counts",
+                "intrinsic dimension": f"{min(DIMENSION_K, self.k)} neighbours, of equal images one counts",
                 "two_nn": f"without the largest {DISCARD:g} of the ratios",
                 "k": self.k,
                 "copies": self.copies,

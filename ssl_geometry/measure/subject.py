@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
-from ssl_geometry.models.taps import layer_depths, layer_names, present
+from ssl_geometry.models.taps import evaluating, layer_depths, layer_names, present
 
 HOW_IT_SEES = (
     "clean: how {} sees an image is not known; give "
@@ -40,10 +41,27 @@ class TransformView:
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
 
-    @property
+    @cached_property
     def spec(self) -> dict[str, Any]:
-        """The pipeline as text, for protocols; without addresses, which differ from process to process."""
-        return {"transform": re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform))}
+        """The pipeline, for protocols: as text, and what it makes of a test image where the text holds an address.
+
+        A function, or an object without a ``__repr__``, does not say what it does, and its address differs from
+        process to process.
+        """
+        text = repr(self.transform)
+        plain = re.sub(r" at 0x[0-9a-f]+", "", text)
+        return {"transform": plain} | ({} if plain == text else {"of a test image": self._trial()})
+
+    def _trial(self) -> dict[str, Any]:
+        """Of coarse and fine noise: shape, mean, standard deviation, and the mean under a ramp along each axis."""
+        random = torch.Generator().manual_seed(0)
+        coarse, fine = (torch.randint(0, 128, (1, 3, side, side), generator=random) for side in (4, 256))
+        noise = (coarse.repeat_interleave(64, 2).repeat_interleave(64, 3) + fine).to(torch.uint8)
+        with evaluating(nn.Identity()):  # a transform that draws random numbers takes none of training's
+            (view,) = self(noise).double()
+        ramps = [view.movedim(axis, -1) * torch.linspace(0, 1, size) for axis, size in enumerate(view.shape)]
+        numbers = [view.mean(), view.std(), *(ramp.mean() for ramp in ramps)]
+        return {"shape": tuple(view.shape), "numbers": [f"{float(number):.2e}" for number in numbers]}
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], *args: Any, **kwargs: Any) -> Float[Tensor, "B 3 S S"]:
         """Each image through the transform, on the device of the images."""

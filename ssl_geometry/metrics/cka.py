@@ -302,6 +302,7 @@ class ClassCKA(LayerwiseCKA):
     def compute(self) -> Float[Tensor, " L"]:
         """CKA of each layer with the classes, float64; NaN where there is none; a warning where few pairs carry it."""
         alone, pairs = self._alone, self._telling_pairs()
+        no_classes = float(self.cols_self.sum()) == 0
         if alone:
             warnings.warn(
                 "class CKA is NaN, because it rests on pairs of images of one class, and "
@@ -309,12 +310,17 @@ class ClassCKA(LayerwiseCKA):
                 stacklevel=2,
             )
         elif pairs < FEW_PAIRS:
-            rests = f"{'rests' if pairs else 'is NaN, because it rests'} on {pairs} pair{'s' * (pairs != 1)}"
+            rests = f"{'is NaN, because it rests' if no_classes else 'rests'} on {pairs} pair{'s' * (pairs != 1)}"
             rests += f" of images of one class{self._few_images()}"
             larger = int(self.images.sum()) > self.gram_size
             more = f", or more of them in a Gram matrix (gram_size {self.gram_size})," if larger else ""
             warnings.warn(
                 f"class CKA {rests}; more images{more} would give more pairs",
+                stacklevel=2,
+            )
+        elif no_classes:
+            warnings.warn(
+                "class CKA is NaN, because all images of a Gram matrix are of one class; shuffle the images",
                 stacklevel=2,
             )
         value = self._cka(named=()).squeeze(1)

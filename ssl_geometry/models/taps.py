@@ -11,6 +11,7 @@ stack, or of each quarter of a single stack, as of a transformer), ``head`` (eve
 (stem, blocks, pooled, head).
 """
 
+import itertools
 import math
 import random
 import re
@@ -167,7 +168,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def present(model: nn.Module, layers: str | Sequence[str] | None, default: str | Sequence[str]) -> str | Sequence[str]:
-    """The layers that were asked for, or those of a default that the network has (all, where it has none of them).
+    """The layers that were asked for, or those of a default that the network has.
+
+    All, where the default has none of its backbone: a head alone does not stand for the network.
 
     Args:
         model: a network or a method.
@@ -182,7 +185,9 @@ def present(model: nn.Module, layers: str | Sequence[str] | None, default: str |
         return layers
     named, presets = _layers(model)
     patterns = [default] if isinstance(default, str) else default
-    return [name for name in patterns if presets.get(name) or any(fnmatchcase(layer, name) for layer in named)] or "all"
+    found = {name: presets.get(name) or [layer for layer in named if fnmatchcase(layer, name)] for name in patterns}
+    of_backbone = set(itertools.chain(*found.values())) - set(presets["head"])
+    return [name for name, layers in found.items() if layers] if of_backbone else "all"
 
 
 def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:

@@ -566,11 +566,20 @@ def test_groups_of_one_class_alone_are_nan_and_named() -> None:
         assert metric.compute().isnan().all()
 
 
+def test_gram_matrices_of_one_class_each_are_nan_and_named() -> None:
+    metric = ClassCKA(["a"], num_classes=2)
+    for label in (0, 1):
+        metric.update({"a": gram_vector(torch.randn(64, 3))}, torch.full((64,), label))
+    with pytest.warns(UserWarning, match="NaN, because all images of a Gram matrix are of one class; shuffle"):
+        assert metric.compute().isnan().all()
+
+
 @pytest.mark.parametrize(
     ("group", "groups", "few"),
     [  # which classes the 64 images of a Gram matrix have, how many of these, and what is said
         ({0: 63, 1: 1}, 8, "is NaN, because it rests on 0 pairs .* class 1 \\(8 of 512 images\\)"),
         ({0: 64}, 8, "is NaN, because it rests on 0 pairs .* all 512 images are of class 0"),
+        ({0: 62, 1: 1, 2: 1}, 8, "class CKA rests on 0 pairs .* class 1 \\(8 of 512 images\\)"),
         ({0: 62, 1: 2}, 8, "rests on 8 pairs .* class 1 \\(16 of 512 images\\)"),
         ({0: 61, 1: 2, 2: 1}, 1, "rests on 1 pair of .* class 2 \\(1 of 64 images\\), class 1 \\(2 of 64 images\\)"),
         ({0: 32, 1: 31, 2: 1}, 1, None),  # the rare class carries next to nothing of the number
