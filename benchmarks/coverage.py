@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_geometry.data.datasets import shuffled, stratified
+from ssl_geometry.data.images import shuffled, stratified
 from ssl_geometry.geometry.cka import (
     MIN_GRAM_SIZE,
     class_vector,

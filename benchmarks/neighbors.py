@@ -113,7 +113,7 @@ def monitor(args: argparse.Namespace) -> None:
 
     class Pictures(DataModule):
         def _read(self):
-            from ssl_geometry.data.datasets import Images
+            from ssl_geometry.data.images import Images
 
             generator = torch.Generator().manual_seed(0)
             parts = []

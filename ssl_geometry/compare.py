@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.data.loader import size_within
+from ssl_geometry.data.plan import size_within
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markdown, views_of

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ssl_geometry.cli import OF_THE_MACHINE, run_command
 from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
-from ssl_geometry.data.datasets import stratified
-from ssl_geometry.data.loader import size_within
+from ssl_geometry.data.images import stratified
+from ssl_geometry.data.plan import size_within
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
 from ssl_geometry.finetuning import FineTuning

@@ -28,8 +28,10 @@ import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_geometry.data.datasets import FIXED, Images, load, shuffled, stratified, torchvision_class
-from ssl_geometry.data.loader import Batch, BatchPlan, Loader, evenly, every_nth, shares, size_within
+from ssl_geometry.data.images import Images, shuffled, stratified
+from ssl_geometry.data.loader import Batch, Loader
+from ssl_geometry.data.plan import BatchPlan, evenly, every_nth, shares, size_within
+from ssl_geometry.data.sources import FIXED, load, torchvision_class
 from ssl_geometry.errors import UserError
 from ssl_geometry.ranges import Pixels, Seed, at_least, between, check_arguments
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ssl_geometry.data.datasets import stratified
-from ssl_geometry.data.loader import BatchPlan
+from ssl_geometry.data.images import stratified
+from ssl_geometry.data.plan import BatchPlan
 from ssl_geometry.geometry.classification import FEW, L2, accuracies, held_out, one_hot
 from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
 from ssl_geometry.geometry.logistic import converged_probes

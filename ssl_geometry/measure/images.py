@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from ssl_geometry.data.datasets import FIXED, Images, resize, shuffled, stratified, to_rgb
-from ssl_geometry.data.loader import BatchPlan, Loader, every_nth, size_within
+from ssl_geometry.data.images import Images, resize, shuffled, stratified, to_rgb
+from ssl_geometry.data.loader import Loader
+from ssl_geometry.data.plan import BatchPlan, every_nth, size_within
+from ssl_geometry.data.sources import FIXED
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.requests import Split

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from ssl_geometry import __version__, metrics
-from ssl_geometry.data.loader import size_within
+from ssl_geometry.data.plan import size_within
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.dimension import DISCARD
 from ssl_geometry.geometry.manifold import DIRECTIONS, SEED

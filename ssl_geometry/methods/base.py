@@ -19,7 +19,7 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ssl_geometry.data.loader import size_within
+from ssl_geometry.data.plan import size_within
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import full_float32

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssl_geometry.compare import _parse, compare, groups_of, main, show_neighbors
-from ssl_geometry.data.datasets import Images
+from ssl_geometry.data.images import Images
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk

@@ -409,7 +409,7 @@ def test_memory_that_is_full_while_training(tmp_path: Path, capsys: pytest.Captu
     [
         ("ssl_geometry.measure.engine", "forward_pass", ["while measuring", "--data.eval_batch_size 100"]),
         ("ssl_geometry.methods.base.Method", "evaluate", ["while measuring", "--data.eval_batch_size 100"]),
-        ("ssl_geometry.data.datasets.Images", "decode", ["--data.storage workers"]),
+        ("ssl_geometry.data.images.Images", "decode", ["--data.storage workers"]),
     ],
 )
 def test_memory_that_is_full_at_other_times(

@@ -26,8 +26,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_geometry.data.datasets import Images
-from ssl_geometry.data.loader import BatchPlan, Loader, every_nth
+from ssl_geometry.data.images import Images
+from ssl_geometry.data.loader import Loader
+from ssl_geometry.data.plan import BatchPlan, every_nth
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.records import RecordStore, read_records
 from ssl_geometry.report.upload import logged_rows

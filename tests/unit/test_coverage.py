@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.data.datasets import Images
+from ssl_geometry.data.images import Images
 from ssl_geometry.geometry.cka import gram_vector
 from ssl_geometry.metrics import ClassCKA, LayerwiseCKA
 

@@ -20,7 +20,7 @@ from torch import distributed, multiprocessing
 
 from ssl_geometry.data import datamodule
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.data.loader import evenly, every_nth, shares
+from ssl_geometry.data.plan import evenly, every_nth, shares
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import expand_bases
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from ssl_geometry.data import datasets
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.data.datasets import load, resize, shuffled, stratified, to_rgb
+from ssl_geometry.data.images import Files, resize, shuffled, stratified, to_rgb
+from ssl_geometry.data.sources import load
 from ssl_geometry.errors import UserError
 
 
@@ -489,7 +489,7 @@ def test_a_shuffled_stratified_order_pairs_images_of_a_class_as_chance_does(n_cl
 
 def test_paths_are_kept_as_one_array_and_in_any_script(tmp_path):
     names = ["straße.png", "猫.png"]
-    files = datasets.Files([str(tmp_path / name) for name in names])
+    files = Files([str(tmp_path / name) for name in names])
     assert [Path(files.origin(i)).name for i in range(2)] == names
     assert files.paths.dtype.kind == "S"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.data.datasets import Images, stratified
+from ssl_geometry.data.images import Images, stratified
 from ssl_geometry.devices import left_in_control_groups
 from ssl_geometry.errors import UserError
 from ssl_geometry.finetuning import LabelledImages

@@ -1,328 +1,35 @@
-"""Data sets as two splits of uint8 RGB pictures, train and test, with integer labels.
+"""Data sets as two splits of images, train and test, with integer labels.
 
-``load`` knows every source (torchvision's data sets, scikit-learn's digits, folders of pictures) and gives ``Images``:
-pixels where the data set is an array, a reader of one picture where it is many files. Every picture becomes 8-bit RGB:
-turned upright by its EXIF tag, 16-bit grey scaled to 8 bits, transparency laid over white. With ``image_size`` the
-shorter side is resized (bilinear, antialiased) and the middle is cut out. Which pictures are test pictures never
-depends on a run's seed. A picture's ``index`` is its place in the split on disk, whatever subset is used.
+``load`` knows every source: torchvision's data sets, scikit-learn's digits, folders of images. Which images are test
+images never depends on a run's seed.
 """
 
 import csv
 import inspect
 import logging
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import PIL.Image
-import PIL.ImageOps
 import torch
 import torchvision
-from jaxtyping import Int64, UInt8
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jaxtyping import Int64
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms.v2 import functional as F
 
+from ssl_geometry.data.images import Files, Images, Items, first_line, resize, stratified
 from ssl_geometry.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
-
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}
 NAMES = [*TORCHVISION, "digits", "colored_digits", "imagenet"]
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
 CONTRAST = 0.25  # of a coloured digit with its background, in every channel
 FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test pictures
-
 LIST = "labels.csv"  # beside pictures that may show several classes: columns `file` and, for each class, 0 or 1
-
-T = TypeVar("T")
-Picture = TypeVar("Picture", PIL.Image.Image, Tensor)
-
-
-class Unreadable(UserError):
-    """A picture that cannot be decoded."""
-
-
-class Pictures(Protocol):
-    """Pictures by their place on disk."""
-
-    def __getitem__(self, i: int) -> PIL.Image.Image:
-        """The picture at place ``i``."""
-
-    def origin(self, i: int) -> str:
-        """Where that picture comes from, for messages."""
-
-
-class Files:
-    """Pictures in files."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        # One array, not a list: counting references to a string copies its memory page in every worker process.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-
-    def __getitem__(self, i: int) -> PIL.Image.Image:
-        return PIL.Image.open(self.origin(i))
-
-    def origin(self, i: int) -> str:
-        """Path of a picture."""
-        return os.fsdecode(self.paths[i])
-
-
-class Items:
-    """Pictures of a torchvision data set."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, i: int) -> PIL.Image.Image:
-        return self.dataset[i][0]
-
-    def origin(self, i: int) -> str:
-        """Number and data set of a picture."""
-        return f"picture {i} of {type(self.dataset).__name__}"
-
-
-class Images:
-    """One split of a data set, or some rows of it.
-
-    Args:
-        labels: class of each row, (N,) int64, -1 where it is unknown; or, where a picture may show several, (N,C) int64
-            of zeros and ones.
-        source: pixels of the rows, (N,3,H,W) uint8, or the pictures on disk.
-        size: side in pixels that pictures on disk are brought to; None leaves them, and they must then be all the same.
-        index: place of each row on disk, (N,) int64; by default 0, 1, ….
-
-    Example:
-        >>> images = Images(torch.tensor([1, 0]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
-        >>> images.shape, images[torch.tensor([1])]["label"]
-        ((3, 4, 4), tensor([0]))
-    """
-
-    def __init__(
-        self,
-        labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"],
-        source: UInt8[Tensor, "N 3 H W"] | Pictures,
-        size: int | None = None,
-        index: Int64[Tensor, " N"] | None = None,
-    ) -> None:
-        self.labels = labels
-        self.source = source
-        self.size = size
-        self.index = torch.arange(len(labels)) if index is None else index
-        self._shape: tuple[int, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the pixels are there, decoded."""
-        return isinstance(self.source, Tensor)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(3, height, width) of every picture.
-
-        Raises:
-            UserError: where this takes reading a picture, and that fails.
-        """
-        if self._shape is None:
-            if isinstance(self.source, Tensor):
-                self._shape = tuple(self.source.shape[1:])
-            else:
-                self._shape = (3, self.size, self.size) if self.size else tuple(self._open(0).shape)
-        return self._shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pictures once decoded."""
-        return len(self) * int(np.prod(self.shape))
-
-    def __getitem__(self, rows: Int64[Tensor, " B"]) -> dict[str, Tensor]:
-        """A batch: ``image`` uint8 (B,3,H,W), ``label`` int64 (B,), ``index`` int64 (B,).
-
-        Args:
-            rows: which rows, (B,) int64, on the device of the pixels.
-
-        Raises:
-            UserError: where a picture cannot be read, or differs in size while ``size`` is None.
-        """
-        if isinstance(self.source, Tensor):
-            image = self.source[rows]
-        else:
-            image = torch.stack([self._read(row) for row in rows.tolist()])
-        return {"image": image, "label": self.labels[rows], "index": self.index[rows]}
-
-    def select(self, rows: Int64[Tensor, " n"]) -> "Images":
-        """The given rows as a split of their own; ``index`` still tells their place on disk."""
-        source = self.source[rows] if isinstance(self.source, Tensor) else self.source
-        return Images(self.labels[rows], source, self.size, self.index[rows])
-
-    def to(self, device: torch.device) -> "Images":
-        """The same rows with pixels, labels and index on ``device``; what is not decoded stays as it is."""
-        if not isinstance(self.source, Tensor):
-            return self
-        return Images(self.labels.to(device), self.source.to(device), self.size, self.index.to(device))
-
-    def decode(self, threads: int, show: bool = False) -> "Images":
-        """Read every picture once and keep the pixels in memory.
-
-        Args:
-            threads: pictures read at the same time.
-            show: draw a progress bar where it takes longer than two seconds.
-
-        Raises:
-            UserError: where a picture cannot be read, or differs in size while ``size`` is None.
-        """
-        if self.in_memory:
-            return self
-        pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
-
-        def keep(row: int) -> None:
-            pixels[row] = self._read(row)
-
-        for _ in _in_threads(keep, range(len(self)), threads, "decoding" if show else None):
-            pass
-        return Images(self.labels, pixels, self.size, self.index)
-
-    def unreadable(self, rows: Sequence[int], threads: int, show: bool = False) -> list[tuple[int, str]]:
-        """Read every picture once to find those that cannot be.
-
-        Args:
-            rows: which rows to try.
-            threads: pictures read at the same time.
-            show: draw a progress bar where it takes longer than two seconds.
-
-        Returns:
-            (row, path) of each damaged picture.
-        """
-
-        def damaged(row: int) -> bool:
-            try:
-                self._open(row)
-            except Unreadable:
-                return True
-            return False
-
-        if isinstance(self.source, Tensor):
-            return []
-        found = zip(rows, _in_threads(damaged, rows, threads, "checking" if show else None), strict=True)
-        return [(row, self.source.origin(int(self.index[row]))) for row, bad in found if bad]
-
-    def _read(self, row: int) -> UInt8[Tensor, "3 H W"]:
-        image = self._open(row)
-        if image.shape != self.shape:
-            raise UserError(
-                f"--data.image_size None: {self._origin(row)} has {_pixels(image.shape)} pixels, others have "
-                f"{_pixels(self.shape)}; set an image size to bring all pictures to one"
-            )
-        return image
-
-    def _open(self, row: int) -> UInt8[Tensor, "3 h w"]:
-        assert not isinstance(self.source, Tensor)
-        try:
-            return F.pil_to_tensor(resize(to_rgb(self.source[int(self.index[row])]), self.size))
-        except Exception as error:  # given a damaged file, a decoder raises whatever it happens to trip over
-            raise Unreadable(
-                f"{self._origin(row)} cannot be read as a picture ({_line(error)}): mend or remove it, or leave "
-                f"out all such files with --data.on_error skip"
-            ) from error
-
-    def _origin(self, row: int) -> str:
-        assert not isinstance(self.source, Tensor)
-        return self.source.origin(int(self.index[row]))
-
-
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Any picture as 8-bit RGB: upright, 16 bits scaled to 8, transparency over white.
-
-    Args:
-        picture: of any PIL mode but 32-bit float, whose range nobody knows.
-
-    Returns:
-        The picture in mode RGB.
-
-    Raises:
-        ValueError: for a picture of float pixels.
-
-    Example:
-        >>> to_rgb(PIL.Image.new("RGBA", (1, 1), (200, 0, 0, 0))).getpixel((0, 0))
-        (255, 255, 255)
-    """
-    picture = PIL.ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
-        raise ValueError("float pixels have no known range")
-    if picture.mode.startswith("I"):
-        picture = PIL.Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def resize(picture: Picture, size: int | None) -> Picture:
-    """Bring the shorter side to ``size`` (bilinear, antialiased) and cut out the middle square; None leaves it."""
-    if size is None:
-        return picture
-    return F.center_crop(F.resize(picture, [size], antialias=True), [size])
-
-
-def stratified(labels: Int64[Tensor, " N"], *seed: int) -> Int64[Tensor, " N"]:
-    """A random order in which every beginning holds the classes in proportion.
-
-    A sample's place is (r + u)/n, where r is its rank in a random order of the n samples of its class, and u a random
-    number of that class in [0, 1); samples are sorted by place. So the first k hold each class k n/N times but for
-    rounding (exactly, where all classes are of one size and share k), and contain the first k - 1.
-
-    Args:
-        labels: class of each sample, (N,) int64; where samples have several, (N,C), the order is random.
-        seed: one or more whole numbers; the order is a pure function of labels and seed.
-
-    Returns:
-        Positions 0…N-1, (N,) int64.
-
-    Example:
-        >>> labels = torch.tensor([0] * 90 + [1] * 30)
-        >>> labels[stratified(labels, 0)[:12]].sum()
-        tensor(3)
-    """
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(labels))
-    if labels.ndim == 2:
-        return torch.from_numpy(order)
-    _, group, counts = np.unique(labels.numpy()[order], return_inverse=True, return_counts=True)
-    rank = np.empty(len(order))
-    rank[np.argsort(group, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
-    return torch.from_numpy(order[np.argsort((rank + random.random(len(counts))[group]) / counts[group])])
-
-
-def shuffled(n: int, *seed: int) -> Int64[Tensor, " n"]:
-    """A random order of the first n of a list, fixed by its seed: that of fewer is the same with the others left out.
-
-    It takes out what a :func:`stratified` order puts in. There a class comes once a round, so images that follow each
-    other are no random sample (of C equal classes, none of C in a row share one), and an estimate that takes them for
-    one is biased.
-
-    Args:
-        n: how many.
-        seed: one or more whole numbers.
-
-    Returns:
-        Positions 0…n-1, (n,) int64.
-
-    Example:
-        >>> order = shuffled(8, 0)
-        >>> order, order[order < 4].equal(shuffled(4, 0))
-        (tensor([3, 2, 1, 6, 0, 7, 4, 5]), True)
-    """
-    return torch.from_numpy(np.random.default_rng(seed).random(n).argsort())
 
 
 def torchvision_class(dataset: str) -> str | None:
@@ -470,7 +177,7 @@ def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str
             columns = next(csv.reader(file), [])  # pandas renames the second of two that are alike
         table = pd.read_csv(path / LIST, dtype={"file": str}, keep_default_na=False)
     except (OSError, ValueError) as error:  # empty, ragged, not UTF-8
-        raise UserError(f"{option} {path / LIST}: cannot be read as a table ({_line(error)})") from error
+        raise UserError(f"{option} {path / LIST}: cannot be read as a table ({first_line(error)})") from error
     classes = [str(name) for name in table.columns if name != "file"]
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
         raise UserError(f"{option} {path / LIST}: the column {twice[0]!r} stands there twice; keep one")
@@ -512,13 +219,13 @@ def _torchvision(
         try:
             return kind(**given | split)
         except (TypeError, ValueError) as error:
-            raise UserError(f"--data.dataset_args {args}: {name} does not take them: {_line(error)}") from error
+            raise UserError(f"--data.dataset_args {args}: {name} does not take them: {first_line(error)}") from error
         except (OSError, RuntimeError) as error:
             files = Path(root, getattr(kind, "base_folder", "")).absolute()
             fix = "the download failed; put them there" if download else "they are not; set --data.download true"
             raise UserError(
                 f"--data.root {root}: {name} should be in {files}, but {fix} or name the folder that has them "
-                f"({_line(error)})"
+                f"({first_line(error)})"
             ) from error
 
     if "train" in parameters:
@@ -593,35 +300,3 @@ def _fifth(images: Images) -> tuple[Images, Images]:
     order = stratified(images.labels, FIXED)
     n_test = round(TEST_FRACTION * len(order))
     return images.select(order[n_test:].sort().values), images.select(order[:n_test].sort().values)
-
-
-def _line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
-
-
-def _pixels(shape: Sequence[int]) -> str:
-    return f"{shape[-1]}×{shape[-2]}"
-
-
-def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, title: str | None) -> Iterator[T]:
-    """``work`` of every row, in order; a progress bar named ``title`` appears after two seconds."""
-    start = time.monotonic()
-    done = 0
-    shown = False
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns)
-    task = progress.add_task("", total=len(rows))
-    chunks = [rows[i : i + 64] for i in range(0, len(rows), 64)]  # one a picture costs small ones as much again
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for results in pool.map(lambda chunk: [work(row) for row in chunk], chunks):
-                done += len(results)
-                if title and (seconds := time.monotonic() - start) > 2:
-                    progress.start()
-                    shown = True
-                    progress.update(task, completed=done, description=f"{title} pictures, {done / seconds:.0f}/s")
-                yield from results
-        finally:
-            if shown:  # else it ends with an empty line all the same
-                progress.stop()
-            pool.shutdown(cancel_futures=True)
