@@ -211,11 +211,18 @@ def warn_of_few(images: ImageSource, gram_size: int, option: str) -> None:
         option: that gave it.
     """
     sizes = gram_sizes(images.measure_size, images.eval_batch_size, gram_size)
+    if not sizes:
+        logger.warning(
+            f"{option} {gram_size}: {images.measure_size} images in batches of {images.eval_batch_size} hold no "
+            f"Gram matrix, which needs {MIN_GRAM_SIZE} at least, and every CKA is NaN; measure more of them, in larger "
+            "batches"
+        )
+        return
     if images.eval_batch_size < images.measure_size and images.eval_batch_size % gram_size:
         held = dict.fromkeys(gram_sizes(images.eval_batch_size, images.eval_batch_size, gram_size))
         logger.warning(
             f"{option} {gram_size}: a batch of {images.eval_batch_size} images holds Gram matrices of "
-            f"{', '.join(map(str, held)) or 'no'} images; set {images.batch_option} to a multiple of {gram_size}"
+            f"{', '.join(map(str, held))} images; set {images.batch_option} to a multiple of {gram_size}"
         )
     count, blocks = len(sizes), _blocks(sizes)
     if blocks > FEW_GRAMS:

@@ -49,7 +49,7 @@ class Measurements:
         Returns:
             Name to figure, such as ``cka/map_self``.
         """
-        rows: list[Any] = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
+        rows = self._records()
         figures = {name: draw() for name, draw in pictures(rows, curve_rows(rows)).items()}
         if folder is not None:
             for name, figure in figures.items():
@@ -58,8 +58,12 @@ class Measurements:
 
     def save(self, folder: str | Path) -> None:
         """Keep the rows as Parquet with their protocols, which the report page and ``read_records`` read."""
-        rows: list[Any] = self.rows.astype(object).where(self.rows.notna(), None).to_dict("records")
-        RecordStore(Path(folder) / "records").write("measure", rows, self.protocols)
+        RecordStore(Path(folder) / "records").write("measure", self._records(), self.protocols)
+
+    def _records(self) -> list[Any]:
+        """The rows, None in what they do not have; a value that is not defined stays NaN."""
+        has = self.rows.notna() | (self.rows.columns == "value")
+        return self.rows.astype(object).where(has, None).to_dict("records")
 
 
 def measure(

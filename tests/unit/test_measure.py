@@ -332,6 +332,13 @@ def test_measuring_is_in_full_float32_whichever_switch_was_set(settings: Sequenc
         (40, 500, 16, "16: 3 Gram matrices of 40 images: intervals rest on 1 degree of freedom; {more}"),
         (15, 15, 64, "64: 1 Gram matrix of 15 images: intervals rest on no degree of freedom"),
         (200, 200, 64, "64: 4 Gram matrices of 200 images: intervals rest on 2 degrees of freedom; {smaller} 11"),
+        (
+            3,
+            3,
+            8,
+            "8: 3 images in batches of 256 hold no Gram matrix, which needs 4 at least, and every CKA is NaN; measure "
+            "more of them, in larger batches",
+        ),
         (236, 500, 64, ""),
         (2048, 2048, 64, ""),
     ],

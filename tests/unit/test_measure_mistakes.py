@@ -1,9 +1,11 @@
 """Wrong arguments of what measures in a script are one line, and what measures leaves all as it was."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,3 +148,14 @@ def test_a_name_that_reads_as_a_pattern(images: MeasurementImages) -> None:
     net = nn.Sequential()
     net.add_module("block[0]", nn.Conv2d(3, 4, 3))
     assert Subject(net, CLEAN).layers(["block[0]"]) == ("block[0]",)
+
+
+@pytest.mark.filterwarnings("ignore:.*CKA is NaN")
+def test_what_is_not_defined_is_drawn_and_kept(tmp_path: Path) -> None:
+    few = MeasurementImages(PIXELS[:3], LABELS[:3])
+    found = measure(network(), few, [CKA(), Invariance(views=["crop"])], clean=CLEAN)
+    assert found.rows["value"].isna().all()
+    assert {"cka/map_self", "invariance/views"} <= set(found.draw())
+    found.save(tmp_path)
+    kept = pq.read_table(tmp_path / "records" / "measure.parquet").column("value")
+    assert kept.null_count == 0, "NaN, as a monitor writes them"
