@@ -48,6 +48,7 @@ from ssl_geometry.networks import (
     measuring_progress,
     networks_parser,
     parse_networks,
+    said_once,
     together,
     unchanged,
 )
@@ -285,6 +286,7 @@ def _hold_to_images(options: Any, n: int) -> None:
 
 
 @as_options
+@said_once
 def compare(args: Sequence[str]) -> Path:
     """Measure, write records, draw pictures and print the findings.
 

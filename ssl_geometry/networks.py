@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -32,12 +33,12 @@ from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
-from ssl_geometry.measure.processes import agreeing
+from ssl_geometry.measure.processes import agreeing, is_agreed
 from ssl_geometry.models.taps import layer_names, present
 from ssl_geometry.ranges import at_least
 from ssl_geometry.runs.directory import config_of
 from ssl_geometry.runs.networks import network_names, split_seeds
-from ssl_geometry.runs.slurm import plugins_of_a_shell, this_task, trainer_options
+from ssl_geometry.runs.slurm import plugins_of_a_shell, processes_started, this_task, trainer_options
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ MODELS = (
     "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""
+HEARD_SECONDS = 10
+"""How long the others wait for the first process's words: srun and torchrun end all processes with the first that
+ends."""
 P = ParamSpec("P")
 T = TypeVar("T")
 Convert = Callable[[Any], Any]
@@ -254,6 +258,8 @@ def said_once(command: Callable[P, T]) -> Callable[P, T]:
             return command(*args, **kwargs)
         except UserError as error:
             if getattr(rank_zero_only, "rank", 0):
+                if processes_started() > 1 and not is_agreed(error):
+                    time.sleep(HEARD_SECONDS)
                 raise Interrupted("", ExitCode.MISTAKE) from error
             raise
 

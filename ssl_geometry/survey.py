@@ -42,6 +42,7 @@ from ssl_geometry.networks import (
     measuring_progress,
     networks_parser,
     parse_networks,
+    said_once,
     together,
     unchanged,
 )
@@ -308,6 +309,7 @@ def _report_small_classes(options: Any, data: DataModule, console: Console) -> N
 
 
 @as_options
+@said_once
 def survey(args: Sequence[str]) -> Path:
     """Measure the models that are missing, then make all tables and pictures.
 

@@ -22,6 +22,7 @@ from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.measure.similarity import Kept
 from ssl_geometry.measure.storage import BatchStorage
 from ssl_geometry.networks import by_turns, together
+from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import survey
 from tests.distributed.conftest import Ranks
@@ -121,6 +122,23 @@ def test_a_mistake_is_one_line_of_the_first_process(
     assert line in said
     assert first[0] == 2
     assert {(code, out + err) for code, out, err in others} == {(2, "")}
+
+
+@pytest.mark.parametrize("command", [compare.compare, survey, probe])
+def test_before_the_processes_meet_the_first_one_speaks(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not ended by torchrun before: the others end later."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        found.append((ended(command, IMAGES), list(waited)))
+    line = "torchrun has started 2 processes on each of 1 node(s); set --devices 2 --num_nodes 1\n"
+    assert found[0][0] == (2, "", f"error: --devices 1 and --num_nodes 1: {line}")
+    assert found[1][0] == (2, "", "")
+    assert [len(waits) for _, waits in found] == [0, 1]
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
