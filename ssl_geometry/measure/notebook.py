@@ -115,6 +115,9 @@ def measure(
         subject = Subject.of(network, name)
     else:
         subject = Subject(network, clean, name=name, heads=heads, image_shape=images.image_shape)
+    names = [name, *(reference.name for reference in references)]
+    if twice := [other for number, other in enumerate(names) if other in names[:number]]:
+        raise UserError(f"references: two networks are called {twice[0]!r}; name them apart: Subject(…, name=…)")
     for measurement in measurements:
         measurement.check(subject)
         measurement.prepare(subject, images)

@@ -1,5 +1,7 @@
 """Spectra of the features of each layer, over batches and ranks."""
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,4 +121,10 @@ class Spectrum(LayerFeatures):
                 row["lidar"] = lidar(means, getattr(self, f"scatter{number}"), self.views)
                 row["alignment"] = dim_zero_cat(getattr(self, f"alignment{number}")).mean()
             rows.append(row)
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        ratios = zip(self.widths, found["participation_ratio"].tolist(), strict=True)
+        if none := [layer for layer, ratio in ratios if math.isnan(ratio)]:
+            warnings.warn(
+                f"Spectra are NaN for layers that do not vary, or are not finite: {', '.join(none)}", stacklevel=2
+            )
+        return found

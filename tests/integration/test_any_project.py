@@ -297,7 +297,7 @@ def test_without_labels_what_needs_them_is_left_out(tmp_path: Path, caplog: pyte
 def test_figures_of_images_without_labels_are_drawn(tmp_path: Path) -> None:
     images = MeasurementImages.from_dataset(Pictures(labels=False), batch_size=16)
     found = measure(small_convnet(), images, [Neighborhoods(k=10, settings=["crop"], copies=3)], clean=CLEAN)
-    assert set(found.draw()) >= {"neighbors/neighbors", "neighbors/neighbors_crop_epochs"}
+    assert set(found.draw()) >= {"neighbors/neighbors", "neighbors/diameter"}
 
 
 def test_a_pipeline_of_torchvision_is_a_clean_view(tmp_path: Path, images: MeasurementImages) -> None:

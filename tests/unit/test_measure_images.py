@@ -182,7 +182,7 @@ def test_intrinsic_dimension_states_how_many_neighbours_it_used() -> None:
 
 
 def test_batches_that_cut_gram_matrices_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    for batch, held in ((64, None), (40, None), (20, "16, 4"), (10, "10"), (3, "no")):
+    for batch, held in ((64, None), (40, None), (20, "16, 4"), (10, "10")):
         caplog.clear()
         warn_of_few(MeasurementImages(numbered(40), batch_size=batch), 16, "CKA.gram_size")
         lines = [line for line in caplog.messages if "batch of" in line]
@@ -190,3 +190,12 @@ def test_batches_that_cut_gram_matrices_are_named(caplog: pytest.LogCaptureFixtu
             f"CKA.gram_size 16: a batch of {batch} images holds Gram matrices of {held} images; set batch_size to a "
             "multiple of 16"
         ] * (held is not None)
+
+
+def test_networks_of_one_name_are_refused() -> None:
+    table = torch.randn(16, 3)
+    reference = Subject(Two(table, table), CLEAN)
+    with pytest.raises(UserError, match=r"^references: two networks are called 'network'; name them apart"):
+        measure(
+            Two(table, table), MeasurementImages(numbered(16)), [CKA(gram_size=4)], clean=CLEAN, references=[reference]
+        )

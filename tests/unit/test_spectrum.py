@@ -203,6 +203,20 @@ def test_each_spectrum_is_computed_once_and_is_that_of_the_functions() -> None:
             torch.testing.assert_close(found[name][number], value, rtol=1e-12, atol=0, equal_nan=True)
 
 
+def test_layers_without_a_spectrum_are_named_once() -> None:
+    features = {
+        "fine": normal(40, 5),
+        "constant": torch.ones(40, 3),
+        "nan": normal(40, 4).index_fill(0, torch.tensor(3), torch.nan),
+    }
+    spectrum = Spectrum({"fine": 5, "constant": 3, "nan": 4}, views=0)
+    spectrum.update(features, None, torch.arange(40))
+    with pytest.warns(
+        UserWarning, match="^Spectra are NaN for layers that do not vary, or are not finite: constant, nan$"
+    ):
+        assert spectrum.compute()["participation_ratio"].isnan().tolist() == [False, True, True]
+
+
 def test_copies_where_none_are_compared_and_single_ones_are_refused() -> None:
     with pytest.raises(ValueError, match="views=0, but some of the images' copies"):
         Spectrum({"a": 4, "b": 3}, views=0).update(**FITTING)  # type: ignore[arg-type]
