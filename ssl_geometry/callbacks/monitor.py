@@ -352,7 +352,7 @@ def _folder(trainer: L.Trainer) -> Path:
 
 def run_name(trainer: L.Trainer) -> str:
     """The run that a trainer belongs to."""
-    version = next((logger.version for logger in trainer.loggers if logger.version is not None), "run")
+    version = next((logger.version for logger in trainer.loggers if logger.version not in (None, "")), "run")
     return version if isinstance(version, str) else f"version_{version}"  # as the logger's folder is called
 
 

@@ -97,7 +97,7 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
         axes = figure.add_subplot()
         image = _map(axes, frame, dots=not itself)
         other = "itself" if itself else first["model_other"]
-        axes.set_title(title or f"CKA of {first['model']} with {other}\nepoch {first['epoch']}, {first['n']} images")
+        axes.set_title(title or f"CKA of {first['model']} with {other}\n{_when(first)}{first['n']} images")
         figure.colorbar(image, ax=axes, label=described("cka").axis, shrink=0.8)
         if not itself:
             figure.supxlabel(textwrap.fill(DOTS, int(figure.get_figwidth() / LETTER)), fontsize=7)
@@ -217,7 +217,7 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
         axes.set_xlabel("augmentation of both views")
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label=described("invariance").axis, shrink=0.8)
-        axes.set_title(title or f"Invariance of {first['model']}\nepoch {first['epoch']}, {first['n']} images")
+        axes.set_title(title or f"Invariance of {first['model']}\n{_when(first)}{first['n']} images")
     return figure
 
 
@@ -252,7 +252,7 @@ def manifold_violins(rows: Rows, metric: str, title: str | None = None) -> Figur
             axes.grid(axis="y", alpha=0.25)
         for axes in panels[:, 0]:
             axes.set_ylabel(described(metric).axis, fontsize=7)
-        figure.suptitle(title or f"{first['model']}, epoch {first['epoch']}, {frame['n'].max()} images")
+        figure.suptitle(title or f"{first['model']}, {_when(first)}{frame['n'].max()} images")
     return figure
 
 
@@ -559,6 +559,11 @@ def _first(rows: Rows) -> Any:
     if frame.empty:
         raise ValueError("no rows to draw")
     return frame.iloc[0]
+
+
+def _when(row: Any) -> str:
+    """The epoch of a network in training, or that was trained here; of any other there is none to name."""
+    return f"epoch {row['epoch']}, " if pd.notna(row["step"]) or row["epoch"] else ""
 
 
 def _what(frame: pd.DataFrame) -> str:

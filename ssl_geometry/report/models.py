@@ -229,7 +229,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
 
 
 def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figure:
-    """Mean cosine, semantic diameter and RankMe of one layer while networks learn.
+    """Mean cosine, semantic diameter and RankMe of one layer while networks learn, as far as they were measured.
 
     Args:
         frame: records of runs, several moments each.
@@ -237,20 +237,22 @@ def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figur
         title: written above.
     """
     frame = frame[frame["layer"] == layer]
+    lines = {key: part for key, part in frame.groupby(["metric", "view"]) if key in COLLAPSE}
+    shown = [key for key in COLLAPSE if key in lines]
+    models = list(frame["model"].unique())
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.2))
-        panels = figure.subplots(1, 3, sharex=True)
-        for axes, (metric, view) in zip(panels, COLLAPSE, strict=True):
-            shown = frame[(frame["metric"] == metric) & (frame["view"] == view)]
-            for number, (model, line) in enumerate(shown.groupby("model", sort=False)):
-                line = line.sort_values("epoch")
+        figure = Figure(figsize=(1 + 3 * len(shown), 3.2))
+        handles: dict[str, Any] = {}
+        for axes, key in zip(figure.subplots(1, len(shown), sharex=True, squeeze=False)[0], shown, strict=True):
+            for model, line in lines[key].sort_values("epoch").groupby("model", sort=False):
+                number = models.index(model)
                 style = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number // len(COLORS) % 4]}
-                axes.plot(line["epoch"], line["value"], marker=".", label=model, **style)
-            axes.set_title(COLLAPSE[metric, view], fontsize=9)
+                (handles[str(model)],) = axes.plot(line["epoch"], line["value"], marker=".", **style)
+            axes.set_title(COLLAPSE[key], fontsize=9)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+        figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=7)
         figure.suptitle(title)
     return figure
 

@@ -19,7 +19,7 @@ from ssl_geometry.report.figures import (
     pair_panels,
     view_heatmap,
 )
-from ssl_geometry.report.models import correlation_map
+from ssl_geometry.report.models import collapse_over_training, correlation_map
 from ssl_geometry.report.moments import curve_rows, pictures
 
 
@@ -119,6 +119,25 @@ def rankme(*epochs: int, layers: int = 3, value: float = 0.5) -> list[dict[str, 
 )
 def test_lines_are_drawn_where_there_is_more_than_a_point(measured: list[dict[str, Any]], names: list[str]) -> None:
     assert list(pictures(measured, curve_rows(measured))) == names
+
+
+@pytest.mark.parametrize(("epoch", "step", "says"), [(0, 0, "epoch 0, 64"), (0, None, "64"), (3, None, "epoch 3, 64")])
+def test_a_network_of_somewhere_else_has_no_epoch(epoch: int, step: int | None, says: str) -> None:
+    found = [{**row, "step": step} for row in rows(epoch=epoch)]
+    assert cka_heatmap(found).axes[0].get_title() == f"CKA of a with b\n{says} images"
+
+
+def test_collapse_over_training_shows_what_was_measured_each_network_in_its_colour() -> None:
+    known = pd.DataFrame(rankme(0, 1, layers=1))
+    frame = pd.concat([known, known.assign(metric="mean_cosine"), known.assign(metric="mean_cosine", model="b")])
+    frame = pd.concat([frame, known.assign(model="c")])
+    figure = collapse_over_training(frame, "l0", "")
+    panels = {axes.get_title(): [line.get_color() for line in axes.lines] for axes in figure.axes}
+    assert list(panels) == ["Mean cosine of two images", "RankMe"], "no panel of the diameter"
+    (a, b), (also_a, c) = panels.values()
+    assert a == also_a
+    assert len({a, b, c}) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
 
 
 def test_a_colour_bar_stands_beside_several_lines_alone() -> None:
