@@ -7,6 +7,7 @@ random number streams are left as they were found.
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class GeometryMonitor(L.Callback):
         self._due: list[Measurement] = []  # that are measured in this training at all
         self._shared: tuple[Pass, list[Tensor]] | None = None  # that validation has begun, with which weights
         self._records: RecordsLogger | None = None
+        self._folder: str | None = None  # of records in the trainer's root directory
 
     @property
     def state_key(self) -> str:
@@ -279,7 +281,8 @@ class GeometryMonitor(L.Callback):
         if self._records is None:
             shared = [*trainer.loggers, *(monitor._records for monitor in monitors(trainer))]
             known = [records for records in shared if isinstance(records, RecordsLogger)]
-            self._records = known[0] if known else RecordsLogger(_folder(trainer))
+            self._records = known[0] if known else RecordsLogger(_folder(trainer, self._folder))
+            self._folder = None if known else self._records.run_dir.name
         return self._records
 
     # -- a resumed run ---------------------------------------------------------------------------------------------
@@ -287,11 +290,11 @@ class GeometryMonitor(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """The curves so far, and what the measurements cannot measure again."""
         states = {name: measurement.state_dict() for name, measurement in self._by_name().items()}
-        return {"curves": self.curves, "measurements": states}
+        return {"curves": self.curves, "measurements": states, "folder": self._folder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint left."""
-        self.curves = state_dict["curves"]
+        self.curves, self._folder = state_dict["curves"], state_dict.get("folder")
         for name, measurement in self._by_name().items():
             if state := state_dict["measurements"].get(name):
                 measurement.load_state_dict(state)
@@ -340,12 +343,12 @@ def _attribute(module: nn.Module, path: str, argument: str) -> nn.Module:
     return found
 
 
-def _folder(trainer: L.Trainer) -> Path:
-    """A new folder for each training, and the same one where it is resumed."""
+def _folder(trainer: L.Trainer, before: str | None) -> Path:
+    """A new folder for each training, and the same one where it is resumed under the same name."""
     root = Path(trainer.default_root_dir) / "geometry"
     name = run_name(trainer)
     if trainer.global_step:
-        return root / name
+        return root / (before if before and re.fullmatch(rf"{re.escape(name)}-\d+", before) else name)
     numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(root / other for other in numbered if not (root / other).exists())
 

@@ -275,6 +275,21 @@ def test_several_fits_have_records_of_their_own_and_a_fit_that_goes_on_continues
     assert set(rows(tmp_path, "run")["epoch"]) == {0, 1, 2}
 
 
+def test_a_resumed_training_goes_on_in_its_own_folder(tmp_path: Path, images: MeasurementImages) -> None:
+    """Not in that of another one of the same name."""
+    options: dict[str, Any] = {"logger": False}
+    for _ in range(2):
+        first = trainer(tmp_path, GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN), max_epochs=1, **options)
+        first.fit(TwoViews(), loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = trainer(tmp_path, GeometryMonitor([CKA(gram_size=8)], images, clean=CLEAN), **options)
+    second.fit(TwoViews(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    assert {name: set(rows(tmp_path, name)["epoch"]) for name in ("run", "run-2")} == {
+        "run": {0, 1},
+        "run-2": {0, 1, 2},
+    }
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_networks_of_timm(tmp_path: Path, images: MeasurementImages, name: str) -> None:
     small = {"vit": {"depth": 2, "img_size": SIDE}, "swi": {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1,) * 4, "img_size": SIDE, "window_size": 2, "patch_size": 2}, "con": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}}[name[:3]]  # fmt: skip # noqa: E501
