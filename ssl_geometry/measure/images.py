@@ -5,6 +5,7 @@ depend neither on the number of processes nor on who measures.
 """
 
 import hashlib
+import multiprocessing as mp
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -235,7 +236,9 @@ def _read(
     order = shuffled(len(dataset), FIXED) if targets is None else stratified(targets, FIXED)
     rows = order[:count]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(8, cores - 1) if count > FEW else 0
+    # where workers are not forked, they run a script that has no `if __name__ == "__main__"` again
+    are_forked = (mp.get_start_method(allow_none=True) or mp.get_all_start_methods()[0]) == "fork"
+    workers = min(8, cores - 1) if count > FEW and are_forked else 0
     loader = DataLoader(
         _Chosen(dataset, rows.tolist(), image_size),
         batch_size=64,

@@ -1,5 +1,6 @@
 """What is measured on images that somebody brings: in any order, with any labels, seen through any transform."""
 
+import multiprocessing as mp
 import re
 from collections.abc import Callable
 from typing import Any
@@ -199,3 +200,18 @@ def test_networks_of_one_name_are_refused() -> None:
         measure(
             Two(table, table), MeasurementImages(numbered(16)), [CKA(gram_size=4)], clean=CLEAN, references=[reference]
         )
+
+
+def test_images_are_read_where_processes_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: of a script that starts at its first line, and of a data set that no other process can be sent."""
+    monkeypatch.setattr(mp.context._default_context, "_actual_context", mp.get_context("spawn"))
+    pixels = torch.zeros(3, 2, 2, dtype=torch.uint8)
+
+    class Many:
+        def __len__(self) -> int:
+            return 600
+
+        def __getitem__(self, i: int) -> Tensor:
+            return pixels + i % 256
+
+    assert MeasurementImages.from_dataset(Many()).measure_size == 600
