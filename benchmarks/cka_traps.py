@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models import build_backbone
 from ssl_geometry.models.taps import Taps

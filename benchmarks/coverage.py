@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from ssl_geometry.data.images import shuffled, stratified
-from ssl_geometry.geometry.cka import (
-    MIN_GRAM_SIZE,
-    class_vector,
-    class_weights,
-    gram_vector,
-    interval,
-    jackknife,
-    standing,
-)
+from ssl_geometry.geometry.gram import MIN_GRAM_SIZE, class_vector, class_weights, gram_vector
+from ssl_geometry.geometry.jackknife import interval, jackknife, standing
 from ssl_geometry.metrics.cka import LONELY
 
 TEST_IMAGES = 10_000

@@ -30,7 +30,7 @@ from ssl_geometry.data.plan import size_within
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markdown, views_of
-from ssl_geometry.geometry.cka import MIN_GRAM_SIZE
+from ssl_geometry.geometry.gram import MIN_GRAM_SIZE
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.measure.cka import GramSize, cka_protocol, warn_of_few

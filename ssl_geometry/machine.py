@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry import exact
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ssl_geometry.geometry.cka import gram_vector, pool
+from ssl_geometry.geometry.gram import gram_vector, pool
 
 Reduction = Callable[[Tensor], Tensor]
 Split = Literal["measure", "bank", "test"]
@@ -54,5 +54,5 @@ class GramVector:
     size: int
 
     def __call__(self, activations: Tensor) -> Tensor:
-        """See :func:`ssl_geometry.geometry.cka.gram_vector`."""
+        """See :func:`ssl_geometry.geometry.gram.gram_vector`."""
         return gram_vector(activations, self.size)

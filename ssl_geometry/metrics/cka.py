@@ -16,18 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from ssl_geometry.geometry.cka import (
-    cka_matrix,
-    class_vector,
-    class_weights,
-    deviations,
-    gram_groups,
-    images_of,
-    interval,
-    jackknife,
-    same_class_pairs,
-    standing,
-)
+from ssl_geometry.geometry.cka import cka_matrix
+from ssl_geometry.geometry.gram import class_vector, class_weights, gram_groups, images_of, same_class_pairs
+from ssl_geometry.geometry.jackknife import deviations, interval, jackknife, standing
 
 FLAT = (
     "no Gram matrix tells its images apart beyond rounding (a layer is constant, active for one image of each, or "
@@ -47,7 +38,7 @@ LONELY = 0.1
 class LayerwiseCKA(Metric):
     """Unbiased minibatch CKA of every row layer with every column layer, by one matrix product a batch.
 
-    Feed it Gram vectors (:func:`ssl_geometry.geometry.cka.gram_vector`), taken where the activations are, so that no
+    Feed it Gram vectors (:func:`ssl_geometry.geometry.gram.gram_vector`), taken where the activations are, so that no
     activation outlives its layer. Both networks must see the same images in the same batches.
 
     Args:
@@ -65,7 +56,7 @@ class LayerwiseCKA(Metric):
 
     Example:
         >>> from torchvision.models import resnet18, resnet34
-        >>> from ssl_geometry.geometry.cka import gram_vector
+        >>> from ssl_geometry.geometry.gram import gram_vector
         >>> from ssl_geometry.models.taps import Taps
         >>> reduce = lambda name, activations: gram_vector(activations)
         >>> a = Taps(resnet18().eval(), "post_residual", reduce)
@@ -166,7 +157,7 @@ class LayerwiseCKA(Metric):
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
         """Both ends of the error bar of :meth:`compute` over the choice of images.
 
-        Student's t on the jackknife, see :func:`ssl_geometry.geometry.cka.interval`. Every rank must call it.
+        Student's t on the jackknife, see :func:`ssl_geometry.geometry.jackknife.interval`. Every rank must call it.
 
         Args:
             level: how often the bar is to cover the truth.
@@ -199,7 +190,7 @@ class InvarianceCKA(LayerwiseCKA):
         Grigg et al., *Do self-supervised and supervised methods learn similar visual representations?*, 2021.
 
     Example:
-        >>> from ssl_geometry.geometry.cka import gram_vector
+        >>> from ssl_geometry.geometry.gram import gram_vector
         >>> cka = InvarianceCKA(["layer"])
         >>> for features in torch.randn(2, 64, 10):
         ...     cka.update({"layer": gram_vector(features)}, {"layer": gram_vector(-2 * features)})
@@ -238,7 +229,7 @@ class InvarianceCKA(LayerwiseCKA):
 class ClassCKA(LayerwiseCKA):
     """CKA of each layer with the one-hot classes: 1 where every class is a point, all equally far apart.
 
-    To have classes as one more column of a larger matrix, feed :func:`ssl_geometry.geometry.cka.class_vector` to
+    To have classes as one more column of a larger matrix, feed :func:`ssl_geometry.geometry.gram.class_vector` to
     :class:`LayerwiseCKA`.
 
     Args:
@@ -248,13 +239,13 @@ class ClassCKA(LayerwiseCKA):
             classes, which carry the number: for many classes take it larger.
         blocks: as of :class:`LayerwiseCKA`.
         sizes: images of each class in all that is measured, where they were drawn class by class (see
-            :func:`ssl_geometry.geometry.cka.class_weights`); None where they are a random sample.
+            :func:`ssl_geometry.geometry.gram.class_weights`); None where they are a random sample.
 
     References:
         Grigg et al., *Do self-supervised and supervised methods learn similar visual representations?*, 2021.
 
     Example:
-        >>> from ssl_geometry.geometry.cka import gram_vector
+        >>> from ssl_geometry.geometry.gram import gram_vector
         >>> cka = ClassCKA(["layer"], num_classes=10)
         >>> for labels in torch.randint(10, (2, 64)):
         ...     cka.update({"layer": gram_vector(torch.eye(10)[labels])}, labels)

@@ -32,7 +32,7 @@ class MutualKNN(LayerFeatures):
 
     Example:
         >>> from torchvision.models import resnet18, resnet50
-        >>> from ssl_geometry.geometry.cka import pool
+        >>> from ssl_geometry.geometry.gram import pool
         >>> from ssl_geometry.models.taps import Taps
         >>> reduce = lambda name, activations: pool(activations)
         >>> a = Taps(resnet18().eval(), "stages", reduce)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_geometry.callbacks import LastCheckpoint, StopOnNaN, StopOnSignal
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.geometry.neighbors import merge, nearest
 from ssl_geometry.methods import SimCLR, Supervised
 from ssl_geometry.metrics import (

@@ -37,7 +37,7 @@ def test_the_reference_comes_from_docstrings(site: Path) -> None:
     page = (site / "api" / "metrics" / "index.html").read_text()
     assert "Unbiased minibatch CKA of every row layer with every column layer" in page
     assert "gram_size" in page
-    assert 'href="../geometry/#ssl_geometry.geometry.cka.gram_vector"' in page
+    assert 'href="../geometry/#ssl_geometry.geometry.gram.gram_vector"' in page
     assert ":func:" not in page
     assert "<code>ssl_geometry.metrics.cka</code>" in page
     assert "Jackknife" in (site / "api" / "geometry" / "index.html").read_text().title()

@@ -14,23 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ssl_geometry.geometry.cka import (
-    Estimator,
-    Kernel,
-    cka,
-    cka_matrix,
-    class_vector,
-    class_weights,
-    feature_cka,
-    gram_vector,
-    hsic,
-    interval,
-    jackknife,
-    pool,
-    project,
-    u_center,
-)
-from ssl_geometry.geometry.cka import same_class_pairs as pairs_of_a_class
+from ssl_geometry.geometry.cka import Estimator, cka, cka_matrix, feature_cka, hsic
+from ssl_geometry.geometry.gram import Kernel, class_vector, class_weights, gram_vector, pool, project, u_center
+from ssl_geometry.geometry.gram import same_class_pairs as pairs_of_a_class
+from ssl_geometry.geometry.jackknife import interval, jackknife
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA, LayerwiseCKA
 from tests.fake_cuda import FakeCuda
 
@@ -440,7 +427,7 @@ def test_a_projection_adds_each_coordinate_to_one_sum_with_a_sign(width: int, di
 @pytest.mark.slow
 def test_a_projection_is_the_same_in_every_process() -> None:
     first = project(torch.arange(5000.0)[None], 4)
-    code = "import torch; from ssl_geometry.geometry.cka import project; torch.manual_seed(7); "
+    code = "import torch; from ssl_geometry.geometry.gram import project; torch.manual_seed(7); "
     code += "print(project(torch.arange(5000.0)[None], 4).tolist())"
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert first.tolist() == json.loads(other)

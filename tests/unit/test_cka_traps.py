@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models import build_backbone
 from ssl_geometry.models.taps import Taps

@@ -15,7 +15,7 @@ import torch
 
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.images import Images
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.metrics import ClassCKA, LayerwiseCKA
 
 CHANCE = 3.3

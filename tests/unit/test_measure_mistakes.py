@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from ssl_geometry.data.views import View
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.measure import (
     CKA,
     Invariance,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssl_geometry.geometry.cka import cka_matrix, gram_vector, permutation_p, permuted_cka
+from ssl_geometry.geometry.cka import cka_matrix, permutation_p, permuted_cka
+from ssl_geometry.geometry.gram import gram_vector
 
 CHANCE = 3.3  # binomial standard errors: one in a thousand
 

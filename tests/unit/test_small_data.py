@@ -13,7 +13,7 @@ from rich.console import Console
 from ssl_geometry.compare import _hold_to_images
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.cka import gram_vector
+from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.measure import Neighborhoods, Probes, Subject
 from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import SimCLR

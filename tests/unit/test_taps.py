@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.swin_transformer import SwinTransformer
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.cka import pool
+from ssl_geometry.geometry.gram import pool
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.models import build_backbone
 from ssl_geometry.models.taps import Taps, layer_depths, layer_names, present
