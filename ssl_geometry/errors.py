@@ -42,6 +42,11 @@ class Interrupted(Exception):
         self.code = code
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3, otherwise: str | None = None) -> str:
     """The known names most like ``name``, as text for an error message.
 

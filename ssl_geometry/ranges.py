@@ -127,6 +127,27 @@ def check_value(hint: Any, value: Any, option: str) -> None:
         raise UserError(f"{option} {_as_typed(value)}: expected {expected(hint)}")
 
 
+def check_argument(hint: Any, value: Any, option: str) -> None:
+    """Refuse what is of another kind than an annotation names, or outside its range, in a script (a parser has looked).
+
+    Args:
+        hint: the annotation.
+        value: what was given.
+        option: name of the argument.
+
+    Raises:
+        UserError: such a value.
+
+    Example:
+        >>> check_argument(Annotated[int, at_least(1)] | None, 8.5, "n")
+        Traceback (most recent call last):
+        ssl_geometry.errors.UserError: n 8.5: expected a whole number of at least 1
+    """
+    if not _suits(hint, value):
+        raise UserError(f"{option} {_as_typed(value)}: expected {expected(hint)}")
+    check_value(hint, value, option)
+
+
 def _suits(hint: Any, value: Any) -> bool:
     """Whether a value is of the kind that an annotation of plain values names; of other annotations, anything is.
 
@@ -164,11 +185,8 @@ def check_arguments(owner: type, values: Mapping[str, Any], prefix: str) -> None
         hint, value = parameter.annotation, values[name]
         if value is None and parameter.default is not None and _is_ours(hint):
             raise UserError(f"{prefix}{name} null: expected {expected(hint)}")
-        if value is not parameter.default and not _suits(
-            hint, value
-        ):  # of a script: a command's parser has looked already
-            raise UserError(f"{prefix}{name} {_as_typed(value)}: expected {expected(hint)}")
-        check_value(hint, value, prefix + name)
+        if value is not parameter.default:
+            check_argument(hint, value, prefix + name)
 
 
 def check_name(name: str, option: str) -> None:
@@ -225,6 +243,8 @@ def expected(hint: Any) -> str:
     text = str(hint)
     if "str" in text and not range_of(hint):
         single = get_origin(hint) in (Union, UnionType) and str in get_args(hint)
+        if not re.search(r"list\[|Sequence\[", text):
+            return "text"
         return "a name, or a list such as [a, b]" if single else "a list such as [a, b]"
     whole, several = "int" in text and "float" not in text, re.search(r"list\[|Sequence\[", text)
     kind = ("whole numbers" if whole else "numbers") if several else ("a whole number" if whole else "a number")

@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from ssl_geometry.callbacks.records import RecordsLogger
+from ssl_geometry.errors import first_line
 from ssl_geometry.report.moments import under_way
 from ssl_geometry.report.upload import (
     TIMEOUT_SECONDS,
     LoggedRow,
     Sender,
     end_wandb,
-    first_line,
     new_id,
     send_records,
     wandb_options,

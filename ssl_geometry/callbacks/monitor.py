@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,9 +23,19 @@ from torch import Tensor, nn
 
 from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.cka import CKA, INITIAL
-from ssl_geometry.measure.engine import ImageSource, Measured, Measurement, Occasion, Part, Pass, given
+from ssl_geometry.measure.engine import (
+    Epochs,
+    ImageSource,
+    Measured,
+    Measurement,
+    Occasion,
+    Part,
+    Pass,
+    check_source,
+    given,
+)
 from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
 from ssl_geometry.measure.neighbors import Neighborhoods
@@ -32,6 +43,7 @@ from ssl_geometry.measure.probes import Probes
 from ssl_geometry.measure.processes import is_of_the_first
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.methods import Method
+from ssl_geometry.ranges import check_arguments, check_name
 from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
 from ssl_geometry.runs.networks import load_method
 
@@ -60,8 +72,11 @@ class GeometryMonitor(L.Callback):
         name: of the network where several are monitored, such as ``"teacher"``: in the rows, in the names of curves
             (``cka/teacher/to_init/…``) and of figures. None takes the run's.
 
+    Once training has begun, it goes on where only measuring failed, with a warning; a run of ``fit`` ends with one
+    line and is resumed, as do several processes.
+
     Raises:
-        UserError: when training starts, in one line that names the argument.
+        UserError: when training starts at the latest, in one line that names the argument.
     """
 
     def __init__(
@@ -71,9 +86,18 @@ class GeometryMonitor(L.Callback):
         network: Network | None = None,
         heads: Sequence[str] = (),
         clean: Any = None,
-        every_n_epochs: int = 1,
+        every_n_epochs: Epochs = 1,
         name: str | None = None,
     ) -> None:
+        arguments = {"heads": heads, "every_n_epochs": every_n_epochs, "name": name}
+        check_arguments(GeometryMonitor, arguments, "")
+        if name is not None:
+            check_name(name, "name")
+        if isinstance(network, nn.Module) or not (network is None or isinstance(network, str) or callable(network)):
+            raise UserError(
+                f"network is {type(network).__name__}, expected an attribute path, such as 'student.backbone', or a "
+                "function from the module to the network"
+            )
         self.measurements = given(measurements)
         self.images, self.network, self.heads, self.clean = images, network, heads, clean
         self.every_n_epochs, self.name = every_n_epochs, name
@@ -102,8 +126,11 @@ class GeometryMonitor(L.Callback):
         if twice := [type(measurement).__name__ for measurement in on if id(measurement) in shared]:
             raise UserError(f"measurements: one {twice[0]} is given to two monitors; give each its own")
         self._images = self._find_images(trainer)
-        self._subject = self.subject(pl_module, self.name or run_name(trainer))
         self._due = self._without_what_labels_need(on)
+        self._prepare(self.subject(pl_module, self.name or run_name(trainer)), trainer, pl_module)
+
+    def _prepare(self, subject: Subject, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._subject = subject
         for measurement in self._due:
             measurement.check(self._subject)
             measurement.prepare(self._subject, self._images)
@@ -122,13 +149,13 @@ class GeometryMonitor(L.Callback):
         """Measure the initialisation, which a resumed run has already; then hear the steps."""
         if trainer.global_step == 0:
             self.curves = []  # of another training before
-            self._measure(trainer, 0)
+            self._measure(trainer, pl_module, 0)
         for probes in self._probes:
             probes.hear(self._subject)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure where due; checkpoints are written after this, so they know of it."""
-        self._measure(trainer, trainer.current_epoch + 1)
+        self._measure(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Online probes hear the step's forward."""
@@ -159,19 +186,30 @@ class GeometryMonitor(L.Callback):
     def _probes(self) -> list[Probes]:
         return [measurement for measurement in self._due if isinstance(measurement, Probes)]
 
-    def _measure(self, trainer: L.Trainer, epoch: int) -> None:
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if not (due := self._due_at(trainer, epoch)):
             return
         started = time.perf_counter()
-        occasion = self._occasion(trainer, epoch)
-        with _one_line(epoch):
-            found = self._pass(due, occasion).finish()
-        if trainer.is_global_zero:
+        found: list[Measured] = []
+        with _going_on(trainer, epoch, "nothing is measured", trainer.world_size == 1):
+            self._follow(trainer, pl_module)
+            occasion = self._occasion(trainer, epoch)
+            with _one_line(epoch):
+                found = self._pass(due, occasion).finish()
+        if found and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             names = part_names(trainer)
             for measurement, measured in zip(due, found, strict=True):
-                self.curves += curve_rows(measured.rows)
-                log(trainer, self._store(trainer), measured, self.curves, occasion, names[measurement])
+                with _going_on(trainer, epoch, f"{names[measurement]} is not kept whole", True):
+                    self.curves += curve_rows(measured.rows)
+                    log(trainer, self._store(trainer), measured, self.curves, occasion, names[measurement])
         self.seconds += time.perf_counter() - started
+
+    def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A module may have got another network since it was last looked at."""
+        subject = self.subject(pl_module, self._subject.name)
+        if list(map(id, subject.network.parameters())) != list(map(id, self._subject.network.parameters())):
+            logger.info(f"{subject.name}: the module has another network than before, which is measured from now on")
+            self._prepare(subject, trainer, pl_module)
 
     def _due_at(self, trainer: L.Trainer, epoch: int) -> list[Measurement]:
         last = is_last(trainer, epoch)
@@ -251,8 +289,7 @@ class GeometryMonitor(L.Callback):
 
     def _find_images(self, trainer: L.Trainer) -> ImageSource:
         images: Any = getattr(trainer, "datamodule", None) if self.images is None else self.images
-        if not hasattr(images, "measure_ids"):
-            raise UserError("images: give images=MeasurementImages.from_dataset(…)")
+        check_source(images)
         return images
 
     def _without_what_labels_need(self, on: Sequence[Measurement]) -> list[Measurement]:
@@ -300,7 +337,13 @@ class GeometryMonitor(L.Callback):
                 measurement.load_state_dict(state)
 
     def _by_name(self) -> dict[str, Measurement]:
-        return {f"{type(item).__name__} {number}": item for number, item in enumerate(self.measurements)}
+        counts: Counter[str] = Counter()
+        names: dict[str, Measurement] = {}
+        for item in self.measurements:  # by kind: others may come and go
+            kind = type(item).__name__
+            names[f"{kind} {counts[kind]}"] = item
+            counts[kind] += 1
+        return names
 
 
 @contextmanager
@@ -311,6 +354,25 @@ def _one_line(epoch: int) -> Iterator[None]:
         raise
     except ValueError as error:  # features or labels that mean nothing
         raise UserError(f"measured after {epoch} epochs: {error}") from error
+
+
+@contextmanager
+def _going_on(trainer: L.Trainer, epoch: int, lost: str, alone: bool) -> Iterator[None]:
+    """Training goes on where only measuring failed.
+
+    Not at the start, where nothing is lost yet, nor in a run of ``fit``, which is resumed and measures again, nor where
+    other processes would wait.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_resumed = any(isinstance(other, RecordsLogger) for other in trainer.loggers)
+        if not (epoch and alone) or is_resumed:
+            raise
+        logger.warning(
+            f"after epoch {epoch} {lost}, training goes on: {type(error).__name__}: {first_line(error)}",
+            exc_info=logger.isEnabledFor(logging.DEBUG),
+        )
 
 
 def _weights(network: nn.Module) -> list[Tensor]:

@@ -80,6 +80,7 @@ class CKA(Measurement):
         super().__init__(every_n_epochs)
         self.layers, self.gram_size, self.reference = layers, gram_size, reference
         self.frozen: dict[str, FrozenReference] = {}
+        self._may_lack_initial = False  # without another line
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
         """Intervals of few Gram matrices are warned of."""
@@ -123,6 +124,10 @@ class CKA(Measurement):
                 "initialisation ends here"
             )
             del self.frozen[INITIAL]
+            self._may_lack_initial = True
+        elif INITIAL not in self.frozen and occasion.step and not self._may_lack_initial:
+            logger.info("CKA with the initialisation is left out: training went on from a checkpoint without it")
+            self._may_lack_initial = True
         layers, device = self._request.layers, occasion.subject.device
         self._itself = LayerwiseCKA(layers, gram_size=self.gram_size).to(device)
         self._others = {

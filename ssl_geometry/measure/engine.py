@@ -210,7 +210,7 @@ def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement
         measurements: as they were given.
 
     Raises:
-        UserError: a class in place of a measurement, or something else.
+        UserError: a class in place of a measurement, something else, or one twice.
 
     Example:
         >>> given(Measurement)
@@ -223,7 +223,23 @@ def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement
             raise UserError(f"measurements: {item.__name__} is a class; write {item.__name__}()")
         if not isinstance(item, Measurement):
             raise UserError(f"measurements: {item!r} is no measurement, such as CKA()")
+    if twice := [item for number, item in enumerate(listed) if any(item is other for other in listed[:number])]:
+        raise UserError(f"measurements: one {type(twice[0]).__name__} stands there twice; make another")
     return listed
+
+
+def check_source(images: Any) -> None:
+    """Refuse what measurements get no images from.
+
+    Raises:
+        UserError: with what to give.
+    """
+    if images is None:
+        raise UserError("images: give images=MeasurementImages.from_dataset(…)")
+    if not hasattr(images, "measure_ids"):
+        raise UserError(
+            f"images is {type(images).__name__}; give MeasurementImages(…) or MeasurementImages.from_dataset(…)"
+        )
 
 
 def measure_together(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from numbers import Integral
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -25,10 +26,10 @@ from ssl_geometry.data.images import Images, resize, shuffled, stratified, to_rg
 from ssl_geometry.data.loader import Loader
 from ssl_geometry.data.plan import BatchPlan, every_nth, size_within
 from ssl_geometry.data.sources import FIXED
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.requests import Split
-from ssl_geometry.ranges import at_least, check_value
+from ssl_geometry.ranges import at_least, check_argument, check_arguments
 
 FEW = 512
 """So many images are read without worker processes."""
@@ -44,16 +45,17 @@ class _Chosen(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[UInt8[Tensor, "3 H W"], int | None] | UserError:
-        item = self.dataset[self.rows[i]]
-        image, *others = item if isinstance(item, tuple | list) else (item,)
-        is_label = bool(others) and (
-            isinstance(others[0], Integral)
-            or (isinstance(others[0], Tensor | np.ndarray) and np.asarray(others[0]).size == 1)
-        )
-        label = int(others[0]) if is_label else -1  # as torchvision marks the unlabelled images of STL10
-        pixels = _pixels(image)
-        if pixels is not None:
-            return F.pil_to_tensor(resize(to_rgb(pixels), self.image_size)), label if label >= 0 else None
+        place = f"image {self.rows[i]} of {type(self.dataset).__name__}"
+        try:
+            item = self.dataset[self.rows[i]]
+            image, *others = (item or (None,)) if isinstance(item, tuple | list) else (item,)
+            pixels = _pixels(image)
+            if pixels is not None:
+                label = int(others[0]) if others and _is_class(others[0]) else -1
+                unlabelled = label < 0  # as torchvision marks the unlabelled images of STL10
+                return F.pil_to_tensor(resize(to_rgb(pixels), self.image_size)), None if unlabelled else label
+        except (OSError, IndexError) as error:  # a damaged file; fewer images than the length says
+            return UserError(f"{place} cannot be read ({type(error).__name__}: {first_line(error)})")
         found = type(image).__name__
         if isinstance(image, Tensor | np.ndarray):
             found = f"a {image.dtype} {'tensor' if isinstance(image, Tensor) else 'array'} {tuple(image.shape)}"
@@ -63,9 +65,7 @@ class _Chosen(Dataset):
             advice = "a tensor is (3, H, W) or (H, W), an array (H, W, 3) or (H, W)"
         elif isinstance(image, dict | str | bytes):
             advice = "give a data set whose items are images, or tuples that begin with an image and its label"
-        return UserError(
-            f"image {self.rows[i]} of {type(self.dataset).__name__} is {found}, expected a PIL image or uint8: {advice}"
-        )
+        return UserError(f"{place} is {found}, expected a PIL image or uint8: {advice}")
 
 
 def _pixels(image: Any) -> PIL.Image.Image | None:
@@ -77,6 +77,13 @@ def _pixels(image: Any) -> PIL.Image.Image | None:
         image = image if image.ndim == 3 else image[None]
         return F.to_pil_image(image) if len(image) in (1, 3, 4) else None
     return image if isinstance(image, PIL.Image.Image) else None
+
+
+def _is_class(label: Any) -> bool:
+    """Whether it is one whole number."""
+    if isinstance(label, Tensor | np.ndarray):
+        return np.asarray(label).size == 1 and np.asarray(label).dtype.kind in "biu"
+    return isinstance(label, Integral)
 
 
 class MeasurementImages:
@@ -94,7 +101,8 @@ class MeasurementImages:
         batch_size: images per forward, in each process.
 
     Raises:
-        UserError: images that are not uint8 (N, 3, H, W), other labels than images, or labels that are no classes.
+        UserError: images that are not uint8 (N, 3, H, W), or none, other labels than images, labels that are no
+            classes, or training images without labels.
 
     Example:
         >>> images = MeasurementImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 2]))
@@ -112,13 +120,19 @@ class MeasurementImages:
         labels: Int64[Tensor, " N"] | None = None,
         train_images: UInt8[Tensor, "M 3 H W"] | None = None,
         train_labels: Int64[Tensor, " M"] | None = None,
-        num_classes: int | None = None,
-        batch_size: int = 256,
+        num_classes: Annotated[int, at_least(1)] | None = None,
+        batch_size: Annotated[int, at_least(1)] = 256,
     ) -> None:
-        images = torch.as_tensor(images)  # arrays and lists too
-        labels, train_labels = (None if given is None else torch.as_tensor(given) for given in (labels, train_labels))
+        check_arguments(MeasurementImages, {"num_classes": num_classes, "batch_size": batch_size}, "")
+        images = _tensor("images", images)
         self._sets = {"measure": _checked("images", images, labels, num_classes)}
-        if train_images is not None and train_labels is not None:
+        if (train_images is None) != (train_labels is None):
+            raise UserError("train_images, train_labels: one is given without the other; probes learn from both")
+        if train_images is not None:
+            if labels is None:
+                raise UserError(
+                    "train_images: probes are tested on the measurement images, which have no labels; leave them out"
+                )
             self._sets["bank"] = _checked("train_images", train_images, train_labels, num_classes)
         known = torch.cat([part.labels for part in self._sets.values()])
         self.num_classes = 0 if labels is None else num_classes or int(known.max()) + 1
@@ -166,6 +180,8 @@ class MeasurementImages:
             >>> images.measure_size, images.num_classes, images.measure_sizes
             (4, 2, None)
         """
+        for name, asked in {"n": n, "n_train": n_train, "image_size": image_size}.items():
+            check_argument(Annotated[int, at_least(1)] | None, asked, name)
         images, labels = _read(dataset, n, 2048, "n", image_size)
         given: dict[str, Any] = {}
         if train is not None:
@@ -225,13 +241,12 @@ def _read(
 ) -> tuple[UInt8[Tensor, "n 3 H W"], Int64[Tensor, " n"] | None]:
     """Some images of a data set, the classes in proportion."""
     name = type(dataset).__name__
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    if isinstance(dataset, str | Path) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         inside = "; give its data set: loader.dataset" if isinstance(dataset, DataLoader) else ""
         raise UserError(f"{name} is no map-style data set, whose items have numbers{inside}")
-    check_value(Annotated[int, at_least(1)], n, option)
     if not len(dataset):
         raise UserError(f"{name} has no images")
-    count = size_within(option, n, usual, len(dataset), f"{type(dataset).__name__} has {len(dataset):,} images")
+    count = size_within(option, n, usual, len(dataset), f"{name} has {len(dataset):,} images")
     targets = _targets(dataset)
     order = shuffled(len(dataset), FIXED) if targets is None else stratified(targets, FIXED)
     rows = order[:count]
@@ -257,7 +272,7 @@ def _read(
             if images and image.shape != images[0].shape:
                 sizes = [f"{shape[-1]} x {shape[-2]}" for shape in (images[0].shape, image.shape)]
                 raise UserError(
-                    f"image_size: images of {type(dataset).__name__} differ in size ({sizes[0]}, {sizes[1]} pixels); "
+                    f"image_size: images of {name} differ in size ({sizes[0]}, {sizes[1]} pixels); "
                     "give an image_size to bring all to one"
                 )
             images.append(image)
@@ -279,8 +294,18 @@ def _targets(dataset: Any) -> Int64[Tensor, " N"] | None:
     return None
 
 
-def _checked(name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> Images:
+def _tensor(name: str, values: Any) -> Tensor:
+    """Arrays and lists too."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: no tensor, array or list of numbers ({first_line(error)})") from error
+
+
+def _checked(name: str, images: Any, labels: Any, num_classes: int | None) -> Images:
     """Images with their labels in a fixed random order: a Gram matrix has to be a random sample of them."""
+    images = _tensor(name, images)
+    labels = None if labels is None else _tensor(f"labels of {name}", labels)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         found = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         raise UserError(f"{name} is {found}, expected uint8 (N, 3, H, W)")

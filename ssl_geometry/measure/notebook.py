@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,10 +13,19 @@ from torch import nn
 
 from ssl_geometry.data.views import View
 from ssl_geometry.errors import UserError
-from ssl_geometry.measure.cka import CKA
-from ssl_geometry.measure.engine import ImageSource, Measurement, Occasion, given, measure_together, splits
+from ssl_geometry.measure.cka import CKA, INITIAL
+from ssl_geometry.measure.engine import (
+    ImageSource,
+    Measurement,
+    Occasion,
+    check_source,
+    given,
+    measure_together,
+    splits,
+)
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
+from ssl_geometry.ranges import LONGEST_NAME, check_argument
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.figures import save_figure
 from ssl_geometry.report.moments import curve_rows, pictures
@@ -57,8 +67,16 @@ class Measurements:
         return figures
 
     def save(self, folder: str | Path) -> None:
-        """Keep the rows as Parquet with their protocols, which the report page and ``read_records`` read."""
-        RecordStore(Path(folder) / "records").write("measure", self._records(), self.protocols)
+        """Keep the rows as Parquet with their protocols, which the report page and ``read_records`` read.
+
+        Networks of several names may share a folder; of one name, what is saved later replaces what is there.
+        """
+        rows = self._records()
+        names = sorted({row["model"] for row in rows})
+        for name in names:
+            part = f"measure/{quote(name, safe=' ')[:LONGEST_NAME]}"
+            own = [row for row in rows if row["model"] == name]
+            RecordStore(Path(folder) / "records").write(part, own, self.protocols)
 
     def _records(self) -> list[Any]:
         """The rows, None in what they do not have; a value that is not defined stays NaN."""
@@ -105,17 +123,17 @@ def measure(
         (16, ['cka/map_self'])
     """
     measurements = given(measurements)
-    if not hasattr(images, "measure_ids"):
-        raise UserError(
-            f"images is {type(images).__name__}; give MeasurementImages(…) or MeasurementImages.from_dataset(…)"
-        )
+    check_source(images)
+    check_argument(str, name, "name")
+    _check_references(references, measurements)
     if clean is None and not hasattr(network, "clean_view"):
         raise UserError(HOW_IT_SEES.format(type(network).__name__))
-    if clean is None:
+    if clean is None and not heads:
         subject = Subject.of(network, name)
     else:
-        subject = Subject(network, clean, name=name, heads=heads, image_shape=images.image_shape)
-    names = [name, *(reference.name for reference in references)]
+        seen: Any = network.clean_view if clean is None else clean
+        subject = Subject(network, seen, name=name, heads=heads, image_shape=images.image_shape)
+    names = [name, INITIAL, *(reference.name for reference in references)]
     if twice := [other for number, other in enumerate(names) if other in names[:number]]:
         raise UserError(f"references: two networks are called {twice[0]!r}; name them apart: Subject(…, name=…)")
     for measurement in measurements:
@@ -131,3 +149,13 @@ def measure(
         found = measure_together(measurements, Occasion(subject, images, name), lambda: progress.advance(task))
     rows = pd.DataFrame([row for measured in found for row in measured.rows])
     return Measurements(rows, [protocol for measured in found for protocol in measured.protocols])
+
+
+def _check_references(references: Sequence[Subject], measurements: Sequence[Measurement]) -> None:
+    ckas = [measurement for measurement in measurements if isinstance(measurement, CKA)]
+    if any(cka.reference is not None for cka in ckas):
+        raise UserError("CKA.reference: monitors of training read it; give measure(…, references=[Subject(…)])")
+    if not isinstance(references, Sequence) or not all(isinstance(item, Subject) for item in references):
+        raise UserError("references: expected a list of networks, such as [Subject(network, clean, name='other')]")
+    if references and not ckas:
+        raise UserError("references: CKA compares with them; add CKA() to the measurements, or leave them out")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ssl_geometry.data.views import Augment, View
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.models.taps import evaluating, layer_depths, layer_names, present
 
 HOW_IT_SEES = (
@@ -72,28 +72,50 @@ class TransformView:
         return torch.stack(views).to(images.device)
 
 
+class _Place(nn.ModuleDict):
+    """Where heads of a dotted name stand."""
+
+
 class _WithHeads(nn.Module):
     """A network and what stands on its features, as one forward; each head is named as it is called outside."""
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = tuple(heads)
+        self.measured_heads = tuple(heads)
         for name, head in heads.items():
             *parents, last = name.split(".")
+            if name.partition(".")[0] == "backbone":
+                raise UserError(f"heads {name!r}: what is called backbone is the network itself; leave it out")
             place: nn.Module = self
-            for parent in parents:
-                if parent not in dict(place.named_children()):
-                    place.add_module(parent, nn.ModuleDict())
-                place = place.get_submodule(parent)
-            place.add_module(last, head)
+            try:
+                for parent in parents:
+                    if parent not in dict(place.named_children()):
+                        place.add_module(parent, _Place())
+                    place = place.get_submodule(parent)
+                if isinstance(place, _WithHeads | _Place):
+                    place.add_module(last, head)
+                elif getattr(place, last, None) is not head:  # nothing is hung into a module of somebody else
+                    raise KeyError(f"{'.'.join(parents)} is a head itself, without this part")
+            except (KeyError, TypeError) as error:  # torch's say why, too
+                raise UserError(f"heads {name!r}: {error.args[0]}") from error
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
+        if not isinstance(features, Tensor):
+            raise UserError(f"heads: they read a tensor of features; the network gives {type(features).__name__}")
         if features.ndim == 4 and features.shape[2:] == (1, 1):
             features = features.flatten(1)
-        for name in self.heads:
-            self.get_submodule(name)(features)
+        for name in self.measured_heads:
+            try:
+                self.get_submodule(name)(features)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if isinstance(error, UserError | torch.OutOfMemoryError):
+                    raise
+                shape = " x ".join(map(str, features.shape))
+                raise UserError(
+                    f"heads {name!r}: does not take the network's features, {shape} ({first_line(error)})"
+                ) from error
         return features
 
 
@@ -108,6 +130,9 @@ class Subject:
         named_views: name to augmentation, besides policies and operations.
         heads: name to module that reads the network's features, measured under that name.
         image_shape: (3, H, W) of the images, which a transform may leave at their size.
+
+    Raises:
+        UserError: a network, view or heads of another kind.
 
     Example:
         >>> from ssl_geometry.models import build_backbone
@@ -127,6 +152,12 @@ class Subject:
         heads: Mapping[str, nn.Module] | None = None,
         image_shape: Sequence[int] = (3, 256, 256),
     ) -> None:
+        if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+            raise UserError(f"network is {type(network).__name__}, expected a torch module (no scripted one)")
+        if not callable(clean) or isinstance(clean, type):
+            raise UserError(f"clean {clean!r}: expected View('none', size=…, normalize=…), or the evaluation transform")
+        if not isinstance(heads, Mapping | None):
+            raise UserError(f"heads is {type(heads).__name__}, expected {{name: module}}")
         self.image_shape = tuple(image_shape)
         self.network = _WithHeads(network, heads) if heads else network
         self.clean = clean if isinstance(clean, View | TransformView) else TransformView(clean)

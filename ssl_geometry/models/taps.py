@@ -420,7 +420,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]
         stacks = [[name for name in stack if name in blocks] for stack in _stacks(net)]
         stacks = [stack for stack in stacks if stack]
         stages = _quarters(stacks[0]) if len(stacks) == 1 else [stack[-1] for stack in stacks]
-    heads = getattr(outer, "heads", [name for name in parts if name == "head"]) if "backbone" in parts else []
+    heads = getattr(outer, "measured_heads", [name for name in parts if name == "head"]) if "backbone" in parts else []
     head = [
         path
         for name in heads

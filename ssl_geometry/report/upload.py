@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, first_line, nearest
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.lock import holder, lock, unlock
 from ssl_geometry.records.store import write_whole
@@ -276,11 +276,6 @@ def _sent(directory: Path, options: Mapping[str, Any], shown: Shown) -> Sent:
     raise UserError(
         f"--to-wandb: W&B did not take the whole run ({reason}); the same command sends the rest"
     ) from problem
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -359,7 +359,10 @@ def test_a_compiled_module(tmp_path: Path, images: MeasurementImages) -> None:
         ({"network": "encoder"}, "network='encoder': no module of TwoViews; it has backbone, projection_head"),
         ({"heads": ["predictor"]}, "heads='predictor': no module of TwoViews"),
         ({"images": None}, "images: give images=MeasurementImages.from_dataset(…)"),
-        ({"images": torch.zeros(4, 3, 8, 8)}, "images: give images=MeasurementImages.from_dataset(…)"),
+        (
+            {"images": torch.zeros(4, 3, 8, 8)},
+            "images is Tensor; give MeasurementImages(…) or MeasurementImages.from_dataset(…)",
+        ),
         (
             {"measurements": [Spectrum()], "clean": TO_TENSOR},
             "Spectrum.copies 10: simclr: random views need the network's size and normalisation: give "

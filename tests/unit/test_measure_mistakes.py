@@ -25,6 +25,7 @@ from ssl_geometry.measure import (
     Subject,
     measure,
 )
+from ssl_geometry.records import read_records
 
 SIDE = 8
 CLEAN = View("none", size=SIDE, normalize="none")
@@ -157,5 +158,144 @@ def test_what_is_not_defined_is_drawn_and_kept(tmp_path: Path) -> None:
     assert found.rows["value"].isna().all()
     assert {"cka/map_self", "invariance/views"} <= set(found.draw())
     found.save(tmp_path)
-    kept = pq.read_table(tmp_path / "records" / "measure.parquet").column("value")
+    kept = pq.read_table(tmp_path / "records" / "measure" / "network.parquet").column("value")
     assert kept.null_count == 0, "NaN, as a monitor writes them"
+
+
+class Items:
+    """Items of a data set, and what else it knows."""
+
+    def __init__(self, items: Any, n: int | None = None, **known: Any) -> None:
+        self.items, self.n = items, len(items) if n is None else n
+        vars(self).update(known)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Any:
+        if isinstance(self.items[i], Exception):
+            raise self.items[i]
+        return self.items[i]
+
+
+PAIRS = list(zip(PIXELS, LABELS.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((PIXELS[:0], LABELS[:0]), "images is uint8 (0, 3, 8, 8), expected uint8 (N, 3, H, W)"),
+        ((PIXELS, ["cat"] * 24), "labels of images: no tensor, array or list of numbers (too many dimensions 'str')"),
+        ((PIXELS, LABELS, PIXELS), "train_images, train_labels: one is given without the other"),
+        ((PIXELS, None, PIXELS, LABELS), "train_images: probes are tested on the measurement images, which have no"),
+        ((PIXELS, LABELS, None, None, 0), f"num_classes 0: {WHOLE} of at least 1"),
+        ((PIXELS, LABELS, None, None, 2.5), f"num_classes 2.5: {WHOLE} of at least 1"),
+        ((PIXELS, LABELS, None, None, 3, 0), f"batch_size 0: {WHOLE} of at least 1"),
+        ((PIXELS, LABELS, None, None, 3, "8"), f"batch_size 8: {WHOLE} of at least 1"),
+    ],
+)
+def test_images_that_are_none(given: Any, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        MeasurementImages(*given)
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "words"),
+    [
+        ([], {}, "list has no images"),
+        (PAIRS, {"train": []}, "list has no images"),
+        ("data/test", {}, "str is no map-style data set"),
+        (None, {}, "NoneType is no map-style data set"),
+        (iter(PAIRS), {}, "list_iterator is no map-style data set"),
+        (torch.utils.data.DataLoader(Items(PAIRS)), {}, "DataLoader is no map-style data set"),
+        (PAIRS, {"n": 0}, f"n 0: {WHOLE} of at least 1"),
+        (PAIRS, {"n": 2.5}, f"n 2.5: {WHOLE} of at least 1"),
+        (PAIRS, {"n_train": -3}, f"n_train -3: {WHOLE} of at least 1"),
+        (PAIRS, {"image_size": (8, 8)}, f"image_size [8, 8]: {WHOLE} of at least 1"),
+        (Items([OSError("cannot identify\nx")]), {}, "image 0 of Items cannot be read (OSError: cannot identify)"),
+        (Items(PAIRS[:1], 2), {}, "image 1 of Items cannot be read (IndexError: list index out of range)"),
+        (Items([()]), {}, "image 0 of Items is NoneType, expected a PIL image"),
+        (Items([np.zeros((3, 8, 9), np.uint8)]), {}, "image 0 of Items is a uint8 array (3, 8, 9), expected a PIL"),
+        (Items([torch.zeros(5, 8, 8, dtype=torch.uint8)]), {}, "image 0 of Items is a torch.uint8 tensor (5, 8, 8)"),
+    ],
+)
+def test_data_sets_that_are_none(dataset: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        MeasurementImages.from_dataset(dataset, **options)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "classes"),
+    [
+        (Items([(pixels, torch.tensor(label + 0.5)) for pixels, label in PAIRS]), 0),  # not rounded to classes
+        (Items([(pixels, -1) for pixels, _ in PAIRS]), 0),  # as STL-10 marks what has no label
+        (Items(PAIRS, targets=[{"box": 1}] * 24), 3),
+        (Items(PAIRS, targets=["cat"] * 24), 3),
+        (Items(PAIRS, targets=[0.5] * 24), 3),
+        (Items(PAIRS, targets=[[0, 1]] * 24), 3),
+    ],
+)
+def test_labels_that_are_no_classes(dataset: Any, classes: int) -> None:
+    assert MeasurementImages.from_dataset(dataset).num_classes == classes
+
+
+REFERENCE = Subject(network(), CLEAN, name="other")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"network": None}, "network is NoneType, expected a torch module"),
+        ({"network": torch.relu}, "network is builtin_function_or_method, expected a torch module"),
+        ({"measurements": ["cka"]}, "measurements: 'cka' is no measurement, such as CKA()"),
+        ({"measurements": 2 * [CKA()]}, "measurements: one CKA stands there twice; make another"),
+        ({"measurements": [CKA(reference="x")]}, "CKA.reference: monitors of training read it; give measure(…, ref"),
+        ({"clean": "imagenet"}, "clean 'imagenet': expected View('none', size=…, normalize=…), or the evaluation"),
+        ({"references": [network()]}, "references: expected a list of networks, such as [Subject("),
+        ({"references": [REFERENCE], "name": "other"}, "references: two networks are called 'other'"),
+        ({"references": 2 * [REFERENCE]}, "references: two networks are called 'other'"),
+        ({"references": [Subject(network(), CLEAN, name="init")]}, "references: two networks are called 'init'"),
+        ({"references": [REFERENCE], "measurements": [Spectrum()]}, "references: CKA compares with them; add CKA()"),
+        ({"name": 3}, "name 3: expected text"),
+        ({"heads": ["h"]}, "heads is list, expected {name: module}"),
+        ({"heads": {"h": 3}}, "heads 'h': int is not a Module subclass"),
+        ({"heads": {"": nn.Linear(4, 2)}}, "heads '': module name can't be empty string"),
+        ({"heads": {"backbone.h": nn.Linear(4, 2)}}, "heads 'backbone.h': what is called backbone is the network"),
+        ({"heads": {"forward": nn.Linear(4, 2)}}, "heads 'forward': attribute 'forward' already exists"),
+        ({"heads": {"h": nn.Linear(9, 2)}}, "heads 'h': does not take the network's features, 2 x 4 ("),
+        ({"heads": {"h": nn.Linear(4, 2), "h.x": nn.ReLU()}}, "heads 'h.x': h is a head itself, without this part"),
+    ],
+)
+def test_what_is_given_to_measure(images: MeasurementImages, given: dict[str, Any], words: str) -> None:
+    options: dict[str, Any] = {"network": network(), "images": images, "measurements": [CKA(gram_size=8)], **given}
+    with pytest.raises(UserError) as error:
+        measure(**{"clean": CLEAN, **options})
+    assert str(error.value).startswith(words)
+
+
+def test_heads_by_any_name(images: MeasurementImages) -> None:
+    """Also those of a module that has a backbone, and ``heads`` of its own."""
+    rows = measure(network(), images, [CKA(gram_size=8)], clean=CLEAN, heads={"heads.a": nn.Linear(4, 2)}).rows
+    assert "heads.a" in set(rows["layer"])
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.heads = network(), nn.ModuleDict({"a": nn.Linear(4, 2)})
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.heads["a"](self.backbone(images))
+
+    assert "1" in set(measure(Whole(), images, [CKA(gram_size=8)], clean=CLEAN).rows["layer"])
+
+
+def test_networks_share_a_folder(tmp_path: Path, images: MeasurementImages) -> None:
+    """What is saved later replaces what is there of the same name alone, whatever the names hold."""
+    names = ["a", "b", "../a", "x" * 300, "</script>\n"]
+    for name in [*names, "a"]:
+        measure(network(), images, [CKA("0", gram_size=8)], clean=CLEAN, name=name).save(tmp_path)
+    assert sorted(read_records(tmp_path)["model"]) == sorted(names)
+    assert [path.name for path in tmp_path.iterdir()] == ["records"]
