@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
@@ -57,7 +58,7 @@ def _run(
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **environment}
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # else as it was where Lightning was imported
+    rank_zero_only.rank = _get_rank() or 0  # else as it was where Lightning was imported
     with pytest.MonkeyPatch.context() as patch:
         without_drawing(patch)
         if prepare is not None:

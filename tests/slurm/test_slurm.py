@@ -1,6 +1,8 @@
 """On a real SLURM of two nodes: time limit, requeue, arrays, a cancelled job, a node that dies.
 
-The cluster runs on this machine (``slurm/local_cluster.sh``): Debian's slurm-wlm and munge, as root.
+The cluster runs on this machine (``slurm/local_cluster.sh``): Debian's slurm-wlm and munge, as root. Where nothing but
+what SLURM gives to a command matters, a stand-in for Python notes it, and the command is started from what is noted in
+a process that has everything imported (``tests/processes.py``).
 """
 
 import json
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import numpy as np
@@ -28,7 +32,7 @@ from ssl_geometry.records import read_records
 from ssl_geometry.runs.checkpoints import read_checkpoint
 from ssl_geometry.survey import survey
 from tests.integration.test_fit import SMALL, losses
-from tests.processes import HANG_SECONDS, finish, start_ranks
+from tests.processes import HANG_SECONDS, finish, start, start_ranks
 
 ROOT = Path(__file__).parents[2]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
@@ -66,6 +70,23 @@ def hold(*places: dict[str, object]) -> str:
     return f"--trainer.callbacks={json.dumps(callbacks)}"
 
 
+NOTE = f"""#!/bin/bash
+[ "$SLURM_ARRAY_TASK_ID" = "$NOT_NOTED" ] && exec {sys.executable} "$@"
+name=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}.${{SLURM_ARRAY_TASK_ID:-0}}.${{SLURM_STEP_ID:-0}}.$SLURM_PROCID
+printf '%s\\0' "$@" > "$NOTES/$name.args"
+env -0 > "$NOTES/$name.environment"
+"""
+"""Stands for ``python`` in a job, but in the task NOT_NOTED of an array."""
+
+
+class Noted(NamedTuple):
+    """A command that SLURM would have started."""
+
+    module: str
+    args: list[str]
+    environment: dict[str, str]
+
+
 class Cluster:
     """Submits batch scripts and waits for them."""
 
@@ -95,6 +116,30 @@ class Cluster:
     def submit(self, script: str, *options: str, args: list[str]) -> str:
         small = ["--gpus-per-node=0", "--cpus-per-task=1"]
         return self("sbatch", "--parsable", *small, *options, str(ROOT / "slurm" / script), *args).strip()
+
+    def wrap(self, command: str, *options: str) -> str:
+        return self("sbatch", "--parsable", "--output=slurm-%j.out", *options, f"--wrap={command}").strip()
+
+    @contextmanager
+    def notes(self, but: str = "none") -> Iterator[None]:
+        """What jobs that are submitted meanwhile would start is noted, but for a task of an array."""
+        (folder := self.directory / "notes").mkdir(exist_ok=True)
+        (folder / "python").write_text(NOTE)
+        (folder / "python").chmod(0o755)
+        before = self.environment
+        self.environment = {**before, "PATH": f"{folder}:{PATH}", "NOTES": str(folder), "NOT_NOTED": but}
+        yield
+        self.environment = before
+
+    def noted(self, job: str) -> list[Noted]:
+        """By the task of an array, the step and the process."""
+        found = []
+        for path in sorted((self.directory / "notes").glob(f"{job}.*.args")):
+            dash_m, module, *args = path.read_text().split("\0")[:-1]
+            assert dash_m == "-m"
+            variables = path.with_suffix(".environment").read_text().split("\0")[:-1]
+            found.append(Noted(module, args, dict(variable.split("=", 1) for variable in variables)))
+        return found
 
     def facts(self, job: str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", job)))
@@ -211,40 +256,30 @@ def test_a_job_of_two_nodes_survives_its_time_limit_and_a_dead_node(cluster: Clu
     assert_as_undisturbed(run, undisturbed)
 
 
-def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster) -> None:
+def test_an_array_is_a_run_for_each_method_and_seed(cluster: Cluster, tmp_path: Path) -> None:
+    """A task of it is stopped and goes on; cancelled, it saves and stays so.
+
+    SLURM signals every process: those that train, those that read images for them, and W&B's.
+    """
     runs = cluster.directory / "sweep"
     monitors = ("cka", "invariance", "probes", "neighbors", "spectrum")
-    small = [*SMALL, "--trainer.max_epochs=2", hold({"step": 2, "task": "4"})]
-    job = cluster.submit(
-        "sweep.sbatch",
-        "--array=1,4",
-        f"--chdir={ROOT}",
-        f"--output={cluster.directory}/slurm-%A_%a.out",
-        args=[*small, f"--runs={runs}", *(f"--{monitor}.every_n_epochs=0" for monitor in monitors)],
-    )
-    cluster.wait(f"{job}_4", lambda _: (runs / "sweep" / f"slurm-{job}_4" / "held.2.0").exists())
-    cluster("scancel", "--signal=USR1", f"{job}_4")  # the array's last has the number of the array itself
-    for task, restarts in (("4", "1"), ("1", "0")):
-        facts = cluster.ended(f"{job}_{task}")
-        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", restarts), cluster.output(job)
-    found = sorted((runs / "sweep").iterdir())
-    assert [path.name for path in found] == [f"slurm-{job}_1", f"slurm-{job}_4"]
-    methods = [read_checkpoint(path / "checkpoints" / "last.ckpt", "")["method"] for path in found]
-    assert [method["class_path"].rpartition(".")[2] for method in methods] == ["SimCLR", "Supervised"]
-    assert [method["init_args"]["seed"] for method in methods] == [1, 1]
-
-
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
-    """SLURM signals every process: those that train, those that read pictures for them, and W&B's."""
-    runs = cluster.directory / "cancel"
-    more = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]", hold({"step": 5})]
-    job = cluster.submit("fit.sbatch", *TWO_NODES, args=options(runs, *more))
-    run = runs / "e" / f"slurm-{job}"
-    cluster.wait(job, lambda _: all((run / f"held.5.{rank}").exists() for rank in range(2)))
+    small = [*SMALL, "--trainer.max_epochs=2", *(f"--{monitor}.every_n_epochs=0" for monitor in monitors)]
+    processes = ["--data.storage=workers", "--data.num_workers=1", "--loggers=[wandb]"]
+    places = hold({"step": 2, "task": "5"}, {"step": 5, "task": "5", "restarts": 1})
+    output = f"--output={cluster.directory}/slurm-%A_%a.out"
+    with cluster.notes(but="5"):
+        args = [*small, *processes, f"--runs={runs}", places]
+        array = cluster.submit("sweep.sbatch", f"--chdir={ROOT}", output, args=args)
+    job, run = f"{array}_5", runs / "sweep" / f"slurm-{array}_5"
+    cluster.wait(job, lambda _: (run / "held.2.0").exists())
+    cluster("scancel", "--signal=USR1", job)  # the array's last has the number of the array itself
+    cluster.wait(job, lambda _: (run / "held.5.0").exists())
+    assert f"continuing from {run}" in cluster.output(job)
+    number = cluster.facts(job)["JobId"]
     cluster("scancel", job)
     assert cluster.ended(job)["JobState"] == "CANCELLED"
     cluster.wait_until(lambda: "task 0: Exited with exit code 143" in cluster.output(job), job)
-    cluster.wait_until(lambda: not _processes_of(job), job)
+    cluster.wait_until(lambda: not _processes_of(number), job)
     said = cluster.output(job)
     assert "stopped by SIGTERM" in said
     assert "Traceback" not in said
@@ -253,10 +288,31 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster) -> None:
     assert checkpoint["global_step"] > 4, "beyond the checkpoint of the first epoch"
     assert losses(run).index.tolist() == list(range(checkpoint["global_step"]))
     facts = cluster.facts(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), "nobody is left to put it back into the queue"
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "1"), "nobody is left to put it back into the queue"
+
+    assert {cluster.ended(f"{array}_{task}")["JobState"] for task in range(5)} == {"COMPLETED"}
+    noted = cluster.noted(array)
+    seeds = [args[args.index("--seed_everything") + 1] for _, args, _ in noted]
+    asked = [
+        (*re.findall(r"configs/([a-z]+)_", " ".join(args)), seed)
+        for (_, args, _), seed in zip(noted, seeds, strict=True)
+    ]
+    assert asked == [("simclr", "0"), ("simclr", "1"), ("simclr", "2"), ("supervised", "0"), ("supervised", "1")]
+    _, args, environment = noted[1]
+    args = [*args, "--data.storage=auto", "--loggers=[]"]
+    assert finish(start(args, tmp_path / "out", partial(os.chdir, ROOT), environment)) == 0, (
+        tmp_path / "out"
+    ).read_text()
+    found = sorted((runs / "sweep").iterdir())
+    assert [path.name for path in found] == [f"slurm-{array}_1", f"slurm-{array}_5"]
+    methods = [read_checkpoint(path / "checkpoints" / "last.ckpt", "")["method"] for path in found]
+    assert [method["class_path"].rpartition(".")[2] for method in methods] == ["SimCLR", "Supervised"]
+    assert [method["init_args"]["seed"] for method in methods] == [1, 2]
 
 
-def test_two_nodes_share_the_images_of_commands_that_measure(cluster: Cluster, undisturbed: Path) -> None:
+def test_two_nodes_share_the_images_of_commands_that_measure(
+    cluster: Cluster, undisturbed: Path, tmp_path: Path
+) -> None:
     common = ["--models", f"a={undisturbed}", "b=random", "--device=cpu", "--data.eval_batch_size=50"]
     of_survey = [
         "--neighbors.k=10",
@@ -275,10 +331,15 @@ def test_two_nodes_share_the_images_of_commands_that_measure(cluster: Cluster, u
         shlex.join(["bash", f"{ROOT}/slurm/{name}.sbatch", *args, f"--out={cluster.directory / name}_two"])
         for name, (_, args) in commands.items()
     ]
-    wrapped = ["--output=slurm-%j.out", f"--wrap={' && '.join(lines)}"]
-    job = cluster("sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1", *TWO_NODES, *wrapped).strip()
+    with cluster.notes():
+        job = cluster.wrap(" && ".join(lines), "--gpus-per-node=0", "--cpus-per-task=1", *TWO_NODES)
     assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)
-    for name, (command, args) in commands.items():
+    processes = iter(cluster.noted(job))
+    for (name, (command, args)), nodes in zip(commands.items(), zip(processes, processes, strict=True), strict=True):
+        assert [node.module for node in nodes] == [f"ssl_geometry.{name}"] * 2
+        assert [node.environment["SLURMD_NODENAME"] for node in nodes] == ["n1", "n2"]
+        both = [start(node.args, tmp_path / "out", environment=node.environment, command=node.module) for node in nodes]
+        assert [finish(process) for process in both] == [0, 0], (tmp_path / "out").read_text()
         two, one = (cluster.directory / f"{name}_{count}" for count in ("two", "one"))
         command([*args, f"--out={one}"])
         frames = [read_records(path).query("metric != 'nnk_jaccard'") for path in (two, one)]
@@ -286,11 +347,13 @@ def test_two_nodes_share_the_images_of_commands_that_measure(cluster: Cluster, u
         np.testing.assert_allclose(frames[0]["value"], frames[1]["value"], rtol=1e-9, atol=1e-12)
 
 
-def test_a_job_that_is_started_without_srun_is_told(cluster: Cluster) -> None:
-    job = cluster(
-        "sbatch", "--parsable", "--nodes=2", "--ntasks=2", "--output=slurm-%j.out",
-        f"--wrap={sys.executable} -m ssl_geometry.fit {' '.join(options(cluster.directory / 'wrong'))}",
-    ).strip()  # fmt: skip
-    assert cluster.ended(job)["JobState"] == "FAILED"
-    assert "without srun" in cluster.output(job)
+def test_a_job_that_is_started_without_srun_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    args = options(cluster.directory / "wrong")
+    with cluster.notes():
+        job = cluster.wrap(f"python -m ssl_geometry.fit {shlex.join(args)}", "--nodes=2", "--ntasks=2")
+    assert cluster.ended(job)["JobState"] == "COMPLETED", cluster.output(job)
+    (noted,) = cluster.noted(job)
+    assert noted.args == args
+    assert finish(start(args, tmp_path / "out", environment=noted.environment)) == 2
+    assert "without srun" in (tmp_path / "out").read_text()
     assert not (cluster.directory / "wrong").exists()
