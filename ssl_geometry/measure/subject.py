@@ -26,6 +26,7 @@ class TransformView:
 
     Args:
         transform: such as that of torchvision's evaluation weights, ``weights.transforms()``.
+        image_shape: (3, H, W) of the images that it is made for.
 
     Raises:
         UserError: on a call, where it does not give tensors (3, S, S) of one size.
@@ -38,8 +39,8 @@ class TransformView:
         tensor(1.)
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
+    def __init__(self, transform: Callable[[Image.Image], Tensor], image_shape: Sequence[int] = (3, 256, 256)) -> None:
+        self.transform, self.image_shape = transform, tuple(image_shape)
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -55,8 +56,8 @@ class TransformView:
     def _trial(self) -> dict[str, Any]:
         """Of coarse and fine noise: shape, mean, standard deviation, and the mean under a ramp along each axis."""
         random = torch.Generator().manual_seed(0)
-        coarse, fine = (torch.randint(0, 128, (1, 3, side, side), generator=random) for side in (4, 256))
-        noise = (coarse.repeat_interleave(64, 2).repeat_interleave(64, 3) + fine).to(torch.uint8)
+        coarse, fine = (torch.rand(1, *shape, generator=random) for shape in ((3, 4, 4), self.image_shape))
+        noise = (128 * nn.functional.interpolate(coarse, self.image_shape[1:]) + 127 * fine).to(torch.uint8)
         with evaluating(nn.Identity()):  # a transform that draws random numbers takes none of training's
             (view,) = self(noise).double()
         ramps = [view.movedim(axis, -1) * torch.linspace(0, 1, size) for axis, size in enumerate(view.shape)]
@@ -160,7 +161,7 @@ class Subject:
             raise UserError(f"heads is {type(heads).__name__}, expected {{name: module}}")
         self.image_shape = tuple(image_shape)
         self.network = _WithHeads(network, heads) if heads else network
-        self.clean = clean if isinstance(clean, View | TransformView) else TransformView(clean)
+        self.clean = clean if isinstance(clean, View | TransformView) else TransformView(clean, image_shape)
         self.name, self.own, self.named_views = name, own, named_views or {}
 
     @classmethod

@@ -137,6 +137,11 @@ def _noisy(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image)).movedim(-1, 0) + torch.rand(3, 1, 1) + float(np.random.rand())  # noqa: NPY002
 
 
+def _of_four_pixels(image: Any) -> Tensor:
+    assert image.size == (4, 4)
+    return Scaled(1)(image)
+
+
 def test_transforms_without_a_text_of_their_own_have_protocols_of_what_they_do() -> None:
     def spec(transform: Any) -> Any:
         return Subject(nn.Identity(), transform).view("clean").spec
@@ -147,6 +152,7 @@ def test_transforms_without_a_text_of_their_own_have_protocols_of_what_they_do()
     assert spec(_noisy) == spec(_noisy)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert Subject(nn.Identity(), _of_four_pixels, image_shape=(3, 4, 4)).view("clean").spec  # images of their size
     assert set(spec(nn.Identity())) == {"transform"}  # which says what it is
 
 
