@@ -55,7 +55,8 @@ from ssl_geometry.networks import (
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.comparison import draw, draw_training
-from ssl_geometry.report.figures import neighbor_pictures, save_figure
+from ssl_geometry.report.manifolds import neighbor_pictures
+from ssl_geometry.report.style import save_figure
 from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
 from ssl_geometry.runs.resume import recipe
 

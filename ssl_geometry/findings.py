@@ -17,7 +17,7 @@ import pandas as pd
 from numpy import ndarray as Array
 
 from ssl_geometry.geometry.contrast import LEVEL, SMALLEST, Contrast, deviations, interval, verdict
-from ssl_geometry.report.figures import BLOCK
+from ssl_geometry.report.style import BLOCK
 
 UNTRAINED, SUPERVISED = "untrained", "supervised"
 """What claims call networks that were not trained, and those that learned from labels."""

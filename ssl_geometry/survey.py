@@ -50,7 +50,6 @@ from ssl_geometry.prediction import LEAST_MODELS, UNTRAINED, predict, read_targe
 from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.records.store import write_whole
-from ssl_geometry.report.figures import save_figure
 from ssl_geometry.report.models import (
     collapse_curves,
     correlation_map,
@@ -59,6 +58,7 @@ from ssl_geometry.report.models import (
     model_tree,
     prediction_scatter,
 )
+from ssl_geometry.report.style import save_figure
 from ssl_geometry.report.survey import METRICS, collapse_in_training, metric_table, readable, write_table
 from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
 

@@ -27,8 +27,8 @@ from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.ranges import LONGEST_NAME, check_argument
 from ssl_geometry.records import Protocol, RecordStore
-from ssl_geometry.report.figures import save_figure
 from ssl_geometry.report.moments import curve_rows, pictures
+from ssl_geometry.report.style import save_figure
 
 
 @dataclass(repr=False)

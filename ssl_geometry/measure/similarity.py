@@ -25,7 +25,7 @@ from ssl_geometry.measure.storage import BatchStorage
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.records import Protocol, record
-from ssl_geometry.report.figures import BLOCK
+from ssl_geometry.report.style import BLOCK
 
 SEED, CHANCE = 0, 0.95
 """Of the permutations, and the quantile of theirs that a search over layers is held against."""

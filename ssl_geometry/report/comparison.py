@@ -6,7 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from ssl_geometry.records import RecordStore
-from ssl_geometry.report.figures import compare_curves, pair_panels, save_figure, training_curves, view_heatmap
+from ssl_geometry.report.curves import compare_curves, training_curves
+from ssl_geometry.report.heatmaps import view_heatmap
+from ssl_geometry.report.pairs import pair_panels
+from ssl_geometry.report.style import save_figure
 
 MANIFOLDS = ("neighbors", "diameter", "affinity")
 KINDS = ("semantic", "policy")

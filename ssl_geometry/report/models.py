@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
 from ssl_geometry.records.catalogue import described
-from ssl_geometry.report.figures import STYLE
+from ssl_geometry.report.style import STYLE
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """After Okabe & Ito: told apart by colour-blind readers; families beyond them share colours, not markers."""

@@ -11,7 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ssl_geometry.records.catalogue import described
-from ssl_geometry.report.figures import MANIFOLDS, cka_curves, cka_heatmap, layer_curves, manifold_violins, view_heatmap
+from ssl_geometry.report.curves import cka_curves, layer_curves
+from ssl_geometry.report.heatmaps import cka_heatmap, view_heatmap
+from ssl_geometry.report.manifolds import manifold_violins
+from ssl_geometry.report.style import MANIFOLDS
 
 Row = Mapping[str, Any]
 Pictures = dict[str, Callable[[], Figure]]

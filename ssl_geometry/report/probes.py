@@ -8,7 +8,8 @@ import pandas as pd
 
 from ssl_geometry.records import Protocol
 from ssl_geometry.records.store import write_whole
-from ssl_geometry.report.figures import compare_curves, save_figure
+from ssl_geometry.report.curves import compare_curves
+from ssl_geometry.report.style import save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
 
 PIXELS = "raw pixels"

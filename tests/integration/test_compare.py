@@ -17,7 +17,7 @@ from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.measure.similarity import Network
 from ssl_geometry.methods import Method, Published, SimCLR, Supervised
 from ssl_geometry.records import read_records
-from ssl_geometry.report.figures import BLOCK
+from ssl_geometry.report.style import BLOCK
 
 
 @pytest.fixture(scope="module")

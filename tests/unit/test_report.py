@@ -9,18 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from ssl_geometry.records import RecordStore, read_records, record
-from ssl_geometry.report.figures import (
-    LARGEST,
-    SAME,
-    cka_curves,
-    cka_heatmap,
-    compare_curves,
-    layer_curves,
-    pair_panels,
-    view_heatmap,
-)
+from ssl_geometry.report.curves import cka_curves, compare_curves, layer_curves
+from ssl_geometry.report.heatmaps import cka_heatmap, view_heatmap
 from ssl_geometry.report.models import collapse_over_training, correlation_map
 from ssl_geometry.report.moments import curve_rows, pictures
+from ssl_geometry.report.pairs import LARGEST, SAME, pair_panels
 
 
 def rows(other: str = "b", epoch: int = 3) -> list[dict[str, Any]]:
