@@ -388,10 +388,11 @@ def _usual(module: nn.Module) -> str:
     holders = nn.ModuleList | nn.ModuleDict  # which have no forward
     if len(learns) == 1 and not isinstance(parts[learns[0]], holders) and not list(module.parameters(recurse=False)):
         return learns[0]
-    logger.warning(
-        f"the whole {type(module).__name__} is measured, as it has no backbone; "
-        f"give network=… to measure one of its parts: {', '.join(learns)}"
-    )
+    name, choice = type(module).__name__, f"give network=… to measure one of its parts: {', '.join(learns)}"
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    if owner.__name__ in ("LightningModule", "Module"):  # of either package that Lightning goes by
+        raise UserError(f"network: {name} has neither a backbone nor a forward; {choice}")
+    logger.warning(f"the whole {name} is measured, as it has no backbone; {choice}")
     return ""
 
 
@@ -417,7 +418,7 @@ def _folder(trainer: L.Trainer, before: str | None) -> Path:
 
 def run_name(trainer: L.Trainer) -> str:
     """The run that a trainer belongs to."""
-    version = next((logger.version for logger in trainer.loggers if logger.version not in (None, "")), "run")
+    version = next((logger.version for logger in trainer.loggers if logger.version is not None), "run")
     return version if isinstance(version, str) else f"version_{version}"  # as the logger's folder is called
 
 
