@@ -1,15 +1,18 @@
 """The hash of a protocol changes with every constant in the code that changes the numbers behind it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
-from ssl_geometry import probe
+from ssl_geometry import finetuning, probe
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.measure import Subject, cka, invariance, neighbors, spectrum
+from ssl_geometry.measure import Subject, cka, frozen, invariance, neighbors, spectrum
 from ssl_geometry.methods import SimCLR
+from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.records import Protocol
 
 
@@ -43,17 +46,26 @@ def of_classes(data: DataModule, method: SimCLR) -> list[Protocol]:
     return [invariance.Invariance().protocol(Subject.of(method), data, "class_cka", "clean")]
 
 
-def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, SimCLR], list[Protocol]]:
+def of_evaluations(*names: str) -> Callable[[DataModule, SimCLR], list[Protocol]]:
     def made(data: DataModule, method: SimCLR) -> list[Protocol]:
         options = SimpleNamespace(
-            evaluations=evaluations, train_images=None, k=[5], linear_epochs=3, linear_weight_decay=0.0, draws=2,
-            label_fractions=[0.1], augment="supervised", finetune_epochs=1, finetune_lr=0.1,
+            evaluations=names, k=[5], linear_epochs=3, linear_weight_decay=0.0, draws=2, label_fractions=[0.1],
+            augment="supervised", finetune_epochs=1, finetune_lr=0.1, data=data, data_options={},
         )  # fmt: skip
-        options_of = {name: value for name, value in method.init_args.items() if name in ("image_size", "normalize")}
-        measured = probe.RawPixels(**options_of) if pixels else method
-        return list(probe.protocols(data, measured, options).values())
+        return [Protocol(evaluation.protocol()) for evaluation in probe.evaluations(options)]
 
     return made
+
+
+def of_pixels(data: DataModule, method: SimCLR) -> list[Protocol]:
+    pixels = RawPixels(image_size=16)
+    features = SimpleNamespace(
+        train_labels=[], occasion=SimpleNamespace(subject=Subject.of(pixels)), depths={"pooled": 1.0}
+    )
+    knn = SimpleNamespace(name="knn", on_every_process=False, protocol=dict, evaluate=lambda *args: {})
+    options, nothing = SimpleNamespace(data=data, out=Path("probe")), Mock()
+    with patch.object(probe, "extract", lambda *args: features), patch.object(probe, "evaluations", lambda _: [knn]):
+        return list(probe.measure("pixels", pixels, None, nothing, options, nothing, nothing).values())
 
 
 @pytest.mark.parametrize(
@@ -78,16 +90,16 @@ def of_probes(*evaluations: str, pixels: bool = False) -> Callable[[DataModule, 
         (cka, "DUST", 4, of_cka),
         (cka, "LEAST_BLOCK", 0.5, of_cka),
         (invariance, "LONELY", 0.5, of_classes),
-        (probe, "TEMPERATURE", 0.1, of_probes("knn")),
-        (probe, "RATES", (1.0,), of_probes("linear", "linear_augmented")),
-        (probe, "MOMENTUM", 0.5, of_probes("linear", "linear_augmented")),
-        (probe, "STATISTICS", "none", of_probes("linear", "linear_augmented")),
-        (probe, "SOLVER", "by hand", of_probes("layers", "labels")),
-        (probe, "L2", (1.0,), of_probes("layers", "labels")),
-        (probe, "FEW_SELECTION", "", of_probes("labels")),
-        (probe, "SEED", 1, of_probes("finetune")),
-        (probe, "FINETUNING", {"optimizer": "adamw"}, of_probes("finetune")),
-        (probe, "PIXEL_SIDE", 8, of_probes("knn", pixels=True)),
+        (frozen, "TEMPERATURE", 0.1, of_evaluations("knn")),
+        (frozen, "RATES", (1.0,), of_evaluations("linear", "linear_augmented")),
+        (frozen, "MOMENTUM", 0.5, of_evaluations("linear", "linear_augmented")),
+        (frozen, "STATISTICS", "none", of_evaluations("linear", "linear_augmented")),
+        (frozen, "SOLVER", "by hand", of_evaluations("layers", "labels")),
+        (frozen, "L2", (1.0,), of_evaluations("layers", "labels")),
+        (frozen, "FEW_SELECTION", "", of_evaluations("labels")),
+        (finetuning, "SEED", 1, of_evaluations("finetune")),
+        (finetuning, "SETTINGS", {"optimizer": "adamw"}, of_evaluations("finetune")),
+        (probe, "PIXEL_SIDE", 8, of_pixels),
     ],
 )  # fmt: skip
 def test_a_constant_that_changes_numbers_is_in_the_protocol(
@@ -106,6 +118,6 @@ def test_a_constant_that_changes_numbers_is_in_the_protocol(
 
 
 def test_the_choice_of_hyperparameters_is_told_with_its_constants() -> None:
-    assert all(word in probe.SOLVER for word in ("3e-06", "2000"))
-    assert "0.99" in probe.STATISTICS
-    assert "100 training images" in probe.FEW_SELECTION
+    assert all(word in frozen.SOLVER for word in ("3e-06", "2000"))
+    assert "0.99" in frozen.STATISTICS
+    assert "100 training images" in frozen.FEW_SELECTION
