@@ -112,7 +112,10 @@ def quickstart(args: argparse.Namespace, folder: Path, run: str, *options: str, 
         "save_every_n_minutes": 0,
     }
     if args.tiny:
-        given |= {"data.limit_train": 256, "data.measure_size": 64, "model.width": 0.25, "data.eval_batch_size": 64}
+        given |= {
+            "data.limit_train": 128, "data.measure_size": 64, "model.width": 1 / 16, "data.eval_batch_size": 64,
+            "neighbors.copies": 3, "spectrum.copies": 2, "probes.layers": "stages",
+        }  # fmt: skip
     given |= named
     config = ["--config", str(ROOT / "configs/quickstart/simclr.yaml")]
     return [*config, *(f"--{name}={value}" for name, value in given.items()), *options]
@@ -164,8 +167,9 @@ def records(args: argparse.Namespace) -> Iterator[Row]:
     from ssl_geometry.records import read_records
 
     with tempfile.TemporaryDirectory() as folder:
-        here = fit(*quickstart(args, Path(folder), "here"))
-        there = fit(*quickstart(args, Path(folder), "there", **{"trainer.accelerator": "cpu"}))
+        once = {"trainer.max_epochs": 1}
+        here = fit(*quickstart(args, Path(folder), "here", **once))
+        there = fit(*quickstart(args, Path(folder), "there", **once, **{"trainer.accelerator": "cpu"}))
         frames = [read_records(run.directory).query("epoch == 0") for run in (here, there)]
         yield from differences(*frames)
 

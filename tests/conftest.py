@@ -6,6 +6,7 @@ Files that take minutes come first: dealt out to several workers, short ones fil
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from multiprocessing.util import get_temp_dir
 from tempfile import TemporaryDirectory, gettempdir
@@ -50,6 +51,13 @@ def _temporary_files_go(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
             patch.setenv("TMPDIR", folder)
             patch.setattr("tempfile.tempdir", folder)
             yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_processes(_temporary_files_go: None) -> None:
+    """Forked before the first test runs, where tests were collected that may start processes."""
+    if "tests.processes" in sys.modules:
+        sys.modules["tests.processes"].serve()
 
 
 @pytest.fixture(autouse=True)

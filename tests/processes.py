@@ -1,16 +1,23 @@
 """Commands in processes of their own, forked from a server that has imported everything: a start costs no import.
 
-What is forked is a command like any other: it has its signals, its exit code and its children. Only its
-figures are blank; that they are drawn is tested where a run is read.
+The server itself is forked from pytest once the tests are collected, which imported nearly all of it. What is forked is
+a command like any other: it has its signals, its exit code and its children. Only its figures are blank; that they are
+drawn is tested where a run is read.
 """
 
+import faulthandler
 import gc
 import importlib
+import logging
 import multiprocessing as mp
 import os
+import select
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +31,57 @@ from ssl_geometry.callbacks import monitor
 
 PROCESSES = mp.get_context("forkserver")
 LOADED_LATE = ["faiss", "lightly.models.modules.heads", "omegaconf", "scipy.stats", "sklearn.datasets", "wandb"]
-PROCESSES.set_forkserver_preload(["ssl_geometry.fit", "ssl_geometry.survey", "tests.processes", *LOADED_LATE])
 HANG_SECONDS = 600
 """No process takes nearly as long: it hangs, and the test ends."""
 
 
-def without_drawing(patch: pytest.MonkeyPatch) -> None:
+def serve() -> None:
+    """Fork the server from this process as it is now, in which no test has run yet and no thread of torch."""
+    resource_tracker.ensure_running()  # is started as usual
+
+    def fork(executable: str, args: Sequence[str], kept: Sequence[int]) -> int:
+        process = os.fork()
+        if process:
+            return process
+        try:
+            _serve(*kept)
+        finally:
+            os._exit(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multiprocessing.util.spawnv_passfds", fork)
+        forkserver.ensure_running()
+
+
+def _serve(listener: int, alive: int) -> None:
+    """What is pytest's goes: its files and pipes, what it captures, its handlers."""
+    faulthandler.disable()
+    logging.getLogger().handlers.clear()
+    for file in (int(name) for name in os.listdir("/dev/fd")):
+        if file > 2 and file not in (listener, alive):
+            with suppress(OSError):
+                os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = (open(file, "rw"[file > 0], closefd=False) for file in range(3))  # noqa: SIM115
+    select.select([listener, alive], [], [])  # many a session starts no process
+    forkserver.main(listener, alive, LOADED_LATE)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
     """Figures are blank: to draw them takes longer than to train a small network."""
     pictures, savefig = monitor.pictures, Figure.savefig
     blank = partial(Figure, figsize=(0.1, 0.1))
 
-    def undrawn(*rows: Any) -> Any:
+    def names_alone(*rows: Any) -> Any:
         return dict.fromkeys(pictures(*rows), blank)
 
     def save_blank(figure: Figure, file: Any, **options: Any) -> None:
         savefig(blank(), file, **options)
 
-    patch.setattr(monitor, "pictures", undrawn)
-    patch.setattr(Figure, "savefig", save_blank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "pictures", names_alone)
+        patch.setattr(Figure, "savefig", save_blank)
+        yield
 
 
 def _run(
@@ -59,8 +99,7 @@ def _run(
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # of data workers: as in a command, which is not forked from a server
     rank_zero_only.rank = _get_rank() or 0  # else as it was where Lightning was imported
-    with pytest.MonkeyPatch.context() as patch:
-        without_drawing(patch)
+    with undrawn():
         if prepare is not None:
             prepare()
         importlib.import_module(command).main(args)

@@ -18,7 +18,7 @@ from ssl_geometry.data.views import View
 from ssl_geometry.measure import CKA, Invariance, MeasurementImages, Neighborhoods, Probes, Spectrum
 from ssl_geometry.records import read_records
 from tests.distributed.conftest import Ranks
-from tests.processes import without_drawing
+from tests.processes import undrawn
 
 
 class Joined(LightningEnvironment):
@@ -74,8 +74,7 @@ def train(rank: int, world_size: int, root: Path) -> dict[str, Tensor]:
         enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1,
     )  # fmt: skip
     module = Plain()
-    with pytest.MonkeyPatch.context() as patch:
-        without_drawing(patch)
+    with undrawn():
         trainer.fit(module, DataLoader(TensorDataset(pixels[:60].double() / 255, labels[:60]), batch_size=20))
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 

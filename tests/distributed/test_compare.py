@@ -26,7 +26,7 @@ from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import survey
 from tests.distributed.conftest import Ranks
-from tests.processes import without_drawing
+from tests.processes import undrawn
 
 OPTIONS = SimpleNamespace(data=SimpleNamespace(eval_batch_size=8), device="cpu", layers_option="--cka.layers")
 IMAGES = [
@@ -51,8 +51,7 @@ def ended(command: Any, args: list[str]) -> Ended:
 
 
 def compared(rank: int, world_size: int, args: list[str], in_files: bool = False) -> Ended:
-    with pytest.MonkeyPatch.context() as patch:
-        without_drawing(patch)
+    with pytest.MonkeyPatch.context() as patch, undrawn():
         patch.setattr(rank_zero_only, "rank", rank)
         if world_size > 1:
             patch.setenv("NODE_RANK", "0")

@@ -17,7 +17,7 @@ from ssl_geometry.measure.processes import alone, this_process
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.records import read_records
 from tests.distributed.conftest import Ranks
-from tests.processes import without_drawing
+from tests.processes import undrawn
 
 ARGS = [
     *["--models", "a=random:resnet10@16", "--data.dataset=digits", "--device=cpu", "--probes.layers=stages"],
@@ -42,8 +42,7 @@ def probed(rank: int, world_size: int, args: list[str], in_files: bool = False, 
     out, err, code = StringIO(), StringIO(), 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        without_drawing(patch)
+    with pytest.MonkeyPatch.context() as patch, undrawn(), redirect_stdout(out), redirect_stderr(err):
         patch.setattr(rank_zero_only, "rank", rank)
         if world_size > 1:
             patch.setenv("NODE_RANK", "0")

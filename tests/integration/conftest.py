@@ -9,14 +9,13 @@ import pytest
 
 from ssl_geometry.fit import fit
 from tests.integration.test_fit import options
-from tests.processes import without_drawing
+from tests.processes import undrawn
 
 
 @pytest.fixture(autouse=True)
 def _undrawn() -> Iterator[None]:
-    """Of runs that a test trains for itself; those of fixtures are drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        without_drawing(patch)
+    """Of what a test trains for itself; fixtures that are shared are drawn."""
+    with undrawn():
         yield
 
 
@@ -34,13 +33,14 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A supervised run and SimCLR with it as reference: CKA and invariance."""
+    """A supervised run, undrawn, and SimCLR with it as reference: CKA and invariance."""
 
     def train(folder: Path) -> None:
         views = "--invariance.views=[own, simclr, color]"
         more = ["--invariance.every_n_epochs=2", views, "--data.eval_batch_size=64"]
         more += ["--cka.gram_size=32", "--invariance.gram_size=32"]  # no default of compare
-        fit(options(folder, "supervised", *more, method="Supervised"))
+        with undrawn():
+            fit(options(folder, "supervised", *more, method="Supervised"))
         fit(options(folder, "simclr", *more, f"--cka.reference={folder / 'e' / 'supervised'}"))
 
     return once(tmp_path_factory, "runs", train) / "e"
@@ -48,13 +48,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def manifold_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SimCLR and a supervised run: manifolds, neighbours and spectra of every epoch."""
+    """SimCLR: manifolds, neighbours and spectra of every epoch; and a supervised run: its last, undrawn."""
 
     def train(folder: Path) -> None:
         more = ["--neighbors.every_n_epochs=1", "--neighbors.copies=4", "--neighbors.k=20"]
         more += ["--spectrum.every_n_epochs=1", "--spectrum.copies=4"]
         more += ["--cka.every_n_epochs=0", "--probes.every_n_epochs=0"]
         fit(options(folder, "simclr", *more))
-        fit(options(folder, "supervised", *more, method="Supervised"))
+        with undrawn():
+            fit(options(folder, "supervised", *more, "--neighbors.every_n_epochs=2", method="Supervised"))
 
     return once(tmp_path_factory, "manifold_runs", train) / "e"

@@ -87,24 +87,26 @@ RUNS = (
 
 
 @pytest.fixture(scope="module")
-def trained(runs: Path) -> dict[str, Path]:
-    """A small run of each method."""
-    return {"SimCLR": runs / "simclr", "Supervised": runs / "supervised"}
+def trained(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run by each of the names."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name in RUNS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(runs / ("supervised" if "supervised" in name else "simclr"), folder / name)
+        tell_apart(folder / name / "checkpoints" / "last.ckpt", name)
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The reader's folder: a clone of the repository, in which the README's runs have been trained."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
-    few = partial(logistic.logistic_regression, max_iterations=30)  # an optimum is tested elsewhere
+    few = partial(logistic.logistic_regression, max_iterations=10)  # an optimum is tested elsewhere
     monkeypatch.setattr(logistic, "logistic_regression", few)
     for name in ("configs", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in RUNS:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(trained["Supervised" if "supervised" in name else "SimCLR"], tmp_path / name)
-        tell_apart(tmp_path / name / "checkpoints" / "last.ckpt", name)
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

@@ -140,7 +140,9 @@ def test_training_is_bit_identical_with_and_without_monitors(tmp_path: Path, met
         "--invariance.views=[own, color]",
         "--neighbors.copies=3",
         "--neighbors.settings=[crop]",
+        "--neighbors.layers=[layer2.0, pooled]",
         "--spectrum.copies=2",
+        "--spectrum.layers=[pooled]",
     ]
     on = fit(options(tmp_path, "on", *(f"--{name}.every_n_epochs=1" for name in monitors), *small, method=method))
     off = fit(options(tmp_path, "off", *(f"--{name}.every_n_epochs=0" for name in monitors), method=method))
@@ -175,11 +177,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
         "--spectrum.every_n_epochs=1",
         "--spectrum.copies=2",
     ]
-    whole = fit(options(tmp_path, "whole", *probes, epochs=3))
-    callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.Interrupt","init_args":{"epoch":2}}]'
+    whole = fit(options(tmp_path, "whole", *probes))
+    callback = '--trainer.callbacks=[{"class_path":"tests.integration.test_fit.Interrupt","init_args":{"epoch":1}}]'
     with pytest.raises(Interrupted, match="--resume"):
-        fit(options(tmp_path, "part", *probes, callback, epochs=3))
-    resumed = fit(options(tmp_path, "part", *probes, "--resume=auto", epochs=3))
+        fit(options(tmp_path, "part", *probes, callback))
+    resumed = fit(options(tmp_path, "part", *probes, "--resume=auto"))
     assert resumed.resumed_from is not None
     states = [read_checkpoint(run.last_checkpoint, "") for run in (whole, resumed)]
     assert all(torch.equal(value, states[1]["state_dict"][key]) for key, value in states[0]["state_dict"].items())

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py is rehearsed on the CPU: GPU time is too dear for a part that fails at its first line."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ssl_geometry.errors import UserError
 from ssl_geometry.records import record
 
 ROOT = Path(__file__).parents[2]
@@ -55,15 +57,43 @@ def test_differences_are_seen() -> None:
     assert row["only in one"] == 2
 
 
+def started(*options: str) -> list[str]:
+    return ["gpu.py", "--device=cpu", "--tiny", *options]
+
+
 def test_a_part_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "gpu.md"
-    options = ["--device=cpu", "--tiny", f"--images={tmp_path / 'no such folder'}", f"--out={out}"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--parts", "epochs", "linalg"])
+    """What is started is an interpreter in name only: the parts are rehearsed in this one."""
+    python, commands, out = tmp_path / "python", tmp_path / "commands", tmp_path / "gpu.md"
+    python.write_text(f"""#!/bin/sh
+        echo "$@" >> {commands}
+        case "$*" in
+            *epochs*) echo 'ROW {{"run": "one"}}'; echo Traceback >&2; echo 'error: no such folder' >&2; exit 3;;
+            *) echo 'ROW {{"n": 32, "what": "eigh"}}'; echo what fit prints;;
+        esac
+    """)
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(sys, "argv", started("--images=nowhere", f"--out={out}", "--parts", "epochs", "linalg"))
     with pytest.raises(SystemExit) as ended:
         gpu.main()
     assert ended.value.code
     epochs, linalg = out.read_text().split("## ")[1:]
-    assert "**failed, exit code" in epochs
-    assert "no such folder" in epochs
+    assert "| one |" in epochs, "what it measured before"
+    assert "**failed, exit code 3**\n\nerror: no such folder" in epochs
     assert "| 32 | eigh |" in linalg
     assert "failed" not in linalg
+    for part, command in zip(("epochs", "linalg"), commands.read_text().splitlines(), strict=True):
+        assert command.split()[1:] == ["--inside", "--parts", part, *started("--images=nowhere")[1:]]
+
+
+def test_a_part_prints_its_rows(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", started("--inside", "--parts", "linalg"))
+    gpu.main()
+    rows = [json.loads(line.removeprefix("ROW ")) for line in capfd.readouterr().out.splitlines()]
+    assert {(row["n"], row["what"]) for row in rows} >= {(32, "eigh"), (64, "rankme")}
+
+
+def test_a_part_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", started("--images=no/such/folder", "--inside", "--parts", "epochs"))
+    with pytest.raises(UserError, match="no/such/folder"):
+        gpu.main()

@@ -20,6 +20,7 @@ from ssl_geometry.records import read_records
 from ssl_geometry.survey import survey
 from tests.fake_cuda import on_a_gpu
 from tests.integration.test_fit import SMALL
+from tests.processes import undrawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:logistic regression of .* stopped before the optimum")
 FEW = [
@@ -43,7 +44,7 @@ METRICS = {"cka", "invariance", "class_cka", "ridge_probe", "logistic_probe", "n
 def _few_steps_of_a_solver() -> Iterator[None]:
     """Each step is made of the same operations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logistic, "logistic_regression", partial(logistic.logistic_regression, max_iterations=20))
+        patch.setattr(logistic, "logistic_regression", partial(logistic.logistic_regression, max_iterations=4))
         yield
 
 
@@ -63,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(f"--cka.reference={folder}/e/supervised", "--trainer.accumulate_grad_batches=2"),
         "--trainer.deterministic=true",
     ]
-    with pytest.MonkeyPatch.context() as patch, on_a_gpu():
+    with pytest.MonkeyPatch.context() as patch, undrawn(), on_a_gpu():
         patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Lightning sets it, and would leave it
         model = "--model=ssl_geometry.methods.Supervised"
         fit([model, *common, *OFF, "--run_id=supervised", "--trainer.max_epochs=1"])

@@ -1,6 +1,8 @@
 """``python -m ssl_geometry.probe`` gives the live numbers again, its tables and picture, and one line for a mistake."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,36 @@ from ssl_geometry import finetuning
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.fit import fit
 from ssl_geometry.fit import main as fit_main
+from ssl_geometry.geometry import logistic
 from ssl_geometry.methods import Supervised
 from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.probe import UNTRAINED, main, probe
 from ssl_geometry.records import read_records
 from ssl_geometry.report.probes import PIXELS
 from tests.integration.test_fit import options
-from tests.processes import without_drawing
+from tests.processes import undrawn
 from tests.unit.test_datasets import pixels, save
 
+pytestmark = pytest.mark.filterwarnings("ignore:logistic regression of .* stopped before the optimum")
 FEW = ["--linear_epochs=3", "--draws=2", "--label_fractions=[0.2, 1.0]", "--k=[5]"]
 FEW += ["--data.eval_batch_size=64"]
 OFF = [f"--{name}.every_n_epochs=0" for name in ("cka", "neighbors", "spectrum")]
 ALL = "--evaluations=[layers, knn, linear, linear_augmented, labels]"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps_of_a_solver() -> Iterator[None]:
+    """Its optimum is tested in tests/unit/test_probes.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logistic, "logistic_regression", partial(logistic.logistic_regression, max_iterations=25))
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     probes = [*OFF, "--probes.every_n_epochs=2", "--probes.logistic=true", "--probes.layers=[layer2.0, pooled, head]"]
-    with pytest.MonkeyPatch.context() as patch:
-        without_drawing(patch)
+    with undrawn():
         for seed in (0, 1):
             fit(options(folder, f"simclr-{seed}", *probes, f"--seed_everything={seed}"))
         fit(options(folder, "supervised", *probes, method="Supervised"))
@@ -191,7 +202,15 @@ def test_pictures_of_several_classes_are_judged_by_map(runs: Path, tmp_path: Pat
         "--data.limit_train=60",
     ]
     out = probe(
-        ["--models", f"simclr={runs / 'simclr-0'}", f"--out={tmp_path / 'o'}", *FEW, "--data.val_fraction=0", *data]
+        [
+            "--models",
+            f"simclr={runs / 'simclr-0'}",
+            f"--out={tmp_path / 'o'}",
+            *FEW,
+            "--data.val_fraction=0",
+            *data,
+            "--probes.layers=[pooled]",
+        ]
     )
     frame = read_records(out)
     pooled = frame[(frame["layer"] == "pooled") & (frame["model"] == PIXELS)].set_index("metric")["value"]
