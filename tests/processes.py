@@ -57,11 +57,15 @@ def _serve(listener: int, alive: int) -> None:
     """What is pytest's goes: its files and pipes, what it captures, its handlers."""
     faulthandler.disable()
     logging.getLogger().handlers.clear()
+    sys.stdin, sys.stdout, sys.stderr = (open(file, "rw"[file > 0], closefd=False) for file in range(3))  # noqa: SIM115
+    for logger in map(logging.getLogger, [*logging.root.manager.loggerDict]):
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)  # Lightning's was made while pytest captured
     for file in (int(name) for name in os.listdir("/dev/fd")):
         if file > 2 and file not in (listener, alive):
             with suppress(OSError):
                 os.close(file)
-    sys.stdin, sys.stdout, sys.stderr = (open(file, "rw"[file > 0], closefd=False) for file in range(3))  # noqa: SIM115
     select.select([listener, alive], [], [])  # many a session starts no process
     forkserver.main(listener, alive, LOADED_LATE)
 
