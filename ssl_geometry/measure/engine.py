@@ -166,8 +166,11 @@ class Measurement:
         """Refuse what means nothing for this network, before images are read.
 
         Raises:
-            UserError: with the option.
+            UserError: with the option, or a device without float64, in which numbers are summed.
         """
+        if subject.device.type == "mps":
+            fix = "--trainer.accelerator cpu" if AS_OPTIONS.get() else "network.cpu(), or Trainer(accelerator='cpu')"
+            raise UserError(f"the network is on mps, which has no float64, in which numbers are summed; use {fix}")
         if self.layers is not None:
             self.chosen(subject)
 

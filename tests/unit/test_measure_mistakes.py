@@ -299,3 +299,12 @@ def test_networks_share_a_folder(tmp_path: Path, images: MeasurementImages) -> N
         measure(network(), images, [CKA("0", gram_size=8)], clean=CLEAN, name=name).save(tmp_path)
     assert sorted(read_records(tmp_path)["model"]) == sorted(names)
     assert [path.name for path in tmp_path.iterdir()] == ["records"]
+
+
+@pytest.mark.parametrize("measurement", [CKA(), Invariance(), Neighborhoods(), Probes(), Spectrum()])
+def test_a_gpu_without_float64(images: MeasurementImages, measurement: Measurement) -> None:
+    """That of an Apple computer, which Lightning takes of itself."""
+    net: Any = nn.Flatten()
+    net.device = torch.device("mps")
+    with pytest.raises(UserError, match=r"^the network is on mps, which has no float64, .* use network\.cpu\(\), or"):
+        measure(net, images, [measurement], clean=CLEAN)
