@@ -1,10 +1,14 @@
-"""Which commands there are: ``python -m ssl_geometry``."""
+"""The commands: ``ssl-geometry fit …`` is ``python -m ssl_geometry.fit …``; without one, all are listed."""
 
 import ast
+import sys
 from pathlib import Path
+from runpy import run_module
+
+from ssl_geometry.errors import ExitCode, nearest
 
 COMMANDS = ("fit", "compare", "probe", "survey", "report", "zoo", "doctor")
-USAGE = "usage: python -m ssl_geometry.COMMAND [--option VALUE ...]   (--help shows the options of a command)"
+USAGE = "usage: ssl-geometry COMMAND [--option VALUE ...]   (--help shows the options of a command)"
 
 
 def summary(command: str) -> str:
@@ -15,8 +19,17 @@ def summary(command: str) -> str:
 
 
 def main() -> None:
-    """Print the commands, a line for each."""
-    print(USAGE, "", *(f"  {command:<8} {summary(command)}" for command in COMMANDS), sep="\n")
+    """Run the command that is the first argument, or print all of them, a line for each."""
+    command = next(iter(sys.argv[1:]), "--help")
+    if command in COMMANDS:
+        del sys.argv[1]
+        # As with python -m: Lightning starts the other processes of a node by the module that runs.
+        run_module(f"ssl_geometry.{command}", run_name="__main__", alter_sys=True)
+    elif command in ("-h", "--help"):
+        print(USAGE, "", *(f"  {name:<8} {summary(name)}" for name in COMMANDS), sep="\n")
+    else:
+        print(f"error: no command {command!r}; {nearest(command, COMMANDS)}", file=sys.stderr)
+        sys.exit(ExitCode.MISTAKE)
 
 
 if __name__ == "__main__":

@@ -398,7 +398,7 @@ def _report(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ssl_geometry.compare``."""
-    run_command(compare, args, interrupted="interrupted: run the same command again, with --overwrite true")
+    run_command(compare, args, interrupted="interrupted: run the same command again, with --overwrite")
 
 
 if __name__ == "__main__":

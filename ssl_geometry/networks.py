@@ -112,7 +112,7 @@ def networks_parser(
         parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
         parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
     if not resumable:
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace the results in --out")
+        parser.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_class_arguments(DataModule, "data", fail_untyped=False)
     return parser
@@ -183,7 +183,7 @@ def parse_networks(
         )
     is_again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # of this job, whose own results these are
     if (options.out / "records").exists() and not (options.get("overwrite", True) or is_again):
-        raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite true")
+        raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite")
     return options
 
 

@@ -570,7 +570,7 @@ def _is_balanced(data: DataModule) -> bool:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ssl_geometry.probe``."""
-    run_command(probe, args, interrupted="interrupted: run the same command again, with --overwrite true")
+    run_command(probe, args, interrupted="interrupted: run the same command again, with --overwrite")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m ssl_geometry.zoo list
     python -m ssl_geometry.zoo fetch byol swav
-    python -m ssl_geometry.zoo check --download true
+    python -m ssl_geometry.zoo check --download
 
 ``check`` verifies the hash of each file in the cache, loads it strictly and looks whether its features of random
 pictures are finite.
@@ -73,7 +73,7 @@ def run(args: Sequence[str]) -> None:
     parser = Parser(prog=PROGRAM, description="Published checkpoints: which there are, and whether they are whole.")
     parser.add_argument("action", type=Literal["list", "fetch", "check"], help="what to do")
     parser.add_argument("names", type=str, nargs="*", help="of checkpoints; none are all (to check: all in the cache)")
-    parser.add_argument("--download", type=bool, default=False, help="check: fetch what the cache lacks")
+    parser.add_argument("--download", action="store_true", help="check: fetch what the cache lacks")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))
     for name in options.names:
@@ -102,7 +102,7 @@ def run(args: Sequence[str]) -> None:
     for row in rows if options.names else ():
         if row not in here:
             wrong += 1
-            console.print(f"[red]fail[/]  {row.name}: not in the cache; fetch it, or --download true")
+            console.print(f"[red]fail[/]  {row.name}: not in the cache; fetch it, or --download")
     if not here:
         console.print(f"the cache {cache_folder()} holds none of these")
     if wrong:

@@ -54,7 +54,7 @@ survey $named $untrained vit=random:vit_tiny_patch16_224@64
 two() { echo "runs/survey/$1-s0,runs/survey/$1-s1"; }
 [ -f runs/compare-cifar10-jpeg/findings.md ] ||
     python -m ssl_geometry.compare --models "simclr=$(two simclr)" "supervised=$(two supervised)" untrained=random:0,random:1 \
-        --out runs/compare-cifar10-jpeg --overwrite true
+        --out runs/compare-cifar10-jpeg --overwrite
 
 # Initialisation: ResNet-50 and ViT-S/16, three seeds each, on pictures enlarged to 96 pixels.
 python -m ssl_geometry.survey --data.dataset "$pictures" --data.measure_size 1024 --neighbors.settings [] --neighbors.layers all \

@@ -399,24 +399,6 @@ class DataModule(L.LightningDataModule):
             self._measure_ids = digest.hexdigest()[:16]
         return self._measure_ids
 
-    def describe(self) -> dict[str, Any]:
-        """What the images of a run were, in plain types, for the record of its protocol."""
-        return {
-            "dataset": self.dataset,
-            "dataset_args": self.dataset_args or {},
-            "num_classes": self.num_classes,
-            "image_shape": list(self.image_shape),
-            "sizes": {split: len(rows) for split, rows in self._rows.items()},
-            "batch_size": self.batch_size,
-            "eval_batch_size": self.eval_batch_size,
-            "val_fraction": self.val_fraction,
-            "limit_train": self.limit_train,
-            "limit_test": self.limit_test,
-            "storage": "device" if self._on_device else "workers",
-            "seed": self.seed,
-            "measure_ids": self.measure_ids,
-        }
-
     def _images(self, split: str) -> Images:
         images = self._train if split in ("train", "val", "bank") else self._test
         assert images is not None, "call setup() first"

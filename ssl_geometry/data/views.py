@@ -207,30 +207,6 @@ class View:
             "center_crop": self.center_crop,
         }
 
-    def only(self, *names: str) -> "View":
-        """The same view with some of its operations, which draw what they draw in the whole.
-
-        Args:
-            names: operations to keep; none leaves the clean view.
-
-        Returns:
-            A view of the same size and normalisation.
-
-        Raises:
-            UserError: the view has no such operation.
-
-        Example:
-            >>> View("simclr", size=32).only("color").spec["augment"][0].keys()
-            dict_keys(['color'])
-        """
-        own = [op.name for op in self.ops.values()]
-        for name in names:
-            if name not in own:
-                raise UserError(f"this view has no operation {name!r}; {nearest(name, own)}")
-        spec = self.spec
-        spec["augment"] = [part for part in spec["augment"] if not set(names).isdisjoint(part)]
-        return View(**spec)
-
     @_float32_by_default()
     def params(
         self, index: Int64[Tensor, " B"], *, seed: int, epoch: int, view: int | Sequence[int]

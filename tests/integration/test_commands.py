@@ -44,7 +44,7 @@ OFF = ("invariance", "probes", "neighbors", "spectrum")
 TRAINER = ["--trainer.max_epochs=1", "--trainer.precision=32-true", "--loggers=[]", "--data.batch_size=64"]
 SHRUNK = {
     "fit": [*NETWORK, *IMAGES, *MONITORS, *TRAINER],
-    "compare": [*IMAGES, "--invariance.views=[own]", "--cka.layers=stages", "--permutations=20", "--overwrite=true"],
+    "compare": [*IMAGES, "--invariance.views=[own]", "--cka.layers=stages", "--permutations=20", "--overwrite"],
     "probe": [
         *IMAGES,
         "--probes.layers=[pooled, head]",
@@ -52,7 +52,7 @@ SHRUNK = {
         "--draws=1",
         "--label_fractions=[1.0]",
         "--k=[5]",
-        "--overwrite=true",
+        "--overwrite",
     ],
     "survey": [
         *(*IMAGES, "--neighbors.layers=pooled", "--neighbors.k=10", "--neighbors.copies=3", "--spectrum.copies=3"),

@@ -316,7 +316,7 @@ def test_a_network_that_fails_leaves_the_others(runs: Path, tmp_path: Path, caps
     ):
         (out / name).write_text("old")
     models = [f"a={tmp_path / 'broken.ckpt'}", f"b={runs / 'supervised'}"]
-    few = ["--evaluations=layers", "--probes.layers=[stem, layer3.0.conv1]", "--overwrite=true", "--device=cpu"]
+    few = ["--evaluations=layers", "--probes.layers=[stem, layer3.0.conv1]", "--overwrite", "--device=cpu"]
     images = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64", "--data.limit_train=128"]
     with pytest.raises(SystemExit) as exit_:
         main(["--models", *models, f"--out={out}", *few, *images])

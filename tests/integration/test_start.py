@@ -1,13 +1,14 @@
 """What commands import before they do anything, counted in one fresh interpreter."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ssl_geometry.__main__ import COMMANDS
+from ssl_geometry.__main__ import COMMANDS, main
 from ssl_geometry.records import RecordStore, record
 
 ROOT = Path(__file__).parents[2]
@@ -74,11 +75,31 @@ def test_beside_torch_and_lightning(news: dict[str, list[str]], start: str, most
     assert len(news[f"{start} --help"]) <= most, "more than the commands before it"
 
 
-def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    from ssl_geometry.__main__ import main
-
+def test_every_command_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssl-geometry"])
     main()
     shown = capsys.readouterr().out
     mains = {path.stem for path in (ROOT / "ssl_geometry").glob("*.py") if "def main(" in path.read_text()}
     assert mains - {"__main__"} | {"report"} == set(COMMANDS)
     assert all(f"\n  {command} " in shown for command in COMMANDS)
+
+
+def test_a_command_runs_as_with_python_m(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning starts the other processes of a node by the name of the module that runs, and the arguments."""
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = "import sys; print(__name__, sys.modules['__main__'].__spec__.name, sys.argv[1:])"
+    (tmp_path / "shown.py").write_text(shown)
+    monkeypatch.setattr("ssl_geometry.__main__.run_module", lambda name, **how: runpy.run_module("shown", **how))
+    monkeypatch.setattr(sys, "argv", ["ssl-geometry", "fit", "--x", "1"])
+    main()
+    assert capsys.readouterr().out == "__main__ shown ['--x', '1']\n"
+
+
+def test_a_mistyped_command_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssl-geometry", "fitt"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no command 'fitt'; did you mean 'fit'?\n"

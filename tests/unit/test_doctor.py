@@ -9,7 +9,7 @@ from ssl_geometry import doctor, machine
 
 def lines(capsys: pytest.CaptureFixture[str], *more: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        doctor.main(["--parity=false", *more])
+        doctor.main(["--skip_parity", *more])
     assert stop.value.code == 1
     return capsys.readouterr().out
 

@@ -123,7 +123,7 @@ def test_what_runs_do_not_agree_on_is_one_line(
 def test_a_training_run_is_no_folder_for_results(
     runs: Callable[..., list[str]], tmp_path: Path, module: Any, overwrite: bool
 ) -> None:
-    more = ["--overwrite=true"] if overwrite and module is not survey else []
+    more = ["--overwrite"] if overwrite and module is not survey else []
     models = runs({})
     (tmp_path / "early" / "records").mkdir(parents=True)
     (tmp_path / "early" / "run.json").touch()
