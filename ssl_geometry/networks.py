@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import lightning as L
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import (
@@ -51,6 +53,8 @@ MODELS = (
     "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""
+GRACE_SECONDS = 15
+"""How long the main thread has to end by itself where another process has ended."""
 HEARD_SECONDS = 10
 """How long the others wait for the first process's words: srun and torchrun end all processes with the first that
 ends."""
@@ -224,8 +228,30 @@ def launch(options: Any) -> L.Fabric:
             )
         given["devices"] = [int(options.device.partition(":")[2])]
     fabric = L.Fabric(accelerator=accelerator, **given)
+    _ChildProcessObserver._terminate_all = _speak_and_end  # type: ignore[assignment, method-assign]
     fabric.launch()
     return fabric
+
+
+def _speak_and_end(observer: _ChildProcessObserver) -> None:
+    """Where one of the processes that were started here has ended, all end, with one line.
+
+    Lightning's observer kills them all within five seconds and without a word. Here the main thread has time to end by
+    itself, as it does where it exchanges something with the process that is gone.
+    """
+    others = observer._child_processes
+    time.sleep(GRACE_SECONDS)
+    rank, code = next((rank, other.returncode) for rank, other in enumerate(others, 1) if other.returncode)
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    print(
+        f"error: process {rank} of {len(others) + 1} has ended ({how}); its own output may say why; start the command "
+        "again",
+        file=sys.stderr,
+        flush=True,
+    )
+    for other in others:
+        other.kill()
+    os._exit(ExitCode.MISTAKE)
 
 
 class _Rate(ProgressColumn):

@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import yaml
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from ssl_geometry import compare, probe, survey
+from ssl_geometry import compare, networks, probe, survey
 from ssl_geometry.errors import UserError
 
 LAYERS = ["stem", "pooled"]
@@ -143,3 +146,25 @@ def test_a_requeued_job_replaces_its_own_results(
         module._parse(args)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert module._parse(args).out == tmp_path / "out"
+
+
+@pytest.mark.parametrize(("code", "how"), [(-9, "killed by signal 9"), (1, "exit code 1")])
+def test_a_process_that_is_lost_is_one_line(
+    code: int, how: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning's observer kills all of them without a word."""
+    ended: list[Any] = []
+    others: Any = [
+        SimpleNamespace(pid=0, returncode=found, poll=lambda: None, kill=lambda: ended.append("killed"))
+        for found in (None, code)
+    ]
+    observer = _ChildProcessObserver(main_pid=0, child_processes=others)
+    monkeypatch.setattr("time.sleep", ended.append)
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(L.Fabric, "launch", lambda self: None)
+    monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", None)
+    networks.launch(SimpleNamespace(devices=2, num_nodes=1, device="cpu"))
+    assert observer._run()
+    line = f"error: process 2 of 3 has ended ({how}); its own output may say why; start the command again\n"
+    assert capfd.readouterr().err == line
+    assert ended == [networks.GRACE_SECONDS, "killed", "killed", 2]
