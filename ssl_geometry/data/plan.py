@@ -36,7 +36,8 @@ def size_within(option: str, asked: int | None, usual: int, most: int, there: st
     """
     if asked is not None:
         if asked > most:
-            raise UserError(f"{option} {asked}: {there}; set at most {most}, or null for as many as fit")
+            nothing = "null" if option.startswith("--") else "None"  # as it is typed, in a command or in a script
+            raise UserError(f"{option} {asked}: {there}; set at most {most}, or {nothing} for as many as fit")
         return asked
     if most < usual:
         logger.info(f"{option} {most} (by default {usual}): {there}")

@@ -394,7 +394,7 @@ def test_mistakes_name_the_argument(
         (Pictures(4), {"n": -3}, "n -3: expected a whole number of at least 1"),
         (DataLoader(Pictures(4)), {}, "DataLoader is no map-style data set, whose items have numbers; give its"),
         ([torch.zeros(3, 8, side, dtype=torch.uint8) for side in (8, 9)], {}, "image_size: images of list differ"),
-        (Pictures(4), {"n": 5}, "n 5: Pictures has 4 images; set at most 4"),
+        (Pictures(4), {"n": 5}, "n 5: Pictures has 4 images; set at most 4, or None for as many as fit"),
         (Pictures(4), {"train": Pictures(4, labels=False)}, "train=Pictures: its items have no labels"),
     ],
 )  # fmt: skip
