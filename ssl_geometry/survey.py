@@ -59,7 +59,7 @@ from ssl_geometry.report.models import (
     prediction_scatter,
 )
 from ssl_geometry.report.style import save_figure
-from ssl_geometry.report.survey import METRICS, collapse_in_training, metric_table, readable, write_table
+from ssl_geometry.report.survey import MANIFOLD_METRICS, collapse_in_training, metric_table, readable, write_table
 from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
 
 SEMANTIC = "semantic"
@@ -138,7 +138,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
     )
     made, pictures = [write_table(table, readable(table), out / "tables" / "mgm", note)], {}
     title = f"Manifold graph metrics over depth, {n:,} images"
-    pictures["profiles"] = depth_profiles(frame, options.manifolds, list(METRICS), families, title)
+    pictures["profiles"] = depth_profiles(frame, options.manifolds, MANIFOLD_METRICS, families, title)
     pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
     if len(facts) >= LEAST_MODELS:
         try:

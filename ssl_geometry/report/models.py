@@ -17,11 +17,7 @@ from ssl_geometry.report.style import STYLE
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """After Okabe & Ito: told apart by colour-blind readers; families beyond them share colours, not markers."""
 MARKERS = "osD^vPX*"
-COLLAPSE = {
-    ("mean_cosine", "clean"): "Mean cosine of two images",
-    ("diameter", "semantic"): "Diameter of semantic manifolds",
-    ("rankme", "clean"): "RankMe",
-}
+COLLAPSE = (("mean_cosine", "clean"), ("diameter", "semantic"), ("rankme", "clean"))
 """What shows a collapse, by metric and view."""
 DASHES = ("-", "--", ":", "-.")
 
@@ -187,7 +183,7 @@ def collapse_curves(frame: pd.DataFrame, families: Mapping[str, str], title: str
         for axes, (metric, view) in zip(figure.subplots(1, 3, sharex=True), COLLAPSE, strict=True):
             shown = frame[(frame["metric"] == metric) & (frame["view"] == view)]
             _model_lines(axes, shown, families, styles)
-            axes.set_title(COLLAPSE[metric, view], fontsize=9)
+            axes.set_title(_collapse_title(metric, view), fontsize=9)
             axes.set_xlabel("depth in the backbone")
             if metric == "rankme":
                 axes.set_yscale("log")
@@ -248,13 +244,17 @@ def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figur
                 number = models.index(model)
                 style = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number // len(COLORS) % 4]}
                 (handles[str(model)],) = axes.plot(line["epoch"], line["value"], marker=".", **style)
-            axes.set_title(COLLAPSE[key], fontsize=9)
+            axes.set_title(_collapse_title(*key), fontsize=9)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
         figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=7)
         figure.suptitle(title)
     return figure
+
+
+def _collapse_title(metric: str, view: str) -> str:
+    return described(metric).axis + ("" if view == "clean" else f"\n{view} manifolds")
 
 
 def _model_lines(axes: Any, frame: pd.DataFrame, families: Mapping[str, str], styles: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ssl_geometry.records.catalogue import described
+from ssl_geometry.records.catalogue import METRICS, described
 from ssl_geometry.report.curves import cka_curves, layer_curves
 from ssl_geometry.report.heatmaps import cka_heatmap, view_heatmap
 from ssl_geometry.report.manifolds import manifold_violins
@@ -22,30 +22,10 @@ Pictures = dict[str, Callable[[], Figure]]
 MEASURED = ("cka", "invariance", "probes", "neighbors", "spectrum")
 """Sections of the names that measurements are logged under."""
 
-PROBES = {
-    "ridge_probe": "ridge",
-    "ridge_probe_l2": "ridge_l2",
-    "ridge_probe_mean_per_class": "ridge_mean_per_class",
-    "logistic_probe": "logistic",
-    "logistic_probe_l2": "logistic_l2",
-    "logistic_probe_mean_per_class": "logistic_mean_per_class",
-    "online_probe": "online",
-    "online_probe_mean_per_class": "online_mean_per_class",
-    "online_probe_learning_rate": "learning_rate",
-    "online_probe_weight_decay": "weight_decay",
+LASTING = {
+    name for name, metric in METRICS.items() if metric.live and (metric.section != "neighbors" or name in MANIFOLDS)
 }
-GRAPHS = ("purity", "hubness", "two_nn", "kept_since_last")
-SPECTRUM = (
-    "rankme",
-    "effective_rank",
-    "participation_ratio",
-    "alpha_req",
-    "alpha_req_fit",
-    "lidar",
-    "alignment",
-    "uniformity",
-    "mean_cosine",
-)
+"""Metrics that figures of later epochs show again."""
 
 
 def under_way(name: str) -> bool:
@@ -123,17 +103,9 @@ def _scalars(rows: Sequence[Row]) -> dict[str, float]:
                 found[f"invariance/own/{layer}"] = value
             if layer == watched:
                 found[f"invariance/{watched}/{view}"] = value
-        elif metric == "class_cka":
-            found[f"invariance/classes/{layer}"] = value
-        elif metric in PROBES:
-            found[f"probes/{PROBES[metric]}/{layer}"] = value
-        elif metric in MANIFOLDS or metric == "mutual_knn":
-            if view in ("semantic", "policy") and metric != "affinity_random":
-                found[f"neighbors/{view}/{metric}/{layer}"] = value
-        elif metric in GRAPHS:
-            found[f"neighbors/{metric}/{layer}"] = value
-        elif metric in SPECTRUM:
-            found[f"spectrum/{metric}/{layer}"] = value
+        elif live := described(metric).live:
+            if "{view}" not in live or view in ("semantic", "policy"):
+                found[f"{live.format(view=view)}/{layer}"] = value
         elif described(metric).section == "other" and layer is not None and row["layer_other"] is None:
             found[f"{metric}/{layer}"] = value  # of a user's own measurement
     return found
@@ -141,9 +113,8 @@ def _scalars(rows: Sequence[Row]) -> dict[str, float]:
 
 def curve_rows(rows: Sequence[Row]) -> list[Row]:
     """The records of one moment that stay in the pictures of later moments, as lines over depth or epochs."""
-    lasting = {"class_cka", "ridge_probe", "logistic_probe", "online_probe", *MANIFOLDS, *SPECTRUM}
     others = [
-        row for row in rows if row["metric"] in lasting or (row["metric"] == "invariance" and row["view"] == "own")
+        row for row in rows if row["metric"] in LASTING or (row["metric"] == "invariance" and row["view"] == "own")
     ]
     return [*twins(rows), *others]
 
@@ -178,7 +149,7 @@ def _pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
         found |= _lines("invariance/classes", curves, "class_cka")
     for metric in ("ridge_probe", "logistic_probe", "online_probe"):
         if "ridge_probe" in measured:  # the others come with it, or came before
-            found |= _lines(f"probes/{PROBES[metric]}", curves, metric)
+            found |= _lines(METRICS[metric].live, curves, metric)
     for metric in ("neighbors", "diameter", "affinity"):
         if f"{metric}_quantile" in measured:  # a collapsed network has no manifolds
             found[f"neighbors/{metric}"] = partial(manifold_violins, rows, metric)
@@ -187,7 +158,7 @@ def _pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
                 found |= _over(f"neighbors/{metric}_{view}_epochs", curve, "epoch", layer_curves)
     for metric in ("rankme", "lidar", "alpha_req", "mean_cosine"):
         if metric in measured:
-            found |= _lines(f"spectrum/{metric}", curves, metric)
+            found |= _lines(METRICS[metric].live, curves, metric)
     return found
 
 

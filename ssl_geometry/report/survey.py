@@ -8,11 +8,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ssl_geometry.records import read_records
+from ssl_geometry.records.catalogue import described
 from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.models import collapse_over_training
 from ssl_geometry.report.tables import latex, markdown
 
-METRICS = {"neighbors": "number of neighbours", "diameter": "diameter", "affinity": "affinity"}
+MANIFOLD_METRICS = ("neighbors", "diameter", "affinity")
 STATISTICS = ("mean", "std", "median")
 
 
@@ -34,14 +35,16 @@ def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Seque
     """
     at = frame[frame["layer"] == frame["model"].map(layer)]
     parts = {}
-    for metric in METRICS:
+    for metric in MANIFOLD_METRICS:
         medians = at[(at["metric"] == f"{metric}_quantile") & (at["low"] == 0.5)]
         for statistic, rows in zip(
             STATISTICS, (at[at["metric"] == metric], at[at["metric"] == f"{metric}_std"], medians), strict=True
         ):
             for view, values in rows.groupby("view", sort=False):
                 parts[view, metric, statistic] = values.set_index("model")["value"]
-    columns = pd.MultiIndex.from_product([manifolds, METRICS, STATISTICS], names=["manifold", "metric", "statistic"])
+    columns = pd.MultiIndex.from_product(
+        [manifolds, MANIFOLD_METRICS, STATISTICS], names=["manifold", "metric", "statistic"]
+    )
     empty = pd.Series(dtype=float)
     cells = [parts.get(key, empty).reindex(list(layer)).to_numpy() for key in columns]
     return pd.DataFrame(np.transpose(cells), index=list(layer), columns=columns)
@@ -50,9 +53,9 @@ def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Seque
 def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The same as text, a table a metric, a column a manifold: mean ± spread over images (median)."""
     tables = {}
-    for metric, title in METRICS.items():
+    for metric in MANIFOLD_METRICS:
         part, form = table.xs(metric, axis=1, level="metric"), ("{:.1f}" if metric == "neighbors" else "{:.3f}").format
-        tables[title.capitalize()] = text = pd.DataFrame(index=table.index)
+        tables[described(metric).label] = text = pd.DataFrame(index=table.index)
         for view in part.columns.unique("manifold"):
             numbers = part[view].map(form)
             text[view] = numbers["mean"] + " ± " + numbers["std"] + " (" + numbers["median"] + ")"

@@ -1,6 +1,7 @@
 """Every metric has one name and one unit, and what is measured is in that unit."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from ssl_geometry.geometry.manifold import manifold_metrics
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.records.catalogue import METRICS, described
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", ["angle", "angle_std", "angle_quantile", "angle_random", "angle_random_std"])
@@ -41,3 +44,17 @@ def test_names_made_from_others(name: str, axis: str, section: str) -> None:
 
 def test_no_two_metrics_share_a_label() -> None:
     assert len({metric.label for metric in METRICS.values()}) == len(METRICS)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_docs_define_every_metric(name: str) -> None:
+    assert f"`{name}`" in (DOCS / "metrics.md").read_text()
+
+
+def test_the_docs_have_every_live_curve() -> None:
+    text = (DOCS / "wandb.md").read_text()
+    live = {described(name).live for name in [*METRICS, "ridge_probe_l2", "online_probe_learning_rate"]} - {""}
+    for curve in live:
+        section = curve.partition("/")[0]
+        known = (f"`{curve}/<layer>`", f"`{section}/<measure>/<layer>`", f"`{section}/<kind>/<measure>/<layer>`")
+        assert any(key in text for key in known[: 1 if section in ("probes", "invariance") else 3]), curve

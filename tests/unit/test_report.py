@@ -126,7 +126,7 @@ def test_collapse_over_training_shows_what_was_measured_each_network_in_its_colo
     frame = pd.concat([frame, known.assign(model="c")])
     figure = collapse_over_training(frame, "l0", "")
     panels = {axes.get_title(): [line.get_color() for line in axes.lines] for axes in figure.axes}
-    assert list(panels) == ["Mean cosine of two images", "RankMe"], "no panel of the diameter"
+    assert list(panels) == ["Mean cosine of two images", "RankMe (dimensions)"], "no panel of the diameter"
     (a, b), (also_a, c) = panels.values()
     assert a == also_a
     assert len({a, b, c}) == 3
