@@ -482,12 +482,12 @@ def epochs(args: argparse.Namespace) -> Iterator[Row]:
         folder = Path(temporary)
         images = args.images or random_images(folder / "images", 200 if args.tiny else 50_000)
         groups = ("cka", "invariance", "probes", "neighbors", "spectrum")
-        twelve = 2 if args.tiny else 12
+        twelve, two = (1, 1) if args.tiny else (12, 2)
         for name, n, options in (
             ("as configured", twelve, []),
             ("not compiled", twelve, ["--model.compile=false"]),
             ("no monitors", twelve, [f"--{group}.every_n_epochs=0" for group in groups]),
-            ("all monitors in each epoch", 2, [f"--{group}.every_n_epochs=1" for group in groups]),
+            ("all monitors in each epoch", two, [f"--{group}.every_n_epochs=1" for group in groups]),
         ):
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -506,6 +506,7 @@ def epochs(args: argparse.Namespace) -> Iterator[Row]:
                     "model.backbone": "resnet10", "model.width": 1 / 16, "model.image_size": 16, "data.image_size": 16,
                     "data.batch_size": 64, "data.measure_size": 40, "trainer.precision": "32-true", "neighbors.k": 5,
                     "cka.layers": "stages", "invariance.layers": "pooled", "neighbors.copies": 3, "spectrum.copies": 2,
+                    "neighbors.layers": "pooled", "probes.layers": "stages",
                 }  # fmt: skip
             began = time.perf_counter()
             fit("--config", str(config), *(f"--{key}={value}" for key, value in given.items()), *options)

@@ -75,6 +75,12 @@ def test_beside_torch_and_lightning(news: dict[str, list[str]], start: str, most
     assert len(news[f"{start} --help"]) <= most, "more than the commands before it"
 
 
+def test_modules_that_need_no_faiss_do_not_load_it(news: dict[str, list[str]]) -> None:
+    loaded = {module for modules in news.values() for module in modules}
+    assert {f"ssl_geometry.geometry.{name}" for name in ("duplicates", "manifold", "ridge", "logistic")} <= loaded
+    assert "faiss" not in loaded
+
+
 def test_every_command_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ssl-geometry"])
     main()

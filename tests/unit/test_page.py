@@ -171,18 +171,17 @@ def test_the_page_holds_what_was_packed_and_may_load_nothing(tmp_path: Path) -> 
     assert "alert(1)" not in page, "texts of users are in the packed data alone"
 
 
-@pytest.mark.slow
-def test_fifty_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp_path: Path) -> None:
-    runs = [read_run(make_run(tmp_path / f"run{seed}", epochs=4, seed=seed)) for seed in range(50)]
+def test_many_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / f"run{seed}", epochs=4, seed=seed)) for seed in range(10)]
     said: list[str] = []
-    limit = 1.6e5
+    limit = len(render(b"")) + 2e4
     packed = smallest_loss(runs, limit, said.append)
     assert len(render(packed)) <= limit
     header, shown = unpack(packed)
     assert header["rounded"]
     assert header["thinned"] == 2
     assert said == [
-        "to stay below 0.16 MB, numbers are rounded to 4 significant digits, "
+        f"to stay below {limit / 1e6:g} MB, numbers are rounded to 4 significant digits, "
         "and 2 measurements of each metric are shown"
     ]
     assert sorted(shown["epoch"].unique()) == [0, 3]

@@ -23,6 +23,7 @@ from ssl_geometry.records import RecordStore, record
 from ssl_geometry.runs.checkpoints import WholeCheckpointIO, read_checkpoint
 from ssl_geometry.runs.directory import DIRECTORY_VARIABLE, LOCK_SECONDS, Run, config_of, open_run
 from ssl_geometry.runs.networks import load_method, load_networks, network_names, split_seeds
+from tests.processes import PROCESSES
 
 CONFIG: dict[str, Any] = {
     "model": {"class_path": "x.SimCLR", "init_args": {"backbone": "resnet18"}},
@@ -132,19 +133,24 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_configuration(tmp_path
     assert open_run(CONFIG, tmp_path, "e", resume="auto").resumed_from is None
 
 
+def _resume_beside(runs: Path, said: Any) -> None:
+    assert open_run(CONFIG, runs, "e", resume="auto").resumed_from is None
+    try:
+        open_run(CONFIG, runs, "e", run_id="a", resume="auto")
+    except UserError as error:
+        said.send(str(error))
+
+
 @pytest.mark.slow
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
     mine = open_run(CONFIG, tmp_path, "e", run_id="a")
     checkpoint(mine.directory)
-    code = f"""
-from ssl_geometry.runs.directory import open_run
-config = {CONFIG!r}
-assert open_run(config, {str(tmp_path)!r}, "e", resume="auto").resumed_from is None
-open_run(config, {str(tmp_path)!r}, "e", run_id="a", resume="auto")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    said = f"another process trains in {mine.directory} (process {os.getpid()} on {platform.node()})"
-    assert said in done.stderr.splitlines()[-1]
+    heard, said = PROCESSES.Pipe(duplex=False)
+    other = PROCESSES.Process(target=_resume_beside, args=(tmp_path, said))
+    other.start()
+    said.close()
+    assert f"another process trains in {mine.directory} (process {os.getpid()} on {platform.node()})" in heard.recv()
+    other.join()
     mine.release()
     assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == mine.last_checkpoint
 
