@@ -169,7 +169,8 @@ def _class_problem(option: str, path: str, reason: str) -> str:
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         if owner is None:
             return f"{option} {path}: {module_name} has no {name}; {nearest(name, classes)}"
-    return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.methods.SimCLR"
+    example = "measure.CKA" if option == "--measurements" else "methods.SimCLR"
+    return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.{example}"
 
 
 def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | None, interrupted: str) -> None:

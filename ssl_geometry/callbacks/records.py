@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from ssl_geometry.records import Protocol, RecordStore, record
+from ssl_geometry.records.store import naming
 
 LOGGER = logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ class RecordsLogger(Logger):
         for name, figure in figures.items():
             path = self.run_dir / "figures" / f"{name.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            with naming(path):
+                figure.savefig(path)
 
     @rank_zero_only
     def flush(self) -> None:

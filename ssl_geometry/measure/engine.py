@@ -226,6 +226,8 @@ def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement
             raise UserError(f"measurements: {item.__name__} is a class; write {item.__name__}()")
         if not isinstance(item, Measurement):
             raise UserError(f"measurements: {item!r} is no measurement, such as CKA()")
+        if type(item).requests is Measurement.requests:
+            raise UserError(f"measurements: {type(item).__name__} asks for nothing; it needs a method requests()")
     if twice := [item for number, item in enumerate(listed) if any(item is other for other in listed[:number])]:
         raise UserError(f"measurements: one {type(twice[0]).__name__} stands there twice; make another")
     return listed

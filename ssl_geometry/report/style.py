@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ssl_geometry.records.catalogue import described
+from ssl_geometry.records.store import naming
 
 Rows = pd.DataFrame | Sequence[Mapping[str, Any]]
 STYLE: Any = {
@@ -62,7 +63,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("pdf", "png"):
-        figure.savefig(f"{path}.{suffix}")
+        with naming(Path(f"{path}.{suffix}")):
+            figure.savefig(f"{path}.{suffix}")
     return Path(f"{path}.png")
 
 

@@ -1,5 +1,6 @@
 """Wrong arguments of what measures in a script are one line, and what measures leaves all as it was."""
 
+import errno
 import random
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,7 @@ REFERENCE = Subject(network(), CLEAN, name="other")
     [
         ({"network": None}, "network is NoneType, expected a torch module"),
         ({"network": torch.relu}, "network is builtin_function_or_method, expected a torch module"),
+        ({"measurements": [Measurement()]}, "measurements: Measurement asks for nothing; it needs a method requests()"),
         ({"measurements": ["cka"]}, "measurements: 'cka' is no measurement, such as CKA()"),
         ({"measurements": 2 * [CKA()]}, "measurements: one CKA stands there twice; make another"),
         ({"measurements": [CKA(reference="x")]}, "CKA.reference: monitors of training read it; give measure(…, ref"),
@@ -290,6 +292,22 @@ def test_heads_by_any_name(images: MeasurementImages) -> None:
             return self.heads["a"](self.backbone(images))
 
     assert "1" in set(measure(Whole(), images, [CKA(gram_size=8)], clean=CLEAN).rows["layer"])
+
+
+def full(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "Detail: [errno 28] No space left on device")  # as pyarrow and Pillow raise it
+
+
+def test_a_full_disk_is_named_with_the_file(
+    tmp_path: Path, images: MeasurementImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = measure(network(), images, [CKA("0", gram_size=8)], clean=CLEAN)
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    for act, name in ((found.save, "records/measure/network.parquet"), (found.draw, "cka_map_self.pdf")):
+        with pytest.raises(OSError, match="No space left") as error:
+            act(tmp_path)
+        assert error.value.filename == str(tmp_path / name)
 
 
 def test_networks_share_a_folder(tmp_path: Path, images: MeasurementImages) -> None:

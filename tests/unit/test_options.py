@@ -446,6 +446,12 @@ def test_a_method_of_ones_own_declares_its_own_ranges() -> None:
     check_arguments(Mine, {"momentum": 1.5}, "--model.")  # its own, which means something else
 
 
+def test_a_measurement_that_cannot_be_imported(cli: FitCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, lambda: read(cli, [*QUICK, "--measurements+=no.X"]))
+    assert "--measurements no.X: No module" in said
+    assert said.strip().endswith("such as ssl_geometry.measure.CKA")
+
+
 def test_ranges_hold_numbers_alone() -> None:
     assert math.inf not in at_least(0)
     assert math.nan not in at_least(0)
