@@ -55,7 +55,7 @@ from ssl_geometry.networks import (
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.comparison import draw, draw_training
-from ssl_geometry.report.manifolds import neighbor_pictures
+from ssl_geometry.report.manifolds import neighbor_figure
 from ssl_geometry.report.style import save_figure
 from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
 from ssl_geometry.runs.resume import recipe
@@ -74,7 +74,7 @@ LONGEST_GROUP = 40
 """Characters of the names of several networks in a legend."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
 SHOWN = 10
-"""Neighbours in a row of pictures."""
+"""Neighbours in a row of images."""
 
 
 def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
@@ -202,7 +202,7 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
         numbers: of the images.
 
     Returns:
-        A picture, two rows an image.
+        A figure, two rows per image.
     """
     assert network.features is not None
     try:
@@ -212,12 +212,12 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
         raise UserError(f"--show_neighbors: {network.name}: {error}") from error
     blank = (np.full((*data.image_shape[1:], 3), 255, np.uint8), "", False)
 
-    def picture(image: int, text: str, framed: bool = False) -> tuple[np.ndarray, str, bool]:
+    def tile(image: int, text: str, framed: bool = False) -> tuple[np.ndarray, str, bool]:
         seen = data.measured([image])
         name = data.class_names[int(seen["label"])] if seen["label"].ndim == 1 else ""
         return seen["image"][0].movedim(0, -1).cpu().numpy(), f"{name[:12]}\n{text}", framed
 
-    pictures = []
+    tiles = []
     for row, number in enumerate(numbers):
         ids, kept = found.ids[number], chosen.active[row]
         by_weight = chosen.weights[row].masked_fill(~kept, 0).argsort(descending=True)[: int(kept.sum())]
@@ -225,14 +225,14 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
         if len(by_weight) > SHOWN:
             says += f", here the {SHOWN}\nof largest weight"
         there = [j for j in range(min(SHOWN, len(ids))) if ids[j] >= 0]
-        above = [picture(int(ids[j]), f"cos {1 - found.values[number, j]:.3f}", bool(kept[j])) for j in there]
+        above = [tile(int(ids[j]), f"cos {1 - found.values[number, j]:.3f}", bool(kept[j])) for j in there]
         above += [blank] * (SHOWN - len(above))
-        below = [picture(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
+        below = [tile(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
         below += [blank] * (SHOWN - len(below))
-        pictures += [picture(number, f"image {number}"), *above]
-        pictures += [(blank[0], says, False), *below]
-    return neighbor_pictures(
-        pictures,
+        tiles += [tile(number, f"image {number}"), *above]
+        tiles += [(blank[0], says, False), *below]
+    return neighbor_figure(
+        tiles,
         SHOWN + 1,
         f"{network.name}: the {SHOWN} nearest of each image (framed: kept by NNK), and its NNK neighbours by weight",
     )
@@ -289,7 +289,7 @@ def _hold_to_images(options: Any, n: int) -> None:
 @as_options
 @said_once
 def compare(args: Sequence[str]) -> Path:
-    """Measure, write records, draw pictures and print the findings.
+    """Measure, write records, draw figures and print the findings.
 
     Args:
         args: command line.
@@ -375,8 +375,8 @@ def _report(
     table.to_parquet(out / "findings.parquet")
     (out / "findings.md").write_text(markdown(table, options.models, int(frame["n"].iloc[0])), encoding="utf-8")
     self_supervised = [views_of(network.name) for network in measured if network.learns_from_labels is False]
-    pictures = draw(frame, groups, self_supervised, out / "figures")
-    pictures += [
+    figures = draw(frame, groups, self_supervised, out / "figures")
+    figures += [
         save_figure(
             show_neighbors(network, options.data, options.show_neighbors),
             out / "figures" / f"neighbors_{network.name}",
@@ -384,15 +384,15 @@ def _report(
         for network in measured
         if options.show_neighbors
     ]
-    pictures += draw_training(network_names(options.models), out / "figures")
+    figures += draw_training(network_names(options.models), out / "figures")
     for claim, rows in table.groupby("claim", sort=False):
         decided, baseline = rows["verdict"].iloc[0], rows["baseline"].iloc[0]
         aside = "" if baseline else " (without baseline)"
         console.print(f"[bold]{decided:>11}[/bold]  {claim}{aside}", highlight=False, soft_wrap=True)
         for row in rows.to_dict("records"):
             console.print(f"{'':>13}{row['contrast']}: {effect(row)}", markup=False, highlight=False, soft_wrap=True)
-    for picture in pictures:
-        console.print(f"    picture  {picture}", highlight=False, soft_wrap=True)
+    for figure in figures:
+        console.print(f"     figure  {figure}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
 
 

@@ -26,7 +26,7 @@ def examine(args: Sequence[str]) -> None:
     """
     parser = Parser(prog=PROGRAM, description="Is this machine ready? Each line says fine, or what to do.")
     parser.add_argument("--runs", type=str, default="runs", help="folder that runs will be written to")
-    parser.add_argument("--data", type=str, default="data", help="folder of the pictures")
+    parser.add_argument("--data", type=str, default="data", help="folder of the images")
     parser.add_argument("--skip_parity", action="store_true", help="do not compare two processes with one (10 s)")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))

@@ -2,7 +2,7 @@
 
     python -m ssl_geometry.fit --config configs/simclr_resnet18_cifar10.yaml
     python -m ssl_geometry.fit --config configs/quickstart/simclr.yaml --cka.every_n_epochs 5 --trainer.max_epochs 20
-    python -m ssl_geometry.fit --model my_package.MyMethod --data.dataset path/to/pictures
+    python -m ssl_geometry.fit --model my_package.MyMethod --data.dataset path/to/images
 
 Several --config files merge, later ones win, and options on the command line win over all of them. A config file may
 name another one to start from: ``base: other.yaml``. Everything a run makes lies in runs/<experiment>/<run-id>/.
@@ -592,7 +592,7 @@ def print_summary(run: Run, trainer: L.Trainer, results: Mapping[str, float]) ->
     for name, path in {
         "checkpoint": run.last_checkpoint,
         "records": run.directory / "records",
-        "pictures": run.directory / "figures",
+        "figures": run.directory / "figures",
     }.items():
         console.print(f"{name:>10}  {path}", highlight=False, soft_wrap=True)
 

@@ -43,7 +43,7 @@ def findings(runs: Path, data: Path, with_parity: bool = True) -> Iterator[Findi
 
     Args:
         runs: folder that runs will be written to.
-        data: folder of the pictures.
+        data: folder of the images.
         with_parity: compare two processes with one, which takes ten seconds.
     """
     for look in (python, cores, gpu, faiss, slurm, weights_and_biases):
@@ -69,7 +69,7 @@ def cores() -> Iterator[Finding]:
     """Cores that this process may use."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     few = mine < 4 and torch.cuda.is_available()
-    to_do = "few for feeding a GPU with pictures: ask SLURM for --cpus-per-task=8" if few else ""
+    to_do = "few for feeding a GPU with images: ask SLURM for --cpus-per-task=8" if few else ""
     yield Finding("cores", f"{mine} of {os.cpu_count()}, {torch.get_num_threads()} threads of torch", to_do)
 
 
@@ -138,7 +138,7 @@ def weights_and_biases() -> Iterator[Finding]:
 
 
 def folders(runs: Path, data: Path) -> Iterator[Finding]:
-    """Where runs are written, and where pictures are read."""
+    """Where runs are written, and where images are read."""
     there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if os.path.isdir(folder))
     free = shutil.disk_usage(there).free / GIB
     try:
@@ -159,7 +159,7 @@ def folders(runs: Path, data: Path) -> Iterator[Finding]:
 
 
 def shared_memory() -> Iterator[Finding]:
-    """What data workers hand pictures over in."""
+    """What data workers hand images over in."""
     folder = Path("/dev/shm")
     if folder.is_dir():
         size = shutil.disk_usage(folder).total / GIB

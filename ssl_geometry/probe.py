@@ -92,7 +92,7 @@ EVALUATIONS = [
 USUAL = [name for name in EVALUATIONS if name != "finetune"]
 """What is evaluated unless the command line says otherwise."""
 SEVERAL_CLASSES = ("layers", "labels")
-"""Those that pictures with several classes allow; they are judged by mean average precision."""
+"""Those that images with several classes allow; they are evaluated by mean average precision."""
 UNTRAINED = "untrained"
 SOURCES: Sources = {
     "probes.layers": {"probes.layers": unchanged},
@@ -380,7 +380,7 @@ def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], d
 @as_options
 @said_once
 def probe(args: Sequence[str]) -> Path:
-    """Measure, write records, draw the picture and print the tables.
+    """Measure, write records, draw the figure and print the tables.
 
     Args:
         args: command line.
@@ -442,7 +442,7 @@ def _check(options: Any, networks: Mapping[str, tuple[Method, int | None]], cons
     if data.multi_label:
         options.evaluations = [name for name in options.evaluations if name in SEVERAL_CLASSES]
     if not options.evaluations:
-        raise UserError(f"--evaluations: none is left; pictures of several classes allow {', '.join(SEVERAL_CLASSES)}")
+        raise UserError(f"--evaluations: none is left; images of several classes allow {', '.join(SEVERAL_CLASSES)}")
     _check_data(options, data)
     _check_fractions(options, data, console)
 
@@ -454,7 +454,7 @@ def _report(
     options: Any,
     console: Console,
 ) -> None:
-    """Tables and picture of the networks that were measured."""
+    """Tables and figure of the networks that were measured."""
     out, data = options.out, options.data
     frame = frame[frame["model"].isin(groups)]
     judged = "mean average precision" if data.multi_label else "accuracy"
@@ -462,7 +462,7 @@ def _report(
     text = tables(frame, groups, protocol_of, out, said, judged, balanced=_is_balanced(data))
     console.print(f"{text}\n{said}", markup=False, highlight=False, soft_wrap=True)
     if "layers" in options.evaluations:
-        console.print(f"    picture  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
+        console.print(f"     figure  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)
 

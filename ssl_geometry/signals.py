@@ -1,4 +1,4 @@
-"""SIGUSR1 and SIGTERM are for the processes that train; those that read pictures for them do not hear them."""
+"""SIGUSR1 and SIGTERM are for the processes that train; those that read images for them do not hear them."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 def withheld() -> Iterator[None]:
     """Keep the signals waiting meanwhile; processes that are started here never get them.
 
-    SLURM signals all processes of a job, but those that read pictures are needed until the step is finished.
+    SLURM signals all processes of a job, but those that read images are needed until the step is finished.
 
     Example:
         >>> with withheld():

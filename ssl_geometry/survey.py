@@ -116,7 +116,7 @@ def fingerprint(method: nn.Module) -> str:
 
 
 def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[str, str], options: Any) -> list[Path]:
-    """All tables and pictures, from the records alone.
+    """All tables and figures, from the records alone.
 
     Args:
         out: folder of the survey.
@@ -125,7 +125,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
         options: of the command.
 
     Returns:
-        The files for a reader: pictures and Markdown.
+        The files for a reader: figures and Markdown.
     """
     frame = RecordStore(out / "records").read()
     frame = frame[frame["model"].isin(facts)]
@@ -136,20 +136,20 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
         f"Features of the encoder's last layer, {n:,} images of {Path(options.data.dataset).name}; mean ± standard "
         f"deviation over images (median). k = {options.k}, {options.neighbors.copies} augmented views."
     )
-    made, pictures = [write_table(table, readable(table), out / "tables" / "mgm", note)], {}
+    made, drawn = [write_table(table, readable(table), out / "tables" / "mgm", note)], {}
     title = f"Manifold graph metrics over depth, {n:,} images"
-    pictures["profiles"] = depth_profiles(frame, options.manifolds, MANIFOLD_METRICS, families, title)
-    pictures["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
+    drawn["profiles"] = depth_profiles(frame, options.manifolds, MANIFOLD_METRICS, families, title)
+    drawn["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
     if len(facts) >= LEAST_MODELS:
         try:
             tables, figures = _alike(table, families, n, options.clusters, out / "tables")
-            made, pictures = made + tables, pictures | figures
+            made, drawn = made + tables, drawn | figures
         except ValueError as error:  # all models are the same, or collapsed
             Console(stderr=True).print(f"no map of models: {error}", highlight=False)
     several = len({recipes[model] for model in facts})
     if several >= LEAST_MODELS:
         tables, figures = _together(table, recipes, out / "tables")
-        made, pictures = made + tables, pictures | figures
+        made, drawn = made + tables, drawn | figures
     else:
         for stale in (*(out / "tables").glob("correlation.*"), *(out / "figures").glob("correlation.*")):
             stale.unlink()  # of more models
@@ -182,9 +182,9 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
             if row["task"] in set(predicted["task"])
         }
         if titles:
-            pictures["prediction"] = prediction_scatter(predicted, families, titles)
-    pictures |= collapse_in_training(network_names(options.models))
-    return made + [save_figure(figure, out / "figures" / name) for name, figure in pictures.items()]
+            drawn["prediction"] = prediction_scatter(predicted, families, titles)
+    drawn |= collapse_in_training(network_names(options.models))
+    return made + [save_figure(figure, out / "figures" / name) for name, figure in drawn.items()]
 
 
 def _alike(
@@ -311,7 +311,7 @@ def _report_small_classes(options: Any, data: DataModule, console: Console) -> N
 @as_options
 @said_once
 def survey(args: Sequence[str]) -> Path:
-    """Measure the models that are missing, then make all tables and pictures.
+    """Measure the models that are missing, then make all tables and figures.
 
     Args:
         args: command line.
@@ -336,7 +336,7 @@ def survey(args: Sequence[str]) -> Path:
         data.setup("test")
         if data.multi_label:
             raise UserError(
-                f"--data.dataset {data.dataset}: neighbourhoods need one class a picture; these have several"
+                f"--data.dataset {data.dataset}: neighbourhoods need one class per image; these have several"
             )
         options.k = candidates("--neighbors.k", options.neighbors.k, data)
         _report_small_classes(options, data, console)
@@ -370,7 +370,7 @@ def survey(args: Sequence[str]) -> Path:
     with together(options):
         if fabric.is_global_zero:
             for path in report(out, facts, recipes, options):
-                kind = "table" if path.suffix == ".md" else "picture"
+                kind = "table" if path.suffix == ".md" else "figure"
                 console.print(f"{kind:>12}  {path}", highlight=False, soft_wrap=True)
             console.print(f"     records  {out / 'records'}", highlight=False, soft_wrap=True)
     return out

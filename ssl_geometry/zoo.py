@@ -5,7 +5,7 @@
     python -m ssl_geometry.zoo check --download
 
 ``check`` verifies the hash of each file in the cache, loads it strictly and looks whether its features of random
-pictures are finite.
+images are finite.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ PROGRAM = "python -m ssl_geometry.zoo"
 
 def listing(rows: Sequence[Checkpoint]) -> Table:
     """A table of checkpoints, and which of them the cache holds."""
-    table = Table("name", "family", "architecture", "epochs", "top-1", "pictures", "in the cache", box=None)
+    table = Table("name", "family", "architecture", "epochs", "top-1", "images", "in the cache", box=None)
     for row in rows:
         size = sum(file.stat().st_size for file in cached(row))
-        pictures = f"{row.image_size}, {'[0, 1]' if row.normalize == 'none' else row.normalize}"
+        images = f"{row.image_size}, {'[0, 1]' if row.normalize == 'none' else row.normalize}"
         here = f"{size / 1e6:.0f} MB" if size else "no"
-        table.add_row(row.name, row.family, row.architecture, str(row.epochs or ""), f"{row.top1:.1f}", pictures, here)
+        table.add_row(row.name, row.family, row.architecture, str(row.epochs or ""), f"{row.top1:.1f}", images, here)
     return table
 
 
@@ -56,7 +56,7 @@ def check(row: Checkpoint) -> str:
     with torch.no_grad():
         features = backbone(images)
     if not features.isfinite().all():
-        raise UserError(f"{row.name}: its features of random pictures are not finite")
+        raise UserError(f"{row.name}: its features of random images are not finite")
     return f"{loaded.used} tensors loaded, {loaded.dropped} left out, {features.shape[1]} finite features"
 
 

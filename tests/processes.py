@@ -73,17 +73,17 @@ def _serve(listener: int, alive: int) -> None:
 @contextmanager
 def undrawn() -> Iterator[None]:
     """Figures are blank: to draw them takes longer than to train a small network."""
-    pictures, savefig = monitor.pictures, Figure.savefig
+    live_figures, savefig = monitor.live_figures, Figure.savefig
     blank = partial(Figure, figsize=(0.1, 0.1))
 
     def names_alone(*rows: Any) -> Any:
-        return dict.fromkeys(pictures(*rows), blank)
+        return dict.fromkeys(live_figures(*rows), blank)
 
     def save_blank(figure: Figure, file: Any, **options: Any) -> None:
         savefig(blank(), file, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "pictures", names_alone)
+        patch.setattr(monitor, "live_figures", names_alone)
         patch.setattr(Figure, "savefig", save_blank)
         yield
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import first_line
-from ssl_geometry.report.moments import under_way
+from ssl_geometry.report.live import under_way
 from ssl_geometry.report.upload import (
     TIMEOUT_SECONDS,
     LoggedRow,

@@ -44,7 +44,7 @@ from ssl_geometry.measure.processes import is_of_the_first
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.methods import Method
 from ssl_geometry.ranges import check_arguments, check_name
-from ssl_geometry.report.moments import Row, curve_rows, pictures, scalars
+from ssl_geometry.report.live import Row, curve_rows, live_figures, scalars
 from ssl_geometry.runs.networks import load_method
 
 logger = logging.getLogger(__name__)
@@ -465,7 +465,7 @@ def log(
         occasion: when.
         part: the name of that measurement's records; see :func:`part_names`.
     """
-    drawn = pictures(measured.rows, curves)
+    drawn = live_figures(measured.rows, curves)
     figures = cache(lambda: {name: draw() for name, draw in drawn.items()})
     records.log_findings(part, measured.rows, measured.protocols, occasion.epoch)
     if is_last(trainer, occasion.epoch):

@@ -97,7 +97,7 @@ class RecordsLogger(Logger):
 
     @rank_zero_only
     def save_figures(self, figures: Mapping[str, Figure]) -> None:
-        """Keep pictures as PNG under ``figures/``."""
+        """Keep figures as PNG under ``figures/``."""
         for name, figure in figures.items():
             path = self.run_dir / "figures" / f"{name.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """One LightningDataModule for every method: batches of uint8 images, the same for any number of processes.
 
 A batch is a dict: ``image`` uint8 (B,3,H,W), ``label`` int64 (B,) (or (B,C), see ``DataModule.multi_label``), and
-``index`` int64 (B,), the place of each picture in its split on disk. Global batch b of epoch e holds the same pictures
+``index`` int64 (B,), the place of each image in its split on disk. Global batch b of epoch e holds the same images
 in the same order for any number of processes, on either storage path, in a resumed run or not: the order is a pure
 function of (seed, epoch), and each process takes its slice. Evaluation never pads or repeats: process r of R takes the
 batches r, r + R, … of the one list.
@@ -41,21 +41,21 @@ BATCH_SIZE = 256  # these two unless others are asked for, or the data set has l
 MEASURE_SIZE = 2048
 AUTO_BYTES = 2 * 2**30  # an image folder that decodes to no more than this is kept in memory
 BANK_SIZE = 50_000  # training images at most that vote in nearest-neighbour classification
-AUTO_SHARE = 0.25  # of the free memory of a CUDA device may go to pictures
+AUTO_SHARE = 0.25  # of the free memory of a CUDA device may go to images
 MUCH_DROPPED = 0.1  # of the training images of an epoch
 
 
 class DataModule(L.LightningDataModule):
-    """Pictures of any data set for training, validation, test and measurement.
+    """Images of any data set for training, validation, test and measurement.
 
     Args:
         dataset: cifar10, cifar100, stl10, svhn, imagenet, digits (of scikit-learn), colored_digits (the same on
             backgrounds of any colour, half of them inverted), torchvision.datasets.<Class>, or the path of an image
             folder: PATH/train/<class>/ with PATH/test/<class>/ (or val/), or PATH/<class>/, of which a fixed fifth
-            becomes the test split; or, for pictures of several classes each, PATH/train/ and PATH/test/ with a
+            becomes the test split; or, for images of several classes each, PATH/train/ and PATH/test/ with a
             labels.csv in each (columns `file` and, for each class, 0 or 1).
         root: folder of the downloaded files, or of ImageNet's train/ and val/. Not used by digits and image folders.
-        image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the pictures' own size
+        image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the images' own size
             (16 for both kinds of digits, 256 for imagenet).
         batch_size: training images in a step, over all processes together; None takes 256, or all where there are
             fewer.
@@ -66,13 +66,13 @@ class DataModule(L.LightningDataModule):
             where there are fewer.
         limit_train: train on this many images at most, with the classes in proportion.
         limit_test: use this many test images at most, with the classes in proportion.
-        storage: device keeps all pixels in the memory of the training device, workers read pictures anew in each epoch,
+        storage: device keeps all pixels in the memory of the training device, workers read images anew in each epoch,
             auto chooses device for what is small: array data sets, and files that decode to at most 2 GiB, within a
             quarter of the free GPU memory.
-        num_workers: processes that read pictures, for each training process. None takes the cores that are left, at
+        num_workers: processes that read images, for each training process. None takes the cores that are left, at
             most 8.
         download: download missing files.
-        on_error: what to do with a picture that cannot be read. raise stops and names it; skip reads all pictures once
+        on_error: what to do with an image that cannot be read. raise stops and names it; skip reads all images once
             before the start and leaves such ones out.
         dataset_args: further arguments of a torchvision class, such as {split: train+unlabeled} for stl10.
         seed: chooses the validation images and the order of training images.
@@ -92,11 +92,11 @@ class DataModule(L.LightningDataModule):
     class_names: list[str]
     """Names of the classes, in the order of the labels."""
     image_shape: tuple[int, ...]
-    """(3, height, width) of every picture."""
+    """(3, height, width) of every image."""
     num_train: int
     """Images trained on."""
     multi_label: bool
-    """Whether a picture may show several classes: labels are then (B,C) int64 of zeros and ones."""
+    """Whether an image may show several classes: labels are then (B,C) int64 of zeros and ones."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class DataModule(L.LightningDataModule):
             return images
         if self._rank == 0:
             warnings.warn(
-                f"left out {len(damaged)} of {len(images)} pictures that cannot be read, the first is {damaged[0][1]}",
+                f"left out {len(damaged)} of {len(images)} images that cannot be read, the first is {damaged[0][1]}",
                 stacklevel=2,
             )
         keep = torch.ones(len(images), dtype=torch.bool)
@@ -346,12 +346,12 @@ class DataModule(L.LightningDataModule):
 
     @property
     def measure_labels(self) -> Int64[Tensor, " N"]:
-        """Classes of the measurement images; (N,C) where pictures show several."""
+        """Classes of the measurement images; (N,C) where images show several."""
         return self._images("measure").labels[self._rows["measure"]].cpu()
 
     @property
     def measure_sizes(self) -> Int64[Tensor, " C"] | None:
-        """Measurement images of each class, which were drawn class by class; None where pictures show several."""
+        """Measurement images of each class, which were drawn class by class; None where images show several."""
         return None if self.multi_label else self.measure_labels.bincount(minlength=self.num_classes)
 
     @property

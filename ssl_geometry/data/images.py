@@ -23,25 +23,25 @@ from torchvision.transforms.v2 import functional as F
 from ssl_geometry.errors import UserError
 
 T = TypeVar("T")
-Picture = TypeVar("Picture", PIL.Image.Image, Tensor)
+AnyImage = TypeVar("AnyImage", PIL.Image.Image, Tensor)
 
 
 class Unreadable(UserError):
-    """A picture that cannot be decoded."""
+    """An image that cannot be decoded."""
 
 
-class Pictures(Protocol):
-    """Pictures by their place on disk."""
+class ImageReader(Protocol):
+    """Images by their place on disk."""
 
     def __getitem__(self, i: int) -> PIL.Image.Image:
-        """The picture at place ``i``."""
+        """The image at place ``i``."""
 
     def origin(self, i: int) -> str:
-        """Where that picture comes from, for messages."""
+        """Where that image comes from, for messages."""
 
 
 class Files:
-    """Pictures in files."""
+    """Images in files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         # One array, not a list: counting references to a string copies its memory page in every worker process.
@@ -51,12 +51,12 @@ class Files:
         return PIL.Image.open(self.origin(i))
 
     def origin(self, i: int) -> str:
-        """Path of a picture."""
+        """Path of an image."""
         return os.fsdecode(self.paths[i])
 
 
 class Items:
-    """Pictures of a torchvision data set."""
+    """Images of a torchvision data set."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -65,18 +65,18 @@ class Items:
         return self.dataset[i][0]
 
     def origin(self, i: int) -> str:
-        """Number and data set of a picture."""
-        return f"picture {i} of {type(self.dataset).__name__}"
+        """Number and data set of an image."""
+        return f"image {i} of {type(self.dataset).__name__}"
 
 
 class Images:
     """One split of a data set, or some rows of it.
 
     Args:
-        labels: class of each row, (N,) int64, -1 where it is unknown; or, where a picture may show several, (N,C) int64
+        labels: class of each row, (N,) int64, -1 where it is unknown; or, where an image may show several, (N,C) int64
             of zeros and ones.
-        source: pixels of the rows, (N,3,H,W) uint8, or the pictures on disk.
-        size: side in pixels that pictures on disk are brought to; None leaves them, and they must then be all the same.
+        source: pixels of the rows, (N,3,H,W) uint8, or the images on disk.
+        size: side in pixels that images on disk are brought to; None leaves them, and they must then be all the same.
         index: place of each row on disk, (N,) int64; by default 0, 1, ….
 
     Example:
@@ -88,7 +88,7 @@ class Images:
     def __init__(
         self,
         labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"],
-        source: UInt8[Tensor, "N 3 H W"] | Pictures,
+        source: UInt8[Tensor, "N 3 H W"] | ImageReader,
         size: int | None = None,
         index: Int64[Tensor, " N"] | None = None,
     ) -> None:
@@ -108,10 +108,10 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(3, height, width) of every picture.
+        """(3, height, width) of every image.
 
         Raises:
-            UserError: where this takes reading a picture, and that fails.
+            UserError: where this takes reading an image, and that fails.
         """
         if self._shape is None:
             if isinstance(self.source, Tensor):
@@ -122,7 +122,7 @@ class Images:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pictures once decoded."""
+        """Bytes of all images once decoded."""
         return len(self) * int(np.prod(self.shape))
 
     def __getitem__(self, rows: Int64[Tensor, " B"]) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class Images:
             rows: which rows, (B,) int64, on the device of the pixels.
 
         Raises:
-            UserError: where a picture cannot be read, or differs in size while ``size`` is None.
+            UserError: where an image cannot be read, or differs in size while ``size`` is None.
         """
         if isinstance(self.source, Tensor):
             image = self.source[rows]
@@ -152,14 +152,14 @@ class Images:
         return Images(self.labels.to(device), self.source.to(device), self.size, self.index.to(device))
 
     def decode(self, threads: int, show: bool = False) -> "Images":
-        """Read every picture once and keep the pixels in memory.
+        """Read every image once and keep the pixels in memory.
 
         Args:
-            threads: pictures read at the same time.
+            threads: images read at the same time.
             show: draw a progress bar where it takes longer than two seconds.
 
         Raises:
-            UserError: where a picture cannot be read, or differs in size while ``size`` is None.
+            UserError: where an image cannot be read, or differs in size while ``size`` is None.
         """
         if self.in_memory:
             return self
@@ -173,15 +173,15 @@ class Images:
         return Images(self.labels, pixels, self.size, self.index)
 
     def unreadable(self, rows: Sequence[int], threads: int, show: bool = False) -> list[tuple[int, str]]:
-        """Read every picture once to find those that cannot be.
+        """Read every image once to find those that cannot be.
 
         Args:
             rows: which rows to try.
-            threads: pictures read at the same time.
+            threads: images read at the same time.
             show: draw a progress bar where it takes longer than two seconds.
 
         Returns:
-            (row, path) of each damaged picture.
+            (row, path) of each damaged image.
         """
 
         def damaged(row: int) -> bool:
@@ -201,7 +201,7 @@ class Images:
         if image.shape != self.shape:
             raise UserError(
                 f"--data.image_size None: {self._origin(row)} has {size_text(image.shape)} pixels, others have "
-                f"{size_text(self.shape)}; set an image size to bring all pictures to one"
+                f"{size_text(self.shape)}; set an image size to bring all images to one"
             )
         return image
 
@@ -211,7 +211,7 @@ class Images:
             return F.pil_to_tensor(resize(to_rgb(self.source[int(self.index[row])]), self.size))
         except Exception as error:  # given a damaged file, a decoder raises whatever it happens to trip over
             raise Unreadable(
-                f"{self._origin(row)} cannot be read as a picture ({first_line(error)}): mend or remove it, or leave "
+                f"{self._origin(row)} cannot be read as an image ({first_line(error)}): repair or remove it, or leave "
                 f"out all such files with --data.on_error skip"
             ) from error
 
@@ -220,38 +220,38 @@ class Images:
         return self.source.origin(int(self.index[row]))
 
 
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Any picture as 8-bit RGB: upright, 16 bits scaled to 8, transparency over white.
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Any image as 8-bit RGB: upright, 16 bits scaled to 8, transparency over white.
 
     Args:
-        picture: of any PIL mode but 32-bit float, whose range nobody knows.
+        image: of any PIL mode but 32-bit float, whose range nobody knows.
 
     Returns:
-        The picture in mode RGB.
+        The image in mode RGB.
 
     Raises:
-        ValueError: for a picture of float pixels.
+        ValueError: for an image of float pixels.
 
     Example:
         >>> to_rgb(PIL.Image.new("RGBA", (1, 1), (200, 0, 0, 0))).getpixel((0, 0))
         (255, 255, 255)
     """
-    picture = PIL.ImageOps.exif_transpose(picture)
-    if picture.mode == "F":
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F":
         raise ValueError("float pixels have no known range")
-    if picture.mode.startswith("I"):
-        picture = PIL.Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    if image.mode.startswith("I"):
+        image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def resize(picture: Picture, size: int | None) -> Picture:
+def resize(image: AnyImage, size: int | None) -> AnyImage:
     """Bring the shorter side to ``size`` (bilinear, antialiased) and cut out the middle square; None leaves it."""
     if size is None:
-        return picture
-    return F.center_crop(F.resize(picture, [size], antialias=True), [size])
+        return image
+    return F.center_crop(F.resize(image, [size], antialias=True), [size])
 
 
 def stratified(labels: Int64[Tensor, " N"], *seed: int) -> Int64[Tensor, " N"]:
@@ -333,7 +333,7 @@ def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, tit
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns)
     task = progress.add_task("", total=len(rows))
-    chunks = [rows[i : i + 64] for i in range(0, len(rows), 64)]  # one a picture costs small ones as much again
+    chunks = [rows[i : i + 64] for i in range(0, len(rows), 64)]  # one an image costs small ones as much again
     with ThreadPoolExecutor(threads) as pool:
         try:
             for results in pool.map(lambda chunk: [work(row) for row in chunk], chunks):
@@ -341,7 +341,7 @@ def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, tit
                 if title and (seconds := time.monotonic() - start) > 2:
                     progress.start()
                     shown = True
-                    progress.update(task, completed=done, description=f"{title} pictures, {done / seconds:.0f}/s")
+                    progress.update(task, completed=done, description=f"{title} images, {done / seconds:.0f}/s")
                 yield from results
         finally:
             if shown:  # else it ends with an empty line all the same

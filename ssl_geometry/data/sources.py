@@ -28,8 +28,8 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "
 NAMES = [*TORCHVISION, "digits", "colored_digits", "imagenet"]
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
 CONTRAST = 0.25  # of a coloured digit with its background, in every channel
-FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test pictures
-LIST = "labels.csv"  # beside pictures that may show several classes: columns `file` and, for each class, 0 or 1
+FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test images
+LIST = "labels.csv"  # beside images that may show several classes: columns `file` and, for each class, 0 or 1
 
 
 def torchvision_class(dataset: str) -> str | None:
@@ -43,13 +43,13 @@ def load(
 ) -> tuple[Images, Images, list[str]]:
     """A data set's two splits and the names of its classes.
 
-    A folder whose train/ and test/ hold ``labels.csv`` (columns ``file`` and, for each class, 0 or 1) has pictures of
+    A folder whose train/ and test/ hold ``labels.csv`` (columns ``file`` and, for each class, 0 or 1) has images of
     several classes each.
 
     Args:
         dataset: one of ``NAMES``, ``torchvision.datasets.<Class>``, or the path of an image folder.
         root: folder of torchvision's files, or of ImageNet's train/ and val/.
-        image_size: side in pixels; None keeps the pictures' own (16 for both kinds of digits, 256 for ImageNet).
+        image_size: side in pixels; None keeps the images' own (16 for both kinds of digits, 256 for ImageNet).
         download: fetch missing files; torchvision checks them against published hashes.
         args: further arguments of the torchvision class.
 
@@ -57,7 +57,7 @@ def load(
         Training images, test images, class names in the order of the labels.
 
     Raises:
-        UserError: for an unknown name, missing files, a folder without pictures, or test classes unknown to training.
+        UserError: for an unknown name, missing files, a folder without images, or test classes unknown to training.
 
     Example:
         >>> train, test, classes = load("digits")
@@ -122,7 +122,7 @@ def _folder(path: Path, option: str, size: int | None) -> tuple[Images, Images, 
 
 
 def _files(path: Path, option: str, size: int | None, classes: list[str] | None = None) -> tuple[Images, list[str]]:
-    """The pictures of ``path/<class>/``, labelled by ``classes``, by default the folders that are there."""
+    """The images of ``path/<class>/``, labelled by ``classes``, by default the folders that are there."""
     present = _subfolders(path)
     classes = classes or present
 
@@ -151,7 +151,7 @@ def _files(path: Path, option: str, size: int | None, classes: list[str] | None 
     empty = sorted(set(present) - {classes[label] for label in labels.unique().tolist()})
     if not samples or empty:
         raise UserError(
-            f"{option} {path}: no pictures in {empty[0] + '/' if present else 'it'}; expected files "
+            f"{option} {path}: no images in {empty[0] + '/' if present else 'it'}; expected files "
             f"<class>/*{{{','.join(IMG_EXTENSIONS)}}}"
         )
     return Images(labels, Files([file for file, _ in samples]), size), classes
@@ -171,7 +171,7 @@ def _listed_splits(path: Path, option: str, size: int | None) -> tuple[Images, I
 
 
 def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str]]:
-    """The pictures of a folder that ``labels.csv`` names, each with as many classes as it shows."""
+    """The images of a folder that ``labels.csv`` names, each with as many classes as it shows."""
     try:
         with (path / LIST).open(newline="", encoding="utf-8-sig") as file:
             columns = next(csv.reader(file), [])  # pandas renames the second of two that are alike
@@ -192,7 +192,7 @@ def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str
     missing = [name for name in names if not os.path.isfile(path / name)]  # False of a name that no system takes
     if missing or table.empty:
         first = [f"{name[:60]}…" if len(name) > 60 else name for name in missing[:1]]
-        raise UserError(f"{option} {path / LIST}: {len(missing)} of {len(table)} pictures are not there: {first}")
+        raise UserError(f"{option} {path / LIST}: {len(missing)} of {len(table)} images are not there: {first}")
     labels = torch.from_numpy(table[classes].to_numpy(np.int64))
     return Images(labels, Files([str(path / name) for name in names]), size), classes
 
@@ -268,13 +268,13 @@ def _labels(dataset: Any) -> Int64[Tensor, " N"]:
     try:
         if name:
             labels = torch.as_tensor(kept[name])
-        else:  # pairs of path and label, or at last the pictures themselves
+        else:  # pairs of path and label, or at last the images themselves
             labels = torch.as_tensor([label for _, label in kept.get("samples", kept.get("_samples", dataset))])
     except (TypeError, ValueError, RuntimeError):
         labels = torch.empty(0)
     if labels.ndim != 1 or labels.is_floating_point():
         raise UserError(
-            f"--data.dataset torchvision.datasets.{type(dataset).__name__}: has no single class label for each picture"
+            f"--data.dataset torchvision.datasets.{type(dataset).__name__}: has no single class label for each image"
         )
     return labels.long()
 
@@ -296,7 +296,7 @@ def _array(pixels: Tensor, labels: Int64[Tensor, " N"], size: int | None) -> Ima
 
 
 def _fifth(images: Images) -> tuple[Images, Images]:
-    """Split off ``TEST_FRACTION`` of the pictures, the same ones always, as the test split."""
+    """Split off ``TEST_FRACTION`` of the images, the same ones always, as the test split."""
     order = stratified(images.labels, FIXED)
     n_test = round(TEST_FRACTION * len(order))
     return images.select(order[n_test:].sort().values), images.select(order[:n_test].sort().values)

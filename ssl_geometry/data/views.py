@@ -1,11 +1,11 @@
 """Random views of whole batches of images, made on the device that holds them.
 
 The random numbers behind a view are a pure function of (seed, epoch, sample index, view, operation): a counter-based
-hash, not a generator with a state. So the picture of a sample is the same for any world size, batch split and order, in
+hash, not a generator with a state. So the image of a sample is the same for any world size, batch split and order, in
 a resumed run or not (bit for bit), and on any device (to float32 rounding); and an operation draws the same numbers
 alone and inside a policy, which makes single augmentations comparable (common random numbers).
 
-Pictures come as uint8, are float32 in [0, 1] while the operations act, and are normalised last. Each operation gives
+Images come as uint8, are float32 in [0, 1] while the operations act, and are normalised last. Each operation gives
 what ``torchvision.transforms.v2.functional`` gives for the same parameters. An operation that skips an image (``p``)
 acts with its identity parameters: shapes never depend on random numbers, and nothing here waits for the device.
 """

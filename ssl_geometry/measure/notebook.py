@@ -27,7 +27,7 @@ from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.ranges import LONGEST_NAME, check_argument
 from ssl_geometry.records import Protocol, RecordStore
-from ssl_geometry.report.moments import curve_rows, pictures
+from ssl_geometry.report.live import curve_rows, live_figures
 from ssl_geometry.report.style import save_figure
 
 
@@ -60,7 +60,7 @@ class Measurements:
             Name to figure, such as ``cka/map_self``.
         """
         rows = self._records()
-        figures = {name: draw() for name, draw in pictures(rows, curve_rows(rows)).items()}
+        figures = {name: draw() for name, draw in live_figures(rows, curve_rows(rows)).items()}
         if folder is not None:
             for name, figure in figures.items():
                 save_figure(figure, Path(folder) / name.replace("/", "_"))

@@ -1,4 +1,4 @@
-"""Networks that others trained, and untrained ones: a backbone with the pictures that it expects, and no loss."""
+"""Networks that others trained, and untrained ones: a backbone with the images that it expects, and no loss."""
 
 import re
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ Without one, or with an embedding of images and texts (CLIP), they may have or n
 
 
 class Published(Method):
-    """A network to measure: its backbone, how it wants its pictures, and whose it is.
+    """A network to measure: its backbone, how it wants its images, and whose it is.
 
     Args:
         backbone: a ResNet or a vision transformer, as for every method.
-        image_size: side of its pictures in pixels.
-        normalize: as its pictures were normalised when it was trained.
-        center_crop: share of a picture's side that it sees.
+        image_size: side of its images in pixels.
+        normalize: as its images were normalised when it was trained.
+        center_crop: share of an image's side that it sees.
         family: supervised, contrastive, non-contrastive, prototype, untrained, or unknown.
         source: name of the checkpoint.
         kwargs: as for every method.

@@ -48,7 +48,7 @@ class Supervised(Method):
     def setup(self, stage: str) -> None:
         """Take the number of classes from the data set, or refuse one with another number before any work is done."""
         if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
-            raise UserError("--model Supervised: it learns one class a picture; pictures of this data set show several")
+            raise UserError("--model Supervised: it learns one class per image; images of this data set show several")
         classes, mine = self.trainer.datamodule.num_classes, self.hparams["num_classes"]  # type: ignore[attr-defined]
         if classes < 2:
             raise UserError("--model Supervised: all images of the data set are of one class")

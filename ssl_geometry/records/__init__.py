@@ -1,4 +1,4 @@
-"""Tidy rows, one a number: what every picture, table and logger reads."""
+"""Tidy rows, one per number: what every figure, table and logger reads."""
 
 from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol, record
 from ssl_geometry.records.store import RecordStore, read_records

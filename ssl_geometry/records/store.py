@@ -199,7 +199,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def read_records(*runs: str | Path, strict: bool = False) -> pd.DataFrame:
-    """The records of several run directories in one frame, for pictures and tables.
+    """The records of several run directories in one frame, for figures and tables.
 
     Args:
         runs: run directories (each holds ``records/``).

@@ -1,1 +1,1 @@
-"""What is drawn from records: pictures and pages."""
+"""What is drawn from records: figures and pages."""

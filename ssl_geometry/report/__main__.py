@@ -24,7 +24,7 @@ PROGRAM = "python -m ssl_geometry.report"
 USAGE = f"{PROGRAM} RUN [RUN ...] [-o report.html] [--option VALUE ...]"
 DESCRIPTION = (
     "Show what runs have measured, from their records alone: one HTML page that needs no network (the default), the "
-    "same page served and kept up to date while runs go on, or the curves and pictures in W&B."
+    "same page served and kept up to date while runs go on, or the curves and figures in W&B."
 )
 
 

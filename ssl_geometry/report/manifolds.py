@@ -60,25 +60,25 @@ def _violin(axes: Axes, place: float, quantiles: np.ndarray, color: str) -> None
     axes.plot(place, quantiles[(len(quantiles) - 1) // 2], "o", color="white", markeredgecolor="0.25", markersize=3.5)
 
 
-def neighbor_pictures(pictures: Sequence[tuple[np.ndarray, str, bool]], columns: int, title: str) -> Figure:
-    """Pictures in a grid, some framed: an image and its neighbours.
+def neighbor_figure(tiles: Sequence[tuple[np.ndarray, str, bool]], columns: int, title: str) -> Figure:
+    """Images in a grid, some framed: each query and its neighbours.
 
     Args:
-        pictures: (H,W,3) uint8, what stands above it, and whether it is framed, row by row.
-        columns: pictures in a row.
+        tiles: (H,W,3) uint8, what stands above it, and whether it is framed, row by row.
+        columns: images in a row.
         title: written above.
 
     Returns:
         A figure.
     """
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(tiles) // columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.2 + 0.82 * columns, 0.7 + 1.02 * rows))
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat:
             axes.set_axis_off()
-        for axes, (picture, text, framed) in zip(panels.flat, pictures, strict=False):
-            axes.imshow(picture, interpolation="nearest")
+        for axes, (image, text, framed) in zip(panels.flat, tiles, strict=False):
+            axes.imshow(image, interpolation="nearest")
             axes.set_title(text, fontsize=5.5, pad=2)
             if framed:
                 axes.set_axis_on()

@@ -1,4 +1,4 @@
-"""Pictures of many models side by side: a tree, a map, what goes with what, profiles over depth, predictions."""
+"""Figures of many models side by side: a tree, a map, what goes with what, profiles over depth, predictions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

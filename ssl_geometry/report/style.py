@@ -24,7 +24,7 @@ STYLE: Any = {
 }
 MANY_LAYERS = 24
 TITLE_WIDTH = 60
-"""Letters that stand above a picture of curves."""
+"""Letters that stand above a figure of curves."""
 MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
 """Numbers whose view names a kind of manifold."""
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
@@ -52,10 +52,10 @@ def is_drawn(layers: pd.Series, models: pd.Series) -> pd.Series:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Keep a picture as PNG and PDF.
+    """Keep a figure as PNG and PDF.
 
     Args:
-        figure: the picture.
+        figure: to keep.
         path: without a suffix; its folder is made.
 
     Returns:

@@ -20,7 +20,7 @@ from ssl_geometry.errors import UserError, first_line, nearest
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.lock import holder, lock, unlock
 from ssl_geometry.records.store import write_whole
-from ssl_geometry.report.moments import MEASURED, Pictures, Row, curve_rows, pictures, scalars, under_way
+from ssl_geometry.report.live import MEASURED, Figures, Row, curve_rows, live_figures, scalars, under_way
 
 TIMEOUT_SECONDS = 30
 LONGEST_ID = 55
@@ -155,7 +155,7 @@ class LoggedRow(NamedTuple):
     step: int
     epoch: int
     numbers: dict[str, float]
-    figures: Pictures
+    figures: Figures
 
 
 def logged_rows(records: Iterable[Row]) -> Iterator[LoggedRow]:
@@ -175,7 +175,7 @@ def logged_rows(records: Iterable[Row]) -> Iterator[LoggedRow]:
         logged = {row["metric"]: row["value"] for row in rows if row["protocol"] is None}
         curves = [*curves, *curve_rows(measured)]
         epoch = max(row["epoch"] or 0 for row in rows)
-        yield LoggedRow(step, epoch, {**logged, **scalars(measured)}, pictures(measured, curves))
+        yield LoggedRow(step, epoch, {**logged, **scalars(measured)}, live_figures(measured, curves))
 
 
 def send_records(sender: Sender, directory: Path, shown: Shown = iter) -> int:

@@ -93,7 +93,7 @@ def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
         "seed_everything": config.get("seed_everything"),
     }
     if "dataset" in data:
-        options["data.dataset"] = Path(data["dataset"]).name  # a folder of pictures may have moved
+        options["data.dataset"] = Path(data["dataset"]).name  # a folder of images may have moved
     return {name: value for name, value in options.items() if name not in FREE_OPTIONS}
 
 

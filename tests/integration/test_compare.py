@@ -76,7 +76,7 @@ def test_the_most_similar_layer_stands_against_what_permuted_images_read(compare
     assert found["max_cka_null"].between(0, 0.5).all()
 
 
-def test_it_writes_every_picture_and_the_table(compared: Path) -> None:
+def test_it_writes_every_figure_and_the_table(compared: Path) -> None:
     names = {path.name for path in (compared / "figures").iterdir()}
     for stem in ("layers_simclr_supervised", "layers_simclr_simclr", "invariance_and_classes", "invariance_untrained"):
         assert {f"{stem}.png", f"{stem}.pdf"} <= names
@@ -115,13 +115,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("given", "numbers"), [([], []), (["3"], [3]), (["0"], [0]), (["[3]"], [3]), (["[3, 14, 3]"], [3, 14])]
 )
-def test_one_picture_or_several_are_shown_each_once(given: list[str], numbers: list[int]) -> None:
+def test_one_figure_or_several_are_shown_each_once(given: list[str], numbers: list[int]) -> None:
     chosen = ["--show_neighbors", *given] if given else []
     assert _parse(["--models", "a=random:resnet10", "--data.dataset=digits", *chosen]).show_neighbors == numbers
 
 
 @pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
-def test_a_picture_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
+def test_a_figure_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
     features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
     network = Network("net", False, 1, "resnet10", {}, [], torch.empty(0), torch.empty(0), features=features)
     images = Images(torch.zeros(80, dtype=torch.long), torch.zeros(80, 3, 4, 4, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""The site builds strictly and loads nothing from elsewhere; every picture of the pages is there and used."""
+"""The site builds strictly and loads nothing from elsewhere; every figure of the pages is there and used."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def test_the_reference_comes_from_docstrings(site: Path) -> None:
     assert "Jackknife" in (site / "api" / "geometry" / "index.html").read_text().title()
 
 
-def test_every_picture_is_there_and_shown() -> None:
+def test_every_figure_is_there_and_shown() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")]
     names = {page: re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()) for page in pages}
     shown = {(page.parent / name).resolve() for page, found in names.items() for name in found}
@@ -51,7 +51,7 @@ def test_every_picture_is_there_and_shown() -> None:
     assert all(path.is_file() for path in shown)
 
 
-def test_every_picture_on_digits_is_made_by_make_gallery() -> None:
+def test_every_figure_on_digits_is_made_by_make_gallery() -> None:
     on_digits = {path.stem for path in IMAGES.iterdir() if not path.stem.startswith(("cifar10-jpeg", "survey"))}
     assert on_digits == set(PICTURES)
     page = (ROOT / "docs" / "gallery.md").read_text()

@@ -54,7 +54,7 @@ class KillSecondRank(AtStep):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class RemovePictures(AtStep):
+class RemoveImages(AtStep):
     def __init__(self, step: int, folder: str) -> None:
         super().__init__(step)
         self.folder = Path(folder)
@@ -105,7 +105,7 @@ def test_a_data_worker_that_dies(tmp_path: Path) -> None:
     assert finish(start(args, tmp_path / "out")) == 0
 
 
-def pictures(folder: Path) -> None:
+def images(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 16)):
         for name in ("cat", "dog"):
@@ -115,14 +115,14 @@ def pictures(folder: Path) -> None:
                 Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
 
 
-def test_pictures_that_vanish(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    pictures(folder)
+def test_images_that_vanish(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    images(folder)
     shutil.copytree(folder, tmp_path / "copy")
     data = ["--data.storage=workers", "--data.num_workers=0", f"--data.dataset={folder}", "--data.limit_train=64"]
     data += ["--data.limit_test=32", "--data.measure_size=32", "--data.batch_size=16"]
     args = options(tmp_path, "a", *LEAN, *data, epochs=3)
-    code = finish(start([*args, at_step("RemovePictures", 5, folder=folder)], tmp_path / "out"))
+    code = finish(start([*args, at_step("RemoveImages", 5, folder=folder)], tmp_path / "out"))
     assert code == 2
     assert str(folder) in one_line(tmp_path / "out")
     shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)

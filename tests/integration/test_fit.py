@@ -102,7 +102,7 @@ class TestARunLeaves:
         assert text["gram_size"] == 32
         assert text["n"] == 128
 
-    def test_pictures(self, runs: Path) -> None:
+    def test_figures(self, runs: Path) -> None:
         names = {path.stem for path in (runs / "simclr" / "figures").glob("*.png")}
         assert {
             "cka_map_self",

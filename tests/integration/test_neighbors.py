@@ -18,7 +18,7 @@ from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import InvarianceKNN
 from ssl_geometry.records import read_records
-from ssl_geometry.report.moments import scalars
+from ssl_geometry.report.live import scalars
 from ssl_geometry.runs.networks import load_method
 from tests.integration.test_fit import options
 
@@ -101,7 +101,7 @@ def test_graphs_are_compared_with_the_last_moments_and_between_layers(runs: Path
     np.testing.assert_allclose(overlap, overlap.T)
 
 
-def test_pictures(runs: Path, tmp_path: Path) -> None:
+def test_figures(runs: Path, tmp_path: Path) -> None:
     names = {path.name for path in (runs / "simclr" / "figures").iterdir()}
     assert {"neighbors_diameter.png", "neighbors_affinity_policy_epochs.png", "spectrum_rankme_depth.png"} <= names
     models = [f"simclr={runs / 'simclr'}", f"supervised={runs / 'supervised'}"]

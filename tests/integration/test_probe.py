@@ -1,4 +1,4 @@
-"""``python -m ssl_geometry.probe`` gives the live numbers again, its tables and picture, and one line for a mistake."""
+"""``python -m ssl_geometry.probe`` gives the live numbers again, its tables and figure, and one line for a mistake."""
 
 import json
 from collections.abc import Iterator
@@ -179,20 +179,20 @@ def test_classes_of_unequal_size_have_a_table_of_their_means(runs: Path, tmp_pat
     assert f"| a (1) | {100 * values['knn1_mean_per_class']:.1f} |" in text
 
 
-def test_raw_pixels_are_the_clean_pictures() -> None:
+def test_raw_pixels_are_the_clean_images() -> None:
     method = RawPixels(backbone="resnet50", image_size=16, augment="simclr")
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(method.features(images), images.flatten(1) / 255)
 
 
-def test_pictures_of_several_classes_are_judged_by_map(runs: Path, tmp_path: Path) -> None:
+def test_images_of_several_classes_are_evaluated_by_map(runs: Path, tmp_path: Path) -> None:
     for split, n in (("train", 60), ("test", 30)):
         rows = []
         for i in range(n):
             bright, red = i % 2, i % 3 == 0
-            picture = pixels(1, 16, 16, seed=i + n)[0] // 2 + 120 * bright
-            picture[..., 0] = np.where(red, 255, picture[..., 0])
-            save(tmp_path / "d" / split / f"{i}.png", picture.astype(np.uint8))
+            image = pixels(1, 16, 16, seed=i + n)[0] // 2 + 120 * bright
+            image[..., 0] = np.where(red, 255, image[..., 0])
+            save(tmp_path / "d" / split / f"{i}.png", image.astype(np.uint8))
             rows.append(f"{i}.png,{bright},{int(red)}")
         (tmp_path / "d" / split / "labels.csv").write_text("file,bright,red\n" + "\n".join(rows) + "\n")
     data = [

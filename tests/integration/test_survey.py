@@ -64,7 +64,7 @@ class TestASurvey:
             both = right.loc[left.index, "protocol"] == left["protocol"]
             assert both.all(), "the same protocol, by its hash"
 
-    def test_leaves_tables_and_pictures(self, surveyed: Path) -> None:
+    def test_leaves_tables_and_figures(self, surveyed: Path) -> None:
         figures = {path.name for path in (surveyed / "figures").iterdir()}
         names = ("profiles", "collapse", "collapse_training", "tree", "map")  # three recipes are not correlated
         assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
@@ -144,7 +144,7 @@ class Known(Method):
 
 
 class Silhouette(Known):
-    """Sees where pictures of two colours are bright, whatever the colours: 1 + the mask."""
+    """Sees where images of two colours are bright, whatever the colours: 1 + the mask."""
 
     class Features(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -155,13 +155,13 @@ class Silhouette(Known):
 
 
 class Rings(Known):
-    """Sees how bright a picture is at each distance from its middle, whatever the angle."""
+    """Sees how bright an image is at each distance from its middle, whatever the angle."""
 
     class Features(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             axis = torch.arange(16) - 7.5
             ring = (axis[:, None] ** 2 + axis**2).sqrt().long()
-            inside = torch.nn.functional.one_hot(ring.flatten()).float()[:, :8]  # the corners leave the picture
+            inside = torch.nn.functional.one_hot(ring.flatten()).float()[:, :8]  # the corners leave the image
             return 0.05 + x.mean(1).flatten(1) @ inside / inside.sum(0)
 
 
@@ -183,16 +183,16 @@ class Constant(Known):
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """Pictures of two greys, off-centre blobs of four classes, seen by each encoder."""
+    """Images of two greys, off-centre blobs of four classes, seen by each encoder."""
     folder, generator = tmp_path_factory.mktemp("known"), np.random.default_rng(0)
     for split, each in (("train", 4), ("test", 16)):
         for name in range(4):
             (folder / "data" / split / str(name)).mkdir(parents=True)
             for number in range(each):
-                picture = np.full((16, 16), 60, np.uint8)
+                image = np.full((16, 16), 60, np.uint8)
                 top, left = generator.integers(2, 7, 2)
-                picture[top : top + 4 + name, left : left + 8 - name] = 190
-                Image.fromarray(picture).convert("RGB").save(folder / "data" / split / str(name) / f"{number}.png")
+                image[top : top + 4 + name, left : left + 8 - name] = 190
+                Image.fromarray(image).convert("RGB").save(folder / "data" / split / str(name) / f"{number}.png")
     networks = {cls.__name__: (cls(), 0) for cls in (Silhouette, Rings, Pixels, Constant)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "load_networks", lambda specs: dict(networks))
@@ -378,7 +378,7 @@ def test_the_median_and_the_order_of_models() -> None:
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-def test_classes_without_enough_pictures_are_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_classes_without_enough_images_are_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for split, classes in (("train", "abc"), ("test", "ab")):
         for name in classes:
             for number in range(8):
@@ -401,12 +401,12 @@ def test_classes_without_enough_pictures_are_named(runs: Path, tmp_path: Path, c
     assert not any(layer.startswith("head") for layer in layers), "the encoder's alone"
 
 
-def test_a_picture_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_that_cannot_be_read(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for split in ("train", "test"):
         for number in range(8):
             save(tmp_path / split / "a" / f"{number}.png", pixels(1, 16, 16, seed=number)[0])
     data = [f"--data.dataset={tmp_path}", "--data.measure_size=8", "--data.image_size=16"]
-    (tmp_path / "test" / "a" / "3.png").write_bytes(b"<html>no picture</html>")
+    (tmp_path / "test" / "a" / "3.png").write_bytes(b"<html>no image</html>")
     with pytest.raises(SystemExit, match="2"):
         main(["--models", f"simclr={runs / 'simclr'}", *data, "--neighbors.k=3", f"--out={tmp_path / 'out'}"])
     assert "3.png" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from ssl_geometry.data.plan import evenly, every_nth, shares
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import expand_bases
 
-REAL_PICTURES = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+REAL_IMAGES = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
 
 def digits(rank=0, world_size=1, **options):
@@ -58,7 +58,7 @@ def message(call, *args, **kwargs):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes; 15 pictures of each for training, 10 for test, of several sizes."""
+    """Two classes; 15 images of each for training, 10 for test, of several sizes."""
     draw = np.random.default_rng(0)
     for split, n in {"train": 15, "test": 10}.items():
         for c in "ab":
@@ -250,8 +250,8 @@ def test_the_measurement_hash_follows_name_indices_and_pixels_only(folder):
     moved.rename(folder)
     index = next(iter(data.loader("measure")))["index"][0].item()
     path = sorted((folder / "test").glob("*/*"))[index]
-    with PIL.Image.open(path) as picture:
-        array = np.array(picture)
+    with PIL.Image.open(path) as image:
+        array = np.array(image)
     array[4, 5] ^= 128
     PIL.Image.fromarray(array).save(path)
     assert data.measure_ids != of_folder(folder).measure_ids
@@ -295,11 +295,11 @@ def test_auto_keeps_small_folders_in_memory_and_reads_large_ones(folder, monkeyp
     assert digits()._on_device
 
 
-# Damaged pictures
+# Damaged images
 
 
 @pytest.mark.parametrize("storage", ["device", "workers"])
-def test_a_damaged_picture_stops_with_its_name(folder, storage):
+def test_a_damaged_image_stops_with_its_name(folder, storage):
     path = folder / "train" / "b" / "03.png"
     path.write_bytes(path.read_bytes()[:-80])
     text = message(
@@ -310,14 +310,14 @@ def test_a_damaged_picture_stops_with_its_name(folder, storage):
 
 
 @pytest.mark.parametrize("storage", ["device", "workers"])
-def test_damaged_pictures_are_left_out_and_counted(folder, storage):
+def test_damaged_images_are_left_out_and_counted(folder, storage):
     for name in ("train/b/03.png", "train/a/00.png", "test/b/01.png"):
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"no image")
     with pytest.warns(UserWarning, match="left out") as caught:
         data = of_folder(folder, storage=storage, on_error="skip", image_size=8)
     assert [str(warning.message) for warning in caught if warning.category is UserWarning] == [
-        f"left out 2 of 30 pictures that cannot be read, the first is {folder / 'train/a/00.png'}",
-        f"left out 1 of 20 pictures that cannot be read, the first is {folder / 'test/b/01.png'}",
+        f"left out 2 of 30 images that cannot be read, the first is {folder / 'train/a/00.png'}",
+        f"left out 1 of 20 images that cannot be read, the first is {folder / 'test/b/01.png'}",
     ]
     seen = flat(indices(data.loader("train")) + indices(data.loader("val")))
     assert sorted(seen) == [i for i in range(30) if i not in (0, 18)]
@@ -342,9 +342,9 @@ def skip_in_a_process(rank, world_size, folder, results):
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_processes_share_the_search_for_damaged_pictures(folder):
+def test_processes_share_the_search_for_damaged_images(folder):
     for name in ("train/b/03.png", "train/a/00.png", "train/a/01.png"):
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"no image")
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     processes = [context.Process(target=skip_in_a_process, args=(rank, 2, folder, results)) for rank in range(2)]
@@ -440,7 +440,7 @@ def test_a_folder_of_images_keeps_a_tenth_for_validation():
     assert merged["val_fraction"] == 0.1
 
 
-def test_pictures_of_mixed_sizes_name_the_option(folder):
+def test_images_of_mixed_sizes_name_the_option(folder):
     assert "--data.image_size None" in message(lambda: list(of_folder(folder, image_size=None).loader("train")))
 
 
@@ -514,11 +514,11 @@ def test_lightning_validates_each_image_once_and_does_without_a_validation_split
     assert fit(Recorder(), val_fraction=0.0).validated == []
 
 
-def test_real_pictures(tmp_path):
-    if not REAL_PICTURES.exists():
-        pytest.skip("the CIFAR-10 pictures (shared/data/cifar10-jpeg.tar.xz) are not beside the repository")
+def test_real_images(tmp_path):
+    if not REAL_IMAGES.exists():
+        pytest.skip("the CIFAR-10 images (shared/data/cifar10-jpeg.tar.xz) are not beside the repository")
     counts: dict[str, int] = {}
-    with tarfile.open(REAL_PICTURES, "r|xz") as archive:
+    with tarfile.open(REAL_IMAGES, "r|xz") as archive:
         for member in archive:
             place = str(Path(member.name).parent)
             if member.isfile() and counts.setdefault(place, 0) < 20:

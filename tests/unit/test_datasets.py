@@ -130,7 +130,7 @@ def test_array_data_sets_give_the_pixels_and_labels_of_their_files(tmp_path, any
         )  # fmt: skip
 
 
-def test_stl10_trains_on_unlabelled_pictures_when_asked(tmp_path, any_hash):
+def test_stl10_trains_on_unlabelled_images_when_asked(tmp_path, any_hash):
     image, label, _ = write_stl10(tmp_path)
     image[:4].transpose(0, 3, 2, 1).tofile(tmp_path / "stl10_binary" / "unlabeled_X.bin")
     train, test, _ = load("stl10", str(tmp_path), args={"split": "train+unlabeled"})
@@ -148,9 +148,9 @@ def test_torchvision_classes_that_read_files_are_read_one_by_one(tmp_path, any_h
     train, test, _ = load("torchvision.datasets.Flowers102", str(tmp_path), 16)
     assert not train.in_memory
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1], [0, 1])
-    with PIL.Image.open(folder / "jpg" / "image_00004.jpg") as picture:
-        picture = picture.convert("RGB").resize((16, 29), PIL.Image.Resampling.BILINEAR).crop((0, 6, 16, 22))
-    np.testing.assert_array_equal(everything(test)["image"][0].permute(1, 2, 0), np.asarray(picture))
+    with PIL.Image.open(folder / "jpg" / "image_00004.jpg") as image:
+        image = image.convert("RGB").resize((16, 29), PIL.Image.Resampling.BILINEAR).crop((0, 6, 16, 22))
+    np.testing.assert_array_equal(everything(test)["image"][0].permute(1, 2, 0), np.asarray(image))
 
 
 def test_a_torchvision_class_with_val_alone_is_tested_on_val(tmp_path):
@@ -200,15 +200,15 @@ def test_colored_digits_are_digits_of_one_contrast_on_any_background():
     assert classes == [str(digit) for digit in range(10)]
 
 
-# Pictures
+# Images
 
 
-def png(tmp_path, picture, **options):
-    picture.save(tmp_path / "a.png", **options)
+def png(tmp_path, image, **options):
+    image.save(tmp_path / "a.png", **options)
     return np.asarray(to_rgb(PIL.Image.open(tmp_path / "a.png")))
 
 
-def test_gray_and_palette_pictures_become_rgb(tmp_path):
+def test_gray_and_palette_images_become_rgb(tmp_path):
     gray = pixels(1, 5, 7)[0, ..., 0]
     np.testing.assert_array_equal(png(tmp_path, PIL.Image.fromarray(gray)), np.repeat(gray[..., None], 3, -1))
     palette = PIL.Image.fromarray(pixels(1, 5, 7)[0]).quantize(16)
@@ -223,13 +223,13 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_lies_over_white(tmp_path, mode):
     rgba = np.array([[[10, 10, 10, 255], [10, 10, 10, 0]]], dtype=np.uint8)
-    picture = PIL.Image.fromarray(rgba)
+    image = PIL.Image.fromarray(rgba)
     if mode == "P":
-        picture = PIL.Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
-        picture.putpalette([10, 10, 10, 10, 10, 10])
-        got = png(tmp_path, picture, transparency=1)
+        image = PIL.Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
+        image.putpalette([10, 10, 10, 10, 10, 10])
+        got = png(tmp_path, image, transparency=1)
     else:
-        got = png(tmp_path, picture.convert(mode))
+        got = png(tmp_path, image.convert(mode))
     assert got.tolist() == [[[10, 10, 10], [255, 255, 255]]]
 
 
@@ -243,7 +243,7 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
     np.testing.assert_allclose(np.asarray(to_rgb(PIL.Image.open(tmp_path / "a.jpg")))[0, 0], [0, 255, 255], atol=2)
 
 
-def test_exif_rotated_pictures_stand_upright(tmp_path):
+def test_exif_rotated_images_stand_upright(tmp_path):
     array, exif = pixels(1, 4, 6)[0], PIL.Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
     PIL.Image.fromarray(array).save(tmp_path / "a.png", exif=exif)
@@ -251,7 +251,7 @@ def test_exif_rotated_pictures_stand_upright(tmp_path):
     np.testing.assert_array_equal(got, np.rot90(array, -1))
 
 
-def test_float_pictures_are_refused():
+def test_float_images_are_refused():
     with pytest.raises(ValueError, match="no known range"):
         to_rgb(PIL.Image.new("F", (2, 2)))
 
@@ -259,11 +259,11 @@ def test_float_pictures_are_refused():
 @given(st.integers(9, 50), st.integers(9, 50), st.integers(4, 40))
 def test_arrays_are_resized_as_files_are(height, width, size):
     array = np.linspace(0, 255, height * width * 3).reshape(height, width, 3).astype(np.uint8)
-    picture = PIL.Image.fromarray(array)
-    got = np.asarray(resize(picture, size))
+    image = PIL.Image.fromarray(array)
+    got = np.asarray(resize(image, size))
     assert got.shape == (size, size, 3)
     short = min(height, width)
-    scaled = picture.resize((int(size * width / short), int(size * height / short)), PIL.Image.Resampling.BILINEAR)
+    scaled = image.resize((int(size * width / short), int(size * height / short)), PIL.Image.Resampling.BILINEAR)
     left, top = round((scaled.width - size) / 2), round((scaled.height - size) / 2)
     np.testing.assert_array_equal(got, np.asarray(scaled.crop((left, top, left + size, top + size))))
     as_array = resize(torch.from_numpy(array).permute(2, 0, 1)[None], size)[0].permute(1, 2, 0)
@@ -275,7 +275,7 @@ def test_arrays_are_resized_as_files_are(height, width, size):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Classes b and a; train has 4 pictures of each, test has 2."""
+    """Classes b and a; train has 4 images of each, test has 2."""
     for split, n in {"train": 4, "test": 2}.items():
         for c in "ba":
             for i in range(n):
@@ -310,7 +310,7 @@ def test_a_folder_without_test_gives_a_fixed_stratified_fifth(folder, path):
     assert sorted(train.index.tolist() + test.index.tolist()) == list(range(20))
 
 
-def test_hidden_and_other_files_are_no_pictures(folder):
+def test_hidden_and_other_files_are_no_images(folder):
     for name in (".DS_Store", "._0.png", "notes.txt"):
         (folder / "train" / "a" / name).write_text("x")
     (folder / "train" / ".cache").mkdir()
@@ -330,7 +330,7 @@ def test_files_of_other_types_are_counted_in_one_line(folder, caplog):
     assert "\n" not in line
 
 
-def test_pictures_of_mixed_sizes_need_an_image_size(folder):
+def test_images_of_mixed_sizes_need_an_image_size(folder):
     save(folder / "train" / "a" / "0.png", pixels(1, 9, 6)[0])
     save(folder / "train" / "b" / "x.png", pixels(1, 9, 6)[0])
     text = message(load(str(folder))[0].decode, 2)
@@ -343,7 +343,7 @@ def test_pictures_of_mixed_sizes_need_an_image_size(folder):
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_a_damaged_file_is_named(folder, damage):
     path = folder / "train" / "b" / "2.png"
-    path.write_bytes({"truncated": path.read_bytes()[:-60], "text": b"no picture", "empty": b""}[damage])
+    path.write_bytes({"truncated": path.read_bytes()[:-60], "text": b"no image", "empty": b""}[damage])
     train = load(str(folder))[0]
     text = message(train.decode, 2)
     assert str(path) in text
@@ -361,9 +361,9 @@ def break_folder(folder, how):
         for split in ("train", "test"):
             for c in "ab":
                 shutil.rmtree(folder / split / c)
-    if how == "no pictures":
+    if how == "no images":
         (folder / "train" / "c").mkdir()
-    if how == "no test pictures":
+    if how == "no test images":
         for file in (folder / "test" / "b").iterdir():
             file.unlink()
     if how == "unknown class":
@@ -377,8 +377,8 @@ def break_folder(folder, how):
         ("missing", "no such folder"),
         ("empty", "no folders of classes"),
         ("no classes", "no folders of classes"),
-        ("no pictures", "no pictures in c/"),
-        ("no test pictures", "no pictures in b/"),
+        ("no images", "no images in c/"),
+        ("no test images", "no images in b/"),
         ("unknown class", "test/zebra"),
     ],
 )
@@ -496,7 +496,7 @@ def test_paths_are_kept_as_one_array_and_in_any_script(tmp_path):
 
 @pytest.fixture
 def several(tmp_path):
-    """Two splits of pictures that show several classes."""
+    """Two splits of images that show several classes."""
     for split, n in (("train", 12), ("test", 6)):
         for i in range(n):
             save(tmp_path / split / f"{i}.png", pixels(1, 8, 8, seed=i)[0])
@@ -505,7 +505,7 @@ def several(tmp_path):
     return tmp_path
 
 
-def test_pictures_of_several_classes_are_listed(several):
+def test_images_of_several_classes_are_listed(several):
     train, test, classes = load(str(several))
     assert classes == ["cat", "dog"]
     assert (len(train), len(test)) == (12, 6)
@@ -519,7 +519,7 @@ def test_pictures_of_several_classes_are_listed(several):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("picture,cat\n0.png,1\n", "column `file`"),
+        ("image,cat\n0.png,1\n", "column `file`"),
         ("file,cat\n0.png,2\n", "0 and 1"),
         ("file,cat\nno.png,1\n", "no.png"),
         ("file,bird,dog\n0.png,1,0\n", "columns"),
@@ -532,7 +532,7 @@ def test_pictures_of_several_classes_are_listed(several):
         ("file,cat,dog\n0.png,1,0\n0.png/,0,1\n", "0.png stands there twice"),
         (
             f"file,cat,dog\n{'x' * 5_000},1,0\n",
-            f"--data.dataset {{}}/test/labels.csv: 1 of 1 pictures are not there: ['{'x' * 60}…']",
+            f"--data.dataset {{}}/test/labels.csv: 1 of 1 images are not there: ['{'x' * 60}…']",
         ),
         ("", "cannot be read as a table"),
     ],

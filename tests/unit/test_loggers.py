@@ -141,7 +141,7 @@ def test_a_figure_that_wandb_cannot_take_does_not_end_training(
     assert logger.alive
     trainer: Any = SimpleNamespace(loggers=[logger], max_epochs=9, max_steps=-1, global_step=1, should_stop=False)
     occasion: Any = SimpleNamespace(epoch=1, step=1)
-    monkeypatch.setattr(monitor, "pictures", lambda rows, curves: {"cka/map": draw})
+    monkeypatch.setattr(monitor, "live_figures", lambda rows, curves: {"cka/map": draw})
     with caplog.at_level("WARNING"):
         for _ in range(3):
             monitor.log(trainer, RecordsLogger(tmp_path), Measured(), [], occasion, "cka")

@@ -1,4 +1,4 @@
-"""Pictures show the rows that they are given, and nothing else; records keep what they are given."""
+"""Figures show the rows that they are given, and nothing else; records keep what they are given."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from ssl_geometry.records import RecordStore, read_records, record
 from ssl_geometry.report.curves import cka_curves, compare_curves, layer_curves
 from ssl_geometry.report.heatmaps import cka_heatmap, view_heatmap
+from ssl_geometry.report.live import curve_rows, live_figures
 from ssl_geometry.report.models import collapse_over_training, correlation_map
-from ssl_geometry.report.moments import curve_rows, pictures
 from ssl_geometry.report.pairs import LARGEST, SAME, pair_panels
 
 
@@ -111,7 +111,7 @@ def rankme(*epochs: int, layers: int = 3, value: float = 0.5) -> list[dict[str, 
     ids=["one epoch", "two epochs", "one layer", "no number", "another network"],
 )
 def test_lines_are_drawn_where_there_is_more_than_a_point(measured: list[dict[str, Any]], names: list[str]) -> None:
-    assert list(pictures(measured, curve_rows(measured))) == names
+    assert list(live_figures(measured, curve_rows(measured))) == names
 
 
 @pytest.mark.parametrize(("epoch", "step", "says"), [(0, 0, "epoch 0, 64"), (0, None, "64"), (3, None, "epoch 3, 64")])

@@ -43,7 +43,7 @@ def test_another_number_than_the_data_has_is_refused() -> None:
         on_data(3, num_classes=10)
     with pytest.raises(UserError, match="of one class"):
         on_data(1)
-    with pytest.raises(UserError, match="it learns one class a picture"):
+    with pytest.raises(UserError, match="it learns one class per image"):
         on_data(3, multi_label=True)
 
 

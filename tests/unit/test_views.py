@@ -1,4 +1,4 @@
-"""Views: the right pictures (torchvision as reference), the right distributions, the same for any batch and device."""
+"""Views: the right images (torchvision as reference), the right distributions, the same for any batch and device."""
 
 import hashlib
 import pickle
@@ -29,7 +29,7 @@ sides = st.integers(5, 40)
 seeds = st.integers(0, 10**6)
 
 
-def pictures(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+def random_images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     """Smooth gradients plus noise, with black, white, grey and equal channels among them."""
     rng = np.random.default_rng(seed)
     ramps = np.linspace(0, 255, height)[:, None] * rng.random((batch, 3, 1, 1)) + rng.normal(
@@ -62,7 +62,7 @@ def agree(op, params, images, reference, tolerance: float = 1e-5) -> None:
 @given(sides, sides, sides, seeds)
 def test_crop_agrees_with_resized_crop(height, width, size, seed):
     op, params = draw("crop", {}, 8, size, seed)
-    images = pictures(8, height, width, seed)
+    images = random_images(8, height, width, seed)
     top, left, h, w = op.box(params, height, width)
     boxed = {"top": top, "left": left, "height": h, "width": w}
     expected = [
@@ -74,7 +74,7 @@ def test_crop_agrees_with_resized_crop(height, width, size, seed):
 
 def test_crop_agrees_at_imagenet_size():
     op, params = draw("crop", {"scale": (0.3, 1.0)}, 4, 224, 0)
-    images = pictures(4, 375, 500)
+    images = random_images(4, 375, 500)
     boxes = torch.stack(op.box(params, 375, 500), dim=1).tolist()
     expected = [
         tv.resized_crop(image / 255, *box, size=[224, 224], antialias=True)
@@ -105,7 +105,7 @@ def test_pad_crop_agrees_with_pad_then_crop(size, padding, seed):
     agree(
         op,
         params,
-        pictures(8, size, size, seed),
+        random_images(8, size, size, seed),
         lambda image, p: tv.crop(tv.pad(image, [padding] * 4), p["top"], p["left"], size, size),
         tolerance=0,
     )
@@ -114,7 +114,7 @@ def test_pad_crop_agrees_with_pad_then_crop(size, padding, seed):
 @few
 @given(sides, sides, seeds)
 def test_flip_gray_and_solarize_agree(height, width, seed):
-    images = pictures(8, height, width, seed)
+    images = random_images(8, height, width, seed)
     for name, reference in {
         "flip": tv.horizontal_flip,
         "gray": lambda image: tv.rgb_to_grayscale(image, 3),
@@ -141,7 +141,7 @@ def test_color_agrees_in_the_order_of_each_image(height, width, strength, hue, s
             image = steps[step](image)
         return image
 
-    agree(op, params, pictures(24, height, width, seed), reference, tolerance=3e-5)
+    agree(op, params, random_images(24, height, width, seed), reference, tolerance=3e-5)
 
 
 def test_hue_of_all_corners_edges_and_greys_of_the_color_cube():
@@ -161,7 +161,7 @@ def test_blur_agrees_with_gaussian_blur(height, width, radius, seed):
     agree(
         op,
         params,
-        pictures(8, height, width, seed),
+        random_images(8, height, width, seed),
         lambda image, p: tv.gaussian_blur(image, [kernel] * 2, [p["sigma"]] * 2) if p["sigma"] else image,
     )
 
@@ -169,7 +169,7 @@ def test_blur_agrees_with_gaussian_blur(height, width, radius, seed):
 @pytest.mark.parametrize(("size", "kernel"), [(8, 3), (32, 3), (64, 7), (96, 9), (224, 23)])
 def test_blur_kernel_is_a_tenth_of_the_side(size, kernel):
     op, params = draw("blur", {"p": 1.0}, 2, size, 0)
-    images = pictures(2, size, size)
+    images = random_images(2, size, size)
     agree(op, params, images, lambda image, p: tv.gaussian_blur(image, [kernel] * 2, [p["sigma"]] * 2))
 
 
@@ -177,7 +177,7 @@ def test_blur_kernel_is_a_tenth_of_the_side(size, kernel):
 @given(sides, sides, seeds)
 def test_rotate_agrees(height, width, seed):
     op, params = draw("rotate", {"degrees": 180, "p": 0.8}, 8, height, seed)
-    images = pictures(8, height, width, seed)
+    images = random_images(8, height, width, seed)
     agree(op, params, images, lambda image, p: tv.rotate(image, p["angle"], v2.InterpolationMode.BILINEAR), 5e-5)
 
 
@@ -190,13 +190,13 @@ def test_translate_agrees_with_affine(height, width, seed):
         shift = [round(p["right"] * width), round(p["down"] * height)]
         return tv.affine(image, angle=0, translate=shift, scale=1, shear=[0, 0])
 
-    agree(op, params, pictures(8, height, width, seed), reference, tolerance=0)
+    agree(op, params, random_images(8, height, width, seed), reference, tolerance=0)
 
 
 @few
 @given(sides, sides, sides, st.floats(0.3, 1.0))
 def test_clean_view_is_the_resized_centre(height, width, size, share):
-    images = pictures(3, height, width)
+    images = random_images(3, height, width)
     side = max(1, round(share * min(height, width)))
     expected = tv.resize(tv.center_crop(images / 255, [side, side]), [size, size], antialias=True)
     view = View(size=size, center_crop=share)
@@ -206,7 +206,7 @@ def test_clean_view_is_the_resized_centre(height, width, size, share):
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_operation_that_skips_every_image_changes_nothing(name):
     options = {"padding": 0} if name == "pad_crop" else {"scale": (1.0, 1.0)} if name == "crop" else {"p": 0.0}
-    images = pictures(6, 16, 16)
+    images = random_images(6, 16, 16)
     options |= {"ratio": (1.0, 1.0)} if name == "crop" else {}
     out = View({name: options}, size=16)(images, torch.arange(6), **AT)
     torch.testing.assert_close(out, images / 255, rtol=0, atol=1e-6)
@@ -214,7 +214,7 @@ def test_operation_that_skips_every_image_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["imagenet", "cifar10", "half", [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
 def test_normalisation_comes_last_and_agrees(name):
-    images, index = pictures(4, 12, 12), torch.arange(4)
+    images, index = random_images(4, 12, 12), torch.arange(4)
     view = View("simclr", size=12, normalize=name)
     plain = View("simclr", size=12)(images, index, **AT)
     torch.testing.assert_close(view(images, index, **AT), tv.normalize(plain, view.mean, view.std), rtol=0, atol=1e-6)
@@ -330,13 +330,13 @@ def test_the_other_parameters_have_their_distributions():
         assert scipy.stats.kstest(values[acts], "uniform", (low, high - low)).pvalue > 1e-3
 
 
-# --- the same picture whatever is around it -----------------------------------------------------------------------
+# --- the same view whatever is around it -----------------------------------------------------------------------
 
 
 @few
 @given(st.integers(1, 90), sides, sides, seeds)
-def test_picture_does_not_depend_on_batch_and_order(batch, side, size, seed):
-    images, view = pictures(batch, side, side + 3, seed), View(EVERYTHING, size=size)
+def test_a_view_does_not_depend_on_batch_and_order(batch, side, size, seed):
+    images, view = random_images(batch, side, side + 3, seed), View(EVERYTHING, size=size)
     rng = np.random.default_rng(seed)
     index = torch.from_numpy(rng.permutation(10**6)[:batch])
     whole = view(images, index, **AT)
@@ -346,8 +346,8 @@ def test_picture_does_not_depend_on_batch_and_order(batch, side, size, seed):
 
 
 @pytest.mark.parametrize(("batch", "size"), [(150, 32), (9, 224)])
-def test_picture_does_not_depend_on_the_chunks_of_a_cpu_nor_on_threads(batch, size, monkeypatch):
-    images, index, view = pictures(batch, size + 8, size), torch.arange(batch), View(EVERYTHING, size=size)
+def test_a_view_does_not_depend_on_the_chunks_of_a_cpu_nor_on_threads(batch, size, monkeypatch):
+    images, index, view = random_images(batch, size + 8, size), torch.arange(batch), View(EVERYTHING, size=size)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -362,7 +362,7 @@ def test_picture_does_not_depend_on_the_chunks_of_a_cpu_nor_on_threads(batch, si
 
 
 def test_views_ignore_and_leave_alone_the_global_generator_and_the_images():
-    images, index, view = pictures(4, 16, 16), torch.arange(4), View(EVERYTHING, size=16)
+    images, index, view = random_images(4, 16, 16), torch.arange(4), View(EVERYTHING, size=16)
     before, kept = torch.get_rng_state(), images.clone()
     first = view(images, index, **AT)
     assert torch.equal(torch.get_rng_state(), before)
@@ -372,7 +372,7 @@ def test_views_ignore_and_leave_alone_the_global_generator_and_the_images():
 
 
 def test_views_are_float32_under_autocast_and_low_matmul_precision():
-    images, index, view = pictures(4, 24, 24), torch.arange(4), View(EVERYTHING, size=16)
+    images, index, view = random_images(4, 24, 24), torch.arange(4), View(EVERYTHING, size=16)
     expected = view(images, index, **AT)
     precision = torch.get_float32_matmul_precision()
     try:
@@ -385,15 +385,15 @@ def test_views_are_float32_under_autocast_and_low_matmul_precision():
 
 
 @pytest.mark.gpu
-def test_picture_does_not_depend_on_the_device():
-    images, index, view = pictures(64, 40, 40), torch.arange(64), View(EVERYTHING, size=32)
+def test_a_view_does_not_depend_on_the_device():
+    images, index, view = random_images(64, 40, 40), torch.arange(64), View(EVERYTHING, size=32)
     on_gpu = view(images.cuda(), index.cuda(), **AT)
     torch.testing.assert_close(on_gpu.cpu(), view(images, index, **AT), rtol=0, atol=2e-5)
 
 
 @pytest.mark.gpu
 def test_views_never_wait_for_the_device():
-    images, index = pictures(64, 40, 40).cuda(), torch.arange(64).cuda()
+    images, index = random_images(64, 40, 40).cuda(), torch.arange(64).cuda()
     views = [View(EVERYTHING, size=32, normalize="half"), View(size=32, center_crop=0.9)]
     for view in views:
         view(images, index, **AT)
@@ -422,7 +422,7 @@ def test_single_operations_draw_what_they_draw_in_the_policy():
 
 
 def test_replay_of_parameters_gives_the_view_and_another_epoch_another():
-    images, index, view = pictures(8, 20, 20), torch.arange(8), View(EVERYTHING, size=16)
+    images, index, view = random_images(8, 20, 20), torch.arange(8), View(EVERYTHING, size=16)
     first = view(images, index, **AT)
     assert torch.equal(view.replay(images, view.params(index, **AT)), first)
     for change in ({"seed": 4}, {"epoch": 6}, {"view": 0}):
@@ -430,7 +430,7 @@ def test_replay_of_parameters_gives_the_view_and_another_epoch_another():
 
 
 def test_several_views_at_once_are_the_views_one_by_one():
-    images, index, view = pictures(9, 20, 20), torch.arange(9) * 5, View([*EVERYTHING, "rotate"], size=16)
+    images, index, view = random_images(9, 20, 20), torch.arange(9) * 5, View([*EVERYTHING, "rotate"], size=16)
     at = {"seed": 3, "epoch": 5}
     alone = torch.cat([view(images, index, **at, view=number) for number in (1, 0, 7)])
     assert torch.equal(view(images, index, **at, view=(1, 0, 7)), alone)
@@ -443,7 +443,7 @@ def test_several_views_at_once_are_the_views_one_by_one():
 
 def test_two_views_take_hardly_more_launches_than_one():
     with FakeCuda() as gpu:
-        images, index, view = pictures(8, 32, 32).to("cuda"), torch.arange(8).to("cuda"), View("simclr", size=32)
+        images, index, view = random_images(8, 32, 32).to("cuda"), torch.arange(8).to("cuda"), View("simclr", size=32)
         for number in (0, (0, 1)):
             with gpu.scope(str(number)):
                 view(images, index, seed=3, epoch=5, view=number)
@@ -456,7 +456,7 @@ def test_two_views_take_hardly_more_launches_than_one():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_views_differ_by_rounding_alone_and_are_two_graphs_around_the_blur():
-    images, index = pictures(16, 20, 20), torch.arange(16)
+    images, index = random_images(16, 20, 20), torch.arange(16)
     images[1] = 0
     view = View({"simclr": {"blur": True, "solarize": 0.5}}, size=16, normalize="imagenet")
     compiled = view.compiled()
@@ -475,7 +475,7 @@ def test_compiled_views_differ_by_rounding_alone_and_are_two_graphs_around_the_b
 def test_spec_is_plain_and_makes_the_same_view():
     view = View([*EVERYTHING, "rotate"], size=16, normalize="imagenet", center_crop=0.875)
     again = View(**yaml.safe_load(yaml.safe_dump(view.spec)))
-    images, index = pictures(4, 20, 20), torch.arange(4)
+    images, index = random_images(4, 20, 20), torch.arange(4)
     assert again.spec == view.spec
     assert torch.equal(again(images, index, **AT), view(images, index, **AT))
     assert torch.equal(pickle.loads(pickle.dumps(view))(images, index, **AT), view(images, index, **AT))

@@ -23,7 +23,7 @@ class Checkpoint:
         top1: linear top-1 accuracy on ImageNet in percent, as its authors state it.
         urls: its files; several are parts of one checkpoint, the first is the one that is read.
         architecture: a name that :func:`ssl_geometry.models.build_backbone` takes.
-        normalize: of the images that it was trained on; ``none`` is pictures in [0, 1].
+        normalize: of the images that it was trained on; ``none`` is images in [0, 1].
         format: torch; haiku, a pickle of JAX arrays; or tensorflow, a TensorBundle, for which a file that was
             converted to torch is taken too.
         container: key of the state dict in the file; empty where the file is the state dict.
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures that it was trained on."""
+        """Side in pixels of the images that it was trained on."""
         return 224
 
     @property
@@ -137,7 +137,7 @@ TABLE: dict[str, Checkpoint] = {
             normalize="none",
             format="tensorflow",
             container="state_dict",
-            notes=f"pictures in [0, 1] without mean and deviation; {SAME_PADDING} (its max-pooling)",
+            notes=f"images in [0, 1] without mean and deviation; {SAME_PADDING} (its max-pooling)",
         ),
         Checkpoint(
             "moco-v2",
@@ -157,7 +157,7 @@ TABLE: dict[str, Checkpoint] = {
             normalize="none",
             format="tensorflow",
             container="resnet",
-            notes=f"pictures in [0, 1] without mean and deviation; {SAME_PADDING} (its max-pooling)",
+            notes=f"images in [0, 1] without mean and deviation; {SAME_PADDING} (its max-pooling)",
         ),
         Checkpoint(
             "sela-v2",

@@ -1,4 +1,4 @@
-"""What of a moment's records is watched: the numbers logged as curves, and the pictures.
+"""What is watched live of the records of one epoch: the numbers that are logged as curves, and the figures.
 
 Loggers get the same while a network trains and when its records are uploaded later: both come from here.
 """
@@ -17,7 +17,7 @@ from ssl_geometry.report.manifolds import manifold_violins
 from ssl_geometry.report.style import MANIFOLDS
 
 Row = Mapping[str, Any]
-Pictures = dict[str, Callable[[], Figure]]
+Figures = dict[str, Callable[[], Figure]]
 
 MEASURED = ("cka", "invariance", "probes", "neighbors", "spectrum")
 """Sections of the names that measurements are logged under."""
@@ -112,14 +112,14 @@ def _scalars(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def curve_rows(rows: Sequence[Row]) -> list[Row]:
-    """The records of one moment that stay in the pictures of later moments, as lines over depth or epochs."""
+    """The records of one epoch that figures of later epochs show again, as lines over depth or epochs."""
     others = [
         row for row in rows if row["metric"] in LASTING or (row["metric"] == "invariance" and row["view"] == "own")
     ]
     return [*twins(rows), *others]
 
 
-def pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
+def live_figures(rows: Sequence[Row], curves: Sequence[Row]) -> Figures:
     """How to draw the figures of one epoch.
 
     Args:
@@ -134,13 +134,13 @@ def pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
     return {
         _of_network(key, network): draw
         for network, own in _by_network(rows).items()
-        for key, draw in _pictures(own, before.get(network, [])).items()
+        for key, draw in _figures(own, before.get(network, [])).items()
     }
 
 
-def _pictures(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
+def _figures(rows: Sequence[Row], curves: Sequence[Row]) -> Figures:
     measured = dict.fromkeys(row["metric"] for row in rows)
-    found: Pictures = {}
+    found: Figures = {}
     if "cka" in measured:
         found |= _cka(rows, curves)
     if "invariance" in measured:
@@ -169,19 +169,19 @@ def _shown_kinds(rows: Sequence[Row], metric: str) -> list[str]:
     return [*(kind for kind in kinds if kind == "semantic"), *augmented[:1]]
 
 
-def _lines(name: str, curves: Sequence[Row], metric: str) -> Pictures:
+def _lines(name: str, curves: Sequence[Row], metric: str) -> Figures:
     curve = [row for row in curves if row["metric"] == metric]
     return _over(f"{name}_depth", curve, "depth", layer_curves) | _over(f"{name}_epochs", curve, "epoch", layer_curves)
 
 
-def _over(name: str, curve: Sequence[Row], against: str, draw: Callable[..., Figure]) -> Pictures:
+def _over(name: str, curve: Sequence[Row], against: str, draw: Callable[..., Figure]) -> Figures:
     """Lines over depth or epochs, where there is more than a point of each."""
     known = [row for row in curve if row["value"] is not None and not math.isnan(row["value"])]
     return {name: partial(draw, known, against)} if len({row[against] for row in known}) > 1 else {}
 
 
-def _cka(rows: Sequence[Row], curves: Sequence[Row]) -> Pictures:
-    found: Pictures = {}
+def _cka(rows: Sequence[Row], curves: Sequence[Row]) -> Figures:
+    found: Figures = {}
     blocks: dict[str, list[Row]] = {}
     for row in rows:
         if row["metric"] == "cka":
