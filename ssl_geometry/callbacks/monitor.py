@@ -40,7 +40,7 @@ from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
 from ssl_geometry.measure.neighbors import Neighborhoods
 from ssl_geometry.measure.probes import Probes
-from ssl_geometry.measure.processes import is_of_the_first
+from ssl_geometry.measure.processes import agreeing, is_of_the_first
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.methods import Method
 from ssl_geometry.ranges import check_arguments, check_name
@@ -195,7 +195,7 @@ class GeometryMonitor(L.Callback):
             self._follow(trainer, pl_module)
             occasion = self._occasion(trainer, epoch)
             with _one_line(epoch):
-                found = self._pass(due, occasion).finish()
+                found = self._pass(due, occasion).finish(together=agreeing)
         if found and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             names = part_names(trainer)
             for measurement, measured in zip(due, found, strict=True):

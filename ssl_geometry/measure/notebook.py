@@ -23,7 +23,7 @@ from ssl_geometry.measure.engine import (
     measure_together,
     splits,
 )
-from ssl_geometry.measure.processes import this_process
+from ssl_geometry.measure.processes import agreeing, this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.ranges import LONGEST_NAME, check_argument
 from ssl_geometry.records import Protocol, RecordStore
@@ -146,7 +146,9 @@ def measure(
     total = sum(len(images.loader(*part)) for part in splits(asked))
     with Progress(transient=True, disable=this_process()[0] > 0) as progress:
         task = progress.add_task(f"measuring {name}", total=total)
-        found = measure_together(measurements, Occasion(subject, images, name), lambda: progress.advance(task))
+        found = measure_together(
+            measurements, Occasion(subject, images, name), lambda: progress.advance(task), agreeing
+        )
     rows = pd.DataFrame([row for measured in found for row in measured.rows])
     return Measurements(rows, [protocol for measured in found for protocol in measured.protocols])
 

@@ -4,6 +4,7 @@ import logging
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from ssl_geometry.data.views import View
 from ssl_geometry.measure import CKA, Invariance, MeasurementImages, Neighborhoods, Probes, Spectrum, measure
+from ssl_geometry.measure.processes import this_process
 from tests.distributed.conftest import Ranks
 
 
@@ -67,3 +69,24 @@ def test_the_first_process_warns_for_all(ranks: Ranks) -> None:
     assert few.startswith("Invariance.gram_size 6: 2 Gram matrices of 12 images")
     assert pairs.endswith("would give more pairs")
     assert other == ("", [])
+
+
+class Faulty(Spectrum):
+    """Fails in the second process, as where its GPU alone is full."""
+
+    def update(self, *batch: Any) -> None:
+        if this_process()[0] == 1:
+            raise RuntimeError("no memory")
+        super().update(*batch)
+
+
+def failed(rank: int, world_size: int) -> str:
+    images = MeasurementImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), batch_size=2)
+    with pytest.raises(RuntimeError) as error:
+        measure(nn.Sequential(nn.Conv2d(3, 4, 3)), images, [Faulty(copies=0)], clean=View("none", size=8))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_process_that_fails_keeps_no_other_waiting(ranks: Ranks) -> None:
+    assert ranks(failed) == ["process 1 of 2: no memory", "no memory"]
