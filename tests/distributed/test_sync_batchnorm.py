@@ -226,7 +226,7 @@ WHOLE = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_e
 """The whole compiler, or its part that needs none of C++."""
 
 
-@pytest.mark.parametrize("ranks", [3], indirect=True)
+@pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize(("backend", "wrapped"), [(None, True), ("aot_eager", True), (WHOLE, False)])
 def test_compiled_it_is_one_graph_with_the_right_gradients(ranks: Ranks, backend: str | None, wrapped: bool) -> None:
     expected, _, _ = compiled(0, 1, None, wrapped)

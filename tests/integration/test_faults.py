@@ -8,9 +8,9 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.test_fit import ROOT, SMALL, clean_environment
+from ssl_geometry import fit
+from ssl_geometry.callbacks import WatchProcesses
+from tests.integration.test_fit import ROOT, SMALL
 from tests.integration.test_interruption import assert_same, options, weights
 from tests.processes import finish, start, start_ranks
 
@@ -166,7 +168,8 @@ def test_one_process_dies_while_the_other_waits_for_it_in_a_kernel(
 ) -> None:
     args = ["--model=ssl_geometry.methods.SimCLR", *LEAN, *SMALL, f"--runs={tmp_path}", "--experiment=e", "--run_id=a"]
     args += ["--trainer.max_epochs=3"]
-    both = start_ranks(2, [*args, at_step("BlockOneKillOther", step, killed=killed)], tmp_path / "out")
+    args_of_both = [*args, at_step("BlockOneKillOther", step, killed=killed)]
+    both = start_ranks(2, args_of_both, tmp_path / "out", _little_grace)
     codes = [finish(process) for process in both]
     said = (tmp_path / "out").read_text()
     assert codes[killed] == -signal.SIGKILL
@@ -180,6 +183,11 @@ def test_one_process_dies_while_the_other_waits_for_it_in_a_kernel(
         assert finish(start([*args, "--resume=auto"], tmp_path / "out2")) == 0
 
 
+def _little_grace() -> None:
+    """The main thread waits for ever: more time to end by itself is only waited for."""
+    fit.WatchProcesses = partial(WatchProcesses, grace_seconds=1)  # type: ignore[assignment,misc]
+
+
 def test_one_process_of_two_dies_before_a_checkpoint(tmp_path: Path) -> None:
     args = options(tmp_path, "a", *LEAN, at_step("KillSecondRank", 2), epochs=3)
     assert [finish(process) for process in start_ranks(2, args, tmp_path / "out")] == [2, -signal.SIGKILL]
@@ -188,9 +196,16 @@ def test_one_process_of_two_dies_before_a_checkpoint(tmp_path: Path) -> None:
 
 def test_one_process_of_two_that_the_command_started_dies_after_a_checkpoint(tmp_path: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.accelerator=cpu", *LEAN]
-    command = [sys.executable, "-m", "ssl_geometry.fit", *options(tmp_path, "a", *two, epochs=3)]
-    command.append(at_step("KillSecondRank", 6))
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    assert "another process of this run has ended" in done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 75
+    args = [*options(tmp_path, "a", *two, epochs=3), at_step("KillSecondRank", 6)]
+    code = finish(start(args, tmp_path / "out", partial(_as_from_a_shell, args)))
+    said = (tmp_path / "out").read_text()
+    assert "Traceback" not in said
+    assert "another process of this run has ended" in said.strip().splitlines()[-1]
+    assert code == 75
+
+
+def _as_from_a_shell(args: list[str]) -> None:
+    """Lightning starts the other process by the command line of this one."""
+    os.chdir(ROOT)
+    sys.argv = ["fit", *args]
+    sys.modules["__main__"] = fit

@@ -90,7 +90,7 @@ def weights(run: Path) -> dict[str, Any]:
         "weights": checkpoint["state_dict"],
         "optimizer": checkpoint["optimizer_states"],
         "schedule": checkpoint["lr_schedulers"],
-        "probes": checkpoint["callbacks"]["GeometryMonitor"]["measurements"]["Probes 2"]["bank"],
+        "probes": checkpoint["callbacks"]["GeometryMonitor"]["measurements"]["Probes 0"]["bank"],
     }
 
 

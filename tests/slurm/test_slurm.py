@@ -321,7 +321,7 @@ def test_two_nodes_share_the_images_of_commands_that_measure(
         "--neighbors.layers=pooled",
     ]
     of_compare = ["--cka.layers=stages", "--cka.gram_size=10", "--invariance.views=[flip]", "--permutations=9"]
-    of_probe = ["--probes.layers=stages", "--evaluations=[layers, linear_augmented]", "--linear_epochs=3"]
+    of_probe = ["--probes.layers=layer4.0", "--evaluations=[layers, linear_augmented]", "--linear_epochs=2"]
     commands = {
         "survey": (survey, [*common, *of_survey]),
         "compare": (compare, [*common, *of_compare]),
@@ -343,7 +343,7 @@ def test_two_nodes_share_the_images_of_commands_that_measure(
         two, one = (cluster.directory / f"{name}_{count}" for count in ("two", "one"))
         command([*args, f"--out={one}"])
         frames = [read_records(path).query("metric != 'nnk_jaccard'") for path in (two, one)]
-        assert len(frames[0]) == len(frames[1]) > 80
+        assert len(frames[0]) == len(frames[1]) > 40
         np.testing.assert_allclose(frames[0]["value"], frames[1]["value"], rtol=1e-9, atol=1e-12)
 
 
