@@ -59,11 +59,11 @@ def serve() -> None:
 def _serve(listener: int, alive: int) -> None:
     """What is pytest's goes: its files and pipes, what it captures, its handlers."""
     faulthandler.disable()
-    logging.getLogger().handlers.clear()
     sys.stdin, sys.stdout, sys.stderr = (open(file, "rw"[file > 0], closefd=False) for file in range(3))  # noqa: SIM115
-    for logger in map(logging.getLogger, [*logging.root.manager.loggerDict]):
+    for logger in (logging.root, *map(logging.getLogger, [*logging.root.manager.loggerDict])):
+        logger.handlers = [kept for kept in logger.handlers if not type(kept).__module__.startswith("_pytest")]
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stderr)  # Lightning's was made while pytest captured
     for file in (int(name) for name in os.listdir("/dev/fd")):
         if file > 2 and file not in (listener, alive):
