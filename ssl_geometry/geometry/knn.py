@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_geometry.geometry.classification import check_features, check_labels
-from ssl_geometry.geometry.duplicates import row_blocks
-from ssl_geometry.geometry.neighbors import nearest
+from ssl_geometry.geometry.classification import check_labels
+from ssl_geometry.geometry.neighbors import nearest_directions
+from ssl_geometry.geometry.overlap import all_alike
 
 VOTES = 2**24
 """Votes (of queries times classes, float64) that are counted at once."""
@@ -29,63 +29,7 @@ def directions_vary(features: Float[Tensor, "N D"]) -> bool:
         >>> directions_vary(rays), directions_vary(torch.eye(5))
         (False, True)
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    features = features[(features != 0).any(1)]
-    if not len(features):
-        return False
-    base = _unit(features[:1])  # sums of differences to it do not cancel
-    total, squares = torch.zeros_like(base[0]), base.new_zeros(())
-    for part in row_blocks(features):
-        apart = _unit(features[part]) - base
-        total += apart.sum(0)
-        squares += apart.square().sum()
-    variance = squares / len(features) - (total / len(features)).square().sum()
-    return bool(variance > torch.finfo(features.dtype).eps ** 2)
-
-
-def _unit(features: Tensor) -> Tensor:
-    wide = features.double()
-    return wide / wide.norm(dim=1, keepdim=True)
-
-
-def knn_search(
-    queries: Float[Tensor, "N D"], bank: Float[Tensor, "M D"], k: int = 20
-) -> tuple[Float[Tensor, "N K"], Int64[Tensor, "N K"]]:
-    """The k most similar images of the bank, the most similar first, of equally similar ones the smaller number.
-
-    The first columns are the search for a smaller k: one search does for votes of several k and kinds.
-
-    Args:
-        queries: features to classify.
-        bank: features with known classes.
-        k: neighbours of each query.
-
-    Returns:
-        1 - cosine, float32, and numbers of the images in the bank; NaN and -1 where there is none: for queries of
-        zeros, and beyond the images of the bank that are not zeros.
-
-    Raises:
-        ValueError: k < 1, a bank of fewer than k images, or features that are not finite.
-
-    Example:
-        >>> distance, neighbours = knn_search(torch.tensor([[1.0, 0.1]]), torch.eye(2), k=2)
-        >>> neighbours
-        tensor([[0, 1]])
-    """
-    if not 1 <= k <= len(bank):
-        raise ValueError(
-            f"{k} nearest neighbours in a bank of {len(bank)} images: expected 1 to as many as the bank has"
-        )
-    check_features("nearest neighbours: bank", bank)
-    check_features("nearest neighbours: queries", queries)
-    asked, known = ((features != 0).any(1).nonzero()[:, 0] for features in (queries, bank))
-    distances = torch.full((len(queries), k), torch.nan, device=queries.device)
-    ids = torch.full((len(queries), k), -1, device=queries.device)
-    if len(asked) and len(known):
-        columns = min(k, len(known))
-        found = nearest(queries[asked], bank[known], columns, index="exact", duplicates=True)
-        distances[asked, :columns], ids[asked, :columns] = found.values, known[found.ids]
-    return distances, ids
+    return not all_alike(features[(features != 0).any(1)], roundings=1)
 
 
 def knn_vote(
@@ -98,7 +42,8 @@ def knn_vote(
     """Predict classes by a vote of neighbours.
 
     Args:
-        distances: 1 - cosine of each neighbour, the smallest first; see :func:`knn_search`.
+        distances: 1 - cosine of each neighbour, the smallest first; of
+            :func:`~ssl_geometry.geometry.neighbors.nearest_directions`.
         neighbours: their numbers in the bank, -1 for none.
         labels: classes of the bank, in [0, num_classes).
         num_classes: number of classes.
@@ -112,8 +57,8 @@ def knn_vote(
         ValueError: labels out of range, or a temperature that is not above 0.
 
     Example:
-        >>> distances, neighbours = knn_search(torch.tensor([[1.0, 0.1]]), torch.eye(2), k=2)
-        >>> [int(knn_vote(distances[:, :k], neighbours[:, :k], torch.tensor([3, 1]), 4, None)) for k in (1, 2)]
+        >>> ids, distances, _ = nearest_directions(torch.tensor([[1.0, 0.1]]), torch.eye(2), k=2)
+        >>> [int(knn_vote(distances[:, :k], ids[:, :k], torch.tensor([3, 1]), 4, None)) for k in (1, 2)]
         [3, 1]
     """
     if temperature is not None and not temperature > 0:
@@ -142,7 +87,7 @@ def knn_predict(
     k: int = 20,
     temperature: float | None = 0.07,
 ) -> Int64[Tensor, " N"]:
-    """Predict classes by a vote of the k most similar images of the bank: :func:`knn_search`, then :func:`knn_vote`.
+    """Predict classes by a vote of the k most similar images of the bank: a search, then :func:`knn_vote`.
 
     Args:
         queries: features to classify.
@@ -156,7 +101,8 @@ def knn_predict(
         The class with the largest vote for each query (of equal votes the smallest class); -1 for queries of zeros.
 
     Raises:
-        ValueError: as of the two.
+        ValueError: k that is not between 1 and the number of images in the bank, features that are not finite, or as of
+            the vote.
 
     References:
         Wu et al., *Unsupervised feature learning via non-parametric instance discrimination*, 2018, section 3.4.
@@ -166,4 +112,5 @@ def knn_predict(
         >>> knn_predict(torch.eye(3) + 0.1, bank, torch.arange(3).repeat(4), num_classes=3, k=4)
         tensor([0, 1, 2])
     """
-    return knn_vote(*knn_search(queries, bank, k), labels, num_classes, temperature)
+    found = nearest_directions(queries, bank, k)
+    return knn_vote(found.values, found.ids, labels, num_classes, temperature)

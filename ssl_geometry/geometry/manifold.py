@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_geometry.geometry.chunks import over_chunks
-from ssl_geometry.geometry.duplicates import first_rows, row_keys
+from ssl_geometry.geometry.duplicates import row_keys
+from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import NNK, RESOLUTION, solve_cosine
 from ssl_geometry.geometry.vectors import centered, products, vector_lengths
 
@@ -154,15 +155,15 @@ def _manifold(
         affinity, angle = zip(*over_chunks(work, n, device, chunk), strict=True)
         return torch.cat(affinity), torch.cat(angle)
 
-    nearest = rows.gather(1, shapes.nearest.unsqueeze(1)).squeeze(1)
+    closest = rows.gather(1, shapes.nearest.unsqueeze(1)).squeeze(1)
     random = _others(1, n, seed, device).flatten()
     own = torch.arange(n, device=device)
     shared = {
         "diameter": torch.cat([own.unsqueeze(1), rows.gather(1, shapes.ends)], 1),
-        "affinity": torch.stack([own, nearest], 1),
+        "affinity": torch.stack([own, closest], 1),
         "affinity_random": torch.stack([own, random], 1),
     }
-    return _named(count, shapes, compare(nearest), compare(random)), shared
+    return _named(count, shapes, compare(closest), compare(random)), shared
 
 
 def _standard_error(
@@ -284,16 +285,13 @@ def _of_copies(
     return found
 
 
-def same_class_ids(
-    features: Float[Tensor, "N D"], labels: Int64[Tensor, " N"], k: int = 50, chunk: int = 1024
-) -> Int64[Tensor, "N k"]:
+def same_class_ids(features: Float[Tensor, "N D"], labels: Int64[Tensor, " N"], k: int = 50) -> Int64[Tensor, "N k"]:
     """The k images of the same class that are most alike, by cosine similarity: candidates for semantic manifolds.
 
     Args:
         features: a vector for each image.
         labels: class of each image.
         k: candidates.
-        chunk: images compared at once; with the size of a class, bounds the memory.
 
     Returns:
         Their indices, most similar first, -1 where the class has fewer. The image itself and exact copies of it are
@@ -312,23 +310,12 @@ def same_class_ids(
     """
     if k < 1 or len(labels) != len(features):
         raise ValueError(f"k >= 1 and a label for each image are needed, got k={k}, {len(labels)} of {len(features)}")
-    points, _ = centered(features)
-    codes = row_keys(features.float())
     ids = torch.full((len(features), k), -1, device=features.device)
-    by_class = labels.argsort(stable=True)
     sizes = labels.unique(return_counts=True)[1].tolist()
-    with torch.autocast(features.device.type, enabled=False):
-        for members in by_class.split(sizes):
-            own = points[members] - points[members].mean(0)
-            first = first_rows(codes[members])
-            others, candidates = own[first], members[first]
-            half = others.square().sum(1) / 2
-            for part in torch.arange(len(members), device=ids.device).split(chunk):
-                closeness = own[part] @ others.T - half  # falls with distance
-                copies = codes[members[part]].unsqueeze(1) == codes[candidates]
-                best = closeness.masked_fill_(copies, -torch.inf).topk(min(k, len(candidates)), dim=1)
-                chosen = candidates[best.indices].where(best.values > -torch.inf, -1)
-                ids[members[part], : chosen.shape[1]] = chosen
+    for members in labels.argsort(stable=True).split(sizes):
+        if columns := min(k, len(members) - 1):
+            found = nearest(features[members], k=columns, index="exact").ids
+            ids[members, :columns] = members[found].where(found >= 0, -1)
     return ids
 
 

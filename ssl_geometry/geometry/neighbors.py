@@ -126,6 +126,45 @@ def nearest(
     return found._replace(values=found.values * (0.5 if metric == "cosine" else scale**2))
 
 
+def nearest_directions(
+    features: Float[Tensor, "N D"], bank: Float[Tensor, "M D"] | None = None, k: int = 10
+) -> Neighbors:
+    """The k most similar images by cosine, searched exactly: copies are neighbours, and zeros may be among the images.
+
+    The first columns are the search for a smaller k: one search does for several.
+
+    Args:
+        features: the queries.
+        bank: where to search; None searches among the queries, each without itself.
+        k: neighbours.
+
+    Returns:
+        As of :func:`nearest`, of equally similar images the smaller number first. Images of zeros have no direction:
+        they have no neighbours (-1, NaN) and are none.
+
+    Raises:
+        ValueError: k that is not between 1 and the number of other images, or features that are not finite.
+
+    Example:
+        >>> nearest_directions(torch.tensor([[1.0, 0.1], [0.0, 0.0]]), torch.eye(2), k=2).ids
+        tensor([[ 0,  1],
+                [-1, -1]])
+    """
+    others = len(features) - 1 if bank is None else len(bank)
+    if not 1 <= k <= others:
+        raise ValueError(_too_few(k, others))
+    asked = (features != 0).any(1).nonzero()[:, 0]
+    known = asked if bank is None else (bank != 0).any(1).nonzero()[:, 0]
+    ids = torch.full((len(features), k), -1, device=features.device)
+    values = torch.full((len(features), k), torch.nan, device=features.device)
+    columns = min(k, len(known) - (bank is None))
+    if len(asked) and columns > 0:
+        points = None if bank is None else bank[known]
+        found = nearest(features[asked], points, columns, index="exact", duplicates=True)
+        ids[asked, :columns], values[asked, :columns] = known[found.ids], found.values
+    return Neighbors(ids, values)
+
+
 def merge(parts: Sequence[Neighbors], k: int, largest: bool = False) -> Neighbors:
     """The best k of several lists for the same queries, such as those of ranks that each hold a part of the bank.
 

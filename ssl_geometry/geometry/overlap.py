@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
-from ssl_geometry.geometry.neighbors import RANKING, nearest
+from ssl_geometry.geometry.duplicates import row_blocks
+from ssl_geometry.geometry.neighbors import RANKING, nearest_directions
 
 NEAREST = f"cosine, {RANKING}; zeros have no neighbours and are none"
 """Which neighbours are compared, for protocols."""
@@ -22,7 +24,7 @@ ALIKE = 8
 def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10) -> Int64[Tensor, "N k"]:
     """The k images most alike each image, by cosine similarity, itself left out by its index.
 
-    The search is that of :func:`ssl_geometry.geometry.neighbors.nearest`, exact; copies are neighbours.
+    The search is that of :func:`ssl_geometry.geometry.neighbors.nearest_directions`; copies are neighbours.
 
     Args:
         features: a vector for each image.
@@ -40,16 +42,8 @@ def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10) -> Int64[Tensor, "
         >>> neighbor_ids(torch.stack([angle.cos(), angle.sin()], 1), k=1).flatten()
         tensor([1, 0, 1, 2])
     """
-    n = len(features)
-    if not 1 <= k < n:
-        raise ValueError(f"k={k} neighbours need 1 <= k < N, got N={n} images")
-    ids = torch.full((n, k), -1, device=features.device)
-    directed = (features != 0).any(1).nonzero()[:, 0]
-    columns = min(k, len(directed) - 1)
-    if columns > 0 and not all_alike(features):
-        found = nearest(features[directed], k=columns, index="exact", duplicates=True)
-        ids[directed, :columns] = directed[found.ids]
-    return ids
+    # Those that are alike are searched as zeros, which have no neighbours.
+    return nearest_directions(torch.zeros_like(features) if all_alike(features) else features, k=k).ids
 
 
 def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> Float[Tensor, "L M"]:
@@ -131,11 +125,12 @@ def _shared(
         yield (a @ b.mT).double(), a.sum(2).double(), b.sum(2).double()
 
 
-def all_alike(features: Float[Tensor, "N D"]) -> bool:
+def all_alike(features: Float[Tensor, "N D"], roundings: float = ALIKE) -> bool:
     """Whether rounding is all that tells directions apart, so that no neighbour is better; true of NaN as well.
 
     Args:
-        features: a vector for each image.
+        features: a vector for each image; zeros are another direction than all others.
+        roundings: of the features' dtype, up to which directions do not differ (root mean square around their mean).
 
     Example:
         >>> all_alike(torch.ones(5, 3)), all_alike(torch.eye(5))
@@ -143,16 +138,15 @@ def all_alike(features: Float[Tensor, "N D"]) -> bool:
     """
     # In blocks of float64: float32 squares overflow at 1e19.
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    parts = features.split(max(1, 2**20 // features.shape[1]))
-    for part in parts:
-        total += _directions(part).sum(0)
+    for part in row_blocks(features):
+        total += _directions(features[part]).sum(0)
     mean = total / len(features)
-    apart = sum(((_directions(part) - mean).square().sum() for part in parts), mean.new_zeros(()))
-    resolution = ALIKE * torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
+    apart = mean.new_zeros(())
+    for part in row_blocks(features):
+        apart += (_directions(features[part]) - mean).square().sum()
+    resolution = roundings * torch.finfo(torch.promote_types(features.dtype, torch.float32)).eps
     return not bool(apart / len(features) > resolution**2 * mean.square().sum())
 
 
 def _directions(features: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    x = features.double()
-    lengths = x.norm(dim=1, keepdim=True)
-    return x / lengths.where(lengths != 0, 1)
+    return F.normalize(features.double(), dim=1, eps=torch.finfo(torch.float64).tiny)  # zeros stay zeros

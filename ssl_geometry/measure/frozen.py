@@ -19,9 +19,9 @@ from typing_extensions import override
 from ssl_geometry.data.images import stratified
 from ssl_geometry.data.plan import BatchPlan
 from ssl_geometry.geometry.classification import FEW, L2, accuracies, held_out, one_hot
-from ssl_geometry.geometry.knn import directions_vary, knn_search, knn_vote
+from ssl_geometry.geometry.knn import directions_vary, knn_vote
 from ssl_geometry.geometry.logistic import converged_probes
-from ssl_geometry.geometry.neighbors import RANKING
+from ssl_geometry.geometry.neighbors import RANKING, nearest_directions
 from ssl_geometry.geometry.ridge import ridge_probe, ridge_probe_of_few, ridge_sums
 from ssl_geometry.measure.engine import Occasion, measure_together
 from ssl_geometry.measure.features import Features
@@ -155,10 +155,10 @@ class NearestNeighbors(Evaluation):
     def evaluate(self, frozen: FrozenFeatures, progress: Any) -> Found:
         found = {}
         classes, vary = frozen.num_classes, directions_vary(frozen.train[POOLED])
-        distances, neighbours = knn_search(frozen.test[POOLED], frozen.train[POOLED], max(self.k))
+        ids, distances, _ = nearest_directions(frozen.test[POOLED], frozen.train[POOLED], max(self.k))
         for k in self.k:
             for temperature, kind in ((TEMPERATURE, ""), (None, "_majority")):
-                predicted = knn_vote(distances[:, :k], neighbours[:, :k], frozen.train_labels, classes, temperature)
+                predicted = knn_vote(distances[:, :k], ids[:, :k], frozen.train_labels, classes, temperature)
                 # One column more than classes: of the images that have no neighbour.
                 numbers = frozen.correct(one_hot(predicted % (classes + 1), classes + 1))
                 found[f"knn{k}{kind}"] = numbers if vary else {key: [math.nan] for key in numbers}

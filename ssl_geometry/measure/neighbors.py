@@ -168,6 +168,7 @@ class Neighborhoods(Measurement):
             {
                 "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
                 "nearest": f"cosine, {RANKING}; beyond {EXACT_ROWS:,} images on a CPU in 1 of {PROBED} inverted lists",
+                "nearest of a class": f"cosine, {RANKING}",
                 "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
                 "nnk": {
                     "posed": "in the differences between a query and its candidates, "
