@@ -1,4 +1,4 @@
-"""What all commands share: a parser that tells a mistake in one line, and the exit codes. It loads in no time."""
+"""What all commands share: a parser that reports a mistake in one line, and the exit codes. It loads in no time."""
 
 import argparse
 import errno
@@ -35,7 +35,7 @@ OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.E
 
 
 class Parser(ArgumentParser):
-    """Tells a mistake in one line."""
+    """Reports a mistake in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what was wrong and what was meant, and exit with code 2."""

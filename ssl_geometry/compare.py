@@ -308,7 +308,7 @@ def compare(args: Sequence[str]) -> Path:
     with together(options):
         groups = groups_of(networks, options)
         for method, _ in networks.values():
-            chosen_layers(method, options)  # a mistake is told before anything is deleted
+            chosen_layers(method, options)  # a mistake is reported before anything is deleted
             Invariance(views=options.views).check(Subject.of(method))
     by_turns(data.prepare_data, options, fabric)
     with together(options):

@@ -1,4 +1,4 @@
-"""Mistakes of the user, told in one line."""
+"""Mistakes of the user, reported in one line."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message names the option, the value, what was expected and the fix.
+    """A mistake that the user can fix: the message names the option, the value, what was expected and the fix.
 
     The commands print it as one line and exit with code 2; in a library call it is an ordinary ``ValueError``.
     """

@@ -1,4 +1,4 @@
-"""What ends a run before its time: told in one line, and whether the run is started again."""
+"""What ends a run before its time: reported in one line, and whether the run is started again."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import lightning as L
 
-from ssl_geometry.callbacks import LostProcess, a_reader_ended
+from ssl_geometry.callbacks import LostProcess, data_worker_died
 from ssl_geometry.devices import less_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.runs.directory import PARENT_VARIABLE, Run, is_first_process
@@ -45,7 +45,7 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         return _lost(error.__cause__ or error, run, checkpoint_at_start)
     if isinstance(error, UserError):
         return error
-    if a_reader_ended(error):
+    if data_worker_died(error):
         reason = words.partition(NEWLINE)[0].rstrip(" .")
         said = f"a DataLoader worker died ({reason}): if memory ran out, lower --data.num_workers"
         return UserError(_how_to_continue(said, run))

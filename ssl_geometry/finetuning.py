@@ -92,7 +92,7 @@ class FineTuning(Evaluation):
             occasion = frozen.occasion
             measure_together([tested], Occasion(Subject.of(network), occasion.images, occasion.run))
             scores = tested.of("test")["head"]
-            if not bool(scores.isfinite().all()):  # spoilt by the last step, which has no loss after it
+            if not bool(scores.isfinite().all()):  # corrupted by the last step, which has no loss after it
                 raise self._diverged(frozen.name, share)
             found[f"finetune_{share}"] = frozen.correct(scores)
         return found

@@ -347,7 +347,7 @@ def run_configs(args: Sequence[str]) -> dict[str, dict[str, Any]]:
             taken = word == "--models" or word.startswith("--models=")
             word = word.removeprefix("--models").removeprefix("=")
         if taken and word:
-            with suppress(UserError):  # it is told where the networks are loaded
+            with suppress(UserError):  # it is reported where the networks are loaded
                 for name, spec in network_names(split_seeds([word])[0]).items():
                     path = Path(spec)
                     if config := config_of(path.parent.parent if path.is_file() else path):

@@ -103,7 +103,7 @@ SOURCES: Sources = {
 NEIGHBORS = (20, 200)
 FRACTIONS = (0.01, 0.1, 1.0)
 LEAST_STEPS = 10
-"""Of linear evaluation: with fewer, nothing was learnt yet."""
+"""Of linear evaluation: with fewer, nothing was learned yet."""
 UNBALANCED = 1.1
 """Classes are of unequal size where the largest has more than so many times the test images of the smallest."""
 
@@ -185,8 +185,10 @@ def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Cons
                     f"free and {as_size(left)} on the disk of --out {options.out}; {LESS_MEMORY}, or an --out on "
                     "another disk"
                 )
-            told = f"{as_size(free)} of memory are free, so in files in {options.out}, removed at the end"
-            console.print(f"        kept  {name}: {kept}, {as_size(stored)}; {told}", highlight=False, soft_wrap=True)
+            message = f"{as_size(free)} of memory are free, so in files in {options.out}, removed at the end"
+            console.print(
+                f"        kept  {name}: {kept}, {as_size(stored)}; {message}", highlight=False, soft_wrap=True
+            )
     return options.out if is_short else None
 
 
@@ -305,10 +307,12 @@ def _check_data(options: Any, data: DataModule) -> None:
     )
     by_steps = [name for name in ("linear", "linear_augmented") if name in asked]
     if by_steps and not has_tenth:
-        told = f"{', '.join(by_steps)}: none of {n} training images is in the fixed tenth that chooses learning rates"
+        message = (
+            f"{', '.join(by_steps)}: none of {n} training images is in the fixed tenth that chooses learning rates"
+        )
         if options.evaluations != USUAL:
-            raise UserError(f"--evaluations {told}; leave out {' and '.join(by_steps)}, or give more images")
-        logger.info(f"left out  {told}")
+            raise UserError(f"--evaluations {message}; leave out {' and '.join(by_steps)}, or give more images")
+        logger.info(f"left out  {message}")
         options.evaluations = [name for name in options.evaluations if name not in by_steps]
         asked -= set(by_steps)
     there = f"there are {n} training images"
@@ -340,13 +344,13 @@ def _check_fractions(options: Any, data: DataModule, console: Console) -> None:
 
     small = [fraction for fraction in options.label_fractions if is_small(fraction)]
     for fraction in small if not {"labels", "finetune"}.isdisjoint(options.evaluations) else ():
-        told = (
+        message = (
             f"--label_fractions {fraction:g}: {round(fraction * n)} of {n} images for {data.num_classes} classes; at "
             "least two a class are needed, one to learn from and one to choose by, and two classes"
         )
         if options.label_fractions != list(FRACTIONS) or len(small) == len(options.label_fractions):
-            raise UserError(told)
-        console.print(f"left out  {told}", highlight=False, soft_wrap=True)
+            raise UserError(message)
+        console.print(f"left out  {message}", highlight=False, soft_wrap=True)
     options.label_fractions = [fraction for fraction in options.label_fractions if fraction not in small]
 
 
@@ -418,8 +422,8 @@ def probe(args: Sequence[str]) -> Path:
             del method  # before the next one is on the device
             for task in progress.task_ids:
                 progress.remove_task(task)
-            told = "not measured" if name in failed else "    measured"
-            console.print(f"{told}  {name}", highlight=False, soft_wrap=True)
+            message = "not measured" if name in failed else "    measured"
+            console.print(f"{message}  {name}", highlight=False, soft_wrap=True)
     with together(options):
         groups = {name: group for name, group in groups.items() if name not in failed}
         if not groups:

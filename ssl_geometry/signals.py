@@ -13,13 +13,13 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 @contextmanager
-def withheld() -> Iterator[None]:
-    """Keep the signals waiting meanwhile; processes that are started here never get them.
+def block_signals() -> Iterator[None]:
+    """Keep the signals waiting in the meantime; processes that are started here never get them.
 
     SLURM signals all processes of a job, but those that read images are needed until the step is finished.
 
     Example:
-        >>> with withheld():
+        >>> with block_signals():
         ...     signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         True
     """
@@ -30,7 +30,7 @@ def withheld() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_the_parent_alone(worker: int) -> None:
+def ignore_foreign_signals(worker: int) -> None:
     """For the start of a data worker: SIGTERM ends it if its parent sends it, as torch does to what is left at the end.
 
     torch's own handler lets any SIGTERM end the worker, and so the run before it has saved. A worker whose parent was

@@ -153,8 +153,8 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
     else:
         for stale in (*(out / "tables").glob("correlation.*"), *(out / "figures").glob("correlation.*")):
             stale.unlink()  # of more models
-        told = f"no correlations of metrics: {several} of the {LEAST_MODELS} recipes that they need (--recipes)"
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+        message = f"no correlations of metrics: {several} of the {LEAST_MODELS} recipes that they need (--recipes)"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
     if options.targets:
         targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()}, recipes)
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
@@ -267,7 +267,7 @@ def _parse(args: Sequence[str]) -> Any:
     )
     parser.add_argument(
         "--recipes",
-        type=dict | list | str,  # what is no dictionary is told in one line
+        type=dict | list | str,  # what is no dictionary is reported in one line
         default={},
         help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
         "of one recipe count once where something is predicted",
@@ -292,12 +292,14 @@ def _report_small_classes(options: Any, data: DataModule, console: Console) -> N
     """Say which classes have no manifold; where none has one, semantic manifolds are left out of the tables."""
     few = (data.measure_labels.bincount(minlength=data.num_classes) < LEAST_OF_A_CLASS).nonzero().squeeze(1).tolist()
     if len(few) == data.num_classes:
-        told = f"no class has {LEAST_OF_A_CLASS} of the {data.measure_size} measurement images, so none has a manifold"
+        message = (
+            f"no class has {LEAST_OF_A_CLASS} of the {data.measure_size} measurement images, so none has a manifold"
+        )
         if not options.neighbors.settings:
             raise UserError(
-                f"--neighbors.settings []: {told}; choose some, or measure more images (--data.measure_size)"
+                f"--neighbors.settings []: {message}; choose some, or measure more images (--data.measure_size)"
             )
-        console.print(f"left out  semantic manifolds: {told}", highlight=False, soft_wrap=True)
+        console.print(f"left out  semantic manifolds: {message}", highlight=False, soft_wrap=True)
         options.manifolds = list(options.neighbors.settings)
     elif few:
         console.print(

@@ -2,7 +2,7 @@
 
 from ssl_geometry.callbacks.evaluation import EvaluateAtStart
 from ssl_geometry.callbacks.finite import StopOnNaN
-from ssl_geometry.callbacks.interruption import LastCheckpoint, LostProcess, StopOnSignal, a_reader_ended
+from ssl_geometry.callbacks.interruption import LastCheckpoint, LostProcess, StopOnSignal, data_worker_died
 from ssl_geometry.callbacks.loggers import LoggerName, ResumableWandbLogger, make_loggers
 from ssl_geometry.callbacks.monitor import GeometryMonitor
 from ssl_geometry.callbacks.processes import Status, WatchProcesses
@@ -26,6 +26,6 @@ __all__ = [
     "StopOnNaN",
     "StopOnSignal",
     "WatchProcesses",
-    "a_reader_ended",
+    "data_worker_died",
     "make_loggers",
 ]

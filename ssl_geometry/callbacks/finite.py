@@ -51,7 +51,7 @@ class StopOnNaN(L.Callback):
         return (self._arrived is None or self._arrived.query()) and bool(self._on_host)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights too, which the last step may have spoilt."""
+        """The weights too, which the last step may have corrupted."""
         largest = torch.nn.utils.get_total_norm(pl_module.parameters(), torch.inf)
         self._bad |= ~largest.isfinite()
         if trainer.strategy.reduce_boolean_decision(bool(self._bad), all=False):

@@ -41,7 +41,7 @@ class LastCheckpoint(ModelCheckpoint):
     Args:
         folder: where to save.
         every_n_minutes: how long training may go on unsaved; 0 saves at the end of every epoch, and at no other time.
-        clock: seconds since any moment.
+        clock: seconds since any time.
     """
 
     def __init__(self, folder: Path, every_n_minutes: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -171,7 +171,7 @@ class StopOnSignal(L.Callback):
             return
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's raises wherever it finds a dead worker, here too
-        if not a_reader_ended(exception):
+        if not data_worker_died(exception):
             return
         self.stopped = _stop(told)
         progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -226,7 +226,7 @@ def _stop(number: int) -> Interrupted:
     return Interrupted(f"stopped by {name}", ExitCode.RESUMABLE if number == signal.SIGUSR1 else ExitCode.TERMINATED)
 
 
-def a_reader_ended(error: BaseException) -> bool:
+def data_worker_died(error: BaseException) -> bool:
     """Whether an error says that a data worker has ended."""
     frames = traceback.extract_tb(error.__traceback__)
     reading = isinstance(error, ConnectionError) and any("torch/utils/data" in frame.filename for frame in frames)

@@ -90,7 +90,7 @@ class WatchProcesses(L.Callback):
         threading.Thread(target=self._watch, name="watch-processes", daemon=True).start()
 
     def stop(self, status: Status) -> int | None:
-        """The main thread ends: the others are told how, and no process is missed any more.
+        """The main thread ends: the others learn how, and no process is missed any more.
 
         Args:
             status: how it ends.
@@ -142,7 +142,7 @@ def _server() -> socket.socket:
 
 
 def _accepted(server: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
-    """The connections of the other processes, all within one time limit; strangers are turned away."""
+    """The connections of the other processes, all within one time limit; foreign connections are refused."""
     found: dict[int, socket.socket] = {}
     said: dict[socket.socket, bytes] = {}
     end, size = time.monotonic() + CONNECT_SECONDS, len(token) + MESSAGE.size
@@ -172,8 +172,8 @@ def _accepted(server: socket.socket, token: bytes, count: int) -> dict[int, sock
                     found[MESSAGE.unpack(words[len(token) :])[1]] = connection
                 else:
                     connection.close()
-    for stranger in said:
-        stranger.close()
+    for foreign in said:
+        foreign.close()
     return found
 
 

@@ -1,4 +1,4 @@
-"""One line that tells how training is going: images/s, time left, and the share of time spent measuring."""
+"""One line that shows how training is going: images/s, time left, and the share of time spent measuring."""
 
 import time
 from typing import Any

@@ -66,7 +66,7 @@ class DataModule(L.LightningDataModule):
             where there are fewer.
         limit_train: train on this many images at most, with the classes in proportion.
         limit_test: use this many test images at most, with the classes in proportion.
-        storage: device keeps all pixels in the memory of the training device, workers read images anew in each epoch,
+        storage: device keeps all pixels in the memory of the training device, workers read images again in each epoch,
             auto chooses device for what is small: array data sets, and files that decode to at most 2 GiB, within a
             quarter of the free GPU memory.
         num_workers: processes that read images, for each training process. None takes the cores that are left, at
@@ -310,7 +310,7 @@ class DataModule(L.LightningDataModule):
             split: which images; measure is the part of the test split that measurements look at, bank the labelled
                 training images that probes learn from and nearest neighbours are found in (at most 50,000).
             images: the first so many of the stratified order, which hold the classes in proportion; None takes all.
-            seed: shuffles them anew in each epoch (see :class:`BatchPlan`); None leaves them in their fixed order.
+            seed: shuffles them again in each epoch (see :class:`BatchPlan`); None leaves them in their fixed order.
             after: leaves out so many at the beginning.
         """
         rows = self._first(split, images)[after:]

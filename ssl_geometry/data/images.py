@@ -141,7 +141,7 @@ class Images:
         return {"image": image, "label": self.labels[rows], "index": self.index[rows]}
 
     def select(self, rows: Int64[Tensor, " n"]) -> "Images":
-        """The given rows as a split of their own; ``index`` still tells their place on disk."""
+        """The given rows as a split of their own; ``index`` still holds their place on disk."""
         source = self.source[rows] if isinstance(self.source, Tensor) else self.source
         return Images(self.labels[rows], source, self.size, self.index[rows])
 

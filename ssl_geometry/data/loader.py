@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ssl_geometry.data.images import Images
 from ssl_geometry.data.plan import BatchPlan
 from ssl_geometry.errors import UserError
-from ssl_geometry.signals import obey_the_parent_alone, withheld
+from ssl_geometry.signals import block_signals, ignore_foreign_signals
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -61,7 +61,7 @@ class Loader:
                 batch_sampler=plan,
                 num_workers=num_workers,
                 collate_fn=_as_it_is,
-                worker_init_fn=obey_the_parent_alone,
+                worker_init_fn=ignore_foreign_signals,
                 pin_memory=pin_memory,
                 persistent_workers=keep_workers and num_workers > 0,
                 generator=torch.Generator(),  # else each epoch draws its workers' seed from the global generator
@@ -84,7 +84,7 @@ class Loader:
             for part in plan.slices[plan.start :]:
                 yield self.images[rows[part]]
         else:
-            with withheld():  # the workers, which start here, keep it so
+            with block_signals():  # the workers, which start here, keep it so
                 batches = iter(self._reader)
             for batch in batches:
                 if isinstance(batch, UserError):
@@ -97,7 +97,7 @@ class Loader:
 
     @contextmanager
     def without_the_last(self) -> Iterator[None]:
-        """For a checkpoint that is written meanwhile, the batch given last was not trained on."""
+        """For a checkpoint that is written in the meantime, the batch given last was not trained on."""
         position, self._position = self._position, {**self._position, "batch": self._position["batch"] - 1}
         yield
         self._position = position

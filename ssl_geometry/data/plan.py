@@ -87,7 +87,7 @@ class BatchPlan:
     Args:
         rows: rows to go through, (N,) int64.
         slices: the batches, as parts of the order of ``rows``.
-        seed: shuffles the rows anew in each epoch, the same in every process; None leaves them as they are.
+        seed: shuffles the rows again in each epoch, the same in every process; None leaves them as they are.
 
     Example:
         >>> list(BatchPlan(torch.tensor([7, 8, 9]), every_nth(3, 2)))

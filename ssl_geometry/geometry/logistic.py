@@ -163,7 +163,7 @@ def logistic_regression(
         l2: strengths of the penalty, above 0; biases are not penalised. scikit-learn's C is 1 / (N l2). Of two classes
             it is 2 / (N l2): both have weights here, which halves the penalty on their difference.
         tolerance: a problem is solved where the largest entry of its gradient is at most this share of the objective,
-            and the objective can fall by a thirtieth of that at most, as far as the guess of the Hessian tells; the
+            and the objective can fall by a thirtieth of that at most, as far as the initial Hessian says; the
             default is near what float32 can tell, and leaves the objective within 1e-6 of the optimum, relative (5e-7
             was the most seen, at l2 = 1e-5; 1e-9 at 1e-2).
         max_iterations: at most; a problem that is not solved then is named in a warning.
@@ -374,7 +374,7 @@ def _minimise(
 
 
 def _errors(logits: Float[Tensor, "G P C N"], y: Float[Tensor, "P C N"]) -> Float[Tensor, "G P C N"]:
-    """Probabilities less targets, without a difference of numbers near 1: such are those of images learnt well."""
+    """Probabilities less targets, without a difference of numbers near 1: such are those of images learned well."""
     if logits.shape[2] == 1:
         sign = (2 * y).sub_(1).neg_()
         return (sign * logits).sigmoid_().mul_(sign)

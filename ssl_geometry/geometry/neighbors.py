@@ -1,7 +1,7 @@
 """The k nearest neighbours of every image, by FAISS: exact, or approximate with its measured recall.
 
 Protocol: the image itself and exact copies of it are no neighbours, and of equal points the first stands for all.
-Cosine similarity is searched, and told, as the distance of unit vectors, and all points are moved by the mean of the
+Cosine similarity is searched, and given, as the distance of unit vectors, and all points are moved by the mean of the
 queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours that
 float32 products cannot rank (classes collapsed onto their means) are ranked by float64 differences of the features as
 they are given; of points of one block that are equally near, up to float64's rounding, the smaller id is first. The
@@ -66,7 +66,7 @@ def nearest(
 
     Returns:
         Ids (rows of the bank, of all blocks in a row), distances or inner products in float32, and the recall. Cosines
-        are told as 1 - cosine, which keeps its digits where all cosines round to 1. Where all points are equal nothing
+        are given as 1 - cosine, which keeps its digits where all cosines round to 1. Where all points are equal nothing
         has a neighbour: ids are -1.
 
     Raises:

@@ -48,7 +48,7 @@ are formed in float64: float32 would lose the near candidates beside far ones.""
 CLOSE = 1e-2
 """Squared distance of unit vectors to their nearest candidate below which float32 cosines are too coarse."""
 SURE = 1e-10
-"""KKT residual beyond which rounding has spoilt the tableau, and a query is solved again by the slower path."""
+"""KKT residual beyond which rounding has corrupted the tableau, and a query is solved again by the slower path."""
 
 
 class NNK(NamedTuple):
@@ -542,7 +542,7 @@ def _scipy(matrix: Float[Tensor, "M K"], side: Float[Tensor, " M"]) -> Float[Ten
     """The slower, certain path: least squares |matrix theta - side|²."""
     try:
         weights, _ = nnls(matrix.cpu().numpy(), side.cpu().numpy(), maxiter=30 * matrix.shape[1])
-    except RuntimeError:  # too many iterations: the first answer stands, and its residual tells
+    except RuntimeError:  # too many iterations: the first answer stands, and its residual shows it
         return matrix.new_zeros(matrix.shape[1])
     return torch.from_numpy(weights).to(matrix.device)
 

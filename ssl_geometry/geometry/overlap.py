@@ -1,6 +1,6 @@
 """Do two representations agree on which images are alike? The overlap of their nearest neighbours.
 
-Protocol: cosine similarity, searched exactly, the image itself left out by its index, k = 10 unless told. The overlap
+Protocol: cosine similarity, searched exactly, the image itself left out by its index, k = 10 by default. The overlap
 of unrelated representations of N images is k/(N-1): a number without its N says little.
 """
 

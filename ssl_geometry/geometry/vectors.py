@@ -11,7 +11,7 @@ from ssl_geometry.geometry.chunks import over_chunks
 def centered(
     features: Float[Tensor, "N D"], queries: Float[Tensor, "Q D"] | None = None, *, unit: bool = True
 ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "Q D"]]:
-    """Features (and queries) relative to a point amid them, so that float32 tells close ones apart.
+    """Features (and queries) relative to a point among them, so that float32 tells close ones apart.
 
     Args:
         features: a vector for each image.

@@ -5,11 +5,11 @@ Two kinds of classifiers, on averages over space of each layer's activations:
 * **online**: a bank of classifiers with many learning rates and weight decays, which learn from the activations of the
   training step's own forward. They cost no pass and never touch the network: they have their own tensors, their own
   optimiser, and their state lies with the callback.
-* **converged**: at measuring moments, ridge regression (and, by choice, logistic regression) on clean training images,
-  from the pass that all monitors share.
+* **converged**: in epochs that measure, ridge regression (and, by choice, logistic regression) on clean training
+  images, from the pass that all monitors share.
 
-Both choose their hyper-parameters on a fixed tenth of the training images and are judged on the measurement images, at
-every moment.
+Both choose their hyper-parameters on a fixed tenth of the training images and are evaluated on the measurement images,
+in every epoch that measures.
 """
 
 import logging
@@ -83,11 +83,11 @@ def check_images(
     rows = loader.sampler.rows
     labels, index = loader.images.labels[rows], loader.images.index[rows]
     n, tenth = len(labels), held_out(index)
-    learnt = labels[~tenth] if choosing and n >= FEW else labels
+    learned = labels[~tenth] if choosing and n >= FEW else labels
     if data.multi_label:
-        few = not len(learnt)
+        few = not len(learned)
     else:
-        few = len(learnt) < data.num_classes
+        few = len(learned) < data.num_classes
         if n > 1 and len(labels.unique()) == 1:
             raise UserError(
                 f"{data.origin}: all {n} labelled training images are of one class; a classifier needs two at least"
@@ -95,7 +95,7 @@ def check_images(
             )
     if few:
         raise UserError(
-            f"{option}: {len(learnt)} labelled training images to learn from for {data.num_classes} classes; a "
+            f"{option}: {len(learned)} labelled training images to learn from for {data.num_classes} classes; a "
             f"classifier needs one a class at least{otherwise}"
         )
     if choosing:

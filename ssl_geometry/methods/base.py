@@ -238,7 +238,7 @@ class Method(L.LightningModule):
 
     @property
     def init_args(self) -> dict[str, Any]:
-        """The arguments that make this method anew, as plain data."""
+        """The arguments that make this method again, as plain data."""
         return {
             name: value for name, value in self.hparams.items() if not name.startswith("_")
         }  # the rest is Lightning's
@@ -340,7 +340,7 @@ class Method(L.LightningModule):
             self.knn.update_bank(none, none[:, 0].long())
 
     def on_validation_epoch_start(self) -> None:
-        """The bank is filled anew: the backbone has moved."""
+        """The bank is filled again: the backbone has moved."""
         self._fill_bank(self.hparams["eval_precision"])
 
     def on_test_epoch_start(self) -> None:

@@ -75,7 +75,7 @@ class LARS(torch.optim.Optimizer):
         """One step of all parameters that have a gradient.
 
         Args:
-            closure: computes the gradients anew.
+            closure: computes the gradients again.
 
         Returns:
             What the closure returns.

@@ -100,7 +100,7 @@ class Neighborhoods(LayerFeatures):
         found, alike = {}, []
         for number, layer in enumerate(self.layers):
             features = self._features(number, order)
-            directed = (features != 0).any(1).nonzero().squeeze(1)  # NaN is kept, and told
+            directed = (features != 0).any(1).nonzero().squeeze(1)  # NaN is kept, and reported
             if len(directed) < len(order):
                 warnings.warn(
                     f"layer {layer}: {len(order) - len(directed)} of {len(order)} images are all zero and have no "

@@ -239,7 +239,7 @@ class ProbeBank(nn.Module):
         return scores[torch.arange(len(scores), device=scores.device), :, chosen]
 
     def forget(self) -> None:
-        """Count anew which classifier is right how often: the network has moved on."""
+        """Count again which classifier is right how often: the network has moved on."""
         self.correct.zero_()
         self.held.zero_()
 

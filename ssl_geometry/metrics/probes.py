@@ -166,7 +166,7 @@ class RidgeProbe(_LayerProbe):
         """Add images of known class; see the base class."""
         super().update_bank(features, labels, index)
         held = held_out(index)
-        stray = (labels < 0) | (labels >= (2 if self.multi_label else self.num_classes))  # `compute` tells
+        stray = (labels < 0) | (labels >= (2 if self.multi_label else self.num_classes))  # `compute` reports it
         targets = unchecked_one_hot(labels.masked_fill(stray, 0), self.num_classes)
         parts = [part.nonzero().squeeze(1) for part in (~held, held)]  # once: a mask waits for the device in each layer
         for number, layer in enumerate(self.widths):

@@ -11,7 +11,7 @@ from ssl_geometry.models.vit import build_vit, vit_names
 __all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names", "why_unknown"]
 
 SMALL_IMAGE = 64
-"""Up to this side, in pixels, a ResNet gets the small stem unless told otherwise."""
+"""Up to this side, in pixels, a ResNet gets the small stem unless another is chosen."""
 
 
 def build_backbone(

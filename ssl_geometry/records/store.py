@@ -1,6 +1,6 @@
 """Records as Parquet parts in a run directory, each written whole or not at all.
 
-A part is named after the moment it was measured at, so a resumed run that measures a moment again replaces its own
+A part is named after the epoch it was measured in, so a resumed run that measures an epoch again replaces its own
 part and no row stands twice.
 """
 
@@ -67,8 +67,8 @@ class RecordStore:
         path = self.directory / f"{part}.parquet"
         return _read_whole(path).to_pylist() if path.exists() else []
 
-    def wind_back(self, epochs: int, step: int, aside: Path | None = None) -> None:
-        """Keep what lies before a checkpoint; rows of later moments, which are run again, are removed.
+    def rollback(self, epochs: int, step: int, aside: Path | None = None) -> None:
+        """Keep what lies before a checkpoint; rows of later epochs, which are run again, are removed.
 
         Parts that are no whole files, after a power cut perhaps, are renamed with a warning.
 
@@ -84,12 +84,12 @@ class RecordStore:
                 damaged = path.rename(f"{path}.damaged")
                 logger.warning(f"{path} was cut short, its rows are lost; what is left of it is now {damaged.name}")
                 continue
-            moment = re.fullmatch(r"epoch=(\d+)", path.stem)
-            if not moment or int(moment[1]) <= epochs:
+            named = re.fullmatch(r"epoch=(\d+)", path.stem)
+            if not named or int(named[1]) <= epochs:
                 continue
             part = path.relative_to(self.directory)
             rows = self.read_part(str(part.with_suffix("")))
-            under_way = int(moment[1]) == epochs + 1
+            under_way = int(named[1]) == epochs + 1
             earlier = [row for row in rows if under_way and row["step"] is not None and row["step"] < step]
             if len(earlier) == len(rows):
                 continue

@@ -85,7 +85,7 @@ def read(paths: Sequence[Path], console: Console, empty: bool = False, strict: b
 
 def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Console, strict: bool) -> None:
     """Serve the page until Ctrl-C."""
-    read(paths, console, empty=True, strict=strict)  # a mistake is told now, not in the browser
+    read(paths, console, empty=True, strict=strict)  # a mistake is reported now, not in the browser
 
     def build() -> bytes:
         return smallest_loss([read_run(path, empty=True, strict=strict) for path in paths], limit, console.print)

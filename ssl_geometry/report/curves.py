@@ -37,8 +37,8 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
     """One number of each layer, over training.
 
     Args:
-        rows: records of one metric of one network, one row a layer and moment.
-        against: "depth" draws one line a moment over the network's depth, "epoch" one line a layer over the epochs.
+        rows: records of one metric of one network, one row per layer and epoch.
+        against: "depth" draws one line per epoch over the network's depth, "epoch" one line per layer over the epochs.
         title: written above; by default says which metric, view and network.
 
     Returns:

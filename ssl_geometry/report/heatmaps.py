@@ -19,7 +19,7 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
     """The map of CKA between the layers of two networks, both axes from the first layer to the last.
 
     Args:
-        rows: records of one metric for one pair of networks at one moment.
+        rows: records of one metric for one pair of networks at one epoch.
         title: written above; by default says which networks, when, and on how many images.
 
     Returns:
@@ -27,11 +27,11 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
         each layer on the vertical axis, the most similar layer of the other.
 
     Raises:
-        ValueError: no rows, or rows of several moments or pairs.
+        ValueError: no rows, or rows of several epochs or pairs.
     """
     frame = pd.DataFrame(rows)
     if frame.empty or any(frame[column].nunique(dropna=False) > 1 for column in ("model", "model_other", "epoch")):
-        raise ValueError("a CKA map shows one pair of networks at one moment: select one model, model_other and epoch")
+        raise ValueError("a CKA map shows one pair of networks at one epoch: select one model, model_other and epoch")
     first = frame.iloc[0]
     itself = first["model"] == first["model_other"]
     with mpl.rc_context(STYLE):
@@ -73,7 +73,7 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
     """The invariance of every layer to every augmentation.
 
     Args:
-        rows: records of metric ``invariance`` of one network at one moment.
+        rows: records of metric ``invariance`` of one network at one epoch.
         title: written above; by default says which network and when.
 
     Returns:

@@ -38,12 +38,13 @@ def under_way(name: str) -> bool:
     return name.partition("/")[0] not in ("test", *MEASURED)
 
 
-def twins(rows: Iterable[Row]) -> list[Row]:
-    """Of CKA with other networks, each layer with its twin: the layer of the same name, else of the nearest depth.
+def matched_layers(rows: Iterable[Row]) -> list[Row]:
+    """Of CKA with other networks, each layer with its match: the layer of the same name, else of the nearest depth.
 
     Example:
         >>> pair = {"metric": "cka", "model": "a", "model_other": "b", "layer": "x", "depth": 0.0}
-        >>> [row["layer_other"] for row in twins([{**pair, "layer_other": name, "depth_other": 0.0} for name in "yx"])]
+        >>> rows = [{**pair, "layer_other": name, "depth_other": 0.0} for name in "yx"]
+        >>> [row["layer_other"] for row in matched_layers(rows)]
         ['x']
     """
     best: dict[tuple[Any, ...], tuple[float, Row]] = {}
@@ -93,7 +94,7 @@ def _of_network(key: str, network: str) -> str:
 
 
 def _scalars(rows: Sequence[Row]) -> dict[str, float]:
-    found = {f"cka/to_{row['model_other']}/{row['layer']}": row["value"] for row in twins(rows)}
+    found = {f"cka/to_{row['model_other']}/{row['layer']}": row["value"] for row in matched_layers(rows)}
     layers = [row["layer"] for row in rows if row["metric"] == "invariance"]
     watched = "pooled" if "pooled" in layers else next(reversed(layers), None)
     for row in rows:
@@ -116,7 +117,7 @@ def curve_rows(rows: Sequence[Row]) -> list[Row]:
     others = [
         row for row in rows if row["metric"] in LASTING or (row["metric"] == "invariance" and row["view"] == "own")
     ]
-    return [*twins(rows), *others]
+    return [*matched_layers(rows), *others]
 
 
 def live_figures(rows: Sequence[Row], curves: Sequence[Row]) -> Figures:

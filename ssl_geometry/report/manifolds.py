@@ -16,7 +16,7 @@ def manifold_violins(rows: Rows, metric: str, title: str | None = None) -> Figur
     """How one number of the manifold around each image is distributed, layer by layer, a panel a kind of manifold.
 
     Args:
-        rows: records of one network at one moment, with the quantiles of the metric.
+        rows: records of one network at one epoch, with the quantiles of the metric.
         metric: neighbors, diameter, affinity, ...
         title: written above; by default says which network and when.
 

@@ -147,7 +147,7 @@ def depth_profiles(
     """Metrics over the depth of every model: a row of panels a kind of manifold, a column a metric.
 
     Args:
-        frame: records of one moment a model.
+        frame: records of one epoch per model.
         rows: views (kinds of manifold).
         metrics: names.
         families: model to family, which gives colour and marker; its models differ by their dashes.
@@ -173,7 +173,7 @@ def collapse_curves(frame: pd.DataFrame, families: Mapping[str, str], title: str
     """How far features are collapsed, over depth: mean cosine, semantic diameter, RankMe.
 
     Args:
-        frame: records of one moment a model.
+        frame: records of one epoch per model.
         families: model to family.
         title: written above.
     """
@@ -228,7 +228,7 @@ def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figur
     """Mean cosine, semantic diameter and RankMe of one layer while networks learn, as far as they were measured.
 
     Args:
-        frame: records of runs, several moments each.
+        frame: records of runs, several epochs each.
         layer: which.
         title: written above.
     """

@@ -342,7 +342,7 @@ def smallest_loss(runs: Sequence[RunRecords], limit: float, say: Callable[[str],
     Args:
         runs: what is shown.
         limit: of the page, in bytes.
-        say: told what has to be left out.
+        say: called with what has to be left out.
 
     Returns:
         See :func:`pack`.

@@ -109,16 +109,16 @@ def open_run(
 
     Continued, the run is first made to be as it was when its checkpoint was written. Where that is an older one than
     the last, because it was named or the last is missing or damaged, what came later, checkpoints and records, is kept
-    in ``superseded/<number>/``; so are the records of a run that has no checkpoint and starts anew.
+    in ``superseded/<number>/``; so are the records of a run that has no checkpoint and starts from scratch.
 
     Args:
         config: the configuration as plain data; it becomes the run's ``config.yaml``.
         runs: folder of all runs.
         experiment: folder of the runs that belong together.
         run_id: name of the run; by default the SLURM job's, or method, backbone, seed and time.
-        resume: None starts anew; "auto" continues the run named by ``run_id`` or the SLURM job, else the newest
-            unfinished run of this experiment with the same training options, and starts anew where there is none; a
-            path continues that run or checkpoint, or starts a run again that has none.
+        resume: None starts from scratch; "auto" continues the run named by ``run_id`` or the SLURM job, else the newest
+            unfinished run of this experiment with the same training options, and starts from scratch where there is
+            none; a path continues that run or checkpoint, or starts a run again that has none.
 
     Returns:
         The run, its directory made.
@@ -222,7 +222,7 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
     if named and named.is_file() and not (job and last.exists() and _is_later_start(job, facts.get("job"))):
         candidates = [named]  # else it was for the first start
     if not candidates:
-        return _anew(run)
+        return _from_scratch(run)
     if job and not named and not run_id and not _is_later_start(job, facts.get("job", job | {"restarts": 0})):
         raise UserError(
             f"{run.directory} holds a run already, and not one of an earlier start of this very job: name this run "
@@ -249,7 +249,7 @@ def _continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Ta
             aside = aside or _free_place(run)
             aside.mkdir(parents=True, exist_ok=True)
             kept.rename(aside / kept.name)
-    RecordStore(run.directory / "records").wind_back(*reached, aside)
+    RecordStore(run.directory / "records").rollback(*reached, aside)
     later = f"; what came later is now in {aside}" if aside and aside.exists() else ""
     logger.info(f"continuing from {checkpoint}{later}")
     return Run(run.directory, last, reached.step)
@@ -278,15 +278,15 @@ def _progress_at(run: Run, path: Path) -> Progress:
     return reached
 
 
-def _anew(run: Run) -> Run:
+def _from_scratch(run: Run) -> Run:
     """Start a run that has no checkpoint from the beginning; what it has measured is kept, and its run in W&B."""
     aside, records = _free_place(run), RecordStore(run.directory / "records")
     kept = ""
     if any(records.directory.glob("**/*.parquet")):
         run.note(wandb_id=None)
-        records.wind_back(*Progress(epochs=-1, step=0), aside)
+        records.rollback(*Progress(epochs=-1, step=0), aside)
         kept = f"; what it has measured is now in {aside}"
-    logger.info(f"--resume: no checkpoint to continue, starting anew in {run.directory}{kept}")
+    logger.info(f"--resume: no checkpoint to continue, starting from scratch in {run.directory}{kept}")
     return run
 
 

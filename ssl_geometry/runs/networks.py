@@ -189,7 +189,7 @@ def _load(spec: str) -> tuple[Method, int | None]:
         network = load_method(spec, "--models")
         return network.method, network.epochs
     raise UserError(
-        f"--models {spec}: no such run or checkpoint, and no published one; {nearest(kind, TABLE)} (--help tells what "
+        f"--models {spec}: no such run or checkpoint, and no published one; {nearest(kind, TABLE)} (--help lists what "
         "stands for SPEC in NAME=SPEC, where a run is NAME=PATH)"
     )
 

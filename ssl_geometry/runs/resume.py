@@ -32,7 +32,7 @@ FREE_OPTIONS = {
     "model.compile",
     "model.eval_precision",
 }
-"""Options of the method and the data that change where and how fast it is trained, or what is looked at meanwhile."""
+"""Options of the method and the data that change where and how fast it is trained, or what is measured on the way."""
 SEEDS = {"seed_everything", "data.seed", "model.seed"}
 """Options that runs of one recipe may differ in."""
 GROUPS = ("model", "data", "trainer", "cka", "invariance", "probes", "neighbors", "spectrum")

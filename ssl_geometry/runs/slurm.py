@@ -108,7 +108,7 @@ def trainer_options(task: Task, trainer: Mapping[str, Any]) -> dict[str, Any]:
         trainer: options as the user gave them.
 
     Returns:
-        ``num_nodes``, ``devices``, and the plugin that tells Lightning each process's rank.
+        ``num_nodes``, ``devices``, and the plugin that gives Lightning each process's rank.
 
     Raises:
         UserError: nodes or devices that the job does not have, or GPUs that its tasks cannot see.

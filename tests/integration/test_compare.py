@@ -99,6 +99,7 @@ def test_it_writes_every_figure_and_the_table(compared: Path) -> None:
         (["--models", "a=x", "--datta.root", "x"], ["--datta.root", "--data.root"]),
         (["--models", "a=x", "--show-neighbors", "3"], ["unknown option '--show-neighbors'", "'--show_neighbors'"]),
         (["--models", "a=x", "--show-neighbors=3"], ["unknown option '--show-neighbors'", "'--show_neighbors'"]),
+        (["--models", "a=x", "--overwrite", "true"], ["'true' belongs to no option", "takes no value"]),
         (["--models", "a=x", "--show_neighbors", "many"], ["--show_neighbors", "many"]),
     ],
 )

@@ -320,7 +320,7 @@ def test_a_run_that_starts_anew_has_no_earlier_rows_and_loses_none(
     with caplog.at_level("INFO"):
         again = open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto")
     aside = run.directory / "superseded" / "1"
-    assert f"starting anew in {run.directory}; what it has measured is now in {aside}" in caplog.text
+    assert f"starting from scratch in {run.directory}; what it has measured is now in {aside}" in caplog.text
     assert again.resumed_from is None
     assert again.facts["wandb_id"] is None
     assert not len(store.read())

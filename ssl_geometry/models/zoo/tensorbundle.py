@@ -39,7 +39,7 @@ def read_bundle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, np
 
     Args:
         file: ``….index``, with its ``.data-…`` beside it, or a zip archive of both.
-        wanted: tells from a tensor's name whether it is to be read.
+        wanted: decides by a tensor's name whether it is to be read.
 
     Returns:
         The wanted tensors, and the names of the others.
