@@ -49,6 +49,8 @@ class Parser(ArgumentParser):
         if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message):
             known = [f"--{action.dest}" for action in self._actions]
             return f"unknown option {found[1]!r}; {nearest(found[1], known)} (see --help)"
+        if found := re.search(r"unrecognized arguments: (\S+)", message):
+            return f"{found[1]!r} belongs to no option; a flag such as --overwrite takes no value (see --help)"
         return one_line(message, {action.dest: annotation(action) for action in self._actions})
 
     def restrict(self, option: str, hint: Any) -> None:
