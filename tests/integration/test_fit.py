@@ -621,7 +621,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(frames[0]["value"], frames[1]["value"].loc[frames[0].index], atol=1.5 / 128)
     banks = [
         read_checkpoint(run / "checkpoints" / "last.ckpt", "")["callbacks"]["GeometryMonitor"]["measurements"][
-            "Probes 2"
+            "Probes 0"
         ]["bank"]
         for run in (one, two)
     ]
