@@ -29,6 +29,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.plan import size_within
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError
+from ssl_geometry.files import write_text, write_whole
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markdown, views_of
 from ssl_geometry.geometry.gram import MIN_GRAM_SIZE
 from ssl_geometry.geometry.neighbors import nearest
@@ -372,8 +373,8 @@ def _report(
     methods = {network.name: UNTRAINED if network.epoch is None else groups[network.name] for network in measured}
     architectures = {network.name: network.architecture for network in measured}
     table = findings(pd.concat([*pairs, *(network.layers for network in measured)]), methods, labels, architectures)
-    table.to_parquet(out / "findings.parquet")
-    (out / "findings.md").write_text(markdown(table, options.models, int(frame["n"].iloc[0])), encoding="utf-8")
+    write_whole(out / "findings.parquet", table.to_parquet)
+    write_text(out / "findings.md", markdown(table, options.models, int(frame["n"].iloc[0])))
     self_supervised = [views_of(network.name) for network in measured if network.learns_from_labels is False]
     figures = draw(frame, groups, self_supervised, out / "figures")
     figures += [

@@ -27,6 +27,7 @@ from torch import nn
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.files import write_text, write_whole
 from ssl_geometry.geometry.prediction import group, least_p, unit_means
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import as_options
@@ -49,7 +50,6 @@ from ssl_geometry.networks import (
 from ssl_geometry.prediction import LEAST_MODELS, UNTRAINED, predict, read_targets, recipes_of, task_text
 from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore
-from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.models import (
     collapse_curves,
     correlation_map,
@@ -362,9 +362,7 @@ def survey(args: Sequence[str]) -> Path:
                     if fabric.is_global_zero:
                         store.write(f"models/{name}", rows, protocols)
                         known[name] = fact
-                        write_whole(
-                            notes, lambda path: path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-                        )
+                        write_text(notes, json.dumps(known, indent=1) + "\n")
                     del there
                 console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
             del method

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
+from ssl_geometry.files import naming
 from ssl_geometry.records import Protocol, RecordStore, record
-from ssl_geometry.records.store import naming
 
 LOGGER = logging.getLogger(__name__)
 

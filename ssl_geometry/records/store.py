@@ -5,12 +5,8 @@ part and no row stands twice.
 """
 
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.files import copy_whole, write_text, write_whole
 from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol
 
 logger = logging.getLogger(__name__)
@@ -54,7 +51,7 @@ class RecordStore:
         for protocol in protocols:
             path = self.directory / "protocols" / f"{protocol.hash}.json"
             if not path.exists():
-                write_whole(path, partial(_write_text, protocol.text + "\n"))
+                write_text(path, protocol.text + "\n")
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
         write_whole(self.directory / f"{part}.parquet", lambda temporary: pq.write_table(table, temporary))
 
@@ -136,66 +133,6 @@ def _read_whole(part: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{part}: damaged ({reason}); remove it, or copy it again") from error
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, flush to the disk and rename: a reader, also after a power cut, sees old or new.
-
-    Args:
-        path: the target; its folder is made.
-        write: writes to the path that it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with naming(path):
-            write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        with suppress(OSError):  # some network file systems cannot flush a folder
-            _flush(path.parent)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A full disk is reported with the file that is written, which pyarrow and figures do not name.
-
-    Raises:
-        OSError: that was raised, with the path.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """The same file under a second name, which it takes the place of; copied where the file system has no links."""
-
-    def write(temporary: Path) -> None:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-    write_whole(target, write)
 
 
 def read_records(*runs: str | Path, strict: bool = False) -> pd.DataFrame:

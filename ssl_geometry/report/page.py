@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import pandas as pd
 import yaml
 
 from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.files import write_text
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.catalogue import described
 
@@ -393,19 +393,13 @@ def render(packed: bytes, version: str = "") -> str:
 
 
 def write_page(path: str | Path, page: str) -> Path:
-    """Write the page beside its place and rename it.
+    """Write the page, whole or not at all.
 
     Raises:
         UserError: the place cannot be written to.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(Path(path), page)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-    return path
+    return Path(path)

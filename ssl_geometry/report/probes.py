@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ssl_geometry.files import write_text
 from ssl_geometry.records import Protocol
-from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.curves import compare_curves
 from ssl_geometry.report.style import save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
@@ -61,10 +61,10 @@ def tables(
     texts = _distinct(protocol_of)
     lines = [f"{part}\n{said}.\n" for part in shown]
     lines += ["## Protocols\n", *(f"### {title}\n\n```json\n{text}\n```\n" for title, text in texts.items())]
-    write_whole(out / "tables.md", lambda path: path.write_text("\n".join(lines), encoding="utf-8"))
+    write_text(out / "tables.md", "\n".join(lines))
     comments = [f"% {line}" for title, text in texts.items() for line in (title, *text.splitlines(), "")]
     latexes = [latex(table, f"{title}. {said}.") for title, table in parts]
-    write_whole(out / "tables.tex", lambda path: path.write_text("\n".join([*comments, *latexes]), encoding="utf-8"))
+    write_text(out / "tables.tex", "\n".join([*comments, *latexes]))
     return "\n".join(shown[: len(on_pooled)])
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ssl_geometry.files import naming
 from ssl_geometry.records.catalogue import described
-from ssl_geometry.records.store import naming
 
 Rows = pd.DataFrame | Sequence[Mapping[str, Any]]
 STYLE: Any = {

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ssl_geometry.files import write_text, write_whole
 from ssl_geometry.records import read_records
 from ssl_geometry.records.catalogue import described
-from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.models import collapse_over_training
 from ssl_geometry.report.tables import latex, markdown
 
@@ -65,14 +65,11 @@ def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Path, note: str) -> Path:
     """Numbers as Parquet, and their texts, by title, as Markdown and LaTeX; the Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = table.set_axis([" ".join(key) if isinstance(key, tuple) else str(key) for key in table.columns], axis=1)
     write_whole(path.with_suffix(".parquet"), flat.to_parquet)
     pages = "\n".join(f"# {title}\n\n{note}\n\n{markdown(text)}\n" for title, text in texts.items())
-    path.with_suffix(".md").write_text(pages, encoding="utf-8")
-    path.with_suffix(".tex").write_text(
-        "\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()), encoding="utf-8"
-    )
+    write_text(path.with_suffix(".md"), pages)
+    write_text(path.with_suffix(".tex"), "\n".join(latex(text, f"{title}. {note}") for title, text in texts.items()))
     return path.with_suffix(".md")
 
 

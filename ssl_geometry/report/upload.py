@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.files import write_text
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.lock import holder, lock, unlock
-from ssl_geometry.records.store import write_whole
 from ssl_geometry.report.live import MEASURED, Figures, Row, curve_rows, live_figures, scalars, under_way
 
 TIMEOUT_SECONDS = 30
@@ -245,8 +245,7 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> Sent:
         _, facts = _described(directory)
         if not facts.get("wandb_id"):
             facts["wandb_id"] = new_id(directory)
-            text = json.dumps(facts, indent=1) + "\n"
-            write_whole(directory / "run.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_text(directory / "run.json", json.dumps(facts, indent=1) + "\n")
         options = wandb_options(directory, config, facts, project or config.get("wandb_project", "ssl_geometry"))
         return _sent(directory, options, shown)
     finally:

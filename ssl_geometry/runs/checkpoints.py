@@ -8,8 +8,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.files import write_whole
 from ssl_geometry.models.zoo.load import why_unreadable
-from ssl_geometry.records.store import write_whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -28,9 +28,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_geometry import __version__
 from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.files import copy_whole, write_text
 from ssl_geometry.ranges import check_name
 from ssl_geometry.records.lock import holder, lock, unlock
-from ssl_geometry.records.store import RecordStore, copy_whole, write_whole
+from ssl_geometry.records.store import RecordStore
 from ssl_geometry.runs.checkpoints import read_checkpoint
 from ssl_geometry.runs.resume import Progress, check_network, differences, progress, well_formed
 from ssl_geometry.runs.slurm import Task, this_task
@@ -82,7 +83,7 @@ class Run:
     @rank_zero_only
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
-        write_whole(self.directory / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(self.directory / name, text)
 
     @rank_zero_only
     def discard(self) -> None:

@@ -357,7 +357,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     make_run(tmp_path / "run", epochs=1)
     for args, said in [
         ([str(tmp_path / "rum")], "no such run; did you mean"),
-        ([str(tmp_path / "run"), "-o", str(tmp_path / "no" / "page.html")], "cannot be written"),
+        ([str(tmp_path / "run"), "-o", str(tmp_path)], "cannot be written"),
         ([str(tmp_path / "run"), "--max_mb=0.01"], "do not fit"),
         ([str(tmp_path / "run"), "--portt=1"], "unknown option '--portt'; did you mean '--port'"),
     ]:

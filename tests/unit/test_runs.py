@@ -20,6 +20,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.fit import KeptCheckpoint
 from ssl_geometry.methods import Method
 from ssl_geometry.records import RecordStore, record
+from ssl_geometry.report.page import write_page
 from ssl_geometry.runs.checkpoints import WholeCheckpointIO, read_checkpoint
 from ssl_geometry.runs.directory import DIRECTORY_VARIABLE, LOCK_SECONDS, Run, config_of, open_run
 from ssl_geometry.runs.networks import load_method, load_networks, network_names, split_seeds
@@ -526,6 +527,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
         lambda: run.note(status="running"),
         lambda: checkpoint(run.directory),
         lambda: RecordStore(run.directory / "records").write("cka/epoch=00001", rows(1, [10])),
+        lambda: write_page(tmp_path / "report.html", "page"),
     ):
         done.clear()
         write()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ssl_geometry.errors import UserError
+from ssl_geometry.files import write_text
 from ssl_geometry.models.zoo.table import Checkpoint
 
 CACHE_VARIABLE = "SSL_GEOMETRY_CACHE"
@@ -79,7 +80,7 @@ def verify(file: Path, expected: str | None = None) -> str:
     if expected is None and beside.is_file():
         expected = beside.read_text(encoding="utf-8").strip()
     elif expected is None:
-        _note(beside, found)
+        write_text(beside, f"{found}\n")
     if expected is not None and not found.startswith(expected):
         raise UserError(
             f"{file}: its SHA-256 is {found}, expected {expected}: delete it and fetch it again; where its publisher "
@@ -114,7 +115,7 @@ def _download(name: str, url: str, file: Path, expected: str | None) -> None:
                     f"{name}: the SHA-256 of {url} is {found}, expected {expected}: it was damaged on the way or "
                     f"changed; run again, or download it in a browser and give {name}:FILE"
                 )
-            _note(file.with_name(f"{file.name}.sha256"), found)
+            write_text(file.with_name(f"{file.name}.sha256"), f"{found}\n")
             os.replace(partial, file)  # before the lock is released
     except _WebPage as error:
         partial.unlink()
@@ -176,9 +177,3 @@ def _receive(name: str, response: HTTPResponse, stream: IO[bytes], start: int) -
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _note(beside: Path, digest: str) -> None:
-    temporary = beside.with_name(f"{beside.name}.partial")
-    temporary.write_text(f"{digest}\n", encoding="utf-8")
-    os.replace(temporary, beside)
