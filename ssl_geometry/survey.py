@@ -26,11 +26,12 @@ from torch import nn
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.files import write_text, write_whole
 from ssl_geometry.geometry.prediction import group, least_p, unit_means
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
-from ssl_geometry.measure.engine import as_options
+from ssl_geometry.measure.engine import as_options, layer_widths
 from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.methods import Method
@@ -101,6 +102,30 @@ def _measurements(method: Method, options: Any) -> tuple[Neighborhoods, Spectrum
     names, asked = chosen_layers(method.backbone, options), options.neighbors
     neighborhoods = Neighborhoods(names, k=options.k, settings=asked.settings, copies=asked.copies)
     return neighborhoods, Spectrum(names, copies=options.spectrum.copies)
+
+
+def _report_memory(networks: Mapping[str, tuple[Method, int | None]], options: Any, console: Console) -> None:
+    """Say how much the features of the largest model take, which all stay on the device until its end.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    n, needed = options.data.measure_size, {}
+    for name, (method, _) in networks.items():
+        subject, measurements = Subject.of(method, name), _measurements(method, options)
+        layers = subject.layers(chosen_layers(method.backbone, options), option=options.layers_option)
+        width = sum(layer_widths(subject, layers, options.data.image_shape).values())
+        needed[name] = n * width * sum(measurement.kept_bytes for measurement in measurements)
+    largest = max(needed, key=needed.__getitem__)
+    free = min(of_each(free_memory(options.device)))
+    kept = f"{as_size(needed[largest])} of features of {largest}"
+    if needed[largest] > MOST_OF_FREE * free:
+        raise UserError(
+            f"--data.measure_size {n}: {kept} are kept until its end, {as_size(free)} are free on {options.device}; "
+            "measure fewer images, fewer --neighbors.layers (such as [pooled]) or --neighbors.settings, or on another "
+            "--device"
+        )
+    console.print(f"kept of one model after another: at most {kept}", highlight=False, soft_wrap=True)
 
 
 def fingerprint(method: nn.Module) -> str:
@@ -342,6 +367,7 @@ def survey(args: Sequence[str]) -> Path:
             )
         options.k = candidates("--neighbors.k", options.neighbors.k, data)
         _report_small_classes(options, data, console)
+        _report_memory(networks, options, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}

@@ -104,6 +104,11 @@ class Neighborhoods(Measurement):
         }
         return [self._clean, *(request for draws in self._copies.values() for request in draws)]
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of an image until the end, for each feature of a layer: itself, and two views per setting."""
+        return 4 * (1 + 2 * len(self.settings))
+
     def begin(self, occasion: Occasion) -> None:
         """Fresh sums."""
         device, layers = occasion.subject.device, list(self._depths)

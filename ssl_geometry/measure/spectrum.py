@@ -82,6 +82,11 @@ class Spectrum(Measurement):
         """Learn the widths of the layers."""
         self._widths = layer_widths(subject, self.chosen(subject), images.image_shape)
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of an image until the end, for each feature of a layer: itself, and the mean of its views."""
+        return 4 + 8 * bool(self.copies)
+
     def begin(self, occasion: Occasion) -> None:
         """Fresh sums."""
         self._spectrum = metrics.Spectrum(self._widths, self.copies).to(occasion.subject.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssl_geometry import survey as command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.measure import Neighborhoods, Spectrum
 from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.methods import Method, Published
 from ssl_geometry.prediction import PUBLISHED, predict, read_targets, recipes_of
@@ -456,6 +457,37 @@ def test_features_that_are_not_finite_name_the_model(runs: Path, tmp_path: Path)
         patch.setattr(command, "load_networks", lambda specs: {"broken": method})
         with pytest.raises(UserError, match=r"--models broken: layer .* finite"):
             survey(["--models", f"broken={runs / 'simclr'}", f"--out={tmp_path}", *SMALL])
+
+
+def test_memory_is_announced_and_is_what_metrics_keep(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    kept: list[int] = []
+
+    def keeping(cls: type[Neighborhoods | Spectrum], *names: str) -> None:
+        finish = cls.finish
+
+        def counted(self: Any, occasion: Any) -> Any:
+            metrics = [part for name in names for part in _metrics(getattr(self, name))]
+            states = [getattr(m, key) for m in metrics for key in m._defaults if key.startswith(("features", "means"))]
+            kept.append(sum(part.nbytes for state in states for part in state))
+            return finish(self, occasion)
+
+        monkeypatch.setattr(cls, "finish", counted)
+
+    keeping(Neighborhoods, "_neighborhoods", "_overlaps")
+    keeping(Spectrum, "_spectrum")
+    args = ["--models", f"simclr={runs / 'simclr'}", *SMALL, "--neighbors.layers=stages", "--device=cpu"]
+    survey([*args, f"--out={tmp_path / 'out'}", "--neighbors.settings=[policy, crop]"])
+    assert f"at most {sum(kept) / 2**20:,.1f} MiB of features of simclr" in capsys.readouterr().out
+    monkeypatch.setattr(command, "free_memory", lambda device: sum(kept))
+    with pytest.raises(UserError, match=r"--data.measure_size 128: .* are free on cpu; measure fewer images"):
+        survey([*args, f"--out={tmp_path / 'none'}", "--neighbors.settings=[policy, crop]"])
+    assert not (tmp_path / "none").exists()
+
+
+def _metrics(found: Any) -> list[Any]:
+    return list(found.values()) if isinstance(found, dict) else [found]
 
 
 def test_a_collapsed_network_alone_is_surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
