@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +24,10 @@ from threadpoolctl import threadpool_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_geometry.geometry.duplicates import row_blocks
 from ssl_geometry.geometry.precision import full_float32
+from ssl_geometry.geometry.vectors import Rows
 
 __all__ = [
-    "Rows",
     "backend",
     "exact_search",
     "faiss",
@@ -170,34 +168,6 @@ def gpu_resources(device: int) -> Any:
     resources.setTempMemory(GPU_WORKSPACE)
     resources.setPinnedMemory(0)  # for copies from the host, of which there are none
     return resources
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Points before they are rounded to float32: rows, divided, and for products moved by a center."""
-
-    features: Float[Tensor, "N D"]
-    divisor: float | None = 1.0
-    """A power of two; None divides every row by its length."""
-    center: Float[Tensor, " D"] | None = None
-    """float64."""
-
-    def __getitem__(self, rows: Int64[Tensor, " n"] | slice) -> "Rows":
-        return replace(self, features=self.features[rows])
-
-    def divided(self, rows: Int64[Tensor, " n"] | slice) -> Float[Tensor, "n D"]:
-        """Some rows in float64, not moved: equal differences of rows stay equal."""
-        some = self.features[rows].to(torch.float64, copy=True)
-        return some.div_(some.norm(dim=1, keepdim=True) if self.divisor is None else self.divisor)
-
-    def centered(self, dtype: torch.dtype) -> Float[Tensor, "N D"]:
-        """All of them, rounded once."""
-        if self.center is None and self.divisor == 1:
-            return self.features.to(dtype).contiguous()
-        points = torch.empty(self.features.shape, dtype=dtype, device=self.features.device)
-        for part in row_blocks(self.features):
-            points[part] = self.divided(part).sub_(0 if self.center is None else self.center)
-        return points
 
 
 def exact_search(

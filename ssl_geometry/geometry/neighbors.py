@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_geometry.geometry.duplicates import first_rows, row_blocks, row_keys
-from ssl_geometry.geometry.exact import NEAR, Rows, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
+from ssl_geometry.geometry.exact import NEAR, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
+from ssl_geometry.geometry.vectors import Rows
 
 Metric = Literal["cosine", "inner", "l2"]
 Index = Literal["auto", "exact", "ivf", "hnsw", "cagra"]

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_geometry.geometry.vectors import unit_vectors
+
 RANKME_EPS = 1e-7
 """Added to each share of the singular values, as in RankMe's paper."""
 FIRST, LAST, RANK_SHARE = 11, 100, 0.9
@@ -230,7 +232,7 @@ def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor,
         >>> alignment(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
         tensor([0., 2.], dtype=torch.float64)
     """
-    return (_unit(x) - _unit(y)).square().sum(1)
+    return (unit_vectors(x) - unit_vectors(y)).square().sum(1)
 
 
 def uniformity(x: Float[Tensor, "N D"], t: float = POTENTIAL, chunk: int = 1024) -> Float[Tensor, ""]:
@@ -251,7 +253,7 @@ def uniformity(x: Float[Tensor, "N D"], t: float = POTENTIAL, chunk: int = 1024)
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # one pair, at distance 2
         tensor(-8., dtype=torch.float64)
     """
-    n, unit = len(x), _unit(x)
+    n, unit = len(x), unit_vectors(x)
     total = unit.new_zeros(())
     for start in range(0, n, chunk):
         squares = 2 - 2 * (unit[start : start + chunk] @ unit.T)
@@ -275,11 +277,7 @@ def mean_cosine(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
         >>> mean_cosine(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         tensor(-1., dtype=torch.float64)
     """
-    n, unit = len(x), _unit(x)
+    n, unit = len(x), unit_vectors(x)
     if n < 2:
         return unit.new_tensor(torch.nan)
     return (unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x.double() / x.double().norm(dim=1, keepdim=True)  # a zero vector has no direction: NaN

@@ -1,13 +1,44 @@
 """Vectors of images relative to each other: lengths, differences and their inner products, without losing digits."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_geometry.geometry.chunks import over_chunks
+from ssl_geometry.geometry.duplicates import row_blocks
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Vectors before they are rounded: rows, divided, and for products moved by a center."""
+
+    features: Float[Tensor, "N D"]
+    divisor: float | None = 1.0
+    """A power of two; None divides every row by its length."""
+    center: Float[Tensor, " D"] | None = None
+    """float64."""
+
+    def __getitem__(self, rows: Int64[Tensor, " n"] | slice) -> "Rows":
+        return replace(self, features=self.features[rows])
+
+    def divided(self, rows: Int64[Tensor, " n"] | slice) -> Float[Tensor, "n D"]:
+        """Some rows in float64, not moved: equal differences of rows stay equal."""
+        some = self.features[rows].to(torch.float64, copy=True)
+        return some.div_(some.norm(dim=1, keepdim=True) if self.divisor is None else self.divisor)
+
+    def centered(self, dtype: torch.dtype) -> Float[Tensor, "N D"]:
+        """All of them, rounded once."""
+        if self.center is None and self.divisor == 1:
+            return self.features.to(dtype).contiguous()
+        points = torch.empty(self.features.shape, dtype=dtype, device=self.features.device)
+        for part in row_blocks(self.features):
+            points[part] = self.divided(part).sub_(0 if self.center is None else self.center)
+        return points
+
+
+@torch.no_grad()
 def centered(
     features: Float[Tensor, "N D"], queries: Float[Tensor, "Q D"] | None = None, *, unit: bool = True
 ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "Q D"]]:
@@ -32,21 +63,13 @@ def centered(
                 [-0.5000,  0.5000]])
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
-    sample = features[:: len(features) // 256 + 1].double()
-    origin = (F.normalize(sample, dim=1) if unit else sample).mean(0)
-
-    def moved(x: Tensor) -> Tensor:
-        lengths = vector_lengths(x, unit).unsqueeze(1)
-        result = torch.empty_like(x, dtype=dtype)
-
-        def work(r: slice) -> None:
-            result[r] = (x[r] / lengths[r] if unit else x[r]) - origin
-
-        over_chunks(work, len(x), x.device, 32 if x.device.type == "cpu" else None)
-        return result
-
-    points = moved(features)
-    return points, points if queries is None else moved(queries)
+    for x in (features,) if queries is None else (features, queries):
+        vector_lengths(x, unit)
+    sample = features[:: len(features) // 256 + 1]
+    origin = (unit_vectors(sample) if unit else sample.double()).mean(0)
+    points = Rows(features, None if unit else 1.0, origin)
+    moved = points.centered(dtype)
+    return moved, moved if queries is None else replace(points, features=queries).centered(dtype)
 
 
 def products(
@@ -108,9 +131,8 @@ def products_of_directions(
     """:func:`products` of unit vectors, all in float64."""
     parts = []
     step = max(1, 2**19 // (rows.shape[1] * features.shape[1]))
-    for ids, centers in zip(rows.split(step), queries.double().split(step), strict=True):
-        x = features[ids].double()
-        apart = x / x.norm(dim=2, keepdim=True) - (centers / centers.norm(dim=1, keepdim=True)).unsqueeze(1)
+    for ids, centers in zip(rows.split(step), queries.split(step), strict=True):
+        apart = unit_vectors(features[ids]) - unit_vectors(centers).unsqueeze(1)
         parts.append(apart @ apart.mT)
     return torch.cat(parts)
 
@@ -131,3 +153,14 @@ def vector_lengths(x: Float[Tensor, "N D"], unit: bool = False) -> Float[Tensor,
     if unit and (zero := int((lengths == 0).sum())):
         raise ValueError(f"the cosine needs vectors of some length, {zero} of {len(x)} images are zero vectors")
     return lengths
+
+
+def unit_vectors(x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+    """Vectors divided by their lengths, in float64; NaN for zero vectors, which have no direction.
+
+    Example:
+        >>> unit_vectors(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [   nan,    nan]], dtype=torch.float64)
+    """
+    return F.normalize(x.double(), dim=-1, eps=0)
