@@ -5,7 +5,7 @@
 
 Protocol: every network sees the same measurement images, and the same augmented copies of them; evaluation mode,
 float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices; the overlap of nearest neighbours stands
-beside it, because CKA alone can be moved by a few outlying images. The numbers are those of the monitors of ``fit``,
+next to it, because CKA alone can be moved by a few outlying images. The numbers are those of the monitors of ``fit``,
 with the same protocol hash, on any number of processes: these share the images, and the first one does all the rest.
 """
 
@@ -266,7 +266,7 @@ def _parse(args: Sequence[str]) -> Any:
         "--show_neighbors",
         type=Annotated[int, at_least(0)] | list[Annotated[int, at_least(0)]],
         default=[],
-        help="numbers of measurement images whose neighbours are shown, all k nearest beside those that NNK keeps",
+        help="numbers of measurement images whose neighbours are shown, all k nearest next to those that NNK keeps",
     )
     options = parse_networks(parser, "compare", args, "cka", "all", SOURCES)
     options.gram_size, options.views = options.cka.gram_size, list(dict.fromkeys(options.invariance.views))

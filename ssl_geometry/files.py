@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, flush to the disk and rename: a reader, also after a power cut, sees old or new.
+    """Write next to the target, flush to the disk and rename: a reader, also after a power cut, sees old or new.
 
     Args:
         path: the target; its folder is made.

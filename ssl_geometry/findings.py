@@ -317,7 +317,7 @@ class _Rows:
             ),
         ]
 
-        claim = f"supervised: its last layers fit the classes (beside {method})"
+        claim = f"supervised: its last layers fit the classes (next to {method})"
         found += [
             Difference(
                 claim,

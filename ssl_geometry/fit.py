@@ -158,7 +158,7 @@ class KeptCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Its own, beside that of the last checkpoint."""
+        """Its own, next to that of the last checkpoint."""
         return "kept"
 
     def format_checkpoint_name(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> str:
@@ -272,7 +272,7 @@ class FitCLI(LightningCLI):
             "--loggers",
             type=list[LoggerName],
             default=["wandb"],
-            help="where to watch curves, beside the records: wandb (offline without a key), tensorboard, csv",
+            help="where to watch curves, next to the records: wandb (offline without a key), tensorboard, csv",
         )
         parser.add_argument(
             "--wandb_project", type=str, default="ssl_geometry", help="W&B project, at most 128 characters"

@@ -101,7 +101,7 @@ def read_targets(sources: Sequence[str], models: Mapping[str, str], recipes: Map
 def predict(
     table: pd.DataFrame, targets: pd.DataFrame, baseline: Mapping[str, float], recipes: Mapping[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Which metrics predict each task, and how well a ridge regression does, beside ImageNet accuracy.
+    """Which metrics predict each task, and how well a ridge regression does, next to ImageNet accuracy.
 
     Models of one recipe are averaged first: recipes are what is permuted and what is left out.
 

@@ -165,8 +165,8 @@ def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Cons
     if not {"layers", "labels"}.isdisjoint(options.evaluations):
         device = torch.device(options.device).type
         work = converged_probes_bytes(bank, widest, data.num_classes, multi_label=data.multi_label, device=device)
-    free, beside = free_memory("cpu"), work if options.device == "cpu" else 0
-    is_short = any(of_each(stored + beside > MOST_OF_FREE * free))
+    free, work_bytes = free_memory("cpu"), work if options.device == "cpu" else 0
+    is_short = any(of_each(stored + work_bytes > MOST_OF_FREE * free))
     with agreeing():
         if rank == 0:
             asked, there = options.train_images or bank, free_memory(options.device)
@@ -229,7 +229,7 @@ def _parse(args: Sequence[str]) -> Any:
         "probe",
         "Read classes off frozen networks: linear classifiers on every layer, linear evaluation, nearest neighbours, "
         "few labels, fine-tuning. Several paths of one NAME, separated by commas, are seeds: the table gives mean and "
-        "standard deviation. An untrained network and the raw pixels stand beside them. Several processes (--devices, "
+        "standard deviation. An untrained network and the raw pixels stand next to them. Several processes (--devices, "
         "or srun) share the images that frozen networks see; the first one learns the classifiers, and fine-tunes.",
         "probes",
         layers="block outputs, pooled features and head",

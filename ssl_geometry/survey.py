@@ -263,7 +263,7 @@ def _parse(args: Sequence[str]) -> Any:
         "--neighbors.settings",
         type=list[str],
         default=list(SETTINGS),
-        help="manifolds of augmented views of an image, beside those of images of a class: policy (the views of "
+        help="manifolds of augmented views of an image, next to those of images of a class: policy (the views of "
         "SimCLR), crop, color, rotate, translate",
     )
     parser.add_argument(

@@ -39,7 +39,7 @@ def make_loggers(names: list[LoggerName], run: Run, config: dict[str, Any], proj
     Args:
         names: which others are wanted.
         run: the run directory; every logger writes below it.
-        config: the whole configuration, shown beside the run by loggers that show one.
+        config: the whole configuration, shown next to the run by loggers that show one.
         project: W&B project.
 
     Returns:
@@ -108,7 +108,7 @@ class ResumableWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """What a method of a user's own says of itself, beside the configuration."""
+        """What a method of a user's own says of itself, next to the configuration."""
         self._carefully(super().log_hyperparams, params)
 
     def finish(self, exit_code: int) -> None:

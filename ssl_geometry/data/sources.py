@@ -29,7 +29,7 @@ NAMES = [*TORCHVISION, "digits", "colored_digits", "imagenet"]
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
 CONTRAST = 0.25  # of a coloured digit with its background, in every channel
 FIXED = 2101  # seeds what belongs to the data set and not to a run: the split just named, the order of test images
-LIST = "labels.csv"  # beside images that may show several classes: columns `file` and, for each class, 0 or 1
+LIST = "labels.csv"  # next to images that may show several classes: columns `file` and, for each class, 0 or 1
 
 
 def torchvision_class(dataset: str) -> str | None:

@@ -232,7 +232,7 @@ def _by_faiss_gpu(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple
 
 
 def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
-    """In blocks of at most 64 MiB of products on a CPU, 512 MiB on a GPU, and the lists of top-k beside."""
+    """In blocks of at most 64 MiB of products on a CPU, 512 MiB on a GPU, and the lists of top-k."""
     half = points.new_zeros(()) if inner else _squares(points) / 2
     rows = max(1, PRODUCTS.get(points.device.type, PRODUCTS["cpu"]) // len(points))
     with torch.autocast(points.device.type, enabled=False), full_float32():

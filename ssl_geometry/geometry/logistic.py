@@ -103,7 +103,7 @@ def converged_probes_bytes(
     multi_label: bool = False,
     device: str = "cpu",
 ) -> int:
-    """Memory that :func:`converged_probes` takes at most beside the features, bytes.
+    """Memory that :func:`converged_probes` takes at most next to the features, bytes.
 
     On a CPU layers are solved one after the other, on a GPU together up to :data:`GROUP_BYTES`; strengths are solved
     together up to :data:`SOLVER_BYTES`, one at least. These are tensors; what the C library keeps of freed ones, some
@@ -366,7 +366,7 @@ def _minimise(
         change, gradient = -gradient, gradient_at(logits)
         change += gradient
         curvature = (step * change).sum((2, 3))
-        # Below, 1 / curvature overflows: such steps are rounding, beside an optimum that other layers still look for.
+        # Below, 1 / curvature overflows: such steps are rounding, next to an optimum that other layers still look for.
         steps.append((step, change, torch.where(curvature > 1e-30, 1 / curvature, 0)))
         del steps[:-MEMORY]
     done[:, columns] = weight

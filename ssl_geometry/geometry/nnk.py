@@ -44,7 +44,7 @@ RESOLUTION = 8
 """A neighbourhood whose radius is fewer than this many roundings of the features' dtype is not solved."""
 COARSE = 1e-3
 """Distance to the nearest candidate, relative to the query's distance from the features' mean, below which differences
-are formed in float64: float32 would lose the near candidates beside far ones."""
+are formed in float64: float32 would lose the near candidates next to far ones."""
 CLOSE = 1e-2
 """Squared distance of unit vectors to their nearest candidate below which float32 cosines are too coarse."""
 SURE = 1e-10

@@ -211,7 +211,7 @@ def lidar(
     centered = _centered(means.double(), torch.float32)  # of which features are
     within = scatter.double() / (n * views) + delta * torch.eye(width, dtype=torch.float64, device=scatter.device)
     # S_w^-1/2 S_b S_w^-1/2 has the squared singular values of L^-1 (centered / sqrt(n)), where S_w = L L'.
-    root, failed = torch.linalg.cholesky_ex(within)  # delta is lost beside features of very large scale
+    root, failed = torch.linalg.cholesky_ex(within)  # delta is lost next to features of very large scale
     root = root.masked_fill((failed > 0) | ~within.isfinite().all(), torch.nan)
     whitened = torch.linalg.solve_triangular(root, centered.T / n**0.5, upper=False)
     values = singular_values(whitened).square()

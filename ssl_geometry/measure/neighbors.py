@@ -37,7 +37,7 @@ SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rot
 """Setting of an augmentation manifold to the view that makes the copies."""
 QUANTILES = tuple(share / 20 for share in range(21))
 OF_CLASSES = ("purity", "nnk_purity")
-"""What is not known without labels, beside semantic manifolds."""
+"""What is not known without labels, next to semantic manifolds."""
 OVERLAP_K = 10
 """Nearest images that two copies are compared by, as far as there are so many."""
 

@@ -107,7 +107,7 @@ def check_images(
 
 
 class Probes(Measurement):
-    """Linear classifiers on every layer: online ones that learn beside the network, and converged ones.
+    """Linear classifiers on every layer: online ones that learn next to the network, and converged ones.
 
     Args:
         layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, as far as the
@@ -119,7 +119,7 @@ class Probes(Measurement):
         online_sent_in: dtype in which processes send each other the gradients of the online classifiers in every step:
             float32, bfloat16 (half the bytes; accuracies then depend on the number of processes, within rounding), or
             auto: bfloat16 where they are above 32 MiB in float32.
-        logistic: fit logistic regression at each measured epoch, beside the ridge regression.
+        logistic: fit logistic regression at each measured epoch, next to the ridge regression.
         train_images: clean training images that converged classifiers learn from, at most.
         learning_rates: of the online classifiers; up to 7 they are stable.
         weight_decays: of the online classifiers, each with every learning rate.

@@ -143,7 +143,7 @@ def compare_pair(
         gram_size: images in a Gram matrix.
         k: neighbours that were kept.
         permutations: of the images, for what the most similar layer reads by chance; 0 leaves it out, and so does a
-            network beside itself.
+            network next to itself.
 
     Returns:
         Rows and protocols; and the rows of CKA with their jackknife deviations over blocks of images.

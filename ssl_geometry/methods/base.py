@@ -96,7 +96,7 @@ class Method(L.LightningModule):
     """
 
     named_views: Mapping[str, Augment] = SINGLE
-    """What measurements know by name, beside policies and operations (:meth:`ssl_geometry.measure.Subject.view`)."""
+    """What measurements know by name, next to policies and operations (:meth:`ssl_geometry.measure.Subject.view`)."""
     learns_from_labels: bool | None = None
     """Whether training reads the labels; None is unknown, and takes part in no verdict of ``compare``."""
     num_views = 1

@@ -69,7 +69,7 @@ class Supervised(Method):
         return F.cross_entropy(logits, batch["label"])
 
     def evaluate(self, features: Tensor, batch: Batch, split: str) -> None:
-        """The classifier's accuracy beside that of the nearest neighbours."""
+        """The classifier's accuracy next to that of the nearest neighbours."""
         super().evaluate(features, batch, split)
         self.accuracy.update(self.head(features.to(self.dtype)), batch["label"])
         self.log_evaluated(split, "acc", self.accuracy)

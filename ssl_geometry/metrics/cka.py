@@ -318,16 +318,16 @@ class ClassCKA(LayerwiseCKA):
         return torch.full_like(value, torch.nan) if alone else value
 
     def _telling_pairs(self) -> int:
-        """Pairs that carry the number: beside a class of most images, whose own pairs are nearly all pairs, others'."""
+        """Pairs that carry the number: where one class has most images, whose pairs are nearly all, those of others."""
         others = self.images <= self.images.sum() / 2
         return int(self.pairs[others].sum())
 
     def _few_images(self) -> str:
-        """The classes that are rare beside the largest, named."""
+        """The classes that are rare next to the largest, named."""
         images = self.images.tolist()
         total, largest = sum(images), max(images)
         if largest == total:
-            return f" beside another: all {total:,} images are of class {images.index(largest)}"
+            return f" next to another: all {total:,} images are of class {images.index(largest)}"
         rare = [(n, c) for c, n in enumerate(images) if 0 < n < RARE * largest]
         if not rare:
             return ""

@@ -1,6 +1,6 @@
 """The features of layers, kept over batches and ranks: the state that several metrics share.
 
-The number of each image is kept beside them and puts them in order, so that neither the order of images nor the number
+The number of each image is kept next to them and puts them in order, so that neither the order of images nor the number
 of ranks changes anything.
 """
 

@@ -15,7 +15,7 @@ from ssl_geometry.metrics.features import LayerFeatures
 class MutualKNN(LayerFeatures):
     """Share of the k nearest neighbours that each row layer has in common with each column layer.
 
-    Chance is k/(N-1): state N beside the number. It stands beside CKA, which a few far images can dominate.
+    Chance is k/(N-1): state N next to the number. It stands next to CKA, which a few far images can dominate.
 
     Args:
         rows: names of the row layers.
@@ -98,7 +98,7 @@ class MutualKNN(LayerFeatures):
 class InvarianceKNN(MutualKNN):
     """Share of the k nearest neighbours that each layer has in common with itself, on two views of the same images.
 
-    Chance is k/(N-1): state N beside the number.
+    Chance is k/(N-1): state N next to the number.
 
     Args:
         layers: names of the layers.

@@ -53,7 +53,7 @@ def record(**fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that changes a number, and a short hash of it that stands beside the number.
+    """Everything that changes a number, and a short hash of it that stands next to the number.
 
     Args:
         what: plain data: layers, pooling, batch-norm mode, estimator, views, sample ids, seeds, versions, ...

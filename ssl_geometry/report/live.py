@@ -66,7 +66,7 @@ def scalars(rows: Sequence[Row]) -> dict[str, float]:
 
     Returns:
         Logged name to value; what the names mean stands in ``docs/wandb.md``. Those of a network that is called
-        otherwise than its run, such as a teacher beside the student, have its name behind the first part.
+        otherwise than its run, such as a teacher next to the student, have its name behind the first part.
 
     Example:
         >>> row = {"metric": "ridge_probe", "layer": "pooled", "view": "clean", "value": 0.5, "layer_other": None}

@@ -76,7 +76,7 @@ def model_map(
     Args:
         place: (n, 2), in the order of ``families``.
         explained: share of the variance along each component.
-        labels: cluster of each model, written beside its name.
+        labels: cluster of each model, written next to its name.
         families: model to family.
         title: written above.
     """

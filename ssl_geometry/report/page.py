@@ -78,8 +78,8 @@ def read_run(path: str | Path, empty: bool = False, strict: bool = False) -> Run
     """
     directory = Path(path)
     if not directory.is_dir():
-        beside = [str(other.parent) for other in directory.parent.glob("*/records")]
-        raise UserError(f"RUN {path}: no such run; {nearest(str(path), beside)}")
+        others = [str(other.parent) for other in directory.parent.glob("*/records")]
+        raise UserError(f"RUN {path}: no such run; {nearest(str(path), others)}")
     if not empty and not any(directory.glob("records/**/*.parquet")):
         below = [str(other.parent) for other in directory.glob("*/records")]
         hint = nearest(str(path), below) if below else "runs and comparisons write them under records/"

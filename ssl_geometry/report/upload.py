@@ -282,8 +282,8 @@ def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
         facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        beside = [str(other.parent) for other in directory.parent.glob("*/run.json")]
-        raise UserError(f"RUN {directory}: {error.filename} is missing; {nearest(str(directory), beside)}") from None
+        others = [str(other.parent) for other in directory.parent.glob("*/run.json")]
+        raise UserError(f"RUN {directory}: {error.filename} is missing; {nearest(str(directory), others)}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"RUN {directory}: config.yaml or run.json cannot be read ({error})") from error
     for name, content in {"run.json": facts, "config.yaml": config}.items():

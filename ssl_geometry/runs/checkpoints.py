@@ -13,7 +13,7 @@ from ssl_geometry.models.zoo.load import why_unreadable
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints are written beside their place and renamed into it: whole, or the one before stays."""
+    """Checkpoints are written next to their place and renamed into it: whole, or the one before stays."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the whole checkpoint, or leave what was there.

@@ -308,7 +308,7 @@ def test_a_checkpoint_that_tensorflow_wrote(tmp_path: Path) -> None:
 def test_a_damaged_tensorflow_checkpoint_is_one_line(tmp_path: Path) -> None:
     index, data = tmp_path / "m.index", tmp_path / "m.data-00000-of-00001"
     index.write_bytes(INDEX.read_bytes())
-    with pytest.raises(UserError, match=r"m\.data-00000-of-00001 is missing beside it"):
+    with pytest.raises(UserError, match=r"m\.data-00000-of-00001 is missing next to it"):
         read_bundle(index, lambda name: name == "half")
     data.write_bytes(DATA.read_bytes()[:100])
     with pytest.raises(UserError, match="half is cut short"):

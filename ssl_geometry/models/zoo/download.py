@@ -63,7 +63,7 @@ def fetch(checkpoint: Checkpoint) -> Path:
 
 
 def verify(file: Path, expected: str | None = None) -> str:
-    """Check a file against a published hash, or against the one that its first download left beside it.
+    """Check a file against a published hash, or against the one that its first download left next to it.
 
     Args:
         file: the file.
@@ -76,15 +76,15 @@ def verify(file: Path, expected: str | None = None) -> str:
     Raises:
         UserError: another hash.
     """
-    found, beside = _sha256(file), file.with_name(f"{file.name}.sha256")
-    if expected is None and beside.is_file():
-        expected = beside.read_text(encoding="utf-8").strip()
+    found, noted = _sha256(file), file.with_name(f"{file.name}.sha256")
+    if expected is None and noted.is_file():
+        expected = noted.read_text(encoding="utf-8").strip()
     elif expected is None:
-        write_text(beside, f"{found}\n")
+        write_text(noted, f"{found}\n")
     if expected is not None and not found.startswith(expected):
         raise UserError(
             f"{file}: its SHA-256 is {found}, expected {expected}: delete it and fetch it again; where its publisher "
-            f"changed it, delete {beside.name} too"
+            f"changed it, delete {noted.name} too"
         )
     return found
 

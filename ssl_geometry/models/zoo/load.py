@@ -21,12 +21,12 @@ SHOWN = 3
 TRACKED = "num_batches_tracked"
 """Counted by batch norm in training, without effect on what it gives."""
 PLAIN: list[Any] = [
-    argparse.Namespace,  # the command line, which training scripts keep beside the weights
+    argparse.Namespace,  # the command line, which training scripts keep next to the weights
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "b1")),
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What torch files may hold beside tensors and builtin containers."""
+"""What torch files may hold next to tensors and builtin containers."""
 
 
 class Loaded(NamedTuple):

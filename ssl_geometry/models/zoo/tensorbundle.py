@@ -38,7 +38,7 @@ def read_bundle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, np
     """Read tensors of a TensorFlow checkpoint.
 
     Args:
-        file: ``….index``, with its ``.data-…`` beside it, or a zip archive of both.
+        file: ``….index``, with its ``.data-…`` next to it, or a zip archive of both.
         wanted: decides by a tensor's name whether it is to be read.
 
     Returns:
@@ -60,7 +60,7 @@ def read_bundle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, np
             prefix = indices[0].removesuffix(".index")
             return _read(archive.read(indices[0]), lambda end: archive.read(f"{prefix}{end}"), wanted)
     except FileNotFoundError as error:
-        raise UserError(f"{file}: {Path(error.filename).name} is missing beside it") from error
+        raise UserError(f"{file}: {Path(error.filename).name} is missing next to it") from error
     except (_Damaged, KeyError, IndexError, ValueError, struct.error, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{file}: not a whole TensorFlow checkpoint ({error}); delete it and fetch it again") from error
 
