@@ -3,7 +3,7 @@
 #   docker build --tag ssl_geometry:0.1.0 .
 #   docker run --rm --gpus all --ipc host --volume "$PWD/runs:/workspace/runs" ssl_geometry:0.1.0 --config configs/quickstart/simclr.yaml
 #
-# The base brings no CUDA: torch's wheels carry the CUDA runtime, cuDNN and NCCL, in the versions of constraints.txt, and a
+# The base has no CUDA: torch's wheels carry the CUDA runtime, cuDNN and NCCL, in the versions of constraints.txt, and a
 # second CUDA below them would only add gigabytes. The driver is the host's (NVIDIA's container runtime, Apptainer's --nv).
 FROM python:3.11-slim-bookworm
 
@@ -26,7 +26,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 
 WORKDIR /opt/ssl_geometry
 
-# The dependencies (gigabytes) are a layer that a change of the source leaves alone.
+# The dependencies (gigabytes) are a separate layer, which a change of the source does not rebuild.
 COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" > requirements.txt \
     && python -m pip install --constraint constraints.txt --requirement requirements.txt

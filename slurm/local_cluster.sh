@@ -3,7 +3,7 @@
 #
 #   sudo apt-get install slurm-wlm munge
 #   sudo slurm/local_cluster.sh start /tmp/slurm      # then: export SLURM_CONF=/tmp/slurm/slurm.conf
-#   export MASTER_ADDR=127.0.0.1                      # the names n1 and n2 mean nothing outside of SLURM
+#   export MASTER_ADDR=127.0.0.1                      # the names n1 and n2 exist only in SLURM
 #   sbatch --gpus-per-node=0 --cpus-per-task=1 slurm/fit.sbatch --config configs/quickstart/simclr.yaml
 #   sudo slurm/local_cluster.sh stop /tmp/slurm
 #
