@@ -95,17 +95,17 @@ def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | 
     vectors = [4 * pairs * len(layers) for layers in widths.values()]
     features = max(4 * n * sum(layers.values()) for layers in widths.values())
     networks = f"{len(widths)} network{'s' * (len(widths) > 1)}"
-    said = (
+    line = (
         f"kept until the end: {as_size(sum(vectors))} of Gram vectors of {networks}; "
         f"of one after another {as_size(features)} of features"
     )
     copied = 3 * max(*vectors, 4 * n * max(width for layers in widths.values() for width in layers.values()))
     free = min(of_each(free_memory("cpu")))
     if sum(vectors) + features + copied <= MOST_OF_FREE * free:
-        return None, said
+        return None, line
     return (
         options.out,
-        f"{said}; {as_size(free)} of memory are free, so in files in {options.out}, removed at the end",
+        f"{line}; {as_size(free)} of memory are free, so in files in {options.out}, removed at the end",
     )
 
 
@@ -222,16 +222,16 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
     for row, number in enumerate(numbers):
         ids, kept = found.ids[number], chosen.active[row]
         by_weight = chosen.weights[row].masked_fill(~kept, 0).argsort(descending=True)[: int(kept.sum())]
-        says = f"NNK keeps {len(by_weight)}\nof {int((ids >= 0).sum())}"
+        caption = f"NNK keeps {len(by_weight)}\nof {int((ids >= 0).sum())}"
         if len(by_weight) > SHOWN:
-            says += f", here the {SHOWN}\nof largest weight"
+            caption += f", here the {SHOWN}\nof largest weight"
         there = [j for j in range(min(SHOWN, len(ids))) if ids[j] >= 0]
         above = [tile(int(ids[j]), f"cos {1 - found.values[number, j]:.3f}", bool(kept[j])) for j in there]
         above += [blank] * (SHOWN - len(above))
         below = [tile(int(ids[j]), f"weight {chosen.weights[row, j]:.3f}", True) for j in by_weight[:SHOWN].tolist()]
         below += [blank] * (SHOWN - len(below))
         tiles += [tile(number, f"image {number}"), *above]
-        tiles += [(blank[0], says, False), *below]
+        tiles += [(blank[0], caption, False), *below]
     return neighbor_figure(
         tiles,
         SHOWN + 1,
@@ -320,10 +320,10 @@ def compare(args: Sequence[str]) -> Path:
             name: layer_widths(Subject.of(method, name), chosen_layers(method, options), data.image_shape)
             for name, (method, _) in networks.items()
         }
-    folder, said = room(widths, options)
+    folder, line = room(widths, options)
     store = RecordStore(options.out / "records")
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
-    console.print(said, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
     trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
     others = {views_of(name): augment for name, augment in trained.items() if augment}
     options.views = [*options.views, *others]  # every network sees every network's training views

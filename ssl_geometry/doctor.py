@@ -36,7 +36,7 @@ def examine(args: Sequence[str]) -> None:
     for finding in machine.findings(Path(options.runs), Path(options.data), not options.skip_parity):
         wrong += bool(finding.to_do)
         mark = f"[red]do[/]    {finding.subject}" if finding.to_do else f"[green]fine[/]  {finding.subject}"
-        console.print(f"{mark}: {finding.said}" + (f"\n      -> {finding.to_do}" if finding.to_do else ""))
+        console.print(f"{mark}: {finding.detail}" + (f"\n      -> {finding.to_do}" if finding.to_do else ""))
     if wrong:
         raise Interrupted(f"{wrong} thing{'s' * (wrong > 1)} to do", code=ExitCode.FAULT)
 

@@ -47,8 +47,8 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         return error
     if data_worker_died(error):
         reason = words.partition(NEWLINE)[0].rstrip(" .")
-        said = f"a DataLoader worker died ({reason}): if memory ran out, lower --data.num_workers"
-        return UserError(_how_to_continue(said, run))
+        message = f"a DataLoader worker died ({reason}): if memory ran out, lower --data.num_workers"
+        return UserError(_how_to_continue(message, run))
     if full := out_of_memory(error):
         return UserError(
             f"out of memory ({full}) {less_memory(error, trainer, f'continue with --resume {run.directory}')}"
@@ -67,11 +67,11 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
 def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Exception:
     """Run the job again where a process ended, a dead node perhaps; not where it does so before any checkpoint."""
     reason = str(error).partition(NEWLINE)[0].rpartition("] ")[2]  # without torch's place in its source
-    said = f"another process of this run has ended or cannot be reached (its own output may say why; {reason})"
+    message = f"another process of this run has ended or cannot be reached (its own output may say why; {reason})"
     checkpoint = run.last_checkpoint
     if not checkpoint.exists() or checkpoint.stat().st_mtime_ns == checkpoint_at_start:
-        return UserError(_how_to_continue(f"{said}; no checkpoint was written since the start", run))
-    return _again(said, run)
+        return UserError(_how_to_continue(f"{message}; no checkpoint was written since the start", run))
+    return _again(message, run)
 
 
 def report_lost(process: str, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> int:
@@ -98,29 +98,33 @@ def _interrupted(stop: Interrupted, run: Run) -> Interrupted:
     """What a signal leads to; the first process speaks and acts for all."""
     if not is_first_process():
         return Interrupted("", ExitCode.DONE)
-    said = f"{stop}; the last checkpoint is {run.last_checkpoint}" if run.last_checkpoint.exists() else str(stop)
-    return _again(said, run) if stop.code == ExitCode.RESUMABLE else Interrupted(_how_to_continue(said, run), stop.code)
+    message = f"{stop}; the last checkpoint is {run.last_checkpoint}" if run.last_checkpoint.exists() else str(stop)
+    return (
+        _again(message, run)
+        if stop.code == ExitCode.RESUMABLE
+        else Interrupted(_how_to_continue(message, run), stop.code)
+    )
 
 
-def _again(said: str, run: Run) -> Interrupted:
+def _again(message: str, run: Run) -> Interrupted:
     """Put the job back into SLURM's queue, once for all of its processes, or say how to continue."""
     task = this_task()
     if not task:
-        return Interrupted(_how_to_continue(said, run), ExitCode.RESUMABLE)
+        return Interrupted(_how_to_continue(message, run), ExitCode.RESUMABLE)
     try:
         (run.directory / f".requeued-{task.job}-{task.restarts}").touch(exist_ok=False)
     except FileExistsError:
-        return Interrupted(f"{said}; SLURM will run this job again", ExitCode.DONE)
+        return Interrupted(f"{message}; SLURM will run this job again", ExitCode.DONE)
     problem = requeue(task)
     if problem:
         return Interrupted(
-            _how_to_continue(f"{said}; not put back into the queue ({problem})", run), ExitCode.RESUMABLE
+            _how_to_continue(f"{message}; not put back into the queue ({problem})", run), ExitCode.RESUMABLE
         )
-    return Interrupted(f"{said}; SLURM will run this job again", ExitCode.DONE)
+    return Interrupted(f"{message}; SLURM will run this job again", ExitCode.DONE)
 
 
-def _how_to_continue(said: str, run: Run) -> str:
-    return f"{said}; continue with --resume {run.directory}"
+def _how_to_continue(message: str, run: Run) -> str:
+    return f"{message}; continue with --resume {run.directory}"
 
 
 def end_with_parent() -> None:

@@ -33,7 +33,7 @@ class Finding(NamedTuple):
     """One line."""
 
     subject: str
-    said: str
+    detail: str
     to_do: str = ""
     """What to change; nothing where all is fine."""
 
@@ -92,7 +92,7 @@ def faiss() -> Iterator[Finding]:
     """What neighbours are searched on."""
     gpus = exact.faiss().get_num_gpus() if exact.has_gpu() else 0
     blas = exact.faiss_blas()
-    said = [
+    detail = [
         exact.faiss().__version__,
         f"GPU support, {gpus} GPU(s)" if exact.has_gpu() else "no GPU support",
         "its BLAS is not OpenBLAS" if blas is None else f"OpenBLAS {blas[0]} with kernels for {blas[1]}",
@@ -106,7 +106,7 @@ def faiss() -> Iterator[Finding]:
         chosen = os.environ.get("OPENBLAS_CORETYPE")
         fix = f"unset OPENBLAS_CORETYPE={chosen}" if chosen else "set OPENBLAS_CORETYPE to newer ones that it can run"
         to_do = f"ivf and hnsw are slow on kernels that are older than this CPU: {fix}"
-    yield Finding("FAISS", ", ".join(said), to_do)
+    yield Finding("FAISS", ", ".join(detail), to_do)
 
 
 def slurm() -> Iterator[Finding]:
@@ -119,22 +119,22 @@ def slurm() -> Iterator[Finding]:
     if task is None:
         yield Finding("SLURM", "not in a job" + (", sbatch is here" if shutil.which("sbatch") else ""))
         return
-    said = f"job {task.job}, {task.nodes} node(s) x {task.tasks_per_node} task(s), restarted {task.restarts} times"
+    detail = f"job {task.job}, {task.nodes} node(s) x {task.tasks_per_node} task(s), restarted {task.restarts} times"
     to_do = (
         "" if shutil.which("scontrol") else "no scontrol here (a container?): let the batch script requeue on code 75"
     )
-    yield Finding("SLURM", said, to_do)
+    yield Finding("SLURM", detail, to_do)
 
 
 def weights_and_biases() -> Iterator[Finding]:
     """Whether curves can be watched online; the key itself is never shown."""
-    said = "no key: curves are kept offline; `wandb login` to watch them"
+    detail = "no key: curves are kept offline; `wandb login` to watch them"
     try:
         if wandb.login(prompt=False, verify=False):
-            said = "a key is here"
+            detail = "a key is here"
     except Exception as error:  # such as no home directory, or a machine that is too busy
-        said = f"cannot be asked for a key ({(str(error) or type(error).__name__).splitlines()[0]})"
-    yield Finding("W&B", said)
+        detail = f"cannot be asked for a key ({(str(error) or type(error).__name__).splitlines()[0]})"
+    yield Finding("W&B", detail)
 
 
 def folders(runs: Path, data: Path) -> Iterator[Finding]:

@@ -462,9 +462,9 @@ def _report(
     out, data = options.out, options.data
     frame = frame[frame["model"].isin(groups)]
     judged = "mean average precision" if data.multi_label else "accuracy"
-    said = summary(data, options)
-    text = tables(frame, groups, protocol_of, out, said, judged, balanced=_is_balanced(data))
-    console.print(f"{text}\n{said}", markup=False, highlight=False, soft_wrap=True)
+    protocol_line = summary(data, options)
+    text = tables(frame, groups, protocol_of, out, protocol_line, judged, balanced=_is_balanced(data))
+    console.print(f"{text}\n{protocol_line}", markup=False, highlight=False, soft_wrap=True)
     if "layers" in options.evaluations:
         console.print(f"     figure  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
     console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)

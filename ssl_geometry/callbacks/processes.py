@@ -144,7 +144,7 @@ def _server() -> socket.socket:
 def _accepted(server: socket.socket, token: bytes, count: int) -> dict[int, socket.socket]:
     """The connections of the other processes, all within one time limit; foreign connections are refused."""
     found: dict[int, socket.socket] = {}
-    said: dict[socket.socket, bytes] = {}
+    received: dict[socket.socket, bytes] = {}
     end, size = time.monotonic() + CONNECT_SECONDS, len(token) + MESSAGE.size
     with server, selectors.DefaultSelector() as selector:
         server.setblocking(False)
@@ -158,21 +158,21 @@ def _accepted(server: socket.socket, token: bytes, count: int) -> dict[int, sock
                     with suppress(OSError):  # of one that has gone again
                         connection, _ = server.accept()
                         selector.register(connection, selectors.EVENT_READ)
-                        said[connection] = b""
+                        received[connection] = b""
                     continue
                 connection, more = cast(socket.socket, key.fileobj), b""
                 with suppress(OSError):
-                    more = connection.recv(size - len(said[connection]))
-                said[connection] += more
-                if more and len(said[connection]) < size:
+                    more = connection.recv(size - len(received[connection]))
+                received[connection] += more
+                if more and len(received[connection]) < size:
                     continue
                 selector.unregister(connection)
-                words = said.pop(connection)
+                words = received.pop(connection)
                 if len(words) == size and words.startswith(token):
                     found[MESSAGE.unpack(words[len(token) :])[1]] = connection
                 else:
                     connection.close()
-    for foreign in said:
+    for foreign in received:
         foreign.close()
     return found
 
@@ -194,10 +194,10 @@ def _received(connection: Any) -> tuple[Status, int] | None:
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
-    said = b""
-    while len(said) < size and (more := connection.recv(size - len(said))):
-        said += more
-    return said
+    received = b""
+    while len(received) < size and (more := connection.recv(size - len(received))):
+        received += more
+    return received
 
 
 def _keep_alive(connection: socket.socket) -> None:

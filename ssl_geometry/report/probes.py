@@ -22,7 +22,7 @@ def tables(
     groups: Mapping[str, str],
     protocol_of: Mapping[str, Mapping[str, Protocol]],
     out: Path,
-    said: str,
+    protocol_line: str,
     judged: str = "accuracy",
     balanced: bool = True,
 ) -> str:
@@ -33,7 +33,7 @@ def tables(
         groups: network to the name that was given for it.
         protocol_of: network to evaluation to protocol.
         out: folder of ``tables.md`` and ``tables.tex``.
-        said: the protocol in one line, which stands under each table.
+        protocol_line: the protocol in one line, which stands under each table.
         judged: what the numbers are.
         balanced: whether the classes are of one size; if not, there are tables of the mean over classes.
 
@@ -59,11 +59,11 @@ def tables(
     parts = [*on_pooled, *on_layers]
     shown = [f"## {title}\n\n{markdown(table)}\n" for title, table in parts]
     texts = _distinct(protocol_of)
-    lines = [f"{part}\n{said}.\n" for part in shown]
+    lines = [f"{part}\n{protocol_line}.\n" for part in shown]
     lines += ["## Protocols\n", *(f"### {title}\n\n```json\n{text}\n```\n" for title, text in texts.items())]
     write_text(out / "tables.md", "\n".join(lines))
     comments = [f"% {line}" for title, text in texts.items() for line in (title, *text.splitlines(), "")]
-    latexes = [latex(table, f"{title}. {said}.") for title, table in parts]
+    latexes = [latex(table, f"{title}. {protocol_line}.") for title, table in parts]
     write_text(out / "tables.tex", "\n".join([*comments, *latexes]))
     return "\n".join(shown[: len(on_pooled)])
 

@@ -35,9 +35,9 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = machine.exact
     (finding,) = machine.faiss()
     support = "GPU support, 0 GPU(s)" if exact.has_gpu() else "no GPU support"
-    assert finding.said.startswith(exact.faiss().__version__)
+    assert finding.detail.startswith(exact.faiss().__version__)
     if not machine.torch.cuda.is_available():
-        assert support in finding.said
+        assert support in finding.detail
     monkeypatch.setattr(exact, "has_gpu", lambda: False)
     for blas, words in (
         (("0.3.15", "SkylakeX"), "no GPU support, OpenBLAS 0.3.15 with kernels for SkylakeX, 5 threads"),
@@ -46,7 +46,7 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(exact, "faiss_blas", lambda blas=blas: blas)
         monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 5)
         (finding,) = machine.faiss()
-        assert words in finding.said
+        assert words in finding.detail
         assert not finding.to_do or machine.torch.cuda.is_available()
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "iterdir", refused)
     *_, finding = machine.folders(tmp_path / "runs", tmp_path)
-    assert (finding.subject, finding.said) == ("data", f"{tmp_path}: cannot be read (Permission denied)")
+    assert (finding.subject, finding.detail) == ("data", f"{tmp_path}: cannot be read (Permission denied)")
     assert finding.to_do
 
 
@@ -77,4 +77,4 @@ def test_weights_and_biases_that_does_not_answer_is_no_missing_key(monkeypatch: 
 
     monkeypatch.setattr(machine.wandb, "login", busy)
     (finding,) = machine.weights_and_biases()
-    assert finding.said == "cannot be asked for a key (the service process is busy)"
+    assert finding.detail == "cannot be asked for a key (the service process is busy)"
