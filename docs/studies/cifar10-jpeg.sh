@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The study of cifar10-jpeg.md: trains twelve small networks, probes and surveys them, and surveys untrained ones.
 #
-#   docs/studies/cifar10-jpeg.sh PICTURES      # a folder train/<class>/*.jpg, test/<class>/*.jpg named CIFAR10_JPEG
+#   docs/studies/cifar10-jpeg.sh IMAGES        # a folder train/<class>/*.jpg, test/<class>/*.jpg named CIFAR10_JPEG
 #
-# About an hour and a half on two cores without a GPU. Stopped, it goes on where it was.
+# About an hour and a half on two cores without a GPU. If it is stopped, the same command continues it.
 set -euo pipefail
 
-pictures=${1:?"a folder of pictures"}
+images=${1:?"a folder of images"}
 off="--cka.every_n_epochs 0 --invariance.every_n_epochs 0 --probes.every_n_epochs 0 --neighbors.every_n_epochs 0
      --spectrum.every_n_epochs 0"
-common="--config configs/image_folder.yaml --data.dataset $pictures --data.limit_train 10000 --data.val_fraction 0.02
+common="--config configs/image_folder.yaml --data.dataset $images --data.limit_train 10000 --data.val_fraction 0.02
         --data.measure_size 1024 --trainer.precision 32-true --loggers [csv] --resume auto $off"
 supervised="--config configs/supervised_resnet18_cifar10.yaml $common --experiment survey"
 simclr="--config configs/simclr_resnet18_cifar10.yaml $common --experiment survey --data.batch_size 256
@@ -57,7 +57,7 @@ two() { echo "runs/survey/$1-s0,runs/survey/$1-s1"; }
         --out runs/compare-cifar10-jpeg --overwrite
 
 # Initialisation: ResNet-50 and ViT-S/16, three seeds each, on pictures enlarged to 96 pixels.
-python -m ssl_geometry.survey --data.dataset "$pictures" --data.measure_size 1024 --neighbors.settings [] --neighbors.layers all \
+python -m ssl_geometry.survey --data.dataset "$images" --data.measure_size 1024 --neighbors.settings [] --neighbors.layers all \
     --models {resnet50-s0=random:resnet50@96:0,resnet50-s1=random:resnet50@96:1,resnet50-s2=random:resnet50@96:2} \
     {vit-s16-s0=random:vit_small_patch16_224@96:0,vit-s16-s1=random:vit_small_patch16_224@96:1,vit-s16-s2=random:vit_small_patch16_224@96:2} \
     --out runs/survey-initialisation
