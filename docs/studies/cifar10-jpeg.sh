@@ -41,8 +41,8 @@ untrained="untrained=random untrained-r10=random:resnet10@32"
 [ -f runs/probe/cifar10-jpeg/tables.md ] ||
     python -m ssl_geometry.probe --models $named $untrained --evaluations [layers] --probes.layers pooled --out runs/probe/cifar10-jpeg
 
-# The survey: manifolds of 1,024 test images, which networks are alike, and what predicts the probe; of some of the
-# networks, then of all: what was measured is kept, and only tables and pictures are made anew.
+# The survey: manifolds of 1,024 test images, which networks are similar, and what predicts the probe; of some of the
+# networks, then of all: measurements are kept, and only tables and figures are made again.
 survey() { python -m ssl_geometry.survey --targets [runs/probe/cifar10-jpeg] --out runs/survey-cifar10-jpeg --models "$@"; }
 for some in survey/s survey/supervised survey/simclr; do
     survey $(printf "%s\n" $named | grep "$some")
@@ -56,7 +56,7 @@ two() { echo "runs/survey/$1-s0,runs/survey/$1-s1"; }
     python -m ssl_geometry.compare --models "simclr=$(two simclr)" "supervised=$(two supervised)" untrained=random:0,random:1 \
         --out runs/compare-cifar10-jpeg --overwrite
 
-# Initialisation: ResNet-50 and ViT-S/16, three seeds each, on pictures enlarged to 96 pixels.
+# Initialisation: ResNet-50 and ViT-S/16, three seeds each, on images enlarged to 96 pixels.
 python -m ssl_geometry.survey --data.dataset "$images" --data.measure_size 1024 --neighbors.settings [] --neighbors.layers all \
     --models {resnet50-s0=random:resnet50@96:0,resnet50-s1=random:resnet50@96:1,resnet50-s2=random:resnet50@96:2} \
     {vit-s16-s0=random:vit_small_patch16_224@96:0,vit-s16-s1=random:vit_small_patch16_224@96:1,vit-s16-s2=random:vit_small_patch16_224@96:2} \

@@ -56,3 +56,22 @@ def test_every_figure_on_digits_is_made_by_make_gallery() -> None:
     assert on_digits == set(PICTURES)
     page = (ROOT / "docs" / "gallery.md").read_text()
     assert all(f"images/{path.name}" in page for path in IMAGES.iterdir())
+
+
+def test_the_table_of_rooms_is_the_tree() -> None:
+    rooms = (ROOT / "docs" / "architecture.md").read_text().partition("## The rooms")[2].partition("\n## ")[0]
+    listed = [name for row in re.findall(r"^\|([^|]+)\|", rooms, re.MULTILINE) for name in re.findall("`([^`]+)`", row)]
+    package = ROOT / "ssl_geometry"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(files | folders)
+
+
+def test_prose_is_wrapped_at_100_characters() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages += [*(ROOT / "docs" / "studies").glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")]
+    too_long = []
+    for page in pages:
+        prose = re.sub(r"(?m)^```(?s:.*?)^```$|^    [^ *\n].*$|^[|#!].*$", "", page.read_text())
+        too_long += [f"{page}: {line}" for line in prose.splitlines() if len(line) > 100]
+    assert not too_long
