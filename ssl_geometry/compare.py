@@ -40,7 +40,6 @@ from ssl_geometry.measure.invariance import VIEWS, Invariance
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.measure.similarity import Kept, Network, compare_pair, gram_pairs
 from ssl_geometry.measure.subject import Subject
-from ssl_geometry.methods import Method
 from ssl_geometry.networks import (
     Sources,
     by_turns,
@@ -58,7 +57,7 @@ from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.comparison import draw, draw_training
 from ssl_geometry.report.manifolds import neighbor_figure
 from ssl_geometry.report.style import save_figure
-from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
+from ssl_geometry.runs.networks import Loaded, load_networks, split_seeds
 from ssl_geometry.runs.resume import recipe
 
 CANDIDATES = 50
@@ -110,42 +109,34 @@ def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | 
 
 
 def measure_network(
-    name: str,
-    method: Method,
-    epoch: int | None,
-    kept: Kept,
-    options: Any,
-    store: RecordStore,
-    fabric: L.Fabric,
-    progress: Progress,
+    model: Loaded, kept: Kept, options: Any, store: RecordStore, fabric: L.Fabric, progress: Progress
 ) -> Network:
     """One pass over this process's share of the images: what the first process keeps of one network, and its records.
 
     Args:
-        name: of the network.
-        method: the network, on its device.
-        epoch: completed ones; None was not trained.
+        model: the network, on its device.
         kept: takes Gram vectors and neighbours.
         options: of the command.
         store: of the records.
         fabric: knows the processes.
         progress: shows how far it is.
     """
+    name, method = model.name, model.method
     names, data = chosen_layers(method, options), options.data
     subject = Subject.of(method, name)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
     invariance = Invariance(names, gram_size=options.gram_size, views=views)
     task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
-    occasion = Occasion(subject, data, options.out.name, epoch or 0)
+    occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
     _, found = measure_together([kept, invariance], occasion, lambda: progress.advance(task), lambda: together(options))
     errors = torch.cat([metric.deviations().T for _, _, metric in invariance.metrics])  # in the order of the rows
     if fabric.is_global_zero:
         store.write(f"layers/{name}", found.rows, found.protocols)
     return Network(
         name,
-        None if epoch is None else method.learns_from_labels,
-        epoch,
-        str(method.init_args.get("backbone")),
+        None if model.epochs is None else method.learns_from_labels,
+        model.epochs,
+        model.architecture,
         subject.depths(names),
         kept.vectors,
         kept.neighbors,
@@ -161,12 +152,11 @@ def _shown_layer(names: Sequence[str], options: Any) -> str | None:
     return shown[0] if options.show_neighbors else None
 
 
-def groups_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -> dict[str, str]:
+def groups_of(networks: Mapping[str, Loaded]) -> dict[str, str]:
     """Which networks are runs of one recipe, and are shown as one band.
 
     Args:
-        networks: name to network and its epochs, None where it was not trained.
-        options: of the command: ``seeds`` is the name that each was given, ``configs`` that of each run.
+        networks: name to network.
 
     Returns:
         Network to group: those of ``NAME=RUN,RUN`` are NAME; runs whose options differ in the seed alone, after as many
@@ -177,18 +167,19 @@ def groups_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -
         UserError: a network by the name of what it is not, ``untrained`` or ``supervised``, which findings speak of.
     """
     members: dict[Hashable, list[str]] = defaultdict(list)
-    for name, (method, epoch) in networks.items():
-        source = getattr(method, "source", "")  # versions of a published recipe are no seeds of it
-        trained = method.recipe, source, epoch, recipe(options.configs.get(name, {}))
-        same = trained if epoch is not None else (UNTRAINED, method.init_args.get("backbone"))
-        members[options.seeds[name] if options.seeds[name] != name else same].append(name)
+    for name, model in networks.items():
+        # versions of a published recipe are no seeds of it
+        trained = model.method.recipe, model.source, model.epochs, recipe(model.config or {})
+        same = trained if model.epochs is not None else (UNTRAINED, model.architecture)
+        members[model.given if model.given != name else same].append(name)
     groups: dict[str, str] = {}
     for key, names in members.items():
         whole = " + ".join(names)
         several = whole if len(whole) <= LONGEST_GROUP else f"{names[0]} + {len(names) - 1} more"
         groups |= dict.fromkeys(names, key if isinstance(key, str) else several)
-    for name, (method, epoch) in networks.items():
-        is_what = {UNTRAINED: epoch is None, SUPERVISED: epoch is None or method.learns_from_labels is not False}
+    for name, model in networks.items():
+        untrained = model.epochs is None
+        is_what = {UNTRAINED: untrained, SUPERVISED: untrained or model.method.learns_from_labels is not False}
         if not is_what.get(groups[name], True):
             raise UserError(f"--models {groups[name]}=…: the findings call others so, and this one is not; rename it")
     return {name: groups[name] for name in networks}
@@ -270,7 +261,6 @@ def _parse(args: Sequence[str]) -> Any:
     )
     options = parse_networks(parser, "compare", args, "cka", "all", SOURCES)
     options.gram_size, options.views = options.cka.gram_size, list(dict.fromkeys(options.invariance.views))
-    options.models, options.seeds = split_seeds(options.models)
     shown = options.show_neighbors if isinstance(options.show_neighbors, list) else [options.show_neighbors]
     options.show_neighbors = list(dict.fromkeys(shown))
     return options
@@ -307,24 +297,24 @@ def compare(args: Sequence[str]) -> Path:
     data, console = options.data, Console(quiet=not is_first)
     networks = by_turns(lambda: load_networks(options.models), options, fabric)
     with together(options):
-        groups = groups_of(networks, options)
-        for method, _ in networks.values():
-            chosen_layers(method, options)  # a mistake is reported before anything is deleted
-            Invariance(views=options.views).check(Subject.of(method))
+        groups = groups_of(networks)
+        for model in networks.values():
+            chosen_layers(model.method, options)  # a mistake is reported before anything is deleted
+            Invariance(views=options.views).check(Subject.of(model.method))
     by_turns(data.prepare_data, options, fabric)
     with together(options):
         data.setup("test")
         _hold_to_images(options, data.measure_size)
         warn_of_few(data, options.gram_size, "--cka.gram_size")
         widths = {
-            name: layer_widths(Subject.of(method, name), chosen_layers(method, options), data.image_shape)
-            for name, (method, _) in networks.items()
+            name: layer_widths(Subject.of(model.method, name), chosen_layers(model.method, options), data.image_shape)
+            for name, model in networks.items()
         }
     folder, line = room(widths, options)
     store = RecordStore(options.out / "records")
     console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
     console.print(line, highlight=False, soft_wrap=True)
-    trained = {name: method.view.spec["augment"] for name, (method, epoch) in networks.items() if epoch is not None}
+    trained = {name: m.method.view.spec["augment"] for name, m in networks.items() if m.epochs is not None}
     others = {views_of(name): augment for name, augment in trained.items() if augment}
     options.views = [*options.views, *others]  # every network sees every network's training views
     with together(options):
@@ -334,16 +324,16 @@ def compare(args: Sequence[str]) -> Path:
     protocols = {}
     with measuring_progress(fabric) as progress:
         for name in list(networks):
-            method, epoch = networks.pop(name)  # one network at a time on the device
+            model = networks.pop(name)  # one network at a time on the device
+            method = model.method
             method.named_views = {**method.named_views, **others}
             protocols[name] = cka_protocol(data, options.gram_size, Subject.of(method), {"clean": "clean"})
             shown = _shown_layer(list(widths[name]), options)
             kept = Kept(widths[name], options.gram_size, options.k, shown, folder)
             with together(options):
-                there = method.to(fabric.device)
-                network = measure_network(name, there, epoch, kept, options, store, fabric, progress)
-            measured.append(network)
-            del method, there
+                method.to(fabric.device)
+                measured.append(measure_network(model, kept, options, store, fabric, progress))
+            del model, method
     with together(options):
         if is_first:
             _report(measured, protocols, groups, store, options, console)
@@ -385,7 +375,7 @@ def _report(
         for network in measured
         if options.show_neighbors
     ]
-    figures += draw_training(network_names(options.models), out / "figures")
+    figures += draw_training(split_seeds(options.models)[0], out / "figures")
     for claim, rows in table.groupby("claim", sort=False):
         decided, baseline = rows["verdict"].iloc[0], rows["baseline"].iloc[0]
         aside = "" if baseline else " (without baseline)"

@@ -38,8 +38,7 @@ from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.measure.processes import agreeing, is_agreed
 from ssl_geometry.models.taps import layer_names, present
 from ssl_geometry.ranges import at_least
-from ssl_geometry.runs.directory import config_of
-from ssl_geometry.runs.networks import network_names, split_seeds
+from ssl_geometry.runs.networks import config_of_spec, network_names, split_seeds
 from ssl_geometry.runs.slurm import plugins_of_a_shell, processes_started, this_task, trainer_options
 
 logger = logging.getLogger(__name__)
@@ -139,9 +138,9 @@ def parse_networks(
         sources: options of ``fit`` that decide the same numbers.
 
     Returns:
-        The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder, ``configs`` the
-        configuration of each network that is a run, ``layers`` None unless given, ``default_layers`` what stands for
-        it then, ``layers_option`` where they were given (see :func:`chosen_layers`).
+        The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder, ``layers`` None
+        unless given, ``default_layers`` what stands for it then, ``layers_option`` where they were given (see
+        :func:`chosen_layers`).
 
     Raises:
         UserError: no such device, a folder of results that is a training run, or results that would be overwritten,
@@ -157,7 +156,7 @@ def parse_networks(
     own |= {f"data.{name}": value for name, value in images.items() if name in known}
     parser.set_defaults({name: value for name, value in own.items() if value is not None})
     options = parser.parse_args(list(args))
-    options.configs, options.default_layers = configs, defaults.get(layers_option) or layers
+    options.default_layers = defaults.get(layers_option) or layers
     options.layers, options.layers_option = options[layers_option], f"--{layers_option}"
     for option, values in unlike.items():
         if not is_given(option, args):
@@ -348,9 +347,8 @@ def run_configs(args: Sequence[str]) -> dict[str, dict[str, Any]]:
             word = word.removeprefix("--models").removeprefix("=")
         if taken and word:
             with suppress(UserError):  # it is reported where the networks are loaded
-                for name, spec in network_names(split_seeds([word])[0]).items():
-                    path = Path(spec)
-                    if config := config_of(path.parent.parent if path.is_file() else path):
+                for name, spec in split_seeds([word])[0].items():
+                    if config := config_of_spec(spec):
                         found[name] = config
     return found
 

@@ -10,8 +10,8 @@ from scipy.stats import false_discovery_control
 
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.geometry.prediction import leave_one_out, predictive_r2, rank_correlation, unit_means
-from ssl_geometry.methods import Method
 from ssl_geometry.records import read_records
+from ssl_geometry.runs.networks import Loaded
 
 UNTRAINED = "untrained"
 LEAST_MODELS = 4
@@ -19,12 +19,12 @@ LEAST_MODELS = 4
 PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
 
 
-def recipes_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) -> dict[str, str]:
+def recipes_of(networks: Mapping[str, Loaded], named: Mapping[str, str]) -> dict[str, str]:
     """Which models are seeds or versions of one recipe, and count once where something is predicted.
 
     Args:
-        networks: name to network and its epochs.
-        options: of the command: ``recipes`` names those of some models, ``seeds`` the name that each was given.
+        networks: name to network.
+        named: recipes of some models, or of the name that several were given.
 
     Returns:
         Model to the first model of its recipe: what ``--recipes`` says; else models given as ``NAME=RUN,RUN`` are one
@@ -34,11 +34,10 @@ def recipes_of(networks: Mapping[str, tuple[Method, int | None]], options: Any) 
         UserError: a recipe of a model that is not there.
     """
     known: dict[str, str] = {}
-    for name, (method, epoch) in networks.items():
-        itself = method.recipe if epoch is not None else f"{UNTRAINED} {method.init_args.get('backbone')}"
-        given = options.seeds.get(name, name)
-        known[name] = options.recipes.get(name) or options.recipes.get(given) or (given if given != name else itself)
-    if strange := [name for name in options.recipes if name not in known and name not in options.seeds.values()]:
+    for name, model in networks.items():
+        itself = model.method.recipe if model.epochs is not None else f"{UNTRAINED} {model.architecture}"
+        known[name] = named.get(name) or named.get(model.given) or (model.given if model.given != name else itself)
+    if strange := [name for name in named if name not in known and name not in {m.given for m in networks.values()}]:
         raise UserError(f"--recipes.{strange[0]}: no such model; {nearest(strange[0], known)}")
     first = {recipe: name for name, recipe in reversed(known.items())}
     return {name: first[recipe] for name, recipe in known.items()}

@@ -74,7 +74,7 @@ from ssl_geometry.networks import (
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.probes import FIGURE, PIXELS, draw, tables
-from ssl_geometry.runs.networks import load_networks, split_seeds
+from ssl_geometry.runs.networks import Loaded, load_networks, split_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -108,16 +108,14 @@ UNBALANCED = 1.1
 """Classes are of unequal size where the largest has more than so many times the test images of the smallest."""
 
 
-def extract(
-    name: str, method: Method, epoch: int | None, options: Any, progress: Any, console: Console
-) -> FrozenFeatures:
+def extract(model: Loaded, options: Any, progress: Any, console: Console) -> FrozenFeatures:
     """Features of clean training and test images, each image seen once, by one of the processes.
 
     Raises:
         UserError: features that fit neither into memory nor on the disk.
         ValueError: features that are not finite.
     """
-    data = options.data
+    data, name, method = options.data, model.name, model.method
     wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method, options), POOLED]
     subject = Subject.of(method, name)
     layers = subject.layers(wanted, option=options.layers_option)
@@ -127,7 +125,7 @@ def extract(
     features = Features(widths, {"bank": options.train_images, "test": None}, folder=folder)
     batches = sum(len(data.loader(*part)) for part in (("bank", options.train_images), ("test", None)))
     task = progress.add_task(f"{name}: features", total=batches)
-    occasion = Occasion(subject, data, options.out.name, epoch or 0)
+    occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
     measure_together([features], occasion, lambda: progress.advance(task), lambda: _agreeing(name, options))
     train, test = features.of("bank"), features.of("test")
     for layer in layers:
@@ -358,27 +356,21 @@ def _as_list(layers: str | Sequence[str]) -> list[str]:
     return [layers] if isinstance(layers, str) else list(layers)
 
 
-def load_subjects(options: Any) -> tuple[dict[str, tuple[Method, int | None]], dict[str, str]]:
-    """The networks of ``--models`` and the two baselines, and the group that each belongs to.
-
-    Returns:
-        Name to network and its completed epochs, and name to group: the name that was given, without a seed's number.
-    """
-    named, groups = split_seeds(options.models)
-    networks = load_networks(named)
-    for seed, (_, epoch) in networks.items():
-        if groups[seed] == PIXELS or (groups[seed] == UNTRAINED and epoch is not None):
-            raise UserError(f"--models {groups[seed]}=…: a baseline that is measured too has that name; set another")
-    trained = [method for method, epoch in networks.values() if epoch is not None]
-    first = trained[0] if trained else next(iter(networks.values()))[0]
+def load_subjects(options: Any) -> dict[str, Loaded]:
+    """The networks of ``--models`` and the two baselines, by name."""
+    networks = load_networks(options.models)
+    for model in networks.values():
+        if model.given == PIXELS or (model.given == UNTRAINED and model.epochs is not None):
+            raise UserError(f"--models {model.given}=…: a baseline that is measured too has that name; set another")
+    trained = [model for model in networks.values() if model.epochs is not None]
+    first = trained[0] if trained else next(iter(networks.values()))
     if len(trained) == len(networks):
-        networks |= load_networks([named[0], f"{UNTRAINED}=random"])
-        groups[UNTRAINED] = UNTRAINED
+        name, spec = next(iter(split_seeds(options.models)[0].items()))
+        networks[UNTRAINED] = load_networks([f"{name}={spec}", f"{UNTRAINED}=random"])[UNTRAINED]
     known = Method(backbone="resnet10").init_args
-    base = {key: value for key, value in first.init_args.items() if key in known}
-    networks[PIXELS] = RawPixels(**base), None
-    groups[PIXELS] = PIXELS
-    return networks, groups
+    base = {key: value for key, value in first.method.init_args.items() if key in known}
+    networks[PIXELS] = Loaded(PIXELS, RawPixels(**base), None, PIXELS)
+    return networks
 
 
 @as_options
@@ -399,7 +391,8 @@ def probe(args: Sequence[str]) -> Path:
     fabric = launch(options)
     options.device, is_first = str(fabric.device), fabric.is_global_zero
     out, console = options.out, Console(quiet=not is_first)
-    networks, groups = by_turns(lambda: load_subjects(options), options, fabric)
+    networks = by_turns(lambda: load_subjects(options), options, fabric)
+    groups = {name: model.given for name, model in networks.items()}
     by_turns(options.data.prepare_data, options, fabric)
     with together(options):
         _check(options, networks, console)
@@ -410,16 +403,16 @@ def probe(args: Sequence[str]) -> Path:
     failed: dict[str, str] = {}
     with measuring_progress(fabric) as progress:
         for name in list(networks):
-            method, epoch = networks.pop(name)  # one network at a time on the device
+            model = networks.pop(name)  # one network at a time on the device
             try:
                 with _agreeing(name, options):
-                    method = method.to(options.device)
-                    protocol_of[name] = measure(name, method, epoch, store, options, progress, console)
+                    model.method.to(options.device)
+                    protocol_of[name] = measure(model, store, options, progress, console)
             except (UserError, Interrupted) as error:
                 if not is_agreed(error) or (isinstance(error, Interrupted) and error.code != ExitCode.MISTAKE):
                     raise  # another process has ended, or the program has a fault
                 failed[name] = str(error)
-            del method  # before the next one is on the device
+            del model  # before the next one is on the device
             for task in progress.task_ids:
                 progress.remove_task(task)
             message = "not measured" if name in failed else "    measured"
@@ -435,13 +428,13 @@ def probe(args: Sequence[str]) -> Path:
     return out
 
 
-def _check(options: Any, networks: Mapping[str, tuple[Method, int | None]], console: Console) -> None:
+def _check(options: Any, networks: Mapping[str, Loaded], console: Console) -> None:
     """A mistake is found before anything is deleted."""
     data = options.data
-    for method, _ in networks.values():
-        if not isinstance(method, RawPixels):
-            chosen_layers(method, options)
-        Subject.of(method).view(options.augment)
+    for model in networks.values():
+        if not isinstance(model.method, RawPixels):
+            chosen_layers(model.method, options)
+        Subject.of(model.method).view(options.augment)
     data.setup("test")
     if data.multi_label:
         options.evaluations = [name for name in options.evaluations if name in SEVERAL_CLASSES]
@@ -471,21 +464,11 @@ def _report(
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)
 
 
-def measure(
-    name: str,
-    method: Method,
-    epoch: int | None,
-    store: RecordStore,
-    options: Any,
-    progress: Any,
-    console: Console,
-) -> dict[str, Protocol]:
+def measure(model: Loaded, store: RecordStore, options: Any, progress: Any, console: Console) -> dict[str, Protocol]:
     """Everything about one network, into the records; every process must call it.
 
     Args:
-        name: of the network.
-        method: the network, on the device.
-        epoch: its completed epochs.
+        model: the network, on the device.
         store: where records go.
         options: of the command.
         progress: of the command.
@@ -498,10 +481,10 @@ def measure(
         ValueError: features or labels that no classifier can learn from.
     """
     data, (rank, _) = options.data, this_process()
-    frozen = extract(name, method, epoch, options, progress, console)
+    frozen = extract(model, options, progress, console)
     protocols: dict[str, Protocol] = {}
     bank: dict[str, Any] = {"clean training images": len(frozen.train_labels)}
-    if isinstance(method, RawPixels):
+    if isinstance(model.method, RawPixels):
         bank["pixels"] = f"averaged down to {PIXEL_SIDE} x {PIXEL_SIDE}"
     for evaluation in evaluations(options):
         kind = evaluation.name
@@ -516,17 +499,17 @@ def measure(
             continue
         common = {
             "run": options.out.name,
-            "model": name,
+            "model": model.name,
             "view": "clean",
             "split": "test",
-            "epoch": epoch or 0,
+            "epoch": model.epochs or 0,
             "protocol": protocols[kind].hash,
         }
         rows = []
         for metric, numbers in found.items():
             depths = frozen.depths if kind == LayerProbes.name else {POOLED: frozen.depths[POOLED]}
             rows += probe_rows(metric, depths, numbers, len(frozen.test_labels), **common)
-        store.write(f"{kind}/{name}", rows, [protocols[kind]])
+        store.write(f"{kind}/{model.name}", rows, [protocols[kind]])
     return protocols
 
 

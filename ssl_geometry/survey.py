@@ -61,7 +61,7 @@ from ssl_geometry.report.models import (
 )
 from ssl_geometry.report.style import save_figure
 from ssl_geometry.report.survey import MANIFOLD_METRICS, collapse_in_training, metric_table, readable, write_table
-from ssl_geometry.runs.networks import load_networks, network_names, split_seeds
+from ssl_geometry.runs.networks import Loaded, load_networks, split_seeds
 
 SEMANTIC = "semantic"
 LAYERS = ("stages", "pooled")
@@ -76,19 +76,20 @@ LEAST_OF_A_CLASS = 3
 
 
 def survey_model(
-    name: str, method: Method, epoch: int, data: DataModule, options: Any, fabric: L.Fabric, progress: Progress
+    model: Loaded, data: DataModule, options: Any, fabric: L.Fabric, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[Protocol]]:
     """One pass over this process's share of the images: the records of one model, and their protocols.
 
     Raises:
         UserError: features that are not finite, or too few images.
     """
-    subject, measurements = Subject.of(method, name), _measurements(method, options)
+    name = model.name
+    subject, measurements = Subject.of(model.method, name), _measurements(model.method, options)
     task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
     try:
         for measurement in measurements:
             measurement.prepare(subject, data)
-        occasion = Occasion(subject, data, options.out.name, epoch)
+        occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
         found = measure_together(measurements, occasion, lambda: progress.advance(task), lambda: together(options))
     except ValueError as error:
         raise UserError(f"--models {name}: {error}") from error
@@ -104,16 +105,16 @@ def _measurements(method: Method, options: Any) -> tuple[Neighborhoods, Spectrum
     return neighborhoods, Spectrum(names, copies=options.spectrum.copies)
 
 
-def _report_memory(networks: Mapping[str, tuple[Method, int | None]], options: Any, console: Console) -> None:
+def _report_memory(networks: Mapping[str, Loaded], options: Any, console: Console) -> None:
     """Say how much the features of the largest model take, which all stay on the device until its end.
 
     Raises:
         UserError: they do not fit.
     """
     n, needed = options.data.measure_size, {}
-    for name, (method, _) in networks.items():
-        subject, measurements = Subject.of(method, name), _measurements(method, options)
-        layers = subject.layers(chosen_layers(method.backbone, options), option=options.layers_option)
+    for name, model in networks.items():
+        subject, measurements = Subject.of(model.method, name), _measurements(model.method, options)
+        layers = subject.layers(chosen_layers(model.method.backbone, options), option=options.layers_option)
         width = sum(layer_widths(subject, layers, options.data.image_shape).values())
         needed[name] = n * width * sum(measurement.kept_bytes for measurement in measurements)
     largest = max(needed, key=needed.__getitem__)
@@ -208,7 +209,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
         }
         if titles:
             drawn["prediction"] = prediction_scatter(predicted, families, titles)
-    drawn |= collapse_in_training(network_names(options.models))
+    drawn |= collapse_in_training(split_seeds(options.models)[0])
     return made + [save_figure(figure, out / "figures" / name) for name, figure in drawn.items()]
 
 
@@ -298,7 +299,6 @@ def _parse(args: Sequence[str]) -> Any:
         "of one recipe count once where something is predicted",
     )
     options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES)
-    options.models, options.seeds = split_seeds(options.models)
     options.recipes = _named_recipes(options.recipes)
     for name in options.neighbors.settings:
         if name not in SETTINGS:
@@ -355,11 +355,11 @@ def survey(args: Sequence[str]) -> Path:
     networks = by_turns(lambda: load_networks(options.models), options, fabric)
     by_turns(data.prepare_data, options, fabric)
     with together(options):
-        recipes = recipes_of(networks, options)
+        recipes = recipes_of(networks, options.recipes)
         if options.targets:  # tell mistakes
-            read_targets(options.targets, {name: _source(method) for name, (method, _) in networks.items()}, recipes)
-        for method, _ in networks.values():
-            chosen_layers(method.backbone, options)
+            read_targets(options.targets, {name: _checkpoint(model) for name, model in networks.items()}, recipes)
+        for model in networks.values():
+            chosen_layers(model.method.backbone, options)
         data.setup("test")
         if data.multi_label:
             raise UserError(
@@ -375,23 +375,22 @@ def survey(args: Sequence[str]) -> Path:
     with measuring_progress(fabric) as progress:
         overall = progress.add_task("all models", total=len(networks))
         for name in list(networks):
-            method, epoch = networks.pop(name)  # one network at a time on the device
+            model = networks.pop(name)  # one network at a time on the device
             with together(options):
-                fact = facts[name] = _facts(method, epoch, data, options)
+                fact = facts[name] = _facts(model, data, options)
                 is_there = known.get(name) == fact and bool(store.read_part(f"models/{name}"))
             if of_each(is_there)[0]:
                 console.print(f"        kept  {name}", highlight=False, soft_wrap=True)
             else:
                 with together(options):
-                    there = method.to(fabric.device)
-                    rows, protocols = survey_model(name, there, epoch or 0, data, options, fabric, progress)
+                    model.method.to(fabric.device)
+                    rows, protocols = survey_model(model, data, options, fabric, progress)
                     if fabric.is_global_zero:
                         store.write(f"models/{name}", rows, protocols)
                         known[name] = fact
                         write_text(notes, json.dumps(known, indent=1) + "\n")
-                    del there
                 console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
-            del method
+            del model
             progress.advance(overall)
     with together(options):
         if fabric.is_global_zero:
@@ -402,12 +401,13 @@ def survey(args: Sequence[str]) -> Path:
     return out
 
 
-def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) -> dict[str, Any]:
+def _facts(model: Loaded, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
-    names, kind, source = chosen_layers(method.backbone, options), type(method.backbone).__name__, _source(method)
+    method, source = model.method, _checkpoint(model)
+    names, kind = chosen_layers(method.backbone, options), type(method.backbone).__name__
     facts = {
-        "family": f"{UNTRAINED} {kind}" if epoch is None else getattr(method, "family", type(method).__name__),
-        "epochs": epoch,
+        "family": f"{UNTRAINED} {kind}" if model.epochs is None else getattr(method, "family", type(method).__name__),
+        "epochs": model.epochs,
         "source": source,
         "imagenet_top1": TABLE[source].top1 if source else None,
         "layer": names[-1],
@@ -419,10 +419,9 @@ def _facts(method: Method, epoch: int | None, data: DataModule, options: Any) ->
     return json.loads(json.dumps(facts))
 
 
-def _source(method: Method) -> str:
+def _checkpoint(model: Loaded) -> str:
     """The published checkpoint that a model is; empty for any other."""
-    source = getattr(method, "source", "")
-    return source if source in TABLE else ""
+    return model.source if model.source in TABLE else ""
 
 
 def _protocols(method: Method, data: DataModule, options: Any) -> list[Protocol]:

@@ -306,10 +306,11 @@ class GeometryMonitor(L.Callback):
         return [measurement for measurement in on if can_probe or not isinstance(measurement, Probes)]
 
     def _reference(self, cka: CKA, module: Any) -> Subject:
-        name, reference, _ = load_method(str(cka.reference), option=cka.option("reference"))
+        loaded = load_method(str(cka.reference), option=cka.option("reference"))
+        name = loaded.name
         if name in (INITIAL, self._subject.name):  # the names tell the networks of the records apart
             name += "-reference"
-        return Subject.of(reference.to(self._subject.device), name)
+        return Subject.of(loaded.method.to(self._subject.device), name)
 
     # -- where the numbers go --------------------------------------------------------------------------------------
 

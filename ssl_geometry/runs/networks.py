@@ -4,7 +4,7 @@ import importlib
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,31 @@ from ssl_geometry.ranges import Seed, check_name, check_value
 from ssl_geometry.runs.checkpoints import read_checkpoint
 from ssl_geometry.runs.directory import Run, config_of
 from ssl_geometry.runs.resume import unlike
+
+
+class Loaded(NamedTuple):
+    """A network that is read back, or made."""
+
+    name: str
+    """As it is named on the command line; else the run's id, or the name of a file that is in no run."""
+    method: Method
+    """On the CPU, weights loaded."""
+    epochs: int | None
+    """Completed; 0 where they are not known, None was not trained."""
+    given: str = ""
+    """The name that seeds of one recipe share, where the command line has one."""
+    config: Mapping[str, Any] | None = None
+    """Of the run that it is."""
+
+    @property
+    def architecture(self) -> str:
+        """As of ``--model.backbone``."""
+        return str(self.method.init_args.get("backbone"))
+
+    @property
+    def source(self) -> str:
+        """The published checkpoint that it is, or ``torchvision:NAME`` and the like; empty for any other."""
+        return getattr(self.method, "source", "")
 
 
 def network_names(models: Sequence[str]) -> dict[str, str]:
@@ -53,31 +78,33 @@ def network_names(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def split_seeds(models: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def split_seeds(models: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """``NAME=RUN,RUN`` as one network per run: seeds of one recipe.
 
     Args:
         models: as of :func:`network_names`, a specification or several with commas between them.
 
     Returns:
-        ``NAME=SPEC`` for each network, and for each the name that was given.
+        Name to specification for each network, and for each the name that was given.
 
     Raises:
         UserError: as of :func:`network_names`; a network twice under a name, or runs that differ beyond their seed.
 
     Example:
         >>> split_seeds(["simclr=runs/a,runs/b", "byol"])
-        (['simclr-1=runs/a', 'simclr-2=runs/b', 'byol=byol'],
+        ({'simclr-1': 'runs/a', 'simclr-2': 'runs/b', 'byol': 'byol'},
          {'simclr-1': 'simclr', 'simclr-2': 'simclr', 'byol': 'byol'})
     """
-    named, given = [], {}
+    named: dict[str, str] = {}
+    given: dict[str, str] = {}
     for name, specs in network_names(models).items():
         several = specs.split(",")
         _check_seeds(name, several)
         for number, spec in enumerate(several, 1):
             seed = f"{name}-{number}" if len(several) > 1 else name
-            named.append(f"{seed}={spec}")
-            given[seed] = name
+            if seed in named:
+                raise UserError(f"--models {name}={specs}: two networks are named {seed}; set another NAME")
+            named[seed], given[seed] = spec, name
     return named, given
 
 
@@ -124,23 +151,23 @@ def _name_of(spec: str) -> str:
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem if path.is_file() else path.name
 
 
-def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]:
+def load_networks(models: Sequence[str]) -> dict[str, Loaded]:
     """The networks that ``--models`` names.
 
     Args:
         models: ``NAME=SPEC`` or ``SPEC``. SPEC is a run or a checkpoint; the name of a published checkpoint (``byol``),
             or ``byol:FILE`` where its file was downloaded by hand; ``torchvision:NAME`` or ``timm:NAME``; ``random``
             or ``random:SEED``, an untrained twin of the first network; or ``random:ARCH``, an untrained network, with
-            ``@PIXELS`` and ``:SEED`` or without.
+            ``@PIXELS`` and ``:SEED`` or without. Several with commas between them are seeds of one recipe.
 
     Returns:
-        Name to network, and its completed epochs, 0 where they are not known; None marks an untrained network.
+        Name to network.
 
     Raises:
         UserError: a specification that means nothing, a name twice, a path that holds no network, a download or a
             published file that is not what it should be, or one network under two names.
     """
-    named = network_names(models)
+    named, given = split_seeds(models)
     loaded = {name: _load(spec) for name, spec in named.items() if not _is_twin(spec)}
     if not loaded:
         raise UserError(
@@ -148,22 +175,29 @@ def load_networks(models: Sequence[str]) -> dict[str, tuple[Method, int | None]]
             "name one: random:resnet50)"
         )
     first = next(iter(loaded.values()))[0]
-    networks: dict[str, tuple[Method, int | None]] = {}
+    networks: dict[str, Loaded] = {}
     for name, spec in named.items():
         if name in loaded:
-            networks[name] = loaded[name]
+            method, epochs = loaded[name]
         else:
             seed = int(spec.partition(":")[2] or "0")
             check_value(Seed, seed, "--models random:SEED")
             torch.manual_seed(seed)
-            networks[name] = type(first)(**first.init_args), None
-    for (one, (a, _)), (other, (b, _)) in itertools.combinations(networks.items(), 2):
-        if _same_weights(a, b):
+            method, epochs = type(first)(**first.init_args), None
+        networks[name] = Loaded(name, method, epochs, given[name], config_of_spec(spec))
+    for a, b in itertools.combinations(networks.values(), 2):
+        if _same_weights(a.method, b.method):
             raise UserError(
-                f"--models {one}={named[one]} {other}={named[other]}: one network, its weights are equal; name it "
-                "once, or it counts as two seeds"
+                f"--models {a.name}={named[a.name]} {b.name}={named[b.name]}: one network, its weights are equal; name "
+                "it once, or it counts as two seeds"
             )
     return networks
+
+
+def config_of_spec(spec: str) -> dict[str, Any] | None:
+    """The configuration of the run that a specification is, or that it is a checkpoint of."""
+    path = Path(spec)
+    return config_of(path.parent.parent if path.is_file() else path)
 
 
 def _same_weights(a: Method, b: Method) -> bool:
@@ -192,17 +226,6 @@ def _load(spec: str) -> tuple[Method, int | None]:
         f"--models {spec}: no such run or checkpoint, and no published one; {nearest(kind, TABLE)} (--help lists what "
         "stands for SPEC in NAME=SPEC, where a run is NAME=PATH)"
     )
-
-
-class Loaded(NamedTuple):
-    """A network read back."""
-
-    name: str
-    """The run's id, or the name of a file that is in no run."""
-    method: Method
-    """On the CPU, weights loaded."""
-    epochs: int
-    """Completed epochs."""
 
 
 def load_method(path: str | Path, option: str = "path") -> Loaded:

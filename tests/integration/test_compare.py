@@ -18,6 +18,7 @@ from ssl_geometry.measure.similarity import Network
 from ssl_geometry.methods import Method, Published, SimCLR, Supervised
 from ssl_geometry.records import read_records
 from ssl_geometry.report.style import BLOCK
+from ssl_geometry.runs.networks import Loaded
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,15 @@ def test_runs_of_one_recipe_are_one_group() -> None:
     def made(method: type[Method], epoch: int | None = 3, **options: Any) -> tuple[Method, int | None]:
         return method(**{"backbone": "resnet10", "width": 0.25, "image_size": 16} | options), epoch
 
+    def loaded(
+        networks: dict[str, tuple[Method, int | None]], configs: dict[str, Any] | None = None
+    ) -> dict[str, Loaded]:
+        """All by their own names, but for those of several."""
+        return {
+            name: Loaded(name, *network, "mixed" if name.startswith("mixed") else name, (configs or {}).get(name))
+            for name, network in networks.items()
+        }
+
     def config(**trainer: Any) -> dict[str, Any]:
         return {"model": {"class_path": "SimCLR"}, "trainer": trainer}
 
@@ -207,11 +217,8 @@ def test_runs_of_one_recipe_are_one_group() -> None:
         **{name: (Published("resnet10", family="contrastive", source=name), 200) for name in ("moco-v1", "moco-v2")},
         "timm": (Published("resnet10", source="timm:resnet10"), 0),
     }
-    options = SimpleNamespace(
-        seeds={name: "mixed" if name.startswith("mixed") else name for name in networks},
-        configs={"s0": config(max_epochs=3), "s1": config(max_epochs=3), "long": config(max_epochs=9)},
-    )
-    assert groups_of(networks, options) == {
+    configs = {"s0": config(max_epochs=3), "s1": config(max_epochs=3), "long": config(max_epochs=9)}
+    assert groups_of(loaded(networks, configs)) == {
         **dict.fromkeys(("s0", "s1"), "s0 + s1"),
         **{
             name: name
@@ -221,8 +228,7 @@ def test_runs_of_one_recipe_are_one_group() -> None:
         **dict.fromkeys(("twin", "fresh"), "twin + fresh"),
     }
     many = {f"a-long-name-{seed}": made(SimCLR, seed=seed) for seed in range(4)}
-    options = SimpleNamespace(seeds={name: name for name in many}, configs={})
-    assert set(groups_of(many, options).values()) == {"a-long-name-0 + 3 more"}
+    assert set(groups_of(loaded(many)).values()) == {"a-long-name-0 + 3 more"}
     for name in ("untrained", "supervised"):
         with pytest.raises(UserError, match=f"--models {name}=…: the findings call others so"):
-            groups_of({name: made(SimCLR)}, SimpleNamespace(seeds={name: name}, configs={}))
+            groups_of(loaded({name: made(SimCLR)}))

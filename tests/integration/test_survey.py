@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ssl_geometry.prediction import PUBLISHED, predict, read_targets, recipes_of
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.report.survey import metric_table
-from ssl_geometry.runs.networks import load_networks
+from ssl_geometry.runs.networks import Loaded, load_networks
 from ssl_geometry.survey import main, survey
 from tests.processes import finish, start_ranks
 from tests.unit.test_datasets import pixels, save
@@ -195,7 +194,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
                 top, left = generator.integers(2, 7, 2)
                 image[top : top + 4 + name, left : left + 8 - name] = 190
                 Image.fromarray(image).convert("RGB").save(folder / "data" / split / str(name) / f"{number}.png")
-    networks = {cls.__name__: (cls(), 0) for cls in (Silhouette, Rings, Pixels, Constant)}
+    made = (Silhouette, Rings, Pixels, Constant)
+    networks = {cls.__name__: Loaded(cls.__name__, cls(), 0, cls.__name__) for cls in made}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "load_networks", lambda specs: dict(networks))
         data = [
@@ -338,7 +338,7 @@ def test_metrics_are_correlated_over_four_recipes_at_least(tmp_path: Path) -> No
 
 def test_what_is_one_recipe() -> None:
     def untrained(spec: str) -> tuple[Method, None]:
-        return load_networks([f"x={spec}"])["x"][0], None
+        return load_networks([f"x={spec}"])["x"].method, None
 
     networks = {
         "seed0": (Pixels(seed=0), 3),
@@ -351,8 +351,10 @@ def test_what_is_one_recipe() -> None:
         "wide-2": (Pixels(lr=8.0), 1),
         **{name: (Published("resnet10", source=name), 1) for name in ("moco-v1", "moco-v2", "byol", "timm:x-v1")},
     }
-    given = SimpleNamespace(recipes={"other": "mine", "options": "mine"}, seeds={"wide-1": "wide", "wide-2": "wide"})
-    assert recipes_of(networks, given) == {
+    models = {
+        name: Loaded(name, *network, "wide" if name.startswith("wide") else name) for name, network in networks.items()
+    }
+    assert recipes_of(models, {"other": "mine", "options": "mine"}) == {
         **dict.fromkeys(("seed0", "seed1"), "seed0"),
         **dict.fromkeys(("other", "options"), "other"),
         **dict.fromkeys(("u1", "u2"), "u1"),
@@ -362,7 +364,7 @@ def test_what_is_one_recipe() -> None:
         "timm:x-v1": "timm:x-v1",
     }
     with pytest.raises(UserError, match=r"--recipes.sed0: no such model; did you mean 'seed0'"):
-        recipes_of(networks, SimpleNamespace(recipes={"sed0": "x"}, seeds={}))
+        recipes_of(models, {"sed0": "x"})
 
 
 def test_the_median_and_the_order_of_models() -> None:
@@ -451,10 +453,10 @@ def test_a_mistake_is_one_line(
 
 
 def test_features_that_are_not_finite_name_the_model(runs: Path, tmp_path: Path) -> None:
-    method = load_networks([f"simclr={runs / 'simclr'}"])["simclr"]
-    method[0].backbone.conv1.weight.data.fill_(torch.nan)
+    broken = load_networks([f"broken={runs / 'simclr'}"])
+    broken["broken"].method.backbone.conv1.weight.data.fill_(torch.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "load_networks", lambda specs: {"broken": method})
+        patch.setattr(command, "load_networks", lambda specs: broken)
         with pytest.raises(UserError, match=r"--models broken: layer .* finite"):
             survey(["--models", f"broken={runs / 'simclr'}", f"--out={tmp_path}", *SMALL])
 
@@ -491,7 +493,9 @@ def _metrics(found: Any) -> list[Any]:
 
 
 def test_a_collapsed_network_alone_is_surveyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "load_networks", lambda specs: {"constant": (Constant(), 0)})
+    monkeypatch.setattr(
+        command, "load_networks", lambda specs: {"constant": Loaded("constant", Constant(), 0, "constant")}
+    )
     data = ["--data.dataset=digits", "--data.measure_size=64", "--data.limit_test=64", "--neighbors.layers=pooled"]
     out = survey(["--models", "constant=x", f"--out={tmp_path}", "--neighbors.k=10", "--neighbors.copies=3", *data])
     assert "| constant | – | 0.000 ± 0.000 (0.000) |" in (out / "tables" / "mgm.md").read_text()

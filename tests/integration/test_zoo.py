@@ -386,7 +386,7 @@ def test_torchvision_and_timm_give_their_networks(tmp_path: Path, monkeypatch: p
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     original = torchvision.models.resnet18().eval()
     torch.save(original.state_dict(), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    network, epochs = load_networks(["torchvision:resnet18"])["resnet18"]
+    _, network, epochs, *_ = load_networks(["torchvision:resnet18"])["resnet18"]
     assert isinstance(network, Published)
     assert (epochs, network.learns_from_labels) == (0, True)
     assert (network.clean_view.size, network.clean_view.center_crop) == (224, 0.875)
@@ -407,9 +407,9 @@ def test_torchvision_and_timm_give_their_networks(tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(timm, "create_model", pretrained)
-        unknown, _ = load_networks(["timm:vit_small_patch16_224.dino"]).popitem()[1]
+        unknown = load_networks(["timm:vit_small_patch16_224.dino"]).popitem()[1].method
         made.clear()
-        network, epochs = load_networks(["timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"]).popitem()[1]
+        _, network, epochs, *_ = load_networks(["timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"]).popitem()[1]
     assert network.learns_from_labels, "its weights were published with a classifier of ImageNet"
     assert unknown.learns_from_labels is None
     (name, vit), *_ = [(name, net) for name, net in made if "." in name]
@@ -440,17 +440,17 @@ def test_a_download_of_torchvision_or_timm_that_fails_is_one_line(
 def test_a_published_network_is_remade_and_not_trained(tmp_path: Path) -> None:
     networks = load_networks(["a=random:vit_tiny_patch16_224@64:1", "random:resnet10@32", "random:3"])
     assert list(networks) == ["a", "random-resnet10-32", "random-3"]
-    assert {epochs for _, epochs in networks.values()} == {None}
-    network, twin = networks["a"][0], networks["random-3"][0]
+    assert {model.epochs for model in networks.values()} == {None}
+    network, twin = networks["a"].method, networks["random-3"].method
     assert twin.init_args == network.init_args
     name = "backbone.patch_embed.proj.weight"
     assert not torch.equal(twin.state_dict()[name], network.state_dict()[name])
-    again = load_networks(["b=random:vit_tiny_patch16_224@64:1"])["b"][0]
+    again = load_networks(["b=random:vit_tiny_patch16_224@64:1"])["b"].method
     for name, value in network.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     trainer = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
     with pytest.raises(UserError, match="it has no loss"):
-        trainer.fit(networks["random-resnet10-32"][0], DataModule(dataset="digits", measure_size=64))
+        trainer.fit(networks["random-resnet10-32"].method, DataModule(dataset="digits", measure_size=64))
 
 
 IMAGES = ["--data.dataset=digits", "--data.measure_size=64", "--data.eval_batch_size=32"]

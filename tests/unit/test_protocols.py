@@ -14,6 +14,7 @@ from ssl_geometry.measure import Subject, cka, frozen, invariance, neighbors, sp
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.records import Protocol
+from ssl_geometry.runs.networks import Loaded
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def of_pixels(data: DataModule, method: SimCLR) -> list[Protocol]:
     knn = SimpleNamespace(name="knn", on_every_process=False, protocol=dict, evaluate=lambda *args: {})
     options, nothing = SimpleNamespace(data=data, out=Path("probe")), Mock()
     with patch.object(probe, "extract", lambda *args: features), patch.object(probe, "evaluations", lambda _: [knn]):
-        return list(probe.measure("pixels", pixels, None, nothing, options, nothing, nothing).values())
+        return list(probe.measure(Loaded("pixels", pixels, None), nothing, options, nothing, nothing).values())
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,15 @@ def test_one_network_under_two_names_is_refused(tmp_path: Path) -> None:
             next(method.parameters()).add_(change)
         torch.save({"method": named, "state_dict": method.state_dict(), "epoch": 1}, tmp_path / f"{name}.ckpt")
     one, copy, other = (tmp_path / f"{name}.ckpt" for name in ("one", "copy", "other"))
-    assert len(load_networks([f"a={one}", f"b={other}", "random", "random:1"])) == 4
+    found = load_networks([f"a={one},{other}", "random", "random:1"])
+    given = {name: (model.name, model.given, model.epochs) for name, model in found.items()}
+    assert given == {
+        "a-1": ("a-1", "a", 2),
+        "a-2": ("a-2", "a", 2),
+        "random": ("random", "random", None),
+        "random-1": ("random-1", "random-1", None),
+    }
+    assert {(model.architecture, model.source, model.config) for model in found.values()} == {("resnet10", "", None)}
     for a, b in ((f"a={one}", f"b={one}"), (f"a={one}", f"b={copy}"), ("a=random", "b=random:0")):
         with pytest.raises(UserError, match=f"^--models {a} {b}: one network, its weights are equal; name it once"):
             load_networks([str(other), a, b])
@@ -932,7 +940,10 @@ def test_seeds_of_one_name_are_several_runs_of_one_recipe(tmp_path: Path) -> Non
             split_seeds([f"s={a},{b},{again}"])
     with pytest.raises(UserError, match="byol and swav are of different methods; give each its own NAME"):
         split_seeds(["s=byol,swav"])
-    assert split_seeds(["s=simclr-v1,simclr-v2"])[0] == ["s-1=simclr-v1", "s-2=simclr-v2"]
+    assert split_seeds(["s=simclr-v1,simclr-v2"])[0] == {"s-1": "simclr-v1", "s-2": "simclr-v2"}
+    for models in (["s-1=byol", "s=simclr-v1,simclr-v2"], ["s=simclr-v1,simclr-v2", "s-1=byol"]):
+        with pytest.raises(UserError, match="two networks are named s-1; set another NAME"):
+            split_seeds(models)
     with pytest.raises(UserError, match="byol is byol again"):
         split_seeds(["s=byol,byol"])
     with pytest.raises(UserError, match=f"{a} and {c} differ in more than their seed, --data.batch_size 4 and 8; give"):
