@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, first_line, nearest
 from ssl_geometry.runs.slurm import processes_started, this_task
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def out_of_memory(error: BaseException) -> str:
         >>> out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
         ''
     """
-    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    words = first_line(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return words
     return words if isinstance(error, RuntimeError) and re.search(FULL, str(error)) else ""

@@ -43,7 +43,12 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    r"""The message of an error in one line; its type where it has none.
+
+    Example:
+        >>> first_line(ValueError("bad\nworse")), first_line(ValueError())
+        ('bad', 'ValueError')
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

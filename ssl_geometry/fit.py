@@ -54,7 +54,7 @@ from ssl_geometry.callbacks import (
 from ssl_geometry.cli import Parser, mistake_behind, run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import ManyDevices, check_devices, check_nodes, check_strategy, check_torchrun
-from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, first_line, nearest
 from ssl_geometry.failures import end_with_parent, explain, report_lost
 from ssl_geometry.measure import CKA, Invariance, Measurement, Neighborhoods, Probes, Spectrum, Subject
 from ssl_geometry.measure.engine import as_options
@@ -397,7 +397,7 @@ class FitCLI(LightningCLI):
             for started in trainer["logger"]:
                 if isinstance(started, ResumableWandbLogger):
                     started.finish(ExitCode.MISTAKE)
-            raise UserError(f"--trainer: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"--trainer: {first_line(error)}") from error
 
     def _takes_all_devices(self) -> bool:
         """Whether nobody has said how many devices are to be used: in a SLURM job, its tasks say so."""
@@ -477,7 +477,7 @@ def _base_of(path: Path) -> Path | None:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--config {path}: not YAML ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import wandb
 from torch import Tensor, nn
 
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.geometry import exact
 from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.methods.nt_xent import nt_xent
@@ -133,7 +133,7 @@ def weights_and_biases() -> Iterator[Finding]:
         if wandb.login(prompt=False, verify=False):
             detail = "a key is here"
     except Exception as error:  # such as no home directory, or a machine that is too busy
-        detail = f"cannot be asked for a key ({(str(error) or type(error).__name__).splitlines()[0]})"
+        detail = f"cannot be asked for a key ({first_line(error)})"
     yield Finding("W&B", detail)
 
 

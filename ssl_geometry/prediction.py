@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, first_line, nearest
 from ssl_geometry.geometry.prediction import leave_one_out, predictive_r2, rank_correlation, unit_means
 from ssl_geometry.records import read_records
 from ssl_geometry.runs.networks import Loaded
@@ -73,7 +73,7 @@ def read_targets(sources: Sequence[str], models: Mapping[str, str], recipes: Map
             try:
                 frame = pd.read_csv(path)
             except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+                reason = error.strerror if isinstance(error, OSError) else first_line(error)
                 raise UserError(f"--targets {source}: cannot be read as a table ({reason})") from error
         if missing := [name for name in ("task", "dataset", "model", "value") if name not in frame]:
             raise UserError(f"--targets {source}: no column {missing[0]!r}; {nearest(missing[0], list(frame.columns))}")

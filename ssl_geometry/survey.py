@@ -9,7 +9,6 @@ over the images a model, whose numbers are written at its end: the same command,
 that are missing. Settings, normalisation and aggregation are ours, after Cosentino et al. 2022.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Annotated, Any
 import lightning as L
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -26,6 +24,7 @@ from torch import nn
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.data.images import digest
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError, nearest
 from ssl_geometry.files import write_text, write_whole
@@ -131,11 +130,7 @@ def _report_memory(networks: Mapping[str, Loaded], options: Any, console: Consol
 
 def fingerprint(method: nn.Module) -> str:
     """Hash of all weights and buffers: a model that has changed is measured again."""
-    digest = hashlib.sha256()
-    for name, value in method.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest(part for name_and_value in method.state_dict().items() for part in name_and_value)
 
 
 # -- from records to tables --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.callbacks.monitor import is_last
 from ssl_geometry.data.loader import Loader
-from ssl_geometry.errors import ExitCode, Interrupted, UserError
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, first_line
 from ssl_geometry.signals import SIGNALS
 
 
@@ -138,7 +138,7 @@ class StopOnSignal(L.Callback):
                 self._group = dist.new_group(backend="gloo")
             except RuntimeError as error:
                 raise UserError(
-                    f"the processes cannot reach each other over gloo ({str(error).splitlines()[0]}): name the network "
+                    f"the processes cannot reach each other over gloo ({first_line(error)}): name the network "
                     "interface of the nodes in the variable GLOO_SOCKET_IFNAME"
                 ) from error
 

@@ -12,7 +12,6 @@ measurement images then come in a fixed random order: a stratified one deals the
 images that follow each other for a random sample.
 """
 
-import hashlib
 import itertools
 import logging
 import math
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_geometry.data.images import Images, shuffled, stratified
+from ssl_geometry.data.images import Images, digest, shuffled, stratified
 from ssl_geometry.data.loader import Batch, Loader
 from ssl_geometry.data.plan import BatchPlan, evenly, every_nth, shares, size_within
 from ssl_geometry.data.sources import FIXED, load, torchvision_class
@@ -392,11 +391,9 @@ class DataModule(L.LightningDataModule):
         """Hash of the measurement images in their order: name of the data set, place of each on disk, all pixels."""
         if self._measure_ids is None:
             images, rows = self._images("measure"), self._rows["measure"]
-            digest = hashlib.sha256(f"{Path(self.dataset).name} {self.image_shape}".encode())
-            digest.update(images.index[rows].cpu().numpy().tobytes())
-            for batch in self._loader("measure", rows, every_nth(len(rows), self.eval_batch_size)):
-                digest.update(batch["image"].cpu().numpy().tobytes())
-            self._measure_ids = digest.hexdigest()[:16]
+            loader = self._loader("measure", rows, every_nth(len(rows), self.eval_batch_size))
+            what = f"{Path(self.dataset).name} {self.image_shape}", images.index[rows]
+            self._measure_ids = digest(itertools.chain(what, (batch["image"] for batch in loader)))
         return self._measure_ids
 
     def _images(self, split: str) -> Images:

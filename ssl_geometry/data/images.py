@@ -5,9 +5,10 @@ white. With ``image_size`` the shorter side is resized (bilinear, antialiased) a
 ``index`` is its place in the split on disk, whatever subset is used.
 """
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 
 T = TypeVar("T")
 AnyImage = TypeVar("AnyImage", PIL.Image.Image, Tensor)
@@ -220,6 +221,22 @@ class Images:
         return self.source.origin(int(self.index[row]))
 
 
+def digest(parts: Iterable[str | Tensor]) -> str:
+    """Hash of texts and of the bytes of tensors, one after another: 16 hexadecimal digits.
+
+    Example:
+        >>> digest(["three", torch.zeros(3)]), digest(["three", torch.zeros(3, dtype=torch.uint8)])
+        ('a16008a71f226445', '73fd28edbfe7437f')
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            total.update(part.encode())
+        else:
+            total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()[:16]
+
+
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Any image as 8-bit RGB: upright, 16 bits scaled to 8, transparency over white.
 
@@ -303,16 +320,6 @@ def shuffled(n: int, *seed: int) -> Int64[Tensor, " n"]:
         (tensor([3, 2, 1, 6, 0, 7, 4, 5]), True)
     """
     return torch.from_numpy(np.random.default_rng(seed).random(n).argsort())
-
-
-def first_line(error: Exception) -> str:
-    r"""What went wrong, in one line.
-
-    Example:
-        >>> first_line(ValueError("bad\nworse")), first_line(ValueError())
-        ('bad', 'ValueError')
-    """
-    return str(error).split("\n")[0] or type(error).__name__
 
 
 def size_text(shape: Sequence[int]) -> str:

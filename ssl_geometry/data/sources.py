@@ -20,8 +20,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from ssl_geometry.data.images import Files, Images, Items, first_line, resize, stratified
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.data.images import Files, Images, Items, resize, stratified
+from ssl_geometry.errors import UserError, first_line, nearest
 
 logger = logging.getLogger(__name__)
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}

@@ -4,7 +4,6 @@ They are kept in memory as uint8, in one fixed random order, and every process t
 depend neither on the number of processes nor on who measures.
 """
 
-import hashlib
 import multiprocessing as mp
 import os
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from ssl_geometry.data.images import Images, resize, shuffled, stratified, to_rgb
+from ssl_geometry.data.images import Images, digest, resize, shuffled, stratified, to_rgb
 from ssl_geometry.data.loader import Loader
 from ssl_geometry.data.plan import BatchPlan, every_nth, size_within
 from ssl_geometry.data.sources import FIXED
@@ -324,7 +323,4 @@ def _checked(name: str, images: Any, labels: Any, num_classes: int | None) -> Im
 
 def _digest(images: Images) -> str:
     assert isinstance(images.source, Tensor)
-    digest = hashlib.sha256(str(tuple(images.source.shape)).encode())
-    digest.update(images.source.contiguous().numpy().tobytes())
-    digest.update(images.labels.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest([str(tuple(images.source.shape)), images.source, images.labels])

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, first_line, nearest
 from ssl_geometry.methods.base import Batch, Method
 from ssl_geometry.models import RESNETS, vit_names, why_unknown
 from ssl_geometry.models.zoo import TABLE, fetch, load_checkpoint, load_strictly
@@ -116,7 +116,7 @@ def from_torchvision(name: str) -> Published:
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # of the network, the disk or the file; what is kept of it is torchvision's matter
-        raise UserError(f"torchvision:{name}: could not load {weights.url}: {_one_line(error)}") from error
+        raise UserError(f"torchvision:{name}: could not load {weights.url}: {first_line(error)}") from error
     view = weights.transforms()
     (size,), (resized,) = view.crop_size, view.resize_size
     normalize = list(view.mean), list(view.std)
@@ -148,7 +148,7 @@ def from_timm(name: str) -> Published:
     try:
         trained = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of the network, the disk or the file; what is kept of it is timm's matter
-        raise UserError(f"timm:{name}: could not load it: {_one_line(error)}") from error
+        raise UserError(f"timm:{name}: could not load it: {first_line(error)}") from error
     given: dict[str, Any] = trained.pretrained_cfg  # type: ignore[assignment]
     normalize = list(given["mean"]), list(given["std"])
     size = given["input_size"][1]
@@ -191,7 +191,3 @@ def untrained(text: str) -> Published:
 def _take(network: Published, state: Mapping[str, Tensor], head: str, source: str) -> None:
     weights = {name: value for name, value in state.items() if not name.startswith(head)}
     load_strictly(network.backbone, weights, source)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

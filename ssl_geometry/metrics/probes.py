@@ -6,7 +6,7 @@ cross-validation), the classifier is fitted again on the whole bank, and the ima
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -38,6 +38,8 @@ class _LayerProbe(Metric):
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
+    kept: ClassVar[Sequence[str]] = ("queries",)
+    """What features of each layer are kept of."""
     labels: list[Tensor]
     bank_labels: list[Tensor]
     bank_index: list[Tensor]
@@ -51,12 +53,10 @@ class _LayerProbe(Metric):
         self._integers = ["labels", "bank_labels", "bank_index"]
         for name in self._integers:
             self.add_state(name, [], dist_reduce_fx="cat")
-        self._add_features("queries")
-
-    def _add_features(self, name: str) -> None:
         # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
-        for number in range(len(self.widths)):
-            self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
+        for name in self.kept:
+            for number in range(len(self.widths)):
+                self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
 
     def _keep(self, name: str, features: Mapping[str, Tensor]) -> None:
         for number, layer in enumerate(self.widths):
@@ -147,6 +147,7 @@ class RidgeProbe(_LayerProbe):
         1.0
     """
 
+    kept = ("queries", "held", "few")
     broken: Tensor
 
     def __init__(
@@ -157,8 +158,6 @@ class RidgeProbe(_LayerProbe):
             zeros = torch.zeros(2, width + 1, width + 1 + num_classes, dtype=torch.float64)
             self.add_state(f"sums{number}", zeros, dist_reduce_fx=_merge)  # of the images that teach, and held-out ones
         self.add_state("broken", torch.zeros(len(widths), dtype=torch.long), dist_reduce_fx="sum")
-        self._add_features("held")
-        self._add_features("few")
 
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
@@ -216,11 +215,7 @@ class LogisticProbe(_LayerProbe):
         1.0
     """
 
-    def __init__(
-        self, widths: Mapping[str, int], num_classes: int, l2: Sequence[float] = L2, multi_label: bool = False
-    ) -> None:
-        super().__init__(widths, num_classes, l2, multi_label)
-        self._add_features("bank")
+    kept = ("queries", "bank")
 
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.files import copy_whole, write_text, write_whole
 from ssl_geometry.records.schema import COLUMNS, SCHEMA, Protocol
 
@@ -131,8 +131,7 @@ def _read_whole(part: Path) -> pa.Table:
     try:
         return pq.read_table(part, schema=SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{part}: damaged ({reason}); remove it, or copy it again") from error
+        raise UserError(f"{part}: damaged ({first_line(error)}); remove it, or copy it again") from error
 
 
 def read_records(*runs: str | Path, strict: bool = False) -> pd.DataFrame:

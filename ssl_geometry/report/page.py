@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, first_line, nearest
 from ssl_geometry.files import write_text
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.catalogue import described
@@ -123,7 +123,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from error
     return found if isinstance(found, dict) else {}
 
 

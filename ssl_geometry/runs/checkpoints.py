@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.files import write_whole
 from ssl_geometry.models.zoo.load import why_unreadable
 
@@ -31,7 +31,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             write_whole(path, write)
         except (OSError, RuntimeError) as error:
             fault = _disk_fault(error)
-            reason = fault.strerror if fault else str(error).splitlines()[0]
+            reason = fault.strerror if fault else first_line(error)
             kept = f"the checkpoint before it is whole ({path})" if path.exists() else "there is no earlier checkpoint"
             raise UserError(
                 f"could not save {path}: {reason}; {kept}. Free space and continue with --resume {path.parent.parent}"

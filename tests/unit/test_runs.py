@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -513,6 +514,12 @@ def test_files_cut_short_by_a_power_cut_are_set_aside(tmp_path: Path, caplog: py
     assert caplog.text.count("run.json was damaged") == 1
     assert len(list(run.directory.rglob("*.damaged"))) == 3
     assert run.facts["status"] == "running"
+
+
+def test_an_error_without_a_message_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.save", Mock(side_effect=RuntimeError))
+    with pytest.raises(UserError, match=r"could not save .*x.ckpt: RuntimeError; there is no earlier checkpoint"):
+        WholeCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "x.ckpt")
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
