@@ -1,4 +1,4 @@
-"""The code of the pages: read for the tests, and run in full for the pictures on digits (``make gallery``)."""
+"""The code of the pages: read for the tests, and run in full for the figures on digits (``make gallery``)."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 TUTORIAL = ROOT / "docs" / "add-a-method.md"
 COMPARED = "runs/compare/vicreg-simclr-supervised-untrained"
-PICTURES = {
+FIGURES = {
     "cka_map_supervised": "runs/demo/simclr/figures/cka_map_supervised",
     "cka_epochs_init": "runs/demo/simclr/figures/cka_epochs_init",
     "demo_invariance_views": "runs/demo/simclr/figures/invariance_views",
@@ -24,7 +24,7 @@ PICTURES = {
     "vicreg_layers_simclr": f"{COMPARED}/figures/layers_vicreg_simclr",
     "vicreg_invariance_and_classes": f"{COMPARED}/figures/invariance_and_classes",
 }
-"""Picture of the pages to where its command leaves it."""
+"""Figure of the pages to where its command leaves it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def main() -> None:
-    """Run the tutorial's commands in full, beside the runs of ``make demo``, and copy all pictures."""
+    """Run the tutorial's commands in full, next to the runs of ``make demo``, and copy all figures."""
     folder = ROOT / "runs" / "gallery"
     for made in (folder, ROOT / "runs/quickstart/vicreg", ROOT / COMPARED):
         shutil.rmtree(made, ignore_errors=True)
@@ -65,7 +65,7 @@ def main() -> None:
             for program, *args in block.commands():
                 assert program == "python"
                 subprocess.run([sys.executable, *args], cwd=folder, check=True)
-    for name, made in PICTURES.items():
+    for name, made in FIGURES.items():
         shutil.copy(ROOT / f"{made}.png", IMAGES / f"{name}.png")
 
 

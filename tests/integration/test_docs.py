@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.gallery import IMAGES, PICTURES
+from docs.gallery import FIGURES, IMAGES
 from tests.integration.test_fit import ROOT
 
 
@@ -53,7 +53,7 @@ def test_every_figure_is_there_and_shown() -> None:
 
 def test_every_figure_on_digits_is_made_by_make_gallery() -> None:
     on_digits = {path.stem for path in IMAGES.iterdir() if not path.stem.startswith(("cifar10-jpeg", "survey"))}
-    assert on_digits == set(PICTURES)
+    assert on_digits == set(FIGURES)
     page = (ROOT / "docs" / "gallery.md").read_text()
     assert all(f"images/{path.name}" in page for path in IMAGES.iterdir())
 
