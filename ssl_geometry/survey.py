@@ -5,8 +5,9 @@
 
 Protocol: every model sees the same measurement images, and the same augmented copies of them (at its own size and
 normalisation); evaluation mode, float32, features averaged over space; NNK neighbourhoods, solved exactly. One pass
-over the images a model, whose numbers are written at its end: the same command, started again, goes on with the models
-that are missing. Settings, normalisation and aggregation are ours, after Cosentino et al. 2022.
+over the images per model, several where the features of all its layers do not fit into memory. Its numbers are written
+at its end: the same command, started again, goes on with the models that are missing. Settings, normalisation and
+aggregation are ours, after Cosentino et al. 2022.
 """
 
 import json
@@ -20,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
@@ -31,7 +32,7 @@ from ssl_geometry.files import write_text, write_whole
 from ssl_geometry.geometry.prediction import group, least_p, unit_means
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import as_options, layer_widths
-from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates
+from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates, jaccard_records
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.methods import Method
 from ssl_geometry.models.zoo import TABLE
@@ -75,57 +76,103 @@ LEAST_OF_A_CLASS = 3
 
 
 def survey_model(
-    model: Loaded, data: DataModule, options: Any, fabric: L.Fabric, progress: Progress
+    model: Loaded, groups: Sequence[list[str]], options: Any, fabric: L.Fabric, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[Protocol]]:
-    """One pass over this process's share of the images: the records of one model, and their protocols.
+    """The records of one model, and their protocols, from a pass over this process's share of the images per group.
+
+    Args:
+        model: on its device.
+        groups: of :func:`layer_groups`.
+        options: of the command.
+        fabric: knows the processes.
+        progress: shows how far it is.
 
     Raises:
         UserError: features that are not finite, or too few images.
     """
-    name = model.name
-    subject, measurements = Subject.of(model.method, name), _measurements(model.method, options)
-    task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
+    name, data, subject = model.name, options.data, Subject.of(model.method, model.name)
+    total = len(groups) * len(data.loader("measure"))
+    task = progress.add_task(name, total=total, visible=fabric.is_global_zero)
+    occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
+    rows: list[dict[str, Any]] = []
+    protocols: list[Protocol] = []
+    graphs: dict[str, Tensor] = {}
     try:
-        for measurement in measurements:
-            measurement.prepare(subject, data)
-        occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
-        found = measure_together(measurements, occasion, lambda: progress.advance(task), lambda: together(options))
+        for layers in groups:
+            measurements = _measurements(layers, options)
+            for measurement in measurements:
+                measurement.prepare(subject, data)
+            found = measure_together(measurements, occasion, lambda: progress.advance(task), lambda: together(options))
+            graphs |= measurements[0].graphs
+            rows += [row for measured in found for row in measured.rows]
+            protocols = [protocol for measured in found for protocol in measured.protocols]
     except ValueError as error:
         raise UserError(f"--models {name}: {error}") from error
     progress.remove_task(task)
-    rows = [row for measured in found for row in measured.rows]
-    return rows, [protocol for measured in found for protocol in measured.protocols]
+    if len(groups) > 1:  # pairs of layers, over all groups
+        common = {**occasion.columns, "protocol": protocols[0].hash}
+        rows = [row for row in rows if row["metric"] != "nnk_jaccard"]
+        rows += jaccard_records(graphs, subject.depths(list(graphs)), **common)
+    return rows, protocols
 
 
-def _measurements(method: Method, options: Any) -> tuple[Neighborhoods, Spectrum]:
+def _measurements(layers: list[str], options: Any) -> tuple[Neighborhoods, Spectrum]:
     """What is measured of one model."""
-    names, asked = chosen_layers(method.backbone, options), options.neighbors
-    neighborhoods = Neighborhoods(names, k=options.k, settings=asked.settings, copies=asked.copies)
-    return neighborhoods, Spectrum(names, copies=options.spectrum.copies)
+    asked = options.neighbors
+    neighborhoods = Neighborhoods(layers, k=options.k, settings=asked.settings, copies=asked.copies)
+    return neighborhoods, Spectrum(layers, copies=options.spectrum.copies)
 
 
-def _report_memory(networks: Mapping[str, Loaded], options: Any, console: Console) -> None:
-    """Say how much the features of the largest model take, which all stay on the device until its end.
+def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[str]], int]:
+    """The layers of a model in groups whose features stay in memory together, each measured in a pass of its own.
+
+    Args:
+        model: its layers are those that the options ask for.
+        room: bytes that features may take.
+        options: of the command.
+
+    Returns:
+        Layers of each group, in forward order; and the bytes that the largest group takes.
 
     Raises:
-        UserError: they do not fit.
+        UserError: the widest layer does not fit.
     """
-    n, needed = options.data.measure_size, {}
-    for name, model in networks.items():
-        subject, measurements = Subject.of(model.method, name), _measurements(model.method, options)
-        layers = subject.layers(chosen_layers(model.method.backbone, options), option=options.layers_option)
-        width = sum(layer_widths(subject, layers, options.data.image_shape).values())
-        needed[name] = n * width * sum(measurement.kept_bytes for measurement in measurements)
-    largest = max(needed, key=needed.__getitem__)
-    free = min(of_each(free_memory(options.device)))
-    kept = f"{as_size(needed[largest])} of features of {largest}"
-    if needed[largest] > MOST_OF_FREE * free:
+    subject, layers = Subject.of(model.method, model.name), chosen_layers(model.method.backbone, options)
+    widths = layer_widths(subject, subject.layers(layers, option=options.layers_option), options.data.image_shape)
+    each = options.data.measure_size * sum(measurement.kept_bytes for measurement in _measurements(layers, options))
+    widest = max(widths, key=widths.__getitem__)
+    if each * widths[widest] > room:
         raise UserError(
-            f"--data.measure_size {n}: {kept} are kept until its end, {as_size(free)} are free on {options.device}; "
-            "measure fewer images, fewer --neighbors.layers (such as [pooled]) or --neighbors.settings, or on another "
-            "--device"
+            f"--data.measure_size {options.data.measure_size}: layer {widest} of {model.name} keeps "
+            f"{as_size(each * widths[widest])} of features, {as_size(room)} may be taken on {options.device}; measure "
+            "fewer images, fewer --neighbors.settings, or on another --device"
         )
-    console.print(f"kept of one model after another: at most {kept}", highlight=False, soft_wrap=True)
+    groups: list[list[str]] = [[]]
+    sizes = [0]
+    for layer, width in widths.items():
+        if sizes[-1] + each * width > room:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(layer)
+        sizes[-1] += each * width
+    return groups, max(sizes)
+
+
+def _plan(networks: Mapping[str, Loaded], options: Any, console: Console) -> dict[str, list[list[str]]]:
+    """The groups of layers of every model, as the free memory of all processes allows; says how much they take."""
+    room = MOST_OF_FREE * min(of_each(free_memory(options.device)))
+    plans = {name: layer_groups(model, room, options) for name, model in networks.items()}
+    largest = max(plans, key=lambda name: plans[name][1])
+    said = f"kept of one model after another: at most {as_size(plans[largest][1])} of features of {largest}"
+    console.print(said, highlight=False, soft_wrap=True)
+    for name, (groups, _) in plans.items():
+        if len(groups) > 1:
+            console.print(
+                f"{name}: {as_size(room)} of memory may be taken, so its layers are measured in {len(groups)} passes",
+                highlight=False,
+                soft_wrap=True,
+            )
+    return {name: groups for name, (groups, _) in plans.items()}
 
 
 def fingerprint(method: nn.Module) -> str:
@@ -362,7 +409,7 @@ def survey(args: Sequence[str]) -> Path:
             )
         options.k = candidates("--neighbors.k", options.neighbors.k, data)
         _report_small_classes(options, data, console)
-        _report_memory(networks, options, console)
+        plans = _plan(networks, options, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
@@ -379,7 +426,7 @@ def survey(args: Sequence[str]) -> Path:
             else:
                 with together(options):
                     model.method.to(fabric.device)
-                    rows, protocols = survey_model(model, data, options, fabric, progress)
+                    rows, protocols = survey_model(model, plans[name], options, fabric, progress)
                     if fabric.is_global_zero:
                         store.write(f"models/{name}", rows, protocols)
                         known[name] = fact
@@ -421,7 +468,8 @@ def _checkpoint(model: Loaded) -> str:
 
 def _protocols(method: Method, data: DataModule, options: Any) -> list[Protocol]:
     """All that changes a number but the weights."""
-    subject, (neighborhoods, spectrum) = Subject.of(method), _measurements(method, options)
+    subject, layers = Subject.of(method), chosen_layers(method.backbone, options)
+    neighborhoods, spectrum = _measurements(layers, options)
     neighborhoods.k = options.k
     return [neighborhoods.protocol(subject, data), spectrum.protocol(subject, data)]
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
+from jaxtyping import Int64
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -71,6 +72,8 @@ class Neighborhoods(Measurement):
             raise UserError(f"{self.option('settings')} {unknown[0]}: expected some of {', '.join(SETTINGS)}")
         self.layers, self.settings, self.copies = layers, tuple(dict.fromkeys(settings)), copies
         self._asked_k = k
+        self.graphs: dict[str, Tensor] = {}
+        """NNK neighbours of each layer of the last measurement, on the host."""
         self.last: dict[str, Tensor] = {}  # the graph of the last measurement, to see how much of it is left
 
     def check(self, subject: Subject) -> None:
@@ -140,6 +143,8 @@ class Neighborhoods(Measurement):
         common = {**occasion.columns, "protocol": protocol.hash}
         rows = manifold_records(semantic | self._manifolds.compute(), layers, self._depths, **common)
         rows += graph_records(layers, self._depths, **common)
+        self.graphs = {layer: found.nnk_ids.cpu() for layer, found in layers.items()}
+        rows += jaccard_records(self.graphs, self._depths, **common)
         if not self._labelled:
             rows = [row for row in rows if row["metric"] not in OF_CLASSES]
         rows += self._left_of_the_last(layers, common)
@@ -272,7 +277,7 @@ def manifold_records(
 def graph_records(
     layers: Mapping[str, LayerNeighbors], depths: Mapping[str, float], **common: Any
 ) -> list[dict[str, Any]]:
-    """Rows for the graph of each layer, and for the Jaccard overlap of the NNK graphs of each pair of layers.
+    """Rows for the graph of each layer.
 
     Args:
         layers: layer to its neighbourhoods.
@@ -283,10 +288,22 @@ def graph_records(
     for layer, found in layers.items():
         place = {**common, "layer": layer, "depth": depths[layer], "view": "clean", "n": len(found.ids)}
         rows += [record(**place, metric=name, value=value) for name, value in found.statistics.items()]
-    graphs = torch.stack([found.nnk_ids.cpu() for found in layers.values()])
-    overlap = jaccard(graphs, graphs).tolist()
-    for layer, values in zip(layers, overlap, strict=True):
-        for other, value in zip(layers, values, strict=True):
+    return rows
+
+
+def jaccard_records(
+    graphs: Mapping[str, Int64[Tensor, "N k"]], depths: Mapping[str, float], **common: Any
+) -> list[dict[str, Any]]:
+    """Rows for the Jaccard overlap of the NNK graphs of each pair of layers.
+
+    Args:
+        graphs: layer to its NNK neighbours.
+        depths: layer to depth.
+        common: what all rows share.
+    """
+    rows, stacked = [], torch.stack(list(graphs.values()))
+    for layer, values in zip(graphs, jaccard(stacked, stacked).tolist(), strict=True):
+        for other, value in zip(graphs, values, strict=True):
             pair = {"layer": layer, "layer_other": other, "depth": depths[layer], "depth_other": depths[other]}
             rows.append(
                 record(
@@ -295,7 +312,7 @@ def graph_records(
                     model_other=common["model"],
                     metric="nnk_jaccard",
                     view="clean",
-                    n=graphs.shape[1],
+                    n=stacked.shape[1],
                     value=value,
                 )
             )
