@@ -18,7 +18,7 @@ demo: .venv/installed
 test: lint
 	$(PYTEST)
 
-check: lint  # for frequent use while writing: unit tests without those that compile or start an interpreter
+check: lint  # for frequent use while writing: unit tests without simulations, compiling or a new interpreter
 	$(PYTEST) tests/unit -m "not slow"
 
 lint: .venv/installed

@@ -52,6 +52,7 @@ def misses(found, repetitions: int, at_most: float = TARGET[1]) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "images", "repetitions", "options"),
     [

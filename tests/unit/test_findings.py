@@ -145,6 +145,7 @@ class TestOfThreeKinds:
 # -- what a verdict must not be helped by ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), runs=st.sampled_from([1, 3]), spread=st.sampled_from([0.02, 0.3]))
 def test_an_untrained_network_never_turns_a_contradiction_into_support(seed: int, runs: int, spread: float) -> None:
@@ -419,6 +420,7 @@ ALONE, ONE_EACH, THREE_EACH = {"s": 1, "t": 1}, {"s": 1, "t": 1, "u": 1}, {"s": 
 UNEQUAL = [{"s": 5, "t": 1}, {"s": 5, "t": 1, "u": 1}, {"s": 1, "t": 3, "u": 1}, {"s": 5, "t": 5, "u": 1}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "images", "seeds", "baseline"),
     [

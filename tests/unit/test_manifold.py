@@ -394,6 +394,7 @@ def test_pairs_that_have_one_number_between_them_count_once() -> None:
     assert float(error) == pytest.approx(float(each.std(correction=0)) / 500**0.5)
 
 
+@pytest.mark.slow
 def test_errors_of_semantic_manifolds_are_those_of_other_samples() -> None:
     """256 images of ten classes, drawn 60 times; as if independent, affinities would be covered 4 times in 5."""
     fixed = torch.Generator().manual_seed(1)

@@ -111,6 +111,7 @@ def test_layers_that_do_not_exist_are_told_with_their_option(measurement: type[M
         measurement(layers=["pooled", "layer9"]).requests(Subject.of(SimCLR(**SMALL)))  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 def test_training_images_are_one_pass_too(tmp_path: Path) -> None:
     method, calls = SimCLR(**SMALL), []
     method.backbone.register_forward_hook(lambda *_: calls.append(method.training))
@@ -134,6 +135,7 @@ class Elsewhere(L.Callback):
             weight.data.copy_(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train_images", "precision", "options", "callbacks", "validations", "shared"),
     [
@@ -184,6 +186,7 @@ def test_nearest_neighbours_and_probes_share_a_pass_over_training_images(
     assert all(map(torch.equal, method.state_dict().values(), other.state_dict().values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager"])
 def test_online_probes_hear_a_compiled_network(tmp_path: Path, backend: str) -> None:
     banks = []

@@ -41,6 +41,7 @@ def test_the_null_does_not_depend_on_how_images_come_in_batches():
     torch.testing.assert_close(permuted_cka([x], [y], 16, 5), permuted_cka(*halves, 16, 5), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_unrelated_networks_are_rejected_as_often_as_the_level_says_and_the_search_has_its_own_null():
     repetitions, level = 300, 0.1
     rejected = torch.zeros(3)

@@ -58,6 +58,7 @@ def test_noise_is_found_no_more_often_than_the_level_says() -> None:
     assert np.mean(found) < 0.2
 
 
+@pytest.mark.slow
 def test_seeds_of_recipes_predict_nothing_under_the_null() -> None:
     """Metrics and results that have nothing to do with each other, of seven recipes of two seeds each."""
     q2, single, best, apart = [], [], [], []
