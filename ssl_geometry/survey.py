@@ -11,6 +11,8 @@ aggregation are ours, after Cosentino et al. 2022.
 """
 
 import json
+import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +73,8 @@ SOURCES: Sources = {
     "spectrum.copies": {"spectrum.copies": unchanged},
 }
 """Options of the monitors that measured the same."""
+WORKING_BYTES = 24
+"""For each image and feature of the layer that is measured: three copies in float64 next to what is kept of all."""
 LEAST_OF_A_CLASS = 3
 """Images of a class with fewer have no two neighbours, and no manifold."""
 
@@ -128,7 +132,7 @@ def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[st
 
     Args:
         model: its layers are those that the options ask for.
-        room: bytes that features may take.
+        room: bytes that it may take.
         options: of the command.
 
     Returns:
@@ -141,11 +145,12 @@ def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[st
     widths = layer_widths(subject, subject.layers(layers, option=options.layers_option), options.data.image_shape)
     each = options.data.measure_size * sum(measurement.kept_bytes for measurement in _measurements(layers, options))
     widest = max(widths, key=widths.__getitem__)
+    room -= WORKING_BYTES * options.data.measure_size * widths[widest]
     if each * widths[widest] > room:
         raise UserError(
             f"--data.measure_size {options.data.measure_size}: layer {widest} of {model.name} keeps "
-            f"{as_size(each * widths[widest])} of features, {as_size(room)} may be taken on {options.device}; measure "
-            "fewer images, fewer --neighbors.settings, or on another --device"
+            f"{as_size(each * widths[widest])} of features, {as_size(max(room, 0))} may be taken on {options.device}; "
+            "measure fewer images, fewer --neighbors.settings, or on another --device"
         )
     groups: list[list[str]] = [[]]
     sizes = [0]
@@ -158,13 +163,21 @@ def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[st
     return groups, max(sizes)
 
 
-def _plan(networks: Mapping[str, Loaded], options: Any, console: Console) -> dict[str, list[list[str]]]:
-    """The groups of layers of every model, as the free memory of all processes allows; says how much they take."""
-    room = MOST_OF_FREE * min(of_each(free_memory(options.device)))
+def _room(options: Any) -> float:
+    """Bytes that a model may take in each process; every process must call it, outside of :func:`together`."""
+    found = of_each((platform.node(), free_memory(options.device)))
+    free = min(free for _, free in found)
+    if options.device == "cpu":  # whose memory the processes of a machine share
+        free /= max(Counter(host for host, _ in found).values())
+    return MOST_OF_FREE * free / min(len(found), 2)  # several hold their own features next to those of all
+
+
+def _plan(networks: Mapping[str, Loaded], room: float, options: Any, console: Console) -> dict[str, list[list[str]]]:
+    """The groups of layers of every model; says how much they take."""
     plans = {name: layer_groups(model, room, options) for name, model in networks.items()}
     largest = max(plans, key=lambda name: plans[name][1])
-    said = f"kept of one model after another: at most {as_size(plans[largest][1])} of features of {largest}"
-    console.print(said, highlight=False, soft_wrap=True)
+    line = f"kept of one model after another: at most {as_size(plans[largest][1])} of features of {largest}"
+    console.print(line, highlight=False, soft_wrap=True)
     for name, (groups, _) in plans.items():
         if len(groups) > 1:
             console.print(
@@ -409,7 +422,9 @@ def survey(args: Sequence[str]) -> Path:
             )
         options.k = candidates("--neighbors.k", options.neighbors.k, data)
         _report_small_classes(options, data, console)
-        plans = _plan(networks, options, console)
+    room = _room(options)
+    with together(options):
+        plans = _plan(networks, room, options, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_geometry import compare
 from ssl_geometry.cli import run_command
+from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure import Neighborhoods
 from ssl_geometry.measure.processes import agreeing
@@ -61,8 +62,8 @@ def compared(rank: int, world_size: int, args: list[str], in_files: bool = False
         return ended(compare.compare, [*args, f"--devices={world_size}"])
 
 
-def mistaken(rank: int, world_size: int, command: Any, args: list[str], cut_short: bool) -> Ended:
-    """Of the second process alone where an image is cut short."""
+def mistaken(rank: int, world_size: int, command: Any, args: list[str], cut_short: bool, unread: bool = False) -> Ended:
+    """Of the second process alone where an image is cut short, in the pass or before it."""
 
     def update(*batch: Any) -> None:
         raise UserError("image 7: cut short")
@@ -74,6 +75,8 @@ def mistaken(rank: int, world_size: int, command: Any, args: list[str], cut_shor
         if cut_short and rank == 1:
             for measurement in (Kept, Neighborhoods):
                 patch.setattr(measurement, "update", update)
+        if unread and rank == 1:
+            patch.setattr(DataModule, "setup", update)
         return ended(command, [*args, f"--devices={world_size}"])
 
 
@@ -121,6 +124,16 @@ def test_a_mistake_is_one_line_of_the_first_process(
     assert line in said
     assert first[0] == 2
     assert {(code, out + err) for code, out, err in others} == {(2, "")}
+
+
+@pytest.mark.parametrize("command", [compare.compare, survey, probe])
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_what_one_process_cannot_read_ends_all(ranks: Ranks, tmp_path: Path, command: Any) -> None:
+    """Before anything is measured, when memory is asked for as well."""
+    first, *others = ranks(mistaken, command, [*IMAGES, f"--out={tmp_path}"], False, True)
+    assert [line for line in first[2].splitlines() if line.startswith("error:")] == ["error: image 7: cut short"]
+    assert {code for code, _, _ in (first, *others)} == {2}
+    assert {out + err for _, out, err in others} == {""}
 
 
 @pytest.mark.parametrize("command", [compare.compare, survey, probe])

@@ -483,11 +483,11 @@ def test_memory_is_announced_and_is_what_metrics_keep(
     survey([*args, f"--out={tmp_path / 'out'}", "--neighbors.settings=[policy, crop]"])
     assert f"at most {sum(kept) / 2**20:,.1f} MiB of features of simclr" in capsys.readouterr().out
     whole = read_records(tmp_path / "out")
-    monkeypatch.setattr(command, "free_memory", lambda device: sum(kept))  # of which a share may be taken
+    monkeypatch.setattr(command, "free_memory", lambda device: 1.2 * sum(kept))  # of which a share may be taken
     survey([*args, f"--out={tmp_path / 'passes'}", "--neighbors.settings=[policy, crop]"])
     assert "of memory may be taken, so its layers are measured in 2 passes" in capsys.readouterr().out
     assert sum(kept) == 2 * sum(kept[:2])
-    assert max(sum(kept[2:4]), sum(kept[4:])) <= 0.9 * sum(kept[:2])
+    assert max(sum(kept[2:4]), sum(kept[4:])) <= 0.7 * sum(kept[:2])
     keys = ["metric", "view", "layer", "layer_other", "low"]
     frames = [frame.sort_values(keys, ignore_index=True) for frame in (whole, read_records(tmp_path / "passes"))]
     pd.testing.assert_frame_equal(frames[1].drop(columns="run"), frames[0].drop(columns="run"), check_exact=True)
