@@ -40,7 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models import build_backbone
-from ssl_geometry.models.taps import Taps, layer_names
+from ssl_geometry.models.layers import layer_names
+from ssl_geometry.models.taps import Taps
 
 PEERS = ("torch-cka", "pytorch-cka", "cka-pytorch", "ckatorch")
 OURS = {"ours, Gram 64": 64, "ours, Gram 256": 256}

@@ -255,7 +255,8 @@ class Step:
         from ssl_geometry.measure.subject import Subject
         from ssl_geometry.methods import SimCLR
         from ssl_geometry.metrics import ProbeBank
-        from ssl_geometry.models.taps import Taps, layer_names
+        from ssl_geometry.models.layers import layer_names
+        from ssl_geometry.models.taps import Taps
 
         torch.manual_seed(0)
         self.device = args.device
@@ -428,7 +429,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     from ssl_geometry.measure.requests import GramVector, Request, pooled
     from ssl_geometry.measure.subject import Subject
     from ssl_geometry.methods import SimCLR
-    from ssl_geometry.models.taps import layer_names
+    from ssl_geometry.models.layers import layer_names
 
     method = SimCLR(backbone="resnet10" if args.tiny else "resnet50", image_size=32, compile=False).to(args.device)
     images = batch_of(32, 16 if args.tiny else 256, args.device)

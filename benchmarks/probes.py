@@ -28,7 +28,8 @@ from ssl_geometry.measure.requests import pooled
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import ProbeBank
-from ssl_geometry.models.taps import Taps, layer_names
+from ssl_geometry.models.layers import layer_names
+from ssl_geometry.models.taps import Taps
 
 
 def layer(number: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import check_nodes, check_torchrun, memory_for_measuring
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.measure.processes import agreeing, is_agreed
-from ssl_geometry.models.taps import layer_names, present
+from ssl_geometry.models.layers import layer_names, present
 from ssl_geometry.ranges import at_least
 from ssl_geometry.runs.networks import config_of_spec, network_names, split_seeds
 from ssl_geometry.runs.slurm import plugins_of_a_shell, processes_started, this_task, trainer_options

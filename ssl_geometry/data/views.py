@@ -23,7 +23,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from ssl_geometry.data.augmentations import OPS, PER_NUMBER, PER_SAMPLE, Blur, Crop, Op, Params, hashed, stream_key
+from ssl_geometry.data.augmentations import OPS
+from ssl_geometry.data.geometric import Crop
+from ssl_geometry.data.operation import Op, Params
+from ssl_geometry.data.photometric import Blur
+from ssl_geometry.data.random_numbers import PER_NUMBER, PER_SAMPLE, hashed, stream_key
 from ssl_geometry.errors import UserError, nearest
 
 Augment = str | dict[str, Any] | list[Any]

@@ -21,7 +21,8 @@ from torch import Tensor
 from ssl_geometry.geometry.chunks import over_chunks
 from ssl_geometry.geometry.duplicates import row_keys
 from ssl_geometry.geometry.neighbors import nearest
-from ssl_geometry.geometry.nnk import NNK, RESOLUTION, solve_cosine
+from ssl_geometry.geometry.nnk import RESOLUTION
+from ssl_geometry.geometry.nnk_solver import NNK, solve_cosine
 from ssl_geometry.geometry.vectors import centered, products, vector_lengths
 
 DIRECTIONS = 0.1

@@ -26,7 +26,8 @@ from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.measure.processes import this_process, warned_once
 from ssl_geometry.measure.requests import Reduced, Reduction, Request, Split, pooled
 from ssl_geometry.measure.subject import Subject
-from ssl_geometry.models.taps import Taps, evaluating
+from ssl_geometry.models.evaluating import evaluating
+from ssl_geometry.models.taps import Taps
 from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol
 
@@ -374,7 +375,7 @@ def forward_pass(
 
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
-    """:func:`~ssl_geometry.models.taps.evaluating`, no gradients, full float32, kernels that no timing chooses.
+    """:func:`~ssl_geometry.models.evaluating.evaluating`, no gradients, full float32, kernels that no timing chooses.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen

@@ -21,7 +21,8 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.dimension import DISCARD
 from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
 from ssl_geometry.geometry.neighbors import EXACT_ROWS, PROBED, RANKING
-from ssl_geometry.geometry.nnk import ACTIVE, COARSE, INDEPENDENT, OPTIMAL, RESOLUTION
+from ssl_geometry.geometry.nnk import COARSE, RESOLUTION
+from ssl_geometry.geometry.nnk_solver import ACTIVE, INDEPENDENT, OPTIMAL
 from ssl_geometry.geometry.overlap import ALIKE, NEAREST, jaccard, mutual_knn
 from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.requests import Reduced, Request, pooled

@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_geometry.data.views import Augment, View
 from ssl_geometry.errors import UserError, first_line
-from ssl_geometry.models.taps import evaluating, layer_depths, layer_names, present
+from ssl_geometry.models.evaluating import evaluating
+from ssl_geometry.models.layers import layer_depths, layer_names, present
 
 HOW_IT_SEES = (
     "clean: how {} sees an image is not known; give "
@@ -210,7 +211,7 @@ class Subject:
     def layers(
         self, chosen: str | Sequence[str] | None, default: str | Sequence[str] = "all", option: str = "layers"
     ) -> tuple[str, ...]:
-        """Names of layers in forward order; see :func:`~ssl_geometry.models.taps.layer_names`.
+        """Names of layers in forward order; see :func:`~ssl_geometry.models.layers.layer_names`.
 
         Args:
             chosen: presets, names and globs; None takes those of the default that the network has.
@@ -221,7 +222,7 @@ class Subject:
         return tuple(layer_names(self.network, patterns, option, example=self._example))
 
     def depths(self, layers: Sequence[str]) -> dict[str, float]:
-        """Layer to relative depth; see :func:`~ssl_geometry.models.taps.layer_depths`."""
+        """Layer to relative depth; see :func:`~ssl_geometry.models.layers.layer_depths`."""
         return layer_depths(self.network, layers)
 
     def seen(

@@ -12,7 +12,8 @@ from torch import Tensor
 from ssl_geometry.geometry import manifold as module
 from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metrics, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
-from ssl_geometry.geometry.nnk import NNK, nnk
+from ssl_geometry.geometry.nnk import nnk
+from ssl_geometry.geometry.nnk_solver import NNK
 
 NAMES = ["neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random"]
 

@@ -11,9 +11,11 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from ssl_geometry.geometry import nnk as module
+from ssl_geometry.geometry import nnk_solver as solver
 from ssl_geometry.geometry.chunks import over_chunks
 from ssl_geometry.geometry.neighbors import nearest as neighbors_of
-from ssl_geometry.geometry.nnk import nnk, nnk_graph, solve, solve_cosine
+from ssl_geometry.geometry.nnk import nnk, nnk_graph
+from ssl_geometry.geometry.nnk_solver import solve, solve_cosine
 
 KINDS = ["isotropic", "correlated", "positive", "duplicates", "near duplicates", "ties", "tight"]
 
@@ -210,7 +212,7 @@ def test_the_certificate_is_relative_to_the_spread(spread: float) -> None:
     features = close_together(spread, torch.ones(64)).double()
     unit = torch.nn.functional.normalize(features, dim=1)
     apart = unit[1:51] - unit[0]
-    problem = module._Differences.of((apart @ apart.T)[None], torch.ones(1, 50, dtype=torch.bool))
+    problem = solver.CosineProblem.of((apart @ apart.T)[None], torch.ones(1, 50, dtype=torch.bool))
     nearest = torch.zeros(1, 50, dtype=torch.float64)
     nearest[0, problem.near.argmin()] = 1 - problem.near.min() / 4
     assert float(problem.certified(nearest).residual) > 1e-3
@@ -352,8 +354,8 @@ def test_equal_points_explain_each_other_without_error() -> None:
 
 def test_no_more_than_a_chunk_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    sweep = module._lawson_hanson
-    monkeypatch.setattr(module, "_lawson_hanson", lambda a, b: sizes.append(len(b)) or sweep(a, b))
+    sweep = solver._lawson_hanson
+    monkeypatch.setattr(solver, "_lawson_hanson", lambda a, b: sizes.append(len(b)) or sweep(a, b))
     features = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
     ids = torch.randint(1000, (1000, 10), generator=torch.Generator().manual_seed(1))
     for chunk, most in ((64, 64), (None, 256)):
@@ -417,10 +419,10 @@ def test_a_spoilt_answer_is_sought_again_and_never_returned(monkeypatch: pytest.
     x = cloud("correlated", 20, 30, 10, np.random.default_rng(0))
     expected = nnk(*as_tensors(x))
     wrong = lambda table, inside: torch.full(inside.shape, 0.1, dtype=torch.float64)  # noqa: E731
-    monkeypatch.setattr(module, "_lawson_hanson", wrong)
+    monkeypatch.setattr(solver, "_lawson_hanson", wrong)
     again = nnk(*as_tensors(x))  # a warning would be an error here
     torch.testing.assert_close(again.weights, expected.weights, rtol=1e-6, atol=1e-8)
-    monkeypatch.setattr(module, "_scipy", lambda matrix, side: torch.zeros_like(matrix[0]))
+    monkeypatch.setattr(solver, "_scipy", lambda matrix, side: torch.zeros_like(matrix[0]))
     with pytest.warns(UserWarning, match=r"20 of 20 NNK problems miss the tolerance of 1e-06"):
         assert float(nnk(*as_tensors(x)).residual.min()) > 1e-6
 

@@ -34,7 +34,7 @@ from ssl_geometry.measure.frozen import (
 from ssl_geometry.measure.probes import Probes, check_images, highest_decay, probe_rows
 from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.metrics import ProbeBank
-from ssl_geometry.models.taps import layer_names
+from ssl_geometry.models.layers import layer_names
 from ssl_geometry.probe import _reason
 
 CLASSES, N, WIDTH = 5, 600, 20

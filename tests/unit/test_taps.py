@@ -22,7 +22,8 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.gram import pool
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.models import build_backbone
-from ssl_geometry.models.taps import Taps, layer_depths, layer_names, present
+from ssl_geometry.models.layers import layer_depths, layer_names, present
+from ssl_geometry.models.taps import Taps
 
 STAGES = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
 

@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_geometry.data import views
-from ssl_geometry.data.augmentations import OPS, uniform
+from ssl_geometry.data.augmentations import OPS
+from ssl_geometry.data.random_numbers import uniform
 from ssl_geometry.data.views import View
 from ssl_geometry.errors import UserError
 from tests.fake_cuda import FakeCuda

@@ -1,0 +1,78 @@
+"""The base of all random operations on batches of images.
+
+Images are float32 in [0, 1]. Each operation gives what ``torchvision.transforms.v2.functional`` gives for the same
+parameters; one that skips an image (``p``) acts with its identity parameters: shapes never depend on random numbers,
+and nothing waits for the device.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ssl_geometry.errors import UserError
+
+Params = dict[str, Tensor]
+"""Parameters of one operation: name -> tensor with one row an image."""
+
+
+def per_image(values: Tensor) -> Tensor:
+    """(B,) -> (B,1,1,1), to meet images."""
+    return values[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One random operation on a batch of images.
+
+    Args:
+        size: side of the view in pixels.
+    """
+
+    name: ClassVar[str]
+    n: ClassVar[int]
+    """How many random numbers an image takes."""
+
+    size: int
+
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """Random numbers -> parameters, one row an image. They do not depend on the images' size."""
+        raise NotImplementedError
+
+    def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 h w"]:
+        """The operation with these parameters; images float32 in [0, 1]."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, in plain types."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "size"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def _check(self, option: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"augment: {self.name}.{option} is {getattr(self, option)!r}, expected {expected}")
+
+    def _check_number(self, option: str, most: float) -> None:
+        value = getattr(self, option)
+        self._check(option, isinstance(value, int | float) and 0 <= value <= most, f"a number in [0, {most}]")
+
+    def _check_range(self, option: str, most: float) -> None:
+        value = getattr(self, option)
+        ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+        self._check(option, ok and 0 < value[0] <= value[1] <= most, f"[low, high] in (0, {most}]")
+
+
+@dataclass(frozen=True)
+class Sometimes(Op):
+    """An operation that skips an image with probability 1 - ``p``: its first random number decides."""
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check_number("p", 1)
+
+    def acts(self, u: Float[Tensor, "B n"]) -> Bool[Tensor, " B"]:
+        """Which images it does not skip."""
+        return u[:, 0] < self.p
