@@ -45,13 +45,14 @@ from ssl_geometry.networks import (
     by_turns,
     chosen_layers,
     launch,
-    measuring_progress,
+    naming,
     networks_parser,
     parse_networks,
     said_once,
     together,
     unchanged,
 )
+from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.comparison import draw, draw_training
@@ -128,7 +129,9 @@ def measure_network(
     invariance = Invariance(names, gram_size=options.gram_size, views=views)
     task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
     occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
-    _, found = measure_together([kept, invariance], occasion, lambda: progress.advance(task), lambda: together(options))
+    _, found = measure_together(
+        [kept, invariance], occasion, lambda: progress.advance(task), lambda: together(options, name)
+    )
     errors = torch.cat([metric.deviations().T for _, _, metric in invariance.metrics])  # in the order of the rows
     if fabric.is_global_zero:
         store.write(f"layers/{name}", found.rows, found.protocols)
@@ -197,11 +200,9 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
         A figure, two rows per image.
     """
     assert network.features is not None
-    try:
+    with naming(network.name):
         found = nearest(network.features, k=min(CANDIDATES, len(network.features) - 1))
         chosen = nnk(network.features, found.ids[list(numbers)], network.features[list(numbers)])
-    except ValueError as error:
-        raise UserError(f"--show_neighbors: {network.name}: {error}") from error
     blank = (np.full((*data.image_shape[1:], 3), 255, np.uint8), "", False)
 
     def tile(image: int, text: str, framed: bool = False) -> tuple[np.ndarray, str, bool]:
@@ -322,7 +323,7 @@ def compare(args: Sequence[str]) -> Path:
             shutil.rmtree(store.directory, ignore_errors=True)
     measured: list[Network] = []
     protocols = {}
-    with measuring_progress(fabric) as progress:
+    with progress_bar(shown=fabric.is_global_zero) as progress:
         for name in list(networks):
             model = networks.pop(name)  # one network at a time on the device
             method = model.method
@@ -330,7 +331,7 @@ def compare(args: Sequence[str]) -> Path:
             protocols[name] = cka_protocol(data, options.gram_size, Subject.of(method), {"clean": "clean"})
             shown = _shown_layer(list(widths[name]), options)
             kept = Kept(widths[name], options.gram_size, options.k, shown, folder)
-            with together(options):
+            with together(options, name):
                 method.to(fabric.device)
                 measured.append(measure_network(model, kept, options, store, fabric, progress))
             del model, method

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 
 import lightning as L
@@ -45,6 +46,8 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         return _lost(error.__cause__ or error, run, checkpoint_at_start)
     if isinstance(error, UserError):
         return error
+    if isinstance(error, ValueError) and _is_of_numbers(error):
+        return UserError(words)
     if data_worker_died(error):
         reason = words.partition(NEWLINE)[0].rstrip(" .")
         message = f"a DataLoader worker died ({reason}): if memory ran out, lower --data.num_workers"
@@ -62,6 +65,12 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
     if trainer.world_size > 1 and re.search(LOST, words):
         return _lost(error, run, checkpoint_at_start)
     return error
+
+
+def _is_of_numbers(error: BaseException) -> bool:
+    """Whether a metric raised it, such as one of an evaluation: of features that are not finite."""
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "".join(modules[-1:]).startswith(("ssl_geometry.geometry.", "ssl_geometry.metrics."))
 
 
 def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Exception:

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -17,19 +17,7 @@ import lightning as L
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning_utilities.core.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 from torch import nn
-from typing_extensions import override
 
 from ssl_geometry.cli import Parser
 from ssl_geometry.data.datamodule import DataModule
@@ -253,24 +241,6 @@ def _speak_and_end(observer: _ChildProcessObserver) -> None:
     os._exit(ExitCode.MISTAKE)
 
 
-class _Rate(ProgressColumn):
-    """Steps per second, once there are two."""
-
-    @override
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
-
-def measuring_progress(fabric: L.Fabric) -> Progress:
-    """A progress bar with rate and time left, which the first process shows on standard error.
-
-    Args:
-        fabric: of :func:`launch`.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True, quiet=not fabric.is_global_zero))
-
-
 def said_once(command: Callable[P, T]) -> Callable[P, T]:
     """A command whose mistakes all of its processes find: the first one says so, and all end with its code.
 
@@ -292,17 +262,36 @@ def said_once(command: Callable[P, T]) -> Callable[P, T]:
 
 
 @contextmanager
-def together(options: Any) -> Iterator[None]:
+def together(options: Any, network: str | None = None) -> Iterator[None]:
     """A part of a command that all processes come to the end of, or none; see :func:`agreeing`.
 
     Args:
         options: of the command.
+        network: the one that is measured in it, see :func:`naming`.
 
     Raises:
         UserError: a mistake in any of them, or memory that is full.
     """
-    with agreeing(), memory_for_measuring(options):
+    with agreeing(), memory_for_measuring(options), naming(network) if network else nullcontext():
         yield
+
+
+@contextmanager
+def naming(network: str) -> Iterator[None]:
+    """What metrics cannot compute of a network, such as features that are not finite, is one line that names it.
+
+    Args:
+        network: its name.
+
+    Raises:
+        UserError: in place of a metric's ``ValueError``.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--models {network}: {error}") from error
 
 
 def by_turns(do: Callable[[], T], options: Any, fabric: L.Fabric) -> T:

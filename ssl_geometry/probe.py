@@ -64,13 +64,13 @@ from ssl_geometry.networks import (
     by_turns,
     chosen_layers,
     launch,
-    measuring_progress,
     networks_parser,
     parse_networks,
     said_once,
     together,
     unchanged,
 )
+from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.probes import FIGURE, PIXELS, draw, tables
@@ -401,7 +401,7 @@ def probe(args: Sequence[str]) -> Path:
     store = RecordStore(out / "records")
     protocol_of: dict[str, dict[str, Protocol]] = {}
     failed: dict[str, str] = {}
-    with measuring_progress(fabric) as progress:
+    with progress_bar(shown=fabric.is_global_zero) as progress:
         for name in list(networks):
             model = networks.pop(name)  # one network at a time on the device
             try:

@@ -43,7 +43,7 @@ from ssl_geometry.networks import (
     by_turns,
     chosen_layers,
     launch,
-    measuring_progress,
+    naming,
     networks_parser,
     parse_networks,
     said_once,
@@ -51,6 +51,7 @@ from ssl_geometry.networks import (
     unchanged,
 )
 from ssl_geometry.prediction import LEAST_MODELS, UNTRAINED, predict, read_targets, recipes_of, task_text
+from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.models import (
@@ -101,17 +102,17 @@ def survey_model(
     rows: list[dict[str, Any]] = []
     protocols: list[Protocol] = []
     graphs: dict[str, Tensor] = {}
-    try:
+    with naming(name):
         for layers in groups:
             measurements = _measurements(layers, options)
             for measurement in measurements:
                 measurement.prepare(subject, data)
-            found = measure_together(measurements, occasion, lambda: progress.advance(task), lambda: together(options))
+            found = measure_together(
+                measurements, occasion, lambda: progress.advance(task), lambda: together(options, name)
+            )
             graphs |= measurements[0].graphs
             rows += [row for measured in found for row in measured.rows]
             protocols = [protocol for measured in found for protocol in measured.protocols]
-    except ValueError as error:
-        raise UserError(f"--models {name}: {error}") from error
     progress.remove_task(task)
     if len(groups) > 1:  # pairs of layers, over all groups
         common = {**occasion.columns, "protocol": protocols[0].hash}
@@ -429,7 +430,7 @@ def survey(args: Sequence[str]) -> Path:
     store, notes = RecordStore(out / "records"), out / "models.json"
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
-    with measuring_progress(fabric) as progress:
+    with progress_bar(shown=fabric.is_global_zero) as progress:
         overall = progress.add_task("all models", total=len(networks))
         for name in list(networks):
             model = networks.pop(name)  # one network at a time on the device

@@ -130,7 +130,7 @@ class GeometryMonitor(L.Callback):
         self._prepare(self.subject(pl_module, self.name or run_name(trainer)), trainer, pl_module)
 
     def _prepare(self, subject: Subject, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._subject = subject
+        self._subject, self._parameters = subject, list(subject.network.parameters())
         for measurement in self._due:
             measurement.check(self._subject)
             measurement.prepare(self._subject, self._images)
@@ -165,7 +165,9 @@ class GeometryMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """And learn from it."""
+        """And learn from it; a network that took the place of another is heard from the next step on."""
+        if any(probes.silent for probes in self._probes):
+            self._follow(trainer, pl_module)
         for probes in self._probes:
             probes.step_ends(batch)
 
@@ -207,9 +209,11 @@ class GeometryMonitor(L.Callback):
     def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A module may have got another network since it was last looked at."""
         subject = self.subject(pl_module, self._subject.name)
-        if list(map(id, subject.network.parameters())) != list(map(id, self._subject.network.parameters())):
+        if list(map(id, subject.network.parameters())) != list(map(id, self._parameters)):
             logger.info(f"{subject.name}: the module has another network than before, which is measured from now on")
             self._prepare(subject, trainer, pl_module)
+            for probes in self._probes:
+                probes.hear(subject)
 
     def _due_at(self, trainer: L.Trainer, epoch: int) -> list[Measurement]:
         last = is_last(trainer, epoch)

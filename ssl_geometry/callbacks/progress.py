@@ -6,9 +6,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
 from ssl_geometry.callbacks.monitor import monitors
+from ssl_geometry.progress import progress_bar
 
 
 class FitProgress(ProgressBar):
@@ -41,15 +42,7 @@ class FitProgress(ProgressBar):
         self._first_step = trainer.global_step
         self._done = 0
         if self._enabled and self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=self._console,
-            )
+            self._progress = progress_bar(TextColumn("{task.fields[figures]}"), console=self._console)
             steps = int(trainer.estimated_stepping_batches)
             self._task = self._progress.add_task("epoch 1", total=steps, completed=trainer.global_step, figures="")
             self._progress.start()

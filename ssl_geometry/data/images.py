@@ -17,11 +17,11 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from jaxtyping import Int64, UInt8
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from ssl_geometry.errors import UserError, first_line
+from ssl_geometry.progress import progress_bar
 
 T = TypeVar("T")
 AnyImage = TypeVar("AnyImage", PIL.Image.Image, Tensor)
@@ -335,20 +335,17 @@ def size_text(shape: Sequence[int]) -> str:
 def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, title: str | None) -> Iterator[T]:
     """``work`` of every row, in order; a progress bar named ``title`` appears after two seconds."""
     start = time.monotonic()
-    done = 0
     shown = False
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns)
-    task = progress.add_task("", total=len(rows))
+    progress = progress_bar()
+    task = progress.add_task(f"{title} images", total=len(rows))
     chunks = [rows[i : i + 64] for i in range(0, len(rows), 64)]  # one an image costs small ones as much again
     with ThreadPoolExecutor(threads) as pool:
         try:
             for results in pool.map(lambda chunk: [work(row) for row in chunk], chunks):
-                done += len(results)
-                if title and (seconds := time.monotonic() - start) > 2:
+                progress.advance(task, len(results))
+                if title and not shown and time.monotonic() - start > 2:
                     progress.start()
                     shown = True
-                    progress.update(task, completed=done, description=f"{title} images, {done / seconds:.0f}/s")
                 yield from results
         finally:
             if shown:  # else it ends with an empty line all the same

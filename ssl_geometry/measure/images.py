@@ -4,6 +4,7 @@ They are kept in memory as uint8, in one fixed random order, and every process t
 depend neither on the number of processes nor on who measures.
 """
 
+import itertools
 import multiprocessing as mp
 import os
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ import numpy as np
 import PIL.Image
 import torch
 from jaxtyping import Int64, UInt8
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
@@ -28,6 +28,7 @@ from ssl_geometry.data.sources import FIXED
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.processes import this_process
 from ssl_geometry.measure.requests import Split
+from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import at_least, check_argument, check_arguments
 
 FEW = 512
@@ -262,8 +263,9 @@ def _read(
     )
     images: list[Tensor] = []
     labels: list[int | None] = []
-    for part in track(loader, f"reading {count:,} images", transient=True, disable=count <= FEW):
-        for item in part:
+    with progress_bar(shown=count > FEW, transient=True) as progress:
+        task = progress.add_task("reading images", total=count)
+        for item in itertools.chain.from_iterable(loader):
             if isinstance(item, UserError):
                 raise item
             image, label = item
@@ -275,6 +277,7 @@ def _read(
                     "give an image_size to bring all to one"
                 )
             images.append(image)
+            progress.advance(task)
     known = [label for label in labels if label is not None]
     if len(known) == count:  # those of a target_transform, where the data set has one
         return torch.stack(images), torch.tensor(known)

@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.progress import Progress
 from torch import nn
 
 from ssl_geometry.data.views import View
@@ -25,6 +24,7 @@ from ssl_geometry.measure.engine import (
 )
 from ssl_geometry.measure.processes import agreeing, this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
+from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import LONGEST_NAME, check_argument
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.live import curve_rows, live_figures
@@ -144,7 +144,7 @@ def measure(
                 measurement.add_reference(reference, images, subject)
     asked = [request for measurement in measurements for request in measurement.requests(subject)]
     total = sum(len(images.loader(*part)) for part in splits(asked))
-    with Progress(transient=True, disable=this_process()[0] > 0) as progress:
+    with progress_bar(shown=this_process()[0] == 0, transient=True) as progress:
         task = progress.add_task(f"measuring {name}", total=total)
         found = measure_together(
             measurements, Occasion(subject, images, name), lambda: progress.advance(task), agreeing

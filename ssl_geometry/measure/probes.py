@@ -203,7 +203,8 @@ class Probes(Measurement):
         )
 
     def hear(self, subject: Subject) -> None:
-        """From now on, forwards of training steps are heard."""
+        """From now on, forwards of this network's training steps are heard, and of no other's."""
+        self.stop_hearing()
         if self.bank is not None:
             self._taps = Taps(subject.network, list(self._widths), lambda _, output: pooled(output)).__enter__()
 
@@ -211,6 +212,12 @@ class Probes(Measurement):
         """The step's forward is to be heard."""
         if self._taps is not None:
             self._taps.captured = {}
+
+    @property
+    def silent(self) -> list[str]:
+        """Layers that did not run in the step so far."""
+        features = None if self._taps is None else self._taps.captured
+        return [] if features is None else [layer for layer in self._widths if layer not in features]
 
     def step_ends(self, batch: Mapping[str, Tensor]) -> None:
         """One step of all online classifiers on what the network's own step computed.
@@ -220,13 +227,14 @@ class Probes(Measurement):
         """
         if self._taps is None or self.bank is None:
             return
-        features, self._taps.captured = self._taps.captured, None
-        assert features is not None
-        if silent := [layer for layer in self._widths if layer not in features]:
+        if silent := self.silent:
             raise UserError(
                 f"{self.option('layers')} {silent[0]}: it does not run in a training step; leave it out, or set "
                 f"{self.option('online')} false"
             )
+        features, self._taps.captured = self._taps.captured, None
+        if features is None:  # it hears this network since this step
+            return
         with torch.autocast(self.bank.weight.device.type, enabled=False):
             self.bank.step(features, batch["label"], batch["index"])
 

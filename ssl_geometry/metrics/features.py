@@ -13,8 +13,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from ssl_geometry.errors import UserError
-
 
 class LayerFeatures(Metric):
     """Base of metrics whose state is the features of layers.
@@ -73,12 +71,12 @@ class LayerFeatures(Metric):
         """The places of the images in the order of their index.
 
         Raises:
-            UserError: an image fed twice.
+            ValueError: an image fed twice.
         """
         index, order = dim_zero_cat(self.index).sort()
         twice = index[1:][index.diff() == 0]
         if len(twice):
-            raise UserError(f"{self._name}: image {int(twice[0])} was fed twice; feed each index once over all ranks")
+            raise ValueError(f"{self._name}: image {int(twice[0])} was fed twice; feed each index once over all ranks")
         return order
 
     def _features(self, number: int, order: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.classification import check_labels
 from ssl_geometry.geometry.duplicates import row_keys
 from ssl_geometry.geometry.knn import directions_vary, knn_predict
@@ -63,13 +62,13 @@ class KNNAccuracy(Metric):
         Images are ordered by their features: the number does not depend on which rank held them.
 
         Raises:
-            UserError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
+            ValueError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
                 temperature that is not above 0.
         """
         try:
             return self._accuracy()
-        except ValueError as error:  # it is computed while a network trains: one line ends that
-            raise UserError(f"accuracy of {self.k} nearest neighbours: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"accuracy of {self.k} nearest neighbours: {error}") from error
 
     def _accuracy(self) -> Float[Tensor, ""]:
         labels, truth = dim_zero_cat(self.bank_labels), dim_zero_cat(self.query_labels)

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.overlap import mutual_knn, neighbor_ids
 from ssl_geometry.metrics.features import LayerFeatures
 
@@ -24,8 +23,8 @@ class MutualKNN(LayerFeatures):
 
     Raises:
         KeyError: a batch lacks one of the layers.
-        ValueError: a layer has more or fewer images than the index, or another width than before.
-        UserError: an image fed twice, or not more than k images.
+        ValueError: a layer has more or fewer images than the index, or another width than before; an image fed twice,
+            or not more than k images.
 
     References:
         Huh et al., *The Platonic representation hypothesis*, 2024.
@@ -80,7 +79,7 @@ class MutualKNN(LayerFeatures):
         """The neighbours in each layer, and which layers do not vary."""
         order = self._order()
         if len(order) <= self.k:
-            raise UserError(f"{self._name}: k={self.k} neighbours need more than {self.k} images, got {len(order)}")
+            raise ValueError(f"{self._name}: k={self.k} neighbours need more than {self.k} images, got {len(order)}")
         ids, same = [], []
         for number in range(len(self._layers)):
             features = self._features(number, order)

@@ -99,7 +99,7 @@ class Spectrum(LayerFeatures):
         """Each number for each layer, float64; NaN where it cannot be computed.
 
         Raises:
-            UserError: an image fed twice.
+            ValueError: an image fed twice.
         """
         order = self._order()
         rows = []

@@ -7,15 +7,15 @@ A page never measures: run a command that does (fit, compare, probe) first.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
-from rich.progress import track
 
 from ssl_geometry.cli import Parser, run_command
+from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import above, between, check_project
 from ssl_geometry.report.page import RunRecords, fingerprint, read_run, render, smallest_loss, write_page
 from ssl_geometry.report.serve import Server
@@ -80,7 +80,14 @@ def report(args: Sequence[str]) -> Any:
 
 def read(paths: Sequence[Path], console: Console, empty: bool = False, strict: bool = False) -> list[RunRecords]:
     """The records of runs, with a bar where there are many."""
-    return [read_run(path, empty, strict) for path in track(paths, "reading", console=console, disable=len(paths) < 5)]
+    shown = _shown("reading", console, paths) if len(paths) >= 5 else paths
+    return [read_run(path, empty, strict) for path in shown]
+
+
+def _shown(what: str, console: Console, items: Sequence[Any]) -> Iterator[Any]:
+    """The items, with a bar."""
+    with progress_bar(console=console) as progress:
+        yield from progress.track(items, description=what)
 
 
 def serve(paths: Sequence[Path], host: str, port: int, limit: float, console: Console, strict: bool) -> None:
@@ -104,7 +111,7 @@ def to_wandb(paths: Sequence[Path], project: str | None, console: Console, stric
 
     for path in paths:
         read_run(path, strict=strict)
-        sent = upload(path, project, partial(track, description=f"sending {path.name}", console=console))
+        sent = upload(path, project, partial(_shown, f"sending {path.name}", console))
         if sent.folder:
             print(
                 f"{path}: offline, {sent.numbers:,} numbers and figures written; `wandb sync {sent.folder}` sends them"

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.failures import explain
+from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.runs.directory import Run
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +82,26 @@ def test_files_of_text_are_utf8_whatever_the_machine_speaks() -> None:
         calls += [f"{path}: {call}" for call in re.findall(rf"\.(?:read|write)_text{in_brackets}", source)]
     assert len(calls) > 10
     assert [call for call in calls if "encoding=" not in call] == []
+
+
+def test_what_an_evaluation_cannot_compute_ends_training_in_one_line_and_an_error_of_the_program_does_not(
+    tmp_path: Path,
+) -> None:
+    """A metric raises an ordinary error: it knows neither a run nor a user."""
+    trainer: Any = SimpleNamespace(world_size=1)
+    metric = KNNAccuracy(k=1)
+    metric.update_bank(torch.full((3, 2), torch.nan), torch.arange(3))
+    metric.update(torch.ones(2, 2), torch.arange(2))
+    with pytest.raises(ValueError, match="are not finite") as error:
+        metric.compute()
+    assert type(error.value) is ValueError
+    ended = explain(error.value, Run(tmp_path), trainer, None)
+    assert isinstance(ended, UserError)
+    assert str(ended) == "accuracy of 1 nearest neighbours: bank: 3 of 3 vectors are not finite"
+    with pytest.raises(ValueError, match="invalid literal") as error:
+        int("x")
+    for other in (error.value, ValueError("never raised")):
+        assert explain(other, Run(tmp_path), trainer, None) is other
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()], ids=repr)

@@ -10,7 +10,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.knn import directions_vary, knn_predict, knn_vote
 from ssl_geometry.geometry.neighbors import nearest_directions
 from ssl_geometry.metrics import KNNAccuracy
@@ -241,7 +240,7 @@ def test_what_cannot_be_classified_is_told(changed: dict[str, Any], words: str) 
     metric = KNNAccuracy(given["k"], given.get("temperature", 0.07))
     metric.update_bank(given["bank"], given["labels"])
     metric.update(given["queries"], torch.arange(5) % 4)
-    with pytest.raises(UserError, match=words.replace("-1 to 2", "-1 to")):
+    with pytest.raises(ValueError, match=words.replace("-1 to 2", "-1 to")):
         metric.compute()
 
 

@@ -34,6 +34,7 @@ from ssl_geometry.measure.cka import warn_of_few
 from ssl_geometry.measure.engine import as_options, measuring
 from ssl_geometry.measure.requests import Reduced
 from ssl_geometry.methods import Method, SimCLR, Supervised
+from ssl_geometry.metrics.probe_bank import ProbeBank
 from ssl_geometry.records import Protocol, read_records, record
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
@@ -201,6 +202,29 @@ def test_online_probes_hear_a_compiled_network(tmp_path: Path, backend: str) -> 
         banks.append(probes.bank.weight)
     assert banks[0].abs().max() > 0.01
     torch.testing.assert_close(banks[0], banks[1], rtol=1e-3, atol=1e-5)
+
+
+class Replacing(L.Callback):
+    """Replaces the backbone after an epoch."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.before, pl_module.backbone = pl_module.backbone, SimCLR(**SMALL).backbone
+
+
+@pytest.mark.parametrize("every", [1, 3], ids=["measured at once", "in a later epoch"])
+def test_online_probes_hear_the_network_that_takes_the_place_of_another(tmp_path: Path, every: int) -> None:
+    probes, replacing, method = Probes(every_n_epochs=every, layers="pooled"), Replacing(), SimCLR(**SMALL)
+    learned: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = ProbeBank.step
+        patch.setattr(ProbeBank, "step", lambda *args: learned.append(step(*args) is None))
+        run(tmp_path, [probes], epochs=3, method=method, callbacks=[replacing])
+    assert len(learned) == 6 - (every == 3), "one that is replaced unnoticed costs the probes a step"
+    assert probes.bank is not None
+    assert probes.bank.weight.abs().max() > 0
+    for network in (method.backbone, replacing.before):
+        assert not any(module._forward_hooks for module in network.modules())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.measure import neighbors
 from ssl_geometry.metrics import AugmentationManifolds, Neighborhoods
@@ -58,7 +57,7 @@ def test_an_image_fed_twice_is_told() -> None:
     metric = Neighborhoods(["a"], k=5)
     metric.update({"a": normal(60, 4)}, LABELS, index=torch.arange(60))
     metric.update({"a": normal(1, 4)}, LABELS[:1], index=torch.tensor([7]))
-    with pytest.raises(UserError, match="Neighborhoods: image 7 was fed twice"):
+    with pytest.raises(ValueError, match="Neighborhoods: image 7 was fed twice"):
         metric.compute()
 
 

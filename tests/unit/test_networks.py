@@ -167,3 +167,9 @@ def test_a_process_that_is_lost_is_one_line(
     line = f"error: process 2 of 3 has ended ({how}); its own output may say why; start the command again\n"
     assert capfd.readouterr().err == line
     assert ended == [networks.GRACE_SECONDS, "killed", "killed", 2]
+
+
+def test_what_metrics_cannot_compute_names_the_network_and_a_mistake_stays_as_it_is() -> None:
+    for error, words in ((ValueError("3 vectors are zero"), "--models a: 3 vectors are zero"), (UserError("x"), "x")):
+        with pytest.raises(UserError, match=f"^{words}$"), networks.naming("a"):
+            raise error

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.spectrum import (
     alignment,
     alpha_req,
@@ -228,5 +227,5 @@ def test_an_image_fed_twice_is_told() -> None:
     spectrum = Spectrum({"a": 4}, views=0)
     spectrum.update({"a": normal(6, 4)}, None, torch.arange(6))
     spectrum.update({"a": normal(1, 4)}, None, torch.tensor([3]))
-    with pytest.raises(UserError, match="Spectrum: image 3 was fed twice"):
+    with pytest.raises(ValueError, match="Spectrum: image 3 was fed twice"):
         spectrum.compute()

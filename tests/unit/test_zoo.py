@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.models.zoo import TABLE, Checkpoint, cached, download, fetch, load_checkpoint, verify
@@ -173,13 +174,12 @@ def test_a_cut_download_is_continued(server: Server, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_download_is_continued(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupting(download.Progress):
-        def update(self, *args: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
 
     checkpoint = row(server)
     with monkeypatch.context() as patch:
-        patch.setattr(download, "Progress", Interrupting)
+        patch.setattr(Progress, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(checkpoint)
     (kept,) = files(checkpoint, tmp_path).values()

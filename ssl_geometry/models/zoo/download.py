@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from ssl_geometry.errors import UserError
 from ssl_geometry.files import write_text
 from ssl_geometry.models.zoo.table import Checkpoint
+from ssl_geometry.progress import progress_bar
 
 CACHE_VARIABLE = "SSL_GEOMETRY_CACHE"
 CHUNK = 1 << 20
@@ -159,8 +157,7 @@ def _open(url: str, start: int) -> HTTPResponse:
 def _receive(name: str, response: HTTPResponse, stream: IO[bytes], start: int) -> None:
     length = response.headers.get("Content-Length")
     total = start + int(length) if length else None
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with progress_bar(in_bytes=True) as progress:
         task = progress.add_task(name, total=total, completed=start)
         done = start
         while chunk := response.read(CHUNK):
