@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssl_geometry.geometry.classification import L2, one_hot
 from ssl_geometry.geometry.logistic import logistic_regression
-from ssl_geometry.geometry.ridge import ridge, ridge_sums
+from ssl_geometry.geometry.ridge import ridge, sufficient_statistics
 from ssl_geometry.measure.engine import layer_widths
 from ssl_geometry.measure.requests import pooled
 from ssl_geometry.measure.subject import Subject
@@ -81,7 +81,7 @@ def converged(args: argparse.Namespace) -> None:
     reading = (time.perf_counter() - started) / 5
     started = time.perf_counter()
     for x in layers.values():
-        ridge(ridge_sums(x, one_hot(labels, args.classes)), strengths)
+        ridge(sufficient_statistics(x, one_hot(labels, args.classes)), strengths)
     ridges = time.perf_counter() - started
     ours_seconds = statistics.median(ours)
     print(
@@ -125,7 +125,7 @@ def regressions(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for width in args.widths:
         x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0))
-        sums = ridge_sums(x, one_hot(torch.arange(len(x)) % args.classes, args.classes))
+        sums = sufficient_statistics(x, one_hot(torch.arange(len(x)) % args.classes, args.classes))
         for l2 in (L2, L2[:1]):  # a probe solves both: to choose, and again on all images
             times = []
             for _ in range(args.rounds):

@@ -94,7 +94,7 @@ class FineTuning(Evaluation):
             scores = tested.of("test")["head"]
             if not bool(scores.isfinite().all()):  # corrupted by the last step, which has no loss after it
                 raise self._diverged(frozen.name, share)
-            found[f"finetune_{share}"] = frozen.correct(scores)
+            found[f"finetune_{share}"] = frozen.accuracies(scores)
         return found
 
     def _trained(self, method: Method, frozen: FrozenFeatures, fraction: float, share: str) -> Supervised:

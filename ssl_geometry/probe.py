@@ -1,14 +1,13 @@
-"""What can be read off frozen networks: linear classifiers on every layer, nearest neighbours, few labels, fine-tuning.
+"""Evaluate frozen networks: linear probes of every layer, nearest neighbours, few labels, fine-tuning.
 
     python -m ssl_geometry.probe --models simclr=runs/cifar10/simclr supervised=runs/cifar10/supervised
     python -m ssl_geometry.probe --models simclr=RUN,RUN,RUN --evaluations [layers, knn]     # seeds of one method
 
 Protocol: the encoder is frozen, in evaluation mode, float32; features are averaged over space; training images are the
-clean labelled ones of the run, test images the whole test split, read once. Hyper-parameters are chosen on a fixed
-tenth of the training images. An untrained network and the raw pixels stand in the same table.
+clean labelled ones of the run, test images the whole test split, evaluated once. Hyper-parameters are selected on a
+fixed validation split (10 % of the training images). The table includes an untrained network and the raw pixels.
 
-Several processes share the images wherever a frozen network runs over them; the first one learns the classifiers, and
-fine-tunes.
+Several processes share the forward passes of frozen networks; the first one fits the classifiers and fine-tunes.
 """
 
 import logging
@@ -90,26 +89,26 @@ EVALUATIONS = [
     )
 ]
 USUAL = [name for name in EVALUATIONS if name != "finetune"]
-"""What is evaluated unless the command line says otherwise."""
+"""The default of ``--evaluations``."""
 SEVERAL_CLASSES = ("layers", "labels")
-"""Those that images with several classes allow; they are evaluated by mean average precision."""
+"""Evaluations of multi-label images, by mean average precision."""
 UNTRAINED = "untrained"
 SOURCES: Sources = {
     "probes.layers": {"probes.layers": unchanged},
     **{f"data.{name}": {f"data.{name}": unchanged} for name in ("limit_train", "val_fraction")},
 }
-"""Options of the monitor that measured the same, and of the images that classifiers learn from. How many these are
-(``--probes.train_images``) is no such option: live they are fewer on purpose."""
+"""Options of a run that are defaults here. ``--probes.train_images`` is not among them, because measurements during
+training use fewer images on purpose."""
 NEIGHBORS = (20, 200)
 FRACTIONS = (0.01, 0.1, 1.0)
 LEAST_STEPS = 10
-"""Of linear evaluation: with fewer, nothing was learned yet."""
+"""Fewest steps of a linear evaluation that can learn anything."""
 UNBALANCED = 1.1
-"""Classes are of unequal size where the largest has more than so many times the test images of the smallest."""
+"""Classes are unbalanced where the largest has more than this factor times the test images of the smallest."""
 
 
 def extract(model: Loaded, options: Any, progress: Any, console: Console) -> FrozenFeatures:
-    """Features of clean training and test images, each image seen once, by one of the processes.
+    """Features of clean training and test images; each image is processed once, by one of the processes.
 
     Raises:
         UserError: features that fit neither into memory nor on the disk.
@@ -141,16 +140,16 @@ def extract(model: Loaded, options: Any, progress: Any, console: Console) -> Fro
 
 
 def known(data: DataModule, split: Any, images: int | None = None) -> tuple[Tensor, Tensor]:
-    """Labels and numbers of all images of a split, in its order."""
+    """Labels and indices of all images of a split, in its order."""
     loader = data.loader(split, images)
     return loader.images.labels[loader.sampler.rows], loader.images.index[loader.sampler.rows]
 
 
 def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Console) -> Path | None:
-    """The folder for features that do not fit into the free memory of some process; None where they fit.
+    """The folder for features that exceed the free memory of some process; None where they fit into memory.
 
     Raises:
-        UserError: they do not fit on the disk either, or one layer and its classifiers not into memory.
+        UserError: they do not fit on the disk either, or one layer and its classifiers do not fit into memory.
     """
     data, (rank, world_size) = options.data, this_process()
     bank, test = (len(known(data, *part)[0]) for part in (("bank", options.train_images), ("test", None)))
@@ -159,7 +158,7 @@ def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Cons
     if "linear_augmented" in options.evaluations:
         stored += 4 * widths[POOLED] * bank
     if world_size > 1:
-        stored *= 2  # at most: the first process has all, the others of its machine have as much together
+        stored *= 2  # upper bound: all in the first process, and as much in the others of its machine
     if not {"layers", "labels"}.isdisjoint(options.evaluations):
         device = torch.device(options.device).type
         work = converged_probes_bytes(bank, widest, data.num_classes, multi_label=data.multi_label, device=device)
@@ -194,11 +193,11 @@ LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or an
 
 
 def summary(data: DataModule, options: Any) -> str:
-    """The protocol in one line, to stand with a table."""
+    """The protocol in one line, for the head of a table."""
     bank, test = (len(data.loader(*part).sampler.rows) for part in (("bank", options.train_images), ("test", None)))
-    chosen = "a fixed tenth of which chooses hyper-parameters (few labels: a tenth of each class)"
+    chosen = "hyper-parameters selected on a fixed 10 % of them (few labels: on 10 % of each class)"
     if bank < FEW:
-        chosen = f"{FOLDS}-fold cross-validation chooses penalties, a fixed tenth learning rates"
+        chosen = f"regularisation selected by {FOLDS}-fold cross-validation, learning rates on a fixed 10 % of them"
     return (
         "Protocol: frozen network (but for fine-tuning) in evaluation mode, float32, averaged over space; "
         f"{bank:,} clean training images, {chosen}; the whole test split, {test:,} images"
@@ -206,7 +205,7 @@ def summary(data: DataModule, options: Any) -> str:
 
 
 def evaluations(options: Any) -> list[Evaluation]:
-    """What the options ask for."""
+    """The evaluations that the options ask for."""
     data, linear = options.data, (options.linear_epochs, options.linear_weight_decay)
     fractions, view = options.label_fractions, options.augment
     tuning = (options.finetune_epochs, options.finetune_lr, view, data.batch_size, options.data_options)
@@ -225,10 +224,10 @@ def evaluations(options: Any) -> list[Evaluation]:
 def _parse(args: Sequence[str]) -> Any:
     parser = networks_parser(
         "probe",
-        "Read classes off frozen networks: linear classifiers on every layer, linear evaluation, nearest neighbours, "
-        "few labels, fine-tuning. Several paths of one NAME, separated by commas, are seeds: the table gives mean and "
-        "standard deviation. An untrained network and the raw pixels stand next to them. Several processes (--devices, "
-        "or srun) share the images that frozen networks see; the first one learns the classifiers, and fine-tunes.",
+        "Evaluate frozen networks: linear probes of every layer, linear evaluation, nearest neighbours, few labels, "
+        "fine-tuning. Several paths of one NAME, separated by commas, are seeds: the table gives mean and standard "
+        "deviation. An untrained network and the raw pixels are included. Several processes (--devices, "
+        "or srun) share the forward passes of frozen networks; the first one fits the classifiers and fine-tunes.",
         "probes",
         layers="block outputs, pooled features and head",
         several=True,
@@ -242,12 +241,12 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument(
         "--train_images",
         type=Annotated[int, between(1, BANK_SIZE)] | None,
-        help="clean training images to learn from, at most (default: 50,000)",
+        help="number of clean training images, at most (default: 50,000)",
     )
     parser.add_argument(
         "--k",
         type=list[Annotated[int, at_least(1)]] | None,
-        help="neighbours that vote (default: 20 and 200, as far as there are so many training images)",
+        help="numbers of neighbours (default: 20 and 200, at most the number of training images)",
     )
     parser.add_argument(
         "--linear_epochs", type=Annotated[int, at_least(1)], default=100, help="epochs of SGD in linear evaluation"
@@ -265,13 +264,13 @@ def _parse(args: Sequence[str]) -> Any:
         "--label_fractions",
         type=list[Annotated[float, above(0, at_most=1)]],
         default=list(FRACTIONS),
-        help="shares of the labels to learn from",
+        help="fractions of the labels to train on",
     )
     parser.add_argument(
         "--draws",
         type=Annotated[int, at_least(1)],
         default=5,
-        help="random subsets for each share of the labels below 1",
+        help="random subsets per fraction of the labels below 1",
     )
     parser.add_argument("--finetune_epochs", type=Annotated[int, at_least(1)], default=30, help="epochs of fine-tuning")
     parser.add_argument(
@@ -292,7 +291,7 @@ def _parse(args: Sequence[str]) -> Any:
         )
     for name, known in {"evaluations": EVALUATIONS, "label_fractions": FRACTIONS, "k": NEIGHBORS}.items():
         if getattr(options, name) in ([], ()):
-            raise UserError(f"--{name} []: expected one at least, such as {known[0]}")
+            raise UserError(f"--{name} []: expected at least one, such as {known[0]}")
     return options
 
 
@@ -300,13 +299,14 @@ def _check_data(options: Any, data: DataModule) -> None:
     """Training images that are too few for what was asked for stop the command before it measures."""
     asked = set(options.evaluations)
     n = len(data.loader("bank", options.train_images).sampler.rows)
-    has_tenth = check_images(
-        data, options.train_images, f"--train_images {options.train_images or n}", choosing="layers" in asked
+    has_validation = check_images(
+        data, options.train_images, f"--train_images {options.train_images or n}", selects="layers" in asked
     )
     by_steps = [name for name in ("linear", "linear_augmented") if name in asked]
-    if by_steps and not has_tenth:
+    if by_steps and not has_validation:
         message = (
-            f"{', '.join(by_steps)}: none of {n} training images is in the fixed tenth that chooses learning rates"
+            f"{', '.join(by_steps)}: none of {n} training images falls into the validation split that selects learning "
+            "rates"
         )
         if options.evaluations != USUAL:
             raise UserError(f"--evaluations {message}; leave out {' and '.join(by_steps)}, or give more images")

@@ -1,8 +1,8 @@
-"""Images and labels that linear classifiers learn from, are chosen by and are tested on.
+"""Training, validation and test images of linear classifiers, and the accuracy that they reach.
 
-Protocol: hyper-parameters are chosen on a fixed tenth of the training images, of fewer than 100 by five-fold
-cross-validation; the classifier is fitted again on all of them, and test images are looked at once. Classifiers see
-features that are standardised on the training images.
+Protocol: hyper-parameters are selected on a fixed validation split (10 % of the training images; five-fold
+cross-validation for fewer than 100 images). The classifier is then refitted on all training images and evaluated once
+on the test images. Features are standardised with the statistics of the training images.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,90 +14,90 @@ from torch import Tensor
 from torch.nn import functional as F
 
 L2 = tuple(10.0**power for power in range(-6, 3))
-"""Strengths of the penalty that are tried where none are given."""
-HELD_OUT = 10  # one image of so many teaches nothing and chooses
+"""Default grid of regularisation strengths."""
+VALIDATION_ONE_IN = 10  # one image in ten is in the validation split
 FEW = 100
-"""Fewer images choose by cross-validation: a tenth of them is too few to choose by."""
+"""With fewer training images, hyper-parameters are selected by cross-validation instead of a validation split."""
 FOLDS = 5
 BLOCK = 2**20
-"""Numbers of float64 that are computed at once where images are gone through in blocks."""
+"""Block size, in float64 numbers, of loops over images."""
 
 
 class LinearProbe(NamedTuple):
-    """Linear classifiers of one layer, one for each of S strengths of the penalty, in units of the raw features."""
+    """Linear classifiers of one layer, one per regularisation strength (S of them), for raw features."""
 
     weight: Float[Tensor, "S D C"]
     bias: Float[Tensor, "S C"]
     l2: Float[Tensor, " S"]
     objective: Float[Tensor, " S"]
-    """What was minimised, at the solution, float64."""
+    """Value of the objective at the solution, float64."""
     gradient_norm: Float[Tensor, " S"]
-    """Largest entry of its gradient there, for standardised features, float64."""
+    """Largest absolute entry of the objective's gradient at the solution, for standardised features, float64."""
 
-    def scores(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "S N C"]:
-        """What each classifier says to each image, before any softmax, float64."""
+    def logits(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "S N C"]:
+        """Logits (ridge regression: predictions) of each classifier for each image, float64."""
         # Weights are those of raw features, whose mean may be a million times their deviation: float32 would lose them.
         parts = features.split(rows_at_once(features.shape[1]))
         return torch.cat([part.double() @ self.weight + self.bias[:, None] for part in parts], 1)
 
     def chosen(self, number: int) -> "LinearProbe":
-        """One of the strengths, S = 1."""
+        """The classifier of one regularisation strength, S = 1."""
         return LinearProbe(*(part[number : number + 1] for part in self))
 
 
-def held_out(index: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """A fixed tenth of all images, by their numbers: the same in every run, order and process.
+def in_validation_split(index: Int64[Tensor, " N"]) -> Bool[Tensor, " N"]:
+    """Which images belong to the validation split (10 %), by a hash of their index: the same in every run and process.
 
     Args:
-        index: number of each image in its data set.
+        index: index of each image in its data set.
 
     Example:
-        >>> round(float(held_out(torch.arange(100_000)).float().mean()), 2)
+        >>> round(float(in_validation_split(torch.arange(100_000)).float().mean()), 2)
         0.1
     """
     mixed = (index + 1) * -7046029254386353131  # the golden ratio in 64 bits; then the shifts of splitmix
     mixed = (mixed ^ (mixed >> 31)) * -4658895280553007687
-    return (mixed ^ (mixed >> 29)) % HELD_OUT == 0
+    return (mixed ^ (mixed >> 29)) % VALIDATION_ONE_IN == 0
 
 
-def choosing_folds(
-    labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], held: Bool[Tensor, " N"], num_classes: int
+def validation_folds(
+    labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], validation: Bool[Tensor, " N"], num_classes: int
 ) -> Bool[Tensor, "F N"]:
-    """Which images choose, of classifiers that learn from the others: one set of them, or five for a few images.
+    """Validation images of each fold: the validation split alone, or five folds for fewer than 100 images.
 
     Args:
-        labels: class of each image, or zeros and ones where images show several.
-        held: the images that choose where there are 100 or more.
+        labels: class of each image, or a multi-hot row per image (multi-label).
+        validation: the validation split, used for 100 images or more.
         num_classes: number of classes.
 
     Returns:
-        ``held`` alone, or each image in one of five folds, dealt out class by class in their order; folds whose others
-        could not teach (see :func:`check_bank`) are left out.
+        One row per fold. Five folds are stratified by class. A fold is dropped where no classifier can be fitted to
+        its training images (see :func:`check_bank`).
 
     Raises:
-        ValueError: no image chooses.
+        ValueError: no validation image is left.
 
     Example:
-        >>> choosing_folds(torch.tensor([0, 1, 0, 1, 0]), torch.zeros(5, dtype=torch.bool), 2).int().argmax(0)
+        >>> validation_folds(torch.tensor([0, 1, 0, 1, 0]), torch.zeros(5, dtype=torch.bool), 2).int().argmax(0)
         tensor([0, 3, 1, 4, 2])
     """
     if len(labels) >= FEW:
-        folds = held[None]
+        folds = validation[None]
     else:
         order = labels.argsort(stable=True) if labels.ndim == 1 else torch.arange(len(labels), device=labels.device)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=labels.device) % FOLDS)
         folds = place == torch.arange(FOLDS, device=labels.device)[:, None]
         least = num_classes if labels.ndim == 1 else 2
         others = [labels[~fold] for fold in folds]
-        teach = [len(rest) < len(labels) and len(rest) >= least and bool((rest != rest[0]).any()) for rest in others]
-        folds = folds[torch.tensor(teach, device=labels.device)]
+        usable = [len(rest) < len(labels) and len(rest) >= least and bool((rest != rest[0]).any()) for rest in others]
+        folds = folds[torch.tensor(usable, device=labels.device)]
     if not bool(folds.any()):
-        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
+        raise ValueError("no held-out image to select the regularisation strength on: use more images")
     return folds
 
 
 def rows_at_once(columns: int) -> int:
-    """How many images are gone through at once."""
+    """How many images a block holds."""
     return max(1, BLOCK // columns)
 
 
@@ -105,11 +105,11 @@ def check_features(name: str, features: Float[Tensor, "N D"]) -> None:
     """Refuse features that are not finite.
 
     Args:
-        name: what they are, as the message calls them.
+        name: what the message calls them.
         features: of each image.
 
     Raises:
-        ValueError: how many of how many images are broken.
+        ValueError: features that are not finite, with the number of images that have any.
     """
     broken = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(rows_at_once(features.shape[1])))
     if broken:
@@ -117,47 +117,47 @@ def check_features(name: str, features: Float[Tensor, "N D"]) -> None:
 
 
 def check_labels(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> None:
-    """Refuse labels of classes that are not there.
+    """Refuse labels out of range.
 
     Args:
-        labels: class of each image, or zeros and ones where images show several.
+        labels: class of each image, or a multi-hot row per image (multi-label).
         num_classes: number of classes.
 
     Raises:
-        ValueError: what the labels are.
+        ValueError: labels out of range.
     """
     if labels.ndim == 2 and labels.shape[1] != num_classes:
         raise ValueError(f"labels of {labels.shape[1]} classes: expected {num_classes}")
     low, high = (int(end) for end in labels.aminmax()) if labels.numel() else (0, 0)
     if labels.ndim == 2 and (low < 0 or high > 1):
-        raise ValueError(f"labels from {low} to {high}: expected zeros and ones where images show several classes")
+        raise ValueError(f"labels from {low} to {high}: expected 0 and 1 (multi-label)")
     if labels.ndim == 1 and (low < 0 or high >= num_classes):
         raise ValueError(f"labels from {low} to {high}: expected 0 to {num_classes - 1} for {num_classes} classes")
 
 
 def check_bank(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> None:
-    """Refuse labels that teach nothing.
+    """Refuse training labels that no classifier can be fitted to.
 
     Args:
-        labels: class of each image to learn from, or zeros and ones where images show several.
+        labels: class of each training image, or a multi-hot row per image (multi-label).
         num_classes: number of classes.
 
     Raises:
-        ValueError: as of :func:`check_labels`, fewer images than classes, or one class only.
+        ValueError: labels out of range, fewer images than classes, or a single class.
     """
     check_labels(labels, num_classes)
     if len(labels) < (num_classes if labels.ndim == 1 else 2):
-        raise ValueError(f"{len(labels)} images for {num_classes} classes: a classifier needs one a class at least")
+        raise ValueError(f"{len(labels)} images for {num_classes} classes: a classifier needs at least one per class")
     if bool((labels == labels[0]).all()):
-        alike = f"of class {int(labels[0])}" if labels.ndim == 1 else "labelled alike"
-        raise ValueError(f"all {len(labels)} images are {alike}: a classifier needs two classes at least")
+        same = f"are of class {int(labels[0])}" if labels.ndim == 1 else "have the same labels"
+        raise ValueError(f"all {len(labels)} images {same}: a classifier needs at least two classes")
 
 
 def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
-    """Labels as targets, float32: one column a class; labels of several classes an image are that already.
+    """One-hot targets, float32; multi-hot labels are only converted.
 
     Raises:
-        ValueError: labels of classes that are not there.
+        ValueError: labels out of range.
 
     Example:
         >>> one_hot(torch.tensor([1, 0]), 2)
@@ -169,7 +169,7 @@ def one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int
 
 
 def unchecked_one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_classes: int) -> Float[Tensor, "N C"]:
-    """The same of labels that are known to be right: it does not wait for the device to look at them.
+    """:func:`one_hot` of labels that are known to be valid; it does not synchronise with the device to check them.
 
     Example:
         >>> unchecked_one_hot(torch.tensor([1, 0]), 2)
@@ -182,19 +182,18 @@ def unchecked_one_hot(labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"], num_cl
 def accuracies(
     scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
 ) -> dict[str, Float[Tensor, ""]]:
-    """How right scores are.
+    """Accuracy of predictions.
 
     Args:
-        scores: of each image and class.
-        labels: class of each image, or zeros and ones where images show several.
+        scores: of each image and class, such as logits; the largest is the prediction.
+        labels: class of each image, or a multi-hot row per image (multi-label).
 
     Returns:
-        ``top1`` and ``mean_per_class`` (the mean over classes that are present of the share that is right); for several
-        classes an image ``mAP``, the mean over classes that are present of the average precision. float64; not a number
-        where there is no image, or no class is present.
+        ``top1`` and ``mean_per_class`` (mean of the accuracies of the classes that are present); for multi-label images
+        ``mAP``, the mean average precision of the classes that are present. float64; NaN without images or classes.
 
     Raises:
-        ValueError: scores that are not numbers, or labels of classes that are not there.
+        ValueError: scores that are NaN, or labels out of range.
 
     Example:
         >>> accuracies(torch.eye(3)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2]))["mean_per_class"]
@@ -202,17 +201,17 @@ def accuracies(
     """
     check_labels(labels, scores.shape[1])
     if broken := int(scores.isnan().any(1).sum()):
-        raise ValueError(f"scores of {broken} of {len(scores)} images are not numbers")
+        raise ValueError(f"scores of {broken} of {len(scores)} images are NaN")
     if labels.ndim == 2:
         return {"mAP": _mean_average_precision(scores, labels)}
-    right = (scores.argmax(1) == labels).double()
+    correct = (scores.argmax(1) == labels).double()
     number = torch.bincount(labels, minlength=scores.shape[1])
-    by_class = torch.zeros(len(number), dtype=torch.float64, device=labels.device).index_add_(0, labels, right)
-    return {"top1": right.mean(), "mean_per_class": (by_class / number)[number > 0].mean()}
+    by_class = torch.zeros(len(number), dtype=torch.float64, device=labels.device).index_add_(0, labels, correct)
+    return {"top1": correct.mean(), "mean_per_class": (by_class / number)[number > 0].mean()}
 
 
 def _mean_average_precision(scores: Float[Tensor, "N C"], labels: Int64[Tensor, "N C"]) -> Float[Tensor, ""]:
-    from sklearn.metrics import average_precision_score  # half a second to import; most data have one class an image
+    from sklearn.metrics import average_precision_score  # half a second to import, and few data sets are multi-label
 
     finite = scores.nan_to_num()  # infinity keeps its place; NaN is reported by the callers
     pairs = zip(labels.T.cpu().numpy(), finite.T.cpu().numpy(), strict=True)
@@ -220,48 +219,50 @@ def _mean_average_precision(scores: Float[Tensor, "N C"], labels: Int64[Tensor, 
     return scores.new_tensor(found, dtype=torch.float64).mean()
 
 
-def choose_strength(
+def choose_l2(
     parts: Sequence[tuple[LinearProbe, Tensor, Tensor]], loss: Callable[[Tensor, Tensor], Float[Tensor, ""]]
 ) -> int:
-    """The strength that is right most often; the loss decides among equals, and a few held-out images leave many.
+    """The index of the regularisation strength of the best validation accuracy; ties are broken by validation loss.
+
+    Ties are common on small validation splits.
 
     Args:
-        parts: classifiers, and the features and labels of images that they have not seen.
-        loss: of scores and labels.
+        parts: per fold, classifiers, and the features and labels of its validation images.
+        loss: of logits and labels.
     """
     labels = torch.cat([part[2] for part in parts])
     if not len(labels):
-        raise ValueError("no held-out image chooses the strength of the penalty: give more images")
+        raise ValueError("no held-out image to select the regularisation strength on: use more images")
     strengths = parts[0][0].l2
     check_labels(labels, parts[0][0].weight.shape[2])
     found = []
     for number in range(len(strengths)):
-        scores = torch.cat([probe.chosen(number).scores(features)[0] for probe, features, _ in parts])
+        logits = torch.cat([probe.chosen(number).logits(features)[0] for probe, features, _ in parts])
         if labels.ndim == 1:
-            right = (scores.argmax(1) == labels).double().mean()
+            accuracy = (logits.argmax(1) == labels).double().mean()
         else:
-            right = _mean_average_precision(scores, labels).nan_to_num(0)  # no class of these images is present
-        found.append(torch.stack([scores.isnan().any(1).sum(), right, -loss(scores, labels), strengths[number]]))
-    places = torch.stack(found).tolist()  # of all strengths in one read
+            accuracy = _mean_average_precision(logits, labels).nan_to_num(0)  # NaN where no class is present
+        found.append(torch.stack([logits.isnan().any(1).sum(), accuracy, -loss(logits, labels), strengths[number]]))
+    places = torch.stack(found).tolist()  # one device synchronisation for all strengths
     if broken := int(max(place[0] for place in places)):
-        raise ValueError(f"scores of {broken} of {len(labels)} images are not numbers")
+        raise ValueError(f"logits of {broken} of {len(labels)} images are NaN")
     return places.index(max(places))
 
 
-def check_strengths(l2: Sequence[float], zero: bool) -> None:
-    """Refuse strengths of the penalty that mean nothing; 0 is one of them unless ``zero``.
+def check_l2(l2: Sequence[float], zero: bool) -> None:
+    """Refuse regularisation strengths that are negative or infinite, and 0 unless ``zero``.
 
     Raises:
-        ValueError: no strength, or one that is negative or infinite.
+        ValueError: no strength, or an invalid one.
     """
     if not len(l2):
-        raise ValueError("no strength of the penalty is given")
+        raise ValueError("no regularisation strength is given")
     for strength in l2:
         if not 0 <= strength < float("inf") or not (strength or zero):
             least = "of at least" if zero else "above"
-            raise ValueError(f"l2 {strength:g}: expected a strength of the penalty {least} 0")
+            raise ValueError(f"l2 {strength:g}: expected a regularisation strength {least} 0")
 
 
 def is_varying(variance: Float[Tensor, " D"], mean: Float[Tensor, " D"]) -> Bool[Tensor, " D"]:
-    """Features that vary by more than the rounding of float32; the others say nothing."""
+    """Which features vary by more than float32 rounding; the others carry no information."""
     return variance > torch.finfo(torch.float32).eps ** 2 * (variance + mean.square())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_geometry.geometry.classification import check_labels
 from ssl_geometry.geometry.neighbors import nearest_directions
-from ssl_geometry.geometry.overlap import all_alike
+from ssl_geometry.geometry.overlap import is_degenerate
 
 VOTES = 2**24
 """Votes (of queries times classes, float64) that are counted at once."""
@@ -29,7 +29,7 @@ def directions_vary(features: Float[Tensor, "N D"]) -> bool:
         >>> directions_vary(rays), directions_vary(torch.eye(5))
         (False, True)
     """
-    return not all_alike(features[(features != 0).any(1)], roundings=1)
+    return not is_degenerate(features[(features != 0).any(1)], roundings=1)
 
 
 def knn_vote(

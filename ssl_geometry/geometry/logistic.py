@@ -1,4 +1,4 @@
-"""Logistic regression: many layers and strengths of the penalty at once, by L-BFGS in principal axes."""
+"""Logistic regression of many layers and regularisation strengths at once, by L-BFGS in principal axes."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,68 +15,69 @@ from ssl_geometry.geometry.classification import (
     LinearProbe,
     check_bank,
     check_features,
-    check_strengths,
-    choose_strength,
-    choosing_folds,
+    check_l2,
+    choose_l2,
     is_varying,
     one_hot,
     rows_at_once,
+    validation_folds,
 )
 
 TOLERANCE, ITERATIONS = 3e-6, 2000
-"""Where logistic regression ends: share of the objective that an entry of its gradient may have, and steps."""
-MEMORY = 12  # steps that L-BFGS remembers
-TRIALS = 12  # of a step's length, at most
+"""Stopping criterion: largest gradient entry as a share of the objective, and the maximum number of iterations."""
+MEMORY = 12  # length of the L-BFGS history
+TRIALS = 12  # most trials of a line search
 GROUP_BYTES = {"cpu": 0, "cuda": 3 * 2**30}
 """Working memory up to which layers of one width are solved together, by device.
 
-On a CPU each layer is solved alone: its strengths keep the cores busy, and three layers of 10,000 x 512 features
-together take twice as long as one after the other, for they leave the caches and wait for the slowest.
+On a CPU each layer is solved alone: its regularisation strengths keep the cores busy, and three layers of 10,000 x 512
+features together take twice as long as one after the other, as they leave the caches and wait for the slowest.
 """
 SOLVER_BYTES = 2**30
 """Working memory up to which the strengths of one layer are solved together."""
 
 
 def cross_entropy(
-    scores: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
+    logits: Float[Tensor, "N C"], labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"]
 ) -> Float[Tensor, ""]:
-    """What logistic regression minimises: the mean over images, for several classes an image of the sum over classes.
+    """The loss of logistic regression: mean over images; for multi-label images, of the sum over classes.
 
     Example:
         >>> round(float(cross_entropy(torch.zeros(1, 2), torch.tensor([1]))), 4)
         0.6931
     """
     if labels.ndim == 1:
-        return F.cross_entropy(scores, labels)
-    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype), reduction="sum") / len(labels)
+        return F.cross_entropy(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(labels)
 
 
 def converged_probes(
     features: Mapping[str, Float[Tensor, "N D"]],
     labels: Int64[Tensor, " N"] | Int64[Tensor, "N C"],
-    held: Bool[Tensor, " N"],
+    validation: Bool[Tensor, " N"],
     num_classes: int,
     l2: Sequence[float] = L2,
 ) -> dict[str, LinearProbe]:
-    """Logistic regression on every layer, its strength chosen on held-out images, fitted again on all.
+    """Logistic regression on every layer, its strength selected on the validation split, refitted on all images.
 
-    Beside the features it takes at most :func:`converged_probes_bytes` of the widest layer.
+    Next to the features it needs at most :func:`converged_probes_bytes` of the widest layer.
 
     Args:
         features: layer to features.
-        labels: class of each image, or zeros and ones where images show several.
-        held: which images are held out, where there are 100 or more; see :func:`choosing_folds`.
+        labels: class of each image, or a multi-hot row per image (multi-label).
+        validation: the validation split, used for 100 images or more; see :func:`validation_folds`.
         num_classes: number of classes.
-        l2: strengths to choose from; of equally right ones that of the smallest cross-entropy, then the strongest.
+        l2: regularisation strengths to select from by validation accuracy; ties are broken by the smallest
+            cross-entropy, then by the largest strength.
 
     Returns:
         Layer to one classifier (S = 1).
 
     Raises:
-        ValueError: no held-out image, or as of :func:`logistic_regression`.
+        ValueError: an empty validation split, or as in :func:`logistic_regression`.
     """
     _check_problem(features, labels, num_classes)
-    folds = choosing_folds(labels, held, num_classes)
+    folds = validation_folds(labels, validation, num_classes)
     best: dict[str, int] = {}
     for group in _groups(features, len(l2) * num_classes):
         tried = [
@@ -87,9 +88,9 @@ def converged_probes(
             parts = [
                 (probes[name], features[name][fold], labels[fold]) for probes, fold in zip(tried, folds, strict=True)
             ]
-            best[name] = choose_strength(parts, cross_entropy)
+            best[name] = choose_l2(parts, cross_entropy)
     found: dict[str, LinearProbe] = {}
-    for number in sorted(set(best.values())):  # layers that chose the same strength are one problem
+    for number in sorted(set(best.values())):  # layers with the same strength are solved together
         some = {name: x for name, x in features.items() if best[name] == number}
         found |= logistic_regression(some, labels, num_classes, [l2[number]])
     return {name: found[name] for name in features}
@@ -103,19 +104,19 @@ def converged_probes_bytes(
     multi_label: bool = False,
     device: str = "cpu",
 ) -> int:
-    """Memory that :func:`converged_probes` takes at most next to the features, bytes.
+    """Upper bound of the memory that :func:`converged_probes` needs next to the features, in bytes.
 
-    On a CPU layers are solved one after the other, on a GPU together up to :data:`GROUP_BYTES`; strengths are solved
-    together up to :data:`SOLVER_BYTES`, one at least. These are tensors; what the C library keeps of freed ones, some
-    hundred MB, comes on top.
+    On a CPU layers are solved one after the other, on a GPU together up to :data:`GROUP_BYTES`; regularisation
+    strengths are solved together up to :data:`SOLVER_BYTES`, at least one at a time. The bound counts tensors; freed
+    memory that the C library keeps, some hundred MB, comes on top.
 
     Args:
-        images: number of images to learn from.
+        images: number of training images.
         width: number of features of the widest layer.
         num_classes: number of classes.
-        strengths: number of strengths to choose from.
-        multi_label: whether images show several classes.
-        device: its type.
+        strengths: number of regularisation strengths.
+        multi_label: whether an image can have several classes.
+        device: type of the device.
 
     Example:
         >>> [round(converged_probes_bytes(n, width=512, num_classes=10) / 2**20) for n in (10_000, 100_000)]
@@ -123,18 +124,18 @@ def converged_probes_bytes(
     """
     rank, columns = min(images, width), strengths * num_classes
     targets = (24 if multi_label else 8) * images * num_classes
-    inputs = 4 * images * (width + rank + 1)  # of those that are not held out, raw and in their principal axes
+    inputs = 4 * images * (width + rank + 1)  # of those that are not validation out, raw and in their principal axes
     block = 8 * 3 * max(BLOCK, width + columns)
     axes = block + 8 * (4 * width**2 if images > width else 4 * width * images + 4 * images**2)
     problem = _problem_bytes(images, rank + 1, 1 if multi_label else num_classes)
     problems = columns if multi_label else strengths
     solver = 8 * width * rank + max(problem, min(problems * problem, SOLVER_BYTES))
-    judgement = 2 * block + 8 * width * (rank + 5 * columns)
-    return 2**25 + targets + inputs + max(axes, solver, judgement) + GROUP_BYTES.get(device, GROUP_BYTES["cuda"])
+    evaluation = 2 * block + 8 * width * (rank + 5 * columns)
+    return 2**25 + targets + inputs + max(axes, solver, evaluation) + GROUP_BYTES.get(device, GROUP_BYTES["cuda"])
 
 
 def _problem_bytes(images: int, columns: int, classes: int) -> int:
-    """Working memory of the solver for one strength of one layer; of a single class that of a binary regression."""
+    """Working memory of the solver for one regularisation strength of one layer; one class: binary regression."""
     return 4 * classes * ((8 if classes == 1 else 7) * images + (2 * MEMORY + 8) * columns)
 
 
@@ -149,31 +150,31 @@ def logistic_regression(
 ) -> dict[str, LinearProbe]:
     """Minimise mean cross-entropy + l2/2 |W|^2 on standardised features, for all layers and strengths.
 
-    L-BFGS in the principal axes of each layer. There the Hessian is near to a diagonal, the mean of p (1 - p) of a
-    class times the eigenvalue of an axis, which is its first guess. The length of a step is found on logits alone,
-    which are linear in it: a step costs one product with the features and one with their transpose, for all strengths
-    of all layers of one width together. Steps are float32; the axes are found, and the classifier is turned back and
-    judged on the standardised features, in float64.
+    L-BFGS runs in the principal axes of each layer. There the Hessian is nearly diagonal: the mean of p (1 - p) of a
+    class times the eigenvalue of the axis. Its inverse is the initial inverse Hessian. The line search needs the logits
+    alone, which are linear in the step length, so an iteration costs one product with the features and one with their
+    transpose, for all strengths and all layers of one width together. Iterations run in float32; the principal axes,
+    the rotation back and the final objective and gradient are computed in float64.
 
     Args:
         features: layer to features; layers may differ in width.
-        labels: class of each image, in [0, num_classes); or zeros and ones where images show several, which gives one
-            binary regression a class. One that no image shows, or all, has no optimum: its weights are 0.
+        labels: class of each image, in [0, num_classes); or a multi-hot row per image (multi-label), which gives one
+            binary regression per class. A class that no image or every image has no optimum: its weights are 0.
         num_classes: number of classes.
-        l2: strengths of the penalty, above 0; biases are not penalised. scikit-learn's C is 1 / (N l2). Of two classes
-            it is 2 / (N l2): both have weights here, which halves the penalty on their difference.
-        tolerance: a problem is solved where the largest entry of its gradient is at most this share of the objective,
-            and the objective can fall by a thirtieth of that at most, as far as the initial Hessian says; the
-            default is near what float32 can tell, and leaves the objective within 1e-6 of the optimum, relative (5e-7
-            was the most seen, at l2 = 1e-5; 1e-9 at 1e-2).
-        max_iterations: at most; a problem that is not solved then is named in a warning.
+        l2: regularisation strengths, above 0; biases are not regularised. scikit-learn's C is 1 / (N l2), and for two
+            classes 2 / (N l2): both classes have weights here, which halves the penalty on their difference.
+        tolerance: a problem has converged where the largest entry of its gradient is at most this share of the
+            objective, and the suboptimality that the initial inverse Hessian predicts is at most a thirtieth of that.
+            The default is close to the resolution of float32 and leaves the objective within 1e-6 of the optimum,
+            relative (the largest seen was 5e-7 at l2 = 1e-5, and 1e-9 at 1e-2).
+        max_iterations: most iterations; a warning names the problems that have not converged by then.
 
     Returns:
-        Layer to classifiers, float64, with the objective and the gradient of just these.
+        Layer to classifiers, float64, with their objective and its gradient.
 
     Raises:
-        ValueError: one class only, labels out of range, fewer images than classes, features that are not finite, or a
-            strength that is not above 0.
+        ValueError: a single class, labels out of range, fewer images than classes, features that are not finite, or a
+            regularisation strength that is not above 0.
 
     References:
         Liu & Nocedal, *On the limited memory BFGS method for large scale optimization*, 1989.
@@ -184,10 +185,10 @@ def logistic_regression(
         >>> probe.weight.shape, bool((probe.gradient_norm < 1e-5).all())
         (torch.Size([2, 4, 2]), True)
     """
-    check_strengths(l2, zero=False)
+    check_l2(l2, zero=False)
     _check_problem(features, labels, num_classes)
     # Images come last in targets and logits: a softmax over classes then runs along the images, 14 times faster on a
-    # CPU than over ten classes that lie side by side.
+    # CPU than over ten classes that are adjacent in memory.
     targets = one_hot(labels, num_classes).T.contiguous()
     strengths = torch.tensor(l2, dtype=torch.float64, device=labels.device)
     found: dict[str, LinearProbe] = {}
@@ -198,13 +199,15 @@ def logistic_regression(
         weights = _solve(x, targets, axes, strengths, labels.ndim == 1, tolerance, max_iterations)
         del x
         for name, axis, weight in zip(group, axes, weights, strict=True):
-            probe, left = _judge(features[name], targets, axis, weight.double(), strengths, labels.ndim == 1)
-            unsolved = ~(left <= tolerance / 3)  # what float32 leaves open is within this
+            probe, suboptimality = _evaluate(
+                features[name], targets, axis, weight.double(), strengths, labels.ndim == 1
+            )
+            unsolved = ~(suboptimality <= tolerance / 3)  # float32 rounding stays below this
             if bool(unsolved.any()):
                 which = ", ".join(f"{value:g}" for value in strengths[unsolved].tolist())
                 warnings.warn(
                     f"logistic regression of {name} stopped before the optimum for l2 {which}: the objective is "
-                    f"{float(left.max()):.0e} above it, relative, and the largest entry of the gradient is "
+                    f"{float(suboptimality.max()):.0e} above it, relative, and the largest entry of the gradient is "
                     f"{float(probe.gradient_norm.max()):.1e}",
                     stacklevel=2,
                 )
@@ -225,17 +228,17 @@ class _Axes(NamedTuple):
 
     mean: Float[Tensor, " D"]
     scale: Float[Tensor, " D"]
-    """One over the deviation; 0 where a feature does not vary."""
-    turn: Float[Tensor, "D M"]
-    """Standardised features times this are the inputs of the solver; its columns are orthonormal."""
+    """Inverse standard deviation; 0 for a constant feature."""
+    rotation: Float[Tensor, "D M"]
+    """Maps standardised features to the inputs of the solver; its columns are orthonormal."""
     squares: Float[Tensor, " M+1"]
-    """Mean squares of those inputs."""
+    """Mean squares of the inputs."""
 
 
 def _principal_axes(features: Float[Tensor, "N D"], inputs: Float[Tensor, "N M+1"]) -> _Axes:
-    """The M = min(N, D) axes; the standardised features along them are written into ``inputs``, and a column of ones.
+    """The M = min(N, D) axes; writes the standardised features along them, and a column of ones, into ``inputs``.
 
-    Axes along which little varies count: a weak penalty lets classifiers live there. Hence float64, and no cut.
+    Axes of small variance matter, as weakly regularised classifiers use them. Hence float64, and no truncation.
     """
     n, width = features.shape
     parts = features.split(rows_at_once(width))
@@ -245,23 +248,23 @@ def _principal_axes(features: Float[Tensor, "N D"], inputs: Float[Tensor, "N M+1
     if n < width:  # all images lie in a space of n dimensions
         basis, coordinates = torch.linalg.qr(((features.double() - mean) * scale).T)
         _, vectors = torch.linalg.eigh(coordinates @ coordinates.T)
-        turn, turned = basis @ vectors, coordinates.T @ vectors
-        inputs[:, :-1] = turned
-        squares = turned.square().mean(0)
+        rotation, rotated = basis @ vectors, coordinates.T @ vectors
+        inputs[:, :-1] = rotated
+        squares = rotated.square().mean(0)
     else:
         standard = ((part.double() - mean) * scale for part in parts)
-        _, turn = torch.linalg.eigh(sum((part.T @ part for part in standard), torch.zeros(())))
+        _, rotation = torch.linalg.eigh(sum((part.T @ part for part in standard), torch.zeros(())))
         squares = torch.zeros_like(mean)
         for part, into in zip(parts, inputs.split(rows_at_once(width)), strict=True):
-            turned = ((part.double() - mean) * scale) @ turn
-            into[:, :-1] = turned
-            squares += turned.square().sum(0) / n
+            rotated = ((part.double() - mean) * scale) @ rotation
+            into[:, :-1] = rotated
+            squares += rotated.square().sum(0) / n
     inputs[:, -1] = 1
-    return _Axes(mean, scale, turn, torch.cat([squares, squares.new_ones(1)]))
+    return _Axes(mean, scale, rotation, torch.cat([squares, squares.new_ones(1)]))
 
 
 def _groups(features: Mapping[str, Tensor], columns: int) -> list[list[str]]:
-    """Layers of one width, as many together as fit into the working memory."""
+    """Groups of layers of one width, as many in each as fit into the working memory."""
     by_width: dict[int, list[str]] = {}
     for name, x in features.items():
         by_width.setdefault(x.shape[1], []).append(name)
@@ -284,7 +287,7 @@ def _solve(
     tolerance: float,
     max_iterations: int,
 ) -> Float[Tensor, "G S C E"]:
-    """Weights of all layers and strengths; the last of the E columns is the bias. As many at once as memory allows."""
+    """Weights of all layers and strengths, as many at once as memory allows; the last of the E columns is the bias."""
     classes, n = targets.shape
     squares = torch.stack([axis.squares for axis in axes]).float()
     share = targets.mean(1, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
@@ -300,7 +303,7 @@ def _solve(
         return weights
     several = (targets != targets[:, :1]).any(1).nonzero()[:, 0]
     for pairs in torch.cartesian_prod(torch.arange(len(l2), device=x.device), several).split(max(1, together)):
-        strength, one = pairs.unbind(1)  # each class is a problem of its own, with one column
+        strength, one = pairs.unbind(1)  # each class is a separate problem with one column
         start = weights[:, strength, one, None]
         solved = _minimise(x, targets[one, None], start, squares, l2[strength], tolerance, max_iterations)
         weights[:, strength, one] = solved[:, :, 0]
@@ -316,7 +319,7 @@ def _minimise(
     tolerance: float,
     max_iterations: int,
 ) -> Float[Tensor, "G P C E"]:
-    """Weights of P problems a layer, from those given; targets of one problem stand for all."""
+    """Weights of P problems per layer, started from ``weight``; targets of one problem are shared by all."""
     n = x.shape[1]
     done = weight.clone()
     columns = torch.arange(len(l2), device=x.device)  # problems that are not solved in all layers
@@ -328,7 +331,7 @@ def _minimise(
         return penalty
 
     def inverse_hessian(logits: Tensor) -> Float[Tensor, "G P C E"]:
-        return 1 / (_spread(logits).mean(3).clamp_min(1e-8)[..., None] * squares[:, None, None] + penalty)
+        return 1 / (_variances(logits).mean(3).clamp_min(1e-8)[..., None] * squares[:, None, None] + penalty)
 
     def times(direction: Tensor) -> Float[Tensor, "G P C N"]:
         return (direction.flatten(1, 2) @ x.mT).unflatten(1, direction.shape[1:3])
@@ -343,20 +346,22 @@ def _minimise(
     for iteration in range(max_iterations):
         if iteration % 5 == 0:
             objective = _loss(logits, y) / n + (penalty * weight.square()).sum((2, 3)) / 2
-            guess = inverse_hessian(logits)
-            left = (gradient.square() * guess).sum((2, 3)) / 2
+            initial_inverse = inverse_hessian(logits)
+            suboptimality = (gradient.square() * initial_inverse).sum((2, 3)) / 2
             flat = gradient.abs().amax((2, 3)) <= tolerance * objective
-            unsolved = ~(flat & (left <= tolerance / 30 * objective))
+            unsolved = ~(flat & (suboptimality <= tolerance / 30 * objective))
             keep = unsolved.any(0)
             if not bool(keep.all()):
                 done[:, columns] = weight
                 columns, unsolved, y = columns[keep], unsolved[:, keep], y if len(y) == 1 else y[keep]
-                weight, gradient, logits, guess = (part[:, keep] for part in (weight, gradient, logits, guess))
+                weight, gradient, logits, initial_inverse = (
+                    part[:, keep] for part in (weight, gradient, logits, initial_inverse)
+                )
                 steps = [(step[:, keep], change[:, keep], inverse[:, keep]) for step, change, inverse in steps]
                 penalty = penalties()
             if not len(columns):
                 return done
-        direction = _two_loops(gradient, guess, steps)
+        direction = _two_loops(gradient, initial_inverse, steps)
         direction_logits = times(direction)
         slope = (gradient * direction).sum((2, 3))
         length = _length(logits, direction_logits, weight, direction, penalty, y, slope)
@@ -366,7 +371,7 @@ def _minimise(
         change, gradient = -gradient, gradient_at(logits)
         change += gradient
         curvature = (step * change).sum((2, 3))
-        # Below, 1 / curvature overflows: such steps are rounding, next to an optimum that other layers still look for.
+        # Below, 1 / curvature overflows: the layer has converged up to rounding while others still iterate.
         steps.append((step, change, torch.where(curvature > 1e-30, 1 / curvature, 0)))
         del steps[:-MEMORY]
     done[:, columns] = weight
@@ -374,7 +379,7 @@ def _minimise(
 
 
 def _errors(logits: Float[Tensor, "G P C N"], y: Float[Tensor, "P C N"]) -> Float[Tensor, "G P C N"]:
-    """Probabilities less targets, without a difference of numbers near 1: such are those of images learned well."""
+    """Probabilities minus targets, without cancellation where a probability is close to 1."""
     if logits.shape[2] == 1:
         sign = (2 * y).sub_(1).neg_()
         return (sign * logits).sigmoid_().mul_(sign)
@@ -383,19 +388,19 @@ def _errors(logits: Float[Tensor, "G P C N"], y: Float[Tensor, "P C N"]) -> Floa
 
 
 def _loss(logits: Float[Tensor, "G P C N"], y: Float[Tensor, "P C N"]) -> Float[Tensor, "G P"]:
-    """The cross-entropy, summed over images; of one column it is that of a binary regression."""
+    """The cross-entropy, summed over images; with one column, that of a binary regression."""
     if logits.shape[2] == 1:
         return F.softplus((2 * y).sub_(1).neg_().mul(logits)).sum((2, 3))
     return (logits.logsumexp(2) - (logits * y).sum(2)).sum(2)
 
 
-def _spread(logits: Float[Tensor, "G P C N"]) -> Float[Tensor, "G P C N"]:
+def _variances(logits: Float[Tensor, "G P C N"]) -> Float[Tensor, "G P C N"]:
     p = logits.sigmoid() if logits.shape[2] == 1 else logits.softmax(2)
     return p.sub_(p.square())
 
 
-def _two_loops(gradient: Tensor, guess: Tensor, steps: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The direction of L-BFGS."""
+def _two_loops(gradient: Tensor, initial_inverse: Tensor, steps: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The L-BFGS direction, by the two-loop recursion."""
     direction = -gradient
     shares = []
     for step, change, inverse in reversed(steps):
@@ -404,9 +409,9 @@ def _two_loops(gradient: Tensor, guess: Tensor, steps: Sequence[tuple[Tensor, Te
         shares.append(share)
     if steps:
         _, change, inverse = steps[-1]
-        scale = inverse * (change * guess * change).sum((2, 3))
+        scale = inverse * (change * initial_inverse * change).sum((2, 3))
         direction = direction * torch.where(scale > 0, 1 / scale, 1)[..., None, None]
-    direction = direction * guess
+    direction = direction * initial_inverse
     for (step, change, inverse), share in zip(steps, reversed(shares), strict=True):
         back = (inverse * (change * direction).sum((2, 3)))[..., None, None]
         direction = torch.addcmul(direction, share - back, step)
@@ -422,24 +427,24 @@ def _length(
     y: Tensor,
     slope: Tensor,
 ) -> Float[Tensor, "G S"]:
-    """How far to go along each direction: to where the slope is at most half as steep (the loss is convex)."""
-    along, bend = (penalty * weight * direction).sum((2, 3)), (penalty * direction.square()).sum((2, 3))
+    """Line search along each direction, to where the slope is at most half as steep (the loss is convex)."""
+    along, curvature = (penalty * weight * direction).sum((2, 3)), (penalty * direction.square()).sum((2, 3))
     length, low, high = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     for _ in range(TRIALS):
         errors = _errors(torch.addcmul(logits, length[..., None, None], direction_logits), y)
-        here = (errors * direction_logits).sum((2, 3)) / logits.shape[3] + along + length * bend
-        far, near = here > 0.5 * slope.abs(), here < 0.9 * slope
-        if not bool((far | near).any()):
+        here = (errors * direction_logits).sum((2, 3)) / logits.shape[3] + along + length * curvature
+        too_long, too_short = here > 0.5 * slope.abs(), here < 0.9 * slope
+        if not bool((too_long | too_short).any()):
             break
-        high, low = torch.where(far, length, high), torch.where(near, length, low)
+        high, low = torch.where(too_long, length, high), torch.where(too_short, length, low)
         secant = length * slope / (slope - here)
         middle = torch.where(high.isinf(), 2 * length, (low + high) / 2)
-        inside = (secant > low) & (secant < high) & far
-        length = torch.where(far | near, torch.where(inside, secant, middle), length)
+        inside = (secant > low) & (secant < high) & too_long
+        length = torch.where(too_long | too_short, torch.where(inside, secant, middle), length)
     return length
 
 
-def _judge(
+def _evaluate(
     features: Float[Tensor, "N D"],
     targets: Float[Tensor, "C N"],
     axes: _Axes,
@@ -447,11 +452,11 @@ def _judge(
     l2: Float[Tensor, " S"],
     multinomial: bool,
 ) -> tuple[LinearProbe, Float[Tensor, " S"]]:
-    """The classifier of raw features, and by what share its objective can fall, as far as gradient and Hessian tell."""
-    standard = weight[..., :-1] @ axes.turn.T  # (S, C, D)
+    """The classifier for raw features, and its relative suboptimality, estimated from gradient and Hessian."""
+    standard = weight[..., :-1] @ axes.rotation.T  # (S, C, D)
     raw = standard * axes.scale
     bias = weight[..., -1] - raw @ axes.mean
-    gradient, slope, spread = torch.zeros_like(raw), torch.zeros_like(bias), torch.zeros_like(bias)
+    gradient, slope, variance = torch.zeros_like(raw), torch.zeros_like(bias), torch.zeros_like(bias)
     loss = l2.new_zeros(len(l2), 1 if multinomial else bias.shape[1])
     rows = rows_at_once(raw.shape[2] + bias.numel())
     for part, y in zip(features.split(rows), targets.split(rows, 1), strict=True):
@@ -460,20 +465,24 @@ def _judge(
         # a binary regression for each class, or one problem of all
         logits, y = (logits[None], y[None]) if multinomial else (logits[:, :, None], y[:, None])
         loss += _loss(logits, y).view_as(loss)
-        spread += _spread(logits).sum(3).view_as(bias)
+        variance += _variances(logits).sum(3).view_as(bias)
         errors = _errors(logits, y).view(*bias.shape, -1)
         slope += errors.sum(2)
         gradient += (errors.flatten(0, 1) @ ((part - axes.mean) * axes.scale)).view_as(raw)
     n, penalty = len(features), l2[:, None]
-    gradient, slope, spread = gradient / n + penalty[..., None] * standard, slope / n, spread / n
-    bend = (spread[..., None] * axes.squares[:-1] + penalty[..., None]).clamp_min(torch.finfo(torch.float64).tiny)
-    left = ((gradient @ axes.turn).square() / bend).sum(2) + slope.square() / spread.clamp_min(1e-30)
+    gradient, slope, variance = gradient / n + penalty[..., None] * standard, slope / n, variance / n
+    curvature = (variance[..., None] * axes.squares[:-1] + penalty[..., None]).clamp_min(
+        torch.finfo(torch.float64).tiny
+    )
+    suboptimality = ((gradient @ axes.rotation).square() / curvature).sum(2) + slope.square() / variance.clamp_min(
+        1e-30
+    )
     size = standard.square().sum(2)
     if multinomial:
-        left, size = left.sum(1, keepdim=True), size.sum(1, keepdim=True)
+        suboptimality, size = suboptimality.sum(1, keepdim=True), size.sum(1, keepdim=True)
     else:
-        left = torch.where((targets == targets[:, :1]).all(1), 0, left)  # those without an optimum
+        suboptimality = torch.where((targets == targets[:, :1]).all(1), 0, suboptimality)  # those without an optimum
     objective = loss / n + penalty / 2 * size
     steepest = torch.maximum(gradient.abs().amax((1, 2)), slope.abs().amax(1))
     probe = LinearProbe(raw.mT.contiguous(), bias, l2, objective.sum(1), steepest)
-    return probe, (left / 2 / objective).amax(1)
+    return probe, (suboptimality / 2 / objective).amax(1)

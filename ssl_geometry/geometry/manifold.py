@@ -1,15 +1,15 @@
 """Manifold graph metrics: the shape of the polytopes that NNK neighbourhoods span (Cosentino et al. 2022).
 
-Of each query, on vectors of unit length: the number of its NNK neighbours (grows with intrinsic dimension), the
-diameter of their polytope (small where the network is invariant, large where it is equivariant), and the affinity of
-the directions towards them with those of a neighbouring query (1 where the manifold is flat). Two kinds of manifold:
-semantic, the images of a class (:func:`same_class_ids`, :func:`manifold_metrics`), and augmentation, the augmented
-copies of an image (:func:`augmentation_metrics`). What is not defined for a query is NaN.
+For each query, on unit vectors: the number of its NNK neighbours (grows with intrinsic dimension), the diameter of
+their polytope (small where the network is invariant, large where it is equivariant), and the affinity of the
+directions to them with those of a neighbouring query (1 where the manifold is flat). Two kinds of manifold: semantic,
+the images of a class (:func:`same_class_ids`, :func:`manifold_metrics`), and augmentation, the augmented views of an
+image (:func:`augmentation_metrics`). A metric is NaN where it is not defined for a query.
 
-The full text of the paper was not at hand, so its formulas are not known here; the normalisation is this project's:
-directions x_j - x_i are not re-centred, those of squared singular value below a tenth of the largest are left out, and
-the overlap of two subspaces is divided by the smaller of their dimensions. A polytope of one point has diameter 0 and
-no direction.
+The formulas are not checked against the full text of the paper, which was not available; the normalisation is this
+project's: directions x_j - x_i are not re-centred, those with a squared singular value below a tenth of the largest are
+dropped, and the overlap of two subspaces is divided by the smaller of their dimensions. A polytope of one point has
+diameter 0 and no direction.
 """
 
 from typing import NamedTuple
@@ -28,9 +28,9 @@ from ssl_geometry.geometry.vectors import centered, products, vector_lengths
 DIRECTIONS = 0.1
 """Directions of at least this share of the largest squared singular value span a neighbourhood."""
 SEED = 0
-"""Chooses the images, or copies, that the random baselines compare with."""
+"""Seed of the random images, or views, of the random baselines."""
 DISTANCES = 2**22
-"""Distances between the copies of images (m³ an image, float64) that are held at once: some tens of these arrays."""
+"""Distances between augmented views (m³ per image, float64) per block; some tens of such arrays are in memory."""
 
 
 def manifold_metrics(
@@ -89,26 +89,26 @@ def manifold_metrics_and_errors(
 ) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Float[Tensor, ""]]]:
     """:func:`manifold_metrics`, and the standard error of the mean of each over all images.
 
-    Images share what they are measured by: two that are each other's nearest neighbour have one affinity, and a
-    far-away image is an end of many diameters. Their numbers are not independent, and sd / sqrt(N) is too small (for
-    affinities by up to a factor of 1.6). Products of the deviations of all pairs that share an image (either of the
-    pair compared; either end of the diameter) are therefore added to the sum of squares. Those of diameters are taken
-    about the mean of each class, whose images share more, and are not more alike for it.
+    The values of two images are not independent where they depend on the same image: mutual nearest neighbours have the
+    same affinity, and an outlier is an end of many diameters. sd / sqrt(N) is then too small (for affinities by up to a
+    factor of 1.6). The products of the deviations of all pairs of values that share an image (either of the two images
+    compared; either end of the diameter) are therefore added to the sum of squares. Deviations of diameters are taken
+    from the mean of the class.
 
     Args:
-        features: as of :func:`manifold_metrics`.
-        ids: as of :func:`manifold_metrics`.
-        result: as of :func:`manifold_metrics`.
+        features: as in :func:`manifold_metrics`.
+        ids: as in :func:`manifold_metrics`.
+        result: as in :func:`manifold_metrics`.
         labels: class of each image.
-        seed: as of :func:`manifold_metrics`.
-        chunk: as of :func:`manifold_metrics`.
+        seed: as in :func:`manifold_metrics`.
+        chunk: as in :func:`manifold_metrics`.
 
     Returns:
-        The metrics of each image; and of each metric the standard error of their mean, float64, NaN for fewer than two
-        images that have it. What intervals of 1.96 of them cover is in ``benchmarks/results/coverage_manifold.md``.
+        The metrics of each image, and the standard error of the mean of each metric, float64, NaN for fewer than two
+        values. ``benchmarks/results/coverage_manifold.md`` has the coverage of intervals of 1.96 standard errors.
 
     Raises:
-        ValueError: as of :func:`manifold_metrics`.
+        ValueError: as in :func:`manifold_metrics`.
 
     References:
         Fafchamps & Gubert, *The formation of risk sharing networks*, 2007, for the errors of dyads.
@@ -132,7 +132,7 @@ def manifold_metrics_and_errors(
 def _manifold(
     features: Float[Tensor, "N D"], ids: Int64[Tensor, "N K"], result: NNK, seed: int, chunk: int | None
 ) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Int64[Tensor, "N M"]]]:
-    """The metrics, and the images that some of them are of."""
+    """The metrics, and for some of them the images that each value depends on."""
     n, device = len(features), features.device
     if ids.shape != result.active.shape or len(ids) != n:
         raise ValueError(
@@ -170,19 +170,19 @@ def _manifold(
 def _standard_error(
     values: Float[Tensor, " N"], shared: Int64[Tensor, "N M"] | None, groups: Int64[Tensor, " N"] | None
 ) -> Float[Tensor, ""]:
-    """Of the mean of the values that there are, where those that share an image are not independent."""
+    """Standard error of the mean of the known values, where values that share an image are not independent."""
     known = ~values.isnan()
     n = known.sum()
     apart = (values - values.nanmean()).where(known, 0)
     total = apart.square().sum()
     if shared is None:
         return (total.sqrt() / n).where(n > 1, torch.nan)
-    squares = torch.zeros_like(apart)  # what the product of two that share nothing falls short of 0 by
+    squares = torch.zeros_like(apart)  # how far the product of two without a shared image is below 0
     if groups is not None:
         classes = groups.unique(return_inverse=True)[1]
         size = torch.zeros_like(apart).index_add_(0, classes, known.double())
         apart = (apart - (torch.zeros_like(apart).index_add_(0, classes, apart) / size)[classes]).where(known, 0)
-        # About their own mean, the product of two of n is -1 / (n - 1) of their variance.
+        # Relative to their own mean, the product of two of n values is -1 / (n - 1) of their variance.
         sums = torch.zeros_like(apart).index_add_(0, classes, apart.square())
         squares = (sums / (size * (size - 1)).clamp_min(1))[classes]
     for rows in torch.arange(len(values), device=values.device).split(max(1, 2**22 // shared.numel())):
@@ -195,69 +195,68 @@ def _standard_error(
 
 
 def augmentation_metrics(
-    copies: Float[Tensor, "B m D"], *, seed: int = SEED, chunk: int | None = None
+    views: Float[Tensor, "B m D"], *, seed: int = SEED, chunk: int | None = None
 ) -> dict[str, Float[Tensor, " B"]]:
-    """The metrics of :func:`manifold_metrics` for the manifold of each image's augmented copies.
+    """The metrics of :func:`manifold_metrics` for the manifold of each image's augmented views.
 
-    Every copy is a query and the others of its image are its candidates, but for those that are equal to it; of equal
-    ones the first stands for all. Answers are averaged over the copies for which they are defined. Memory beyond the
-    copies does not grow with the number of images.
+    Every view is a query; its candidates are the other views of the image, without duplicates. Each metric is averaged
+    over the views for which it is defined. Memory next to the views does not grow with the number of images.
 
     Args:
-        copies: features of m >= 3 augmented copies of each image.
-        seed: of the random copies that neighbours are compared with.
-        chunk: copies (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
+        views: features of m >= 3 augmented views of each image.
+        seed: of the random views that neighbours are compared with.
+        chunk: views (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
 
     Returns:
-        For each image, float64, under the same names. Where all copies are equal (unit vectors less than 8 eps of
-        their dtype apart, 9.5e-7 in float32), the diameter is 0 as well: the network is invariant; what else no copy
-        has an answer for is NaN.
+        For each image, float64, under the same names. Where all views are equal (unit vectors less than 8 eps of their
+        dtype apart, 9.5e-7 in float32), the network is invariant and the diameter is 0; a metric that is defined for no
+        view is NaN.
 
     Raises:
-        ValueError: no images, fewer than three copies, features that are not finite, or zero vectors.
+        ValueError: no images, fewer than three views, features that are not finite, or zero vectors.
 
     Example:
         >>> metrics = augmentation_metrics(torch.eye(5).expand(2, 5, 5))  # the corners of a simplex, twice
         >>> metrics["neighbors"], metrics["diameter"]
         (tensor([4., 4.], dtype=torch.float64), tensor([1.4142, 1.4142], dtype=torch.float64))
     """
-    images, m = copies.shape[:2]
+    images, m = views.shape[:2]
     if images == 0 or m < 3:
-        raise ValueError(f"augmentation manifolds need images of at least 3 copies each, got {images} images of {m}")
-    lengths = vector_lengths(copies.flatten(0, 1), unit=True).view(images, m, 1)
-    codes = row_keys(copies.flatten(0, 1).float()).view(images, m)
-    partners = _others(images, m, seed, copies.device)
+        raise ValueError(f"augmentation manifolds need at least 3 views of each image, got {images} images, {m} views")
+    lengths = vector_lengths(views.flatten(0, 1), unit=True).view(images, m, 1)
+    codes = row_keys(views.flatten(0, 1).float()).view(images, m)
+    partners = _others(images, m, seed, views.device)
     step = max(1, DISTANCES // m**3)
     parts = [
-        _of_copies(copies[r], lengths[r], codes[r], partners[r], chunk)
+        _of_views(views[r], lengths[r], codes[r], partners[r], chunk)
         for r in (slice(start, start + step) for start in range(0, images, step))
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _of_copies(
-    copies: Float[Tensor, "B m D"],
+def _of_views(
+    views: Float[Tensor, "B m D"],
     lengths: Float[Tensor, "B m 1"],
     codes: Int64[Tensor, "B m"],
     partners: Int64[Tensor, "B m"],
     chunk: int | None,
 ) -> dict[str, Float[Tensor, " B"]]:
-    """:func:`augmentation_metrics` of some images, of all their distances at once."""
-    (images, m), device = codes.shape, copies.device
-    dtype = torch.promote_types(copies.dtype, torch.float32)
+    """:func:`augmentation_metrics` of one block of images."""
+    (images, m), device = codes.shape, views.device
+    dtype = torch.promote_types(views.dtype, torch.float32)
 
     def distances(r: slice) -> Float[Tensor, "b m m"]:
-        unit = copies[r] / lengths[r]  # float64: the copies of an image may be close among themselves
+        unit = views[r] / lengths[r]  # float64, because the views of an image may be close to each other
         unit -= unit.mean(1, keepdim=True)
         inner = unit @ unit.mT
         own = inner.diagonal(dim1=1, dim2=2)
         return own.unsqueeze(1) + own.unsqueeze(2) - inner - inner.mT
 
-    squares = torch.cat(over_chunks(distances, images, device, chunk))  # all that follows is a function of these
+    squares = torch.cat(over_chunks(distances, images, device, chunk))  # all metrics are functions of these
     equal = codes.unsqueeze(1) == codes.unsqueeze(2)
     first = ~equal.tril(-1).any(2)
     varies = squares.flatten(1).amax(1) > (RESOLUTION * torch.finfo(dtype).eps) ** 2
-    candidates = ~equal & first.unsqueeze(1) & varies.view(-1, 1, 1)  # nor is a copy its own candidate
+    candidates = ~equal & first.unsqueeze(1) & varies.view(-1, 1, 1)  # a view is not its own candidate either
     candidates = candidates.flatten(0, 1)
     to_query = squares.flatten(0, 1)
     between = squares.unsqueeze(1).expand(images, m, m, m).flatten(0, 1)
@@ -287,16 +286,16 @@ def _of_copies(
 
 
 def same_class_ids(features: Float[Tensor, "N D"], labels: Int64[Tensor, " N"], k: int = 50) -> Int64[Tensor, "N k"]:
-    """The k images of the same class that are most alike, by cosine similarity: candidates for semantic manifolds.
+    """The k most similar images of the same class, by cosine similarity: candidates for semantic manifolds.
 
     Args:
         features: a vector for each image.
         labels: class of each image.
-        k: candidates.
+        k: number of candidates.
 
     Returns:
-        Their indices, most similar first, -1 where the class has fewer. The image itself and exact copies of it are
-        left out, and of equal images the first stands for all.
+        Their indices, most similar first, -1 where the class has fewer. The image itself and its exact duplicates are
+        left out; other duplicates count once.
 
     Raises:
         ValueError: k < 1, labels of other images, features that are not finite, or zero vectors.
@@ -321,13 +320,13 @@ def same_class_ids(features: Float[Tensor, "N D"], labels: Int64[Tensor, " N"], 
 
 
 class _Shapes(NamedTuple):
-    """Neighbourhoods of Q queries with M neighbours at most, and R directions at most."""
+    """Neighbourhoods of Q queries with at most M neighbours and R directions."""
 
     diameter: Float[Tensor, " Q"]
-    ends: Int64[Tensor, "Q 2"]  # places of the two neighbours that lie farthest apart
-    nearest: Int64[Tensor, " Q"]  # place of the nearest neighbour among the M
+    ends: Int64[Tensor, "Q 2"]  # positions of the two neighbours with the largest distance
+    nearest: Int64[Tensor, " Q"]  # position of the nearest neighbour among the M
     basis: Float[Tensor, "Q M R"]  # orthonormal directions, as combinations of the differences to neighbours
-    dims: Int64[Tensor, " Q"]  # how many; 0 for fewer than two neighbours
+    dims: Int64[Tensor, " Q"]  # number of directions; 0 for fewer than two neighbours
 
 
 def _shapes(local: Float[Tensor, "Q M M"], active: Bool[Tensor, "Q M"]) -> _Shapes:
@@ -350,7 +349,7 @@ def _shapes(local: Float[Tensor, "Q M M"], active: Bool[Tensor, "Q M"]) -> _Shap
 
 def _joined(parts: list[_Shapes]) -> _Shapes:
     diameter, ends, nearest, basis, dims = zip(*parts, strict=True)
-    most = max(1, *(int(part.max()) for part in dims))  # eigenvalues ascend: what is kept stands last
+    most = max(1, *(int(part.max()) for part in dims))  # eigenvalues ascend, so the kept ones are last
     return _Shapes(
         torch.cat(diameter),
         torch.cat(ends),
@@ -379,20 +378,20 @@ def _alignment(
 
 
 def _named(
-    count: Int64[Tensor, " Q"], shapes: _Shapes, near: tuple[Tensor, Tensor], random: tuple[Tensor, Tensor]
+    count: Int64[Tensor, " Q"], shapes: _Shapes, closest: tuple[Tensor, Tensor], random: tuple[Tensor, Tensor]
 ) -> dict[str, Float[Tensor, " Q"]]:
     return {
         "neighbors": count.double().where(count > 0, torch.nan),
         "diameter": shapes.diameter,
-        "affinity": near[0],
+        "affinity": closest[0],
         "affinity_random": random[0],
-        "angle": near[1],
+        "angle": closest[1],
         "angle_random": random[1],
     }
 
 
 def _others(groups: int, n: int, seed: int, device: torch.device) -> Int64[Tensor, "groups n"]:
-    """For each of n, another one at random; the same numbers on every device."""
+    """For each of n items another one at random; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(1, max(n, 2), (groups, n), generator=generator)
     return ((torch.arange(n) + steps) % n).to(device)

@@ -1,7 +1,7 @@
-"""Do two representations agree on which images are alike? The overlap of their nearest neighbours.
+"""Overlap of the nearest neighbours of two representations: do they agree on which images are similar?
 
-Protocol: cosine similarity, searched exactly, the image itself left out by its index, k = 10 by default. The overlap
-of unrelated representations of N images is k/(N-1): a number without its N says little.
+Protocol: exact search by cosine similarity, the image itself excluded by its index, k = 10 by default. Unrelated
+representations of N images overlap by k/(N-1), so a value is only comparable for equal N.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,24 +15,24 @@ from ssl_geometry.geometry.duplicates import row_blocks
 from ssl_geometry.geometry.neighbors import RANKING, nearest_directions
 
 NEAREST = f"cosine, {RANKING}; zeros have no neighbours and are none"
-"""Which neighbours are compared, for protocols."""
+"""How neighbours are defined, for protocols."""
 
-ALIKE = 8
-"""Roundings of the features' dtype up to which directions do not differ."""
+DEGENERATE = 8
+"""Directions that differ by at most this many roundings of the features' dtype count as equal."""
 
 
 def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10) -> Int64[Tensor, "N k"]:
-    """The k images most alike each image, by cosine similarity, itself left out by its index.
+    """The k most similar images of each image, by cosine similarity, itself excluded by its index.
 
-    The search is that of :func:`ssl_geometry.geometry.neighbors.nearest_directions`; copies are neighbours.
+    The search is :func:`ssl_geometry.geometry.neighbors.nearest_directions`; duplicates are neighbours.
 
     Args:
         features: a vector for each image.
-        k: neighbours, fewer than N.
+        k: number of neighbours, fewer than N.
 
     Returns:
-        Indices of the neighbours of each image, most similar first, of equally similar ones the smaller first. -1
-        where there is none: images of zeros have no direction, nor are they neighbours; and all of :func:`all_alike`.
+        Indices of the neighbours of each image, most similar first, ties by index. -1 where there is none: zero vectors
+        have no neighbours and are none, and :func:`is_degenerate` features have no neighbours at all.
 
     Raises:
         ValueError: k < 1 or k >= N.
@@ -42,8 +42,8 @@ def neighbor_ids(features: Float[Tensor, "N D"], k: int = 10) -> Int64[Tensor, "
         >>> neighbor_ids(torch.stack([angle.cos(), angle.sin()], 1), k=1).flatten()
         tensor([1, 0, 1, 2])
     """
-    # Those that are alike are searched as zeros, which have no neighbours.
-    return nearest_directions(torch.zeros_like(features) if all_alike(features) else features, k=k).ids
+    # Degenerate features are searched as zeros, which have no neighbours.
+    return nearest_directions(torch.zeros_like(features) if is_degenerate(features) else features, k=k).ids
 
 
 def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> Float[Tensor, "L M"]:
@@ -56,7 +56,7 @@ def mutual_knn(ids_a: Int64[Tensor, "L N k"], ids_b: Int64[Tensor, "M N k"]) -> 
 
     Returns:
         Overlap in [0, 1], float64; images without neighbours in both layers are left out, NaN where all are. Unrelated
-        layers read k/(N-1) on average.
+        layers overlap by k/(N-1) on average.
 
     Raises:
         ValueError: different images or k.
@@ -97,7 +97,7 @@ def jaccard(ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]) -> Flo
 
 
 def _mean(parts: Iterable[Float[Tensor, "P L M"]]) -> Float[Tensor, "L M"]:
-    """Over the images of all parts but for those whose share is 0 / 0."""
+    """The mean over the images of all parts, except those whose overlap is 0 / 0."""
     sums = [torch.stack([part.nansum(0), (~part.isnan()).sum(0)]) for part in parts]
     total, images = torch.stack(sums).sum(0)
     return total / images
@@ -106,7 +106,7 @@ def _mean(parts: Iterable[Float[Tensor, "P L M"]]) -> Float[Tensor, "L M"]:
 def _shared(
     ids_a: Int64[Tensor, "L N K"], ids_b: Int64[Tensor, "M N K"]
 ) -> Iterator[tuple[Float[Tensor, "P L M"], Float[Tensor, "P L"], Float[Tensor, "P M"]]]:
-    """For some images after others: neighbours that each pair of layers has in common, and those of each layer."""
+    """Block by block of images: how many neighbours each pair of layers shares, and how many each layer has."""
     if ids_a.shape[1:] != ids_b.shape[1:]:
         raise ValueError(
             f"neighbours of the same N images with the same k are needed, got (N, k) = {tuple(ids_a.shape[1:])} "
@@ -116,7 +116,7 @@ def _shared(
     _, layers, k = both.shape
     width = layers * k
     for part in both.split(max(1, 2**24 // (layers * width))):
-        # Among the candidates of one image in all layers, equal ids get equal slots; memory does not grow with N.
+        # Equal ids of one image in all layers get equal slots; memory does not grow with N.
         candidates = part.flatten(1)
         slots = torch.searchsorted(candidates.sort(1).values, candidates).view_as(part)
         there = (part >= 0).float()  # -1 stands for no neighbour
@@ -125,15 +125,15 @@ def _shared(
         yield (a @ b.mT).double(), a.sum(2).double(), b.sum(2).double()
 
 
-def all_alike(features: Float[Tensor, "N D"], roundings: float = ALIKE) -> bool:
-    """Whether rounding is all that tells directions apart, so that no neighbour is better; true of NaN as well.
+def is_degenerate(features: Float[Tensor, "N D"], roundings: float = DEGENERATE) -> bool:
+    """Whether all directions are equal within rounding, so that neighbours are meaningless; also true for NaN.
 
     Args:
-        features: a vector for each image; zeros are another direction than all others.
-        roundings: of the features' dtype, up to which directions do not differ (root mean square around their mean).
+        features: a vector for each image; a zero vector counts as a direction of its own.
+        roundings: largest root mean square deviation from the mean direction, in roundings of the features' dtype.
 
     Example:
-        >>> all_alike(torch.ones(5, 3)), all_alike(torch.eye(5))
+        >>> is_degenerate(torch.ones(5, 3)), is_degenerate(torch.eye(5))
         (True, False)
     """
     # In blocks of float64: float32 squares overflow at 1e19.

@@ -1,6 +1,6 @@
-"""What classifiers learn from the frozen features of a network: layer by layer, by neighbours, by SGD, of few labels.
+"""Evaluations of frozen features: probes of each layer, nearest neighbours, linear evaluation by SGD, few labels.
 
-Every process has a part in the passes over the images; the first one has the features, and its classifiers learn.
+All processes share the passes over the images; the first one holds the features and fits the classifiers.
 """
 
 import math
@@ -18,11 +18,11 @@ from typing_extensions import override
 
 from ssl_geometry.data.images import stratified
 from ssl_geometry.data.plan import BatchPlan
-from ssl_geometry.geometry.classification import FEW, L2, accuracies, held_out, one_hot
+from ssl_geometry.geometry.classification import FEW, L2, accuracies, in_validation_split, one_hot
 from ssl_geometry.geometry.knn import directions_vary, knn_vote
 from ssl_geometry.geometry.logistic import converged_probes
 from ssl_geometry.geometry.neighbors import RANKING, nearest_directions
-from ssl_geometry.geometry.ridge import ridge_probe, ridge_probe_of_few, ridge_sums
+from ssl_geometry.geometry.ridge import ridge_probe, ridge_probe_of_few, sufficient_statistics
 from ssl_geometry.measure.engine import Occasion, measure_together
 from ssl_geometry.measure.features import Features
 from ssl_geometry.measure.probes import FEW_SELECTION, SOLVER, STATISTICS
@@ -31,14 +31,14 @@ from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.metrics.probe_bank import MOMENTUM
 
 POOLED = "pooled"
-"""The layer that everything but the curve over layers is read off: the input of a classifier on top."""
+"""The layer of all evaluations but the curve over layers: the input of a classification head."""
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates of linear evaluation, on features of the probe bank's scale."""
 TEMPERATURE = 0.07
 """Of the votes of nearest neighbours."""
 
 Found = Mapping[str, Mapping[str, Sequence[float]]]
-"""Metric to what was found for each layer (``top1``, ...)."""
+"""Metric to the numbers of each layer (``top1``, ...)."""
 Together = Callable[[], AbstractContextManager[None]]
 Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
 """Epoch to batches of features, labels and indices."""
@@ -46,7 +46,7 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 @dataclass
 class FrozenFeatures:
-    """One network, and the features of all images, on the device that measures; in the first process, that is."""
+    """One network, and the features of all images on the measuring device (in the first process)."""
 
     occasion: Occasion
     """The network, its images and its epochs."""
@@ -57,11 +57,11 @@ class FrozenFeatures:
     test: Mapping[str, Tensor]
     test_labels: Tensor
     train_images: int | None = None
-    """How many training images were asked for; None took all."""
+    """How many training images were asked for; None for all."""
     folder: Path | None = None
-    """Where features are kept that do not fit into memory."""
+    """Folder of features that do not fit into memory."""
     together: Together = nullcontext
-    """What a pass runs in; see :func:`measure_together`."""
+    """Context of a pass; see :func:`measure_together`."""
 
     @property
     def name(self) -> str:
@@ -73,28 +73,28 @@ class FrozenFeatures:
         """Of the images."""
         return self.occasion.images.num_classes
 
-    def correct(self, scores: Tensor) -> dict[str, list[float]]:
-        """How right the scores of the test images, (N, C), are."""
+    def accuracies(self, scores: Tensor) -> dict[str, list[float]]:
+        """Accuracies of the scores of the test images, (N, C)."""
         return {key: [float(value)] for key, value in accuracies(scores, self.test_labels).items()}
 
 
 class Evaluation:
-    """One way of judging a network by what its features say of the classes."""
+    """One way to evaluate how well the features of a network predict the classes."""
 
     name: ClassVar[str]
     on_every_process: ClassVar[bool] = False
-    """Whether all processes have a part in it; else the first one does it alone."""
+    """Whether all processes take part; else the first one runs it alone."""
 
     def protocol(self) -> dict[str, Any]:
-        """All that changes its numbers, but for images and network."""
+        """Everything that affects its numbers, except images and network."""
         raise NotImplementedError
 
     def evaluate(self, frozen: FrozenFeatures, progress: Any) -> Found:
-        """What it finds, by metric.
+        """Its numbers, by metric.
 
         Args:
             frozen: the network and its features.
-            progress: a ``rich`` progress, where it shows how far it is.
+            progress: a ``rich`` progress display, to which it adds its task.
         """
         raise NotImplementedError
 
@@ -111,24 +111,24 @@ class LayerProbes(Evaluation):
 
     @override
     def evaluate(self, frozen: FrozenFeatures, progress: Any) -> Found:
-        held = held_out(frozen.train_index)
+        validation = in_validation_split(frozen.train_index)
         targets = one_hot(frozen.train_labels, frozen.num_classes)
         task = progress.add_task(f"{frozen.name}: logistic regression, {len(frozen.train)} layers", total=1)
-        logistic = converged_probes(frozen.train, frozen.train_labels, held, frozen.num_classes, L2)
+        logistic = converged_probes(frozen.train, frozen.train_labels, validation, frozen.num_classes, L2)
         ridge = {}
         for layer, x in frozen.train.items():
             if len(x) < FEW:
                 ridge[layer] = ridge_probe_of_few(x, frozen.train_labels, frozen.num_classes, L2)
                 continue
-            fit, chosen_by = (ridge_sums(x[part], targets[part]) for part in (~held, held))
-            ridge[layer] = ridge_probe(fit, chosen_by, x[held], frozen.train_labels[held], L2)
+            fit, selected_on = (sufficient_statistics(x[part], targets[part]) for part in (~validation, validation))
+            ridge[layer] = ridge_probe(fit, selected_on, x[validation], frozen.train_labels[validation], L2)
         progress.advance(task)
         found: dict[str, dict[str, list[float]]] = {}
         for metric, probes in (("logistic_probe", logistic), ("ridge_probe", ridge)):
             found[metric] = {}
             for layer, probe in probes.items():
-                (scores,) = probe.scores(frozen.test[layer])
-                numbers = frozen.correct(scores)
+                (logits,) = probe.logits(frozen.test[layer])
+                numbers = frozen.accuracies(logits)
                 numbers |= {"l2": [float(probe.l2[0])], "gradient_norm": [float(probe.gradient_norm[0])]}
                 for key, values in numbers.items():
                     found[metric].setdefault(key, []).extend(values)
@@ -137,10 +137,10 @@ class LayerProbes(Evaluation):
 
 @dataclass
 class NearestNeighbors(Evaluation):
-    """Votes of the nearest training images, weighted by similarity and each counting one.
+    """k-nearest-neighbour classification by weighted vote and by majority vote of training images.
 
     Args:
-        k: numbers of neighbours that vote.
+        k: numbers of neighbours to evaluate.
     """
 
     k: Sequence[int]
@@ -159,18 +159,18 @@ class NearestNeighbors(Evaluation):
         for k in self.k:
             for temperature, kind in ((TEMPERATURE, ""), (None, "_majority")):
                 predicted = knn_vote(distances[:, :k], ids[:, :k], frozen.train_labels, classes, temperature)
-                # One column more than classes: of the images that have no neighbour.
-                numbers = frozen.correct(one_hot(predicted % (classes + 1), classes + 1))
+                # One more column than classes, for images without neighbours.
+                numbers = frozen.accuracies(one_hot(predicted % (classes + 1), classes + 1))
                 found[f"knn{k}{kind}"] = numbers if vary else {key: [math.nan] for key in numbers}
         if not vary:
-            reason = "features of all training images point one way"
+            reason = "features of all training images have the same direction"
             warnings.warn(f"{frozen.name}: accuracy of nearest neighbours is NaN: {reason}", stacklevel=2)
         return found
 
 
 @dataclass
 class LinearEvaluation(Evaluation):
-    """SGD on pooled features that are computed once, with a cosine schedule, all learning rates at once.
+    """SGD with a cosine schedule on pooled features that are computed once, for all learning rates together.
 
     Args:
         epochs: of SGD.
@@ -207,11 +207,11 @@ class LinearEvaluation(Evaluation):
         return {"linear_eval": self._learned(frozen, batches, progress, "linear evaluation")}
 
     def _learned(self, frozen: FrozenFeatures, batches: Batches, progress: Any, title: str) -> dict[str, list[float]]:
-        """Two banks learn side by side: one without the held-out tenth, which chooses the learning rate; one from all
-        images, whose classifier of that learning rate is tested. Other processes have no part in the steps.
+        """Train two banks in parallel: one without the validation split, to select the learning rate on it, and one on
+        all images, whose classifier of that learning rate is tested. Other processes take no part in the steps.
         """
         widths = {POOLED: frozen.train[POOLED].shape[1]}
-        choosing, final = (
+        selecting, final = (
             ProbeBank(widths, frozen.num_classes, RATES, [self.weight_decay]).to(frozen.train_labels.device)
             for _ in range(2)
         )
@@ -219,26 +219,26 @@ class LinearEvaluation(Evaluation):
         task = progress.add_task(f"{frozen.name}: {title}", total=steps)
         step = 0
         for epoch in range(self.epochs):
-            choosing.forget()
+            selecting.forget()
             of_epoch = batches(epoch)
             with alone():
                 for features, labels, index in of_epoch:
                     rate = (1 + math.cos(math.pi * step / steps)) / 2
-                    choosing.step({POOLED: features}, labels, index, rate)
+                    selecting.step({POOLED: features}, labels, index, rate)
                     final.step({POOLED: features}, labels, None, rate)
                     step += 1
                     progress.advance(task)
-        best = choosing.best()
-        (scores,) = final.scores({POOLED: frozen.test[POOLED]}, best)
-        return {**frozen.correct(scores), "learning_rate": final.learning_rate[best].tolist()}
+        best = selecting.best()
+        (logits,) = final.logits({POOLED: frozen.test[POOLED]}, best)
+        return {**frozen.accuracies(logits), "learning_rate": final.learning_rate[best].tolist()}
 
 
 @dataclass
 class AugmentedLinearEvaluation(LinearEvaluation):
-    """Linear evaluation on newly augmented images in every epoch; every process sees its share of them.
+    """Linear evaluation on freshly augmented images in every epoch; every process computes its share of them.
 
     Args:
-        view: how they are augmented.
+        view: the augmentation.
     """
 
     view: str
@@ -274,7 +274,7 @@ class AugmentedLinearEvaluation(LinearEvaluation):
 
 @dataclass
 class FewLabels(Evaluation):
-    """Logistic regression on a share of the labels, the classes in proportion: mean and spread over draws.
+    """Logistic regression on a stratified share of the labels: mean and standard deviation over draws.
 
     Args:
         fractions: of the labels.
@@ -304,10 +304,10 @@ class FewLabels(Evaluation):
             for draw in range(self.draws if fraction < 1 else 1):
                 rows = stratified(frozen.train_labels.cpu(), draw)[: round(fraction * n)].to(device)
                 features, labels = {POOLED: frozen.train[POOLED][rows]}, frozen.train_labels[rows]
-                held = held_of_each_class(labels)
-                probe = converged_probes(features, labels, held, frozen.num_classes, L2)[POOLED]
-                (scores,) = probe.scores(frozen.test[POOLED])
-                values.append(frozen.correct(scores))
+                validation = stratified_validation_split(labels)
+                probe = converged_probes(features, labels, validation, frozen.num_classes, L2)[POOLED]
+                (logits,) = probe.logits(frozen.test[POOLED])
+                values.append(frozen.accuracies(logits))
                 chosen[f"l2_draw{draw + 1}"] = [float(probe.l2[0])]
             several = {key: [value[key][0] for value in values] for key in values[0]}
             numbers = {key: [statistics.mean(draws)] for key, draws in several.items()}
@@ -318,23 +318,23 @@ class FewLabels(Evaluation):
         return found
 
 
-def held_of_each_class(labels: Tensor) -> Tensor:
-    """A tenth of the images of each class, one image at least; a class of one image is learnt from.
+def stratified_validation_split(labels: Tensor) -> Tensor:
+    """A stratified validation split: 10 % of each class, at least one image, but never the only one of a class.
 
     Args:
-        labels: class of each image, (N,) int64; where images show several, (N,C), a tenth of all images is held out.
+        labels: class of each image, (N,) int64; multi-hot labels, (N,C), give 10 % of all images.
 
     Returns:
-        Which images are held out, (N,) bool: the last of each class.
+        Which images are in the validation split, (N,) bool: the last of each class.
 
     Example:
-        >>> held_of_each_class(torch.tensor([0, 0, 1, 2, 1, 1])).tolist()
+        >>> stratified_validation_split(torch.tensor([0, 0, 1, 2, 1, 1])).tolist()
         [False, True, False, False, False, True]
     """
-    held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    parts = [labels == value for value in labels.unique()] if labels.ndim == 1 else [~held]
+    validation = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    parts = [labels == value for value in labels.unique()] if labels.ndim == 1 else [~validation]
     for part in parts:
         rows = part.nonzero().squeeze(1)
         if len(rows) > 1:
-            held[rows[-max(1, len(rows) // 10) :]] = True
-    return held
+            validation[rows[-max(1, len(rows) // 10) :]] = True
+    return validation

@@ -23,7 +23,7 @@ from ssl_geometry.geometry.manifold import DIRECTIONS, SEED
 from ssl_geometry.geometry.neighbors import EXACT_ROWS, PROBED, RANKING
 from ssl_geometry.geometry.nnk import COARSE, RESOLUTION
 from ssl_geometry.geometry.nnk_solver import ACTIVE, INDEPENDENT, OPTIMAL
-from ssl_geometry.geometry.overlap import ALIKE, NEAREST, jaccard, mutual_knn
+from ssl_geometry.geometry.overlap import DEGENERATE, NEAREST, jaccard, mutual_knn
 from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.requests import Reduced, Request, pooled
 from ssl_geometry.measure.subject import Subject
@@ -180,7 +180,7 @@ class Neighborhoods(Measurement):
                 "metric": "manifold graph metrics (NNK, normalised cosine kernel, exact), after Cosentino et al. 2022",
                 "nearest": f"cosine, {RANKING}; beyond {EXACT_ROWS:,} images on a CPU in 1 of {PROBED} inverted lists",
                 "nearest of a class": f"cosine, {RANKING}",
-                "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {ALIKE} roundings",
+                "no neighbours": f"fewer than {MIN_IMAGES} images, or directions within {DEGENERATE} roundings",
                 "nnk": {
                     "posed": "in the differences between a query and its candidates, "
                     f"in float64 where the nearest is within {COARSE:g}",

@@ -1,15 +1,15 @@
-"""What can be read off each layer by a linear classifier, while the network trains.
+"""Linear probe accuracy of each layer while the network trains.
 
-Two kinds of classifiers, on averages over space of each layer's activations:
+Two kinds of linear classifiers, on globally average-pooled activations of each layer:
 
-* **online**: a bank of classifiers with many learning rates and weight decays, which learn from the activations of the
-  training step's own forward. They cost no pass and never touch the network: they have their own tensors, their own
-  optimiser, and their state lies with the callback.
-* **converged**: in epochs that measure, ridge regression (and, by choice, logistic regression) on clean training
-  images, from the pass that all monitors share.
+* **online**: a bank of classifiers with many learning rates and weight decays, trained on the activations of the
+  training step's own forward pass. They need no extra pass and never affect the network: they have their own tensors
+  and optimiser, and their state belongs to the callback.
+* **converged**: in each measured epoch, ridge regression (and optionally logistic regression) on clean training
+  images, from the pass that all measurements share.
 
-Both choose their hyper-parameters on a fixed tenth of the training images and are evaluated on the measurement images,
-in every epoch that measures.
+Both select their hyper-parameters on a fixed validation split (10 % of the training images) and are evaluated on the
+measurement images in each measured epoch.
 """
 
 import logging
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssl_geometry import __version__
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.classification import FEW, FOLDS, HELD_OUT, choosing_folds, held_out
+from ssl_geometry.geometry.classification import FEW, FOLDS, VALIDATION_ONE_IN, in_validation_split, validation_folds
 from ssl_geometry.geometry.logistic import ITERATIONS, TOLERANCE
 from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, layer_widths
 from ssl_geometry.measure.processes import is_of_the_first, summed, this_process
@@ -39,18 +39,18 @@ logger = logging.getLogger(__name__)
 logger.addFilter(is_of_the_first)
 
 LAYERS = ("post_residual", "pooled", "head")
-SELECTION = f"accuracy on one of {HELD_OUT} training images, chosen by index; ties broken by the loss there"
+SELECTION = f"accuracy on one of {VALIDATION_ONE_IN} training images, chosen by index; ties broken by the loss there"
 FEW_SELECTION = f"; of fewer than {FEW} training images, by {FOLDS}-fold cross-validation"
 SOLVER = f"L-BFGS until an entry of the gradient is at most {TOLERANCE:g} of the objective, {ITERATIONS} steps at most"
 STATISTICS = f"features standardised by running statistics, which keep {MEMORY} from step to step"
 MOST_IN_FLOAT32 = 32 * 2**20
-"""Bytes of gradients that processes send each other in float32 by default; more go in bfloat16."""
+"""Gradients of more bytes than this are reduced over processes in bfloat16 by default."""
 HIGHEST_RATE = 7.0
-"""Up to this learning rate, SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`."""
+"""Largest learning rate at which SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`."""
 
 
 def highest_decay(learning_rate: float) -> float:
-    """The weight decay up to which SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`.
+    """Largest weight decay at which SGD with momentum 0.9 is stable on the features of a :class:`ProbeBank`.
 
     A step is stable where the learning rate times the curvature, at most 1/2 plus the decay, is below 2 (1 + 0.9).
 
@@ -61,67 +61,65 @@ def highest_decay(learning_rate: float) -> float:
     return 3.8 / learning_rate - 0.5
 
 
-def check_images(
-    data: ImageSource, images: int | None, option: str, choosing: bool = True, otherwise: str = ""
-) -> bool:
-    """Refuse training images that teach no classifier, before any work is done.
+def check_images(data: ImageSource, images: int | None, option: str, selects: bool = True, otherwise: str = "") -> bool:
+    """Refuse training images that no classifier can be fitted to, before any work is done.
 
     Args:
-        data: whose images.
-        images: how many of the labelled training images, at most.
-        option: that says so, for the message.
-        choosing: whether some of them are held out and choose: a fixed tenth, of fewer than 100 images five folds.
-        otherwise: what else could be done, for the message.
+        data: source of the images.
+        images: number of labelled training images, at most.
+        option: the option and value that limit them, for the message.
+        selects: whether hyper-parameters are selected, on a validation split or by cross-validation.
+        otherwise: an alternative for the user, for the message.
 
     Returns:
-        Whether some of them are in the fixed tenth, by which classifiers that learn step by step are chosen.
+        Whether the validation split has an image, which online classifiers need.
 
     Raises:
-        UserError: fewer images to learn from than classes, images of one class only, or none that chooses.
+        UserError: fewer images to learn from than classes, images of one class only, or no validation image.
     """
     loader = data.loader("bank", images)
     rows = loader.sampler.rows
     labels, index = loader.images.labels[rows], loader.images.index[rows]
-    n, tenth = len(labels), held_out(index)
-    learned = labels[~tenth] if choosing and n >= FEW else labels
+    n, validation = len(labels), in_validation_split(index)
+    learned = labels[~validation] if selects and n >= FEW else labels
     if data.multi_label:
         few = not len(learned)
     else:
         few = len(learned) < data.num_classes
         if n > 1 and len(labels.unique()) == 1:
             raise UserError(
-                f"{data.origin}: all {n} labelled training images are of one class; a classifier needs two at least"
+                f"{data.origin}: all {n} labelled training images are of one class; a classifier needs at least two"
                 f"{otherwise}"
             )
     if few:
         raise UserError(
             f"{option}: {len(learned)} labelled training images to learn from for {data.num_classes} classes; a "
-            f"classifier needs one a class at least{otherwise}"
+            f"classifier needs at least one per class{otherwise}"
         )
-    if choosing:
+    if selects:
         try:
-            choosing_folds(labels, tenth, data.num_classes)
+            validation_folds(labels, validation, data.num_classes)
         except ValueError as error:
             raise UserError(f"{option}: {n} labelled training images are too few: {error}{otherwise}") from error
-    return bool(tenth.any())
+    return bool(validation.any())
 
 
 class Probes(Measurement):
-    """Linear classifiers on every layer: online ones that learn next to the network, and converged ones.
+    """Linear probes on every layer: online ones that learn along with the network, and converged ones.
 
     Args:
-        layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, as far as the
+        layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, where the
             network has them.
-        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off, online
-            classifiers as well.
-        online: train classifiers on the activations of the training steps (where an image shows one class, and batches
-            are this package's).
-        online_sent_in: dtype in which processes send each other the gradients of the online classifiers in every step:
+        every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches probes off, the
+            online ones included.
+        online: train classifiers on the activations of the training steps (for single-label images in batches of this
+            package).
+        online_sent_in: dtype in which processes reduce the gradients of the online classifiers in every step:
             float32, bfloat16 (half the bytes; accuracies then depend on the number of processes, within rounding), or
-            auto: bfloat16 where they are above 32 MiB in float32.
+            auto: bfloat16 where they exceed 32 MiB in float32.
         logistic: fit logistic regression at each measured epoch, next to the ridge regression.
-        train_images: clean training images that converged classifiers learn from, at most.
-        learning_rates: of the online classifiers; up to 7 they are stable.
+        train_images: clean training images for the converged classifiers, at most.
+        learning_rates: of the online classifiers, at most 7 (the limit of stability).
         weight_decays: of the online classifiers, each with every learning rate.
     """
 
@@ -143,44 +141,44 @@ class Probes(Measurement):
         super().__init__(every_n_epochs)
         for name, values in {"learning_rates": learning_rates, "weight_decays": weight_decays}.items():
             if not values:
-                raise UserError(f"{self.option(name)} []: expected one at least")
+                raise UserError(f"{self.option(name)} []: expected at least one")
         most = highest_decay(max(learning_rates))
         if max(weight_decays) > most:
             raise UserError(
-                f"{self.option('weight_decays')} {list(weight_decays)}: expected numbers from 0 to {most:.2g}, up to "
-                f"which they are stable with a learning rate of {max(learning_rates):g}"
+                f"{self.option('weight_decays')} {list(weight_decays)}: expected numbers from 0 to {most:.2g}, the "
+                f"limit of stability with a learning rate of {max(learning_rates):g}"
             )
         self.layers, self.online, self.logistic, self.train_images = layers, online, logistic, train_images
         self.online_sent_in = online_sent_in
         self.learning_rates, self.weight_decays = tuple(learning_rates), tuple(weight_decays)
         self.bank: ProbeBank | None = None
         self.of_training: dict[str, Any] = {}
-        """What the online classifiers learn from, for their protocol; whoever trains them says so."""
+        """What the online classifiers learn from, for their protocol; set by the training loop."""
         self._bank_state: dict[str, Any] | None = None
         self._bank_of: dict[str, Any] = {}
         self._taps: Taps | None = None
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
-        """Refuse images that teach no classifier; learn the widths of the layers."""
+        """Refuse images that no classifier can be fitted to; find the widths of the layers."""
         off = f", or leave probes out ({self.option('every_n_epochs')} 0)"
         asked = f"{self.option('train_images')} {self.train_images}"
-        self._has_tenth = check_images(images, self.train_images, asked, otherwise=off)
+        self._has_validation = check_images(images, self.train_images, asked, otherwise=off)
         self._widths = layer_widths(subject, self.chosen(subject), images.image_shape)
 
     # -- online: the training loop calls these ---------------------------------------------------------------------
 
     def listen(self, subject: Subject, images: ImageSource, of_training: Mapping[str, Any]) -> None:
-        """Make the online classifiers, or go on with those of the checkpoint, and hear the training steps' forwards.
+        """Create the online classifiers, or restore those of the checkpoint.
 
         Args:
             subject: the network that is trained.
-            images: whose classes are learned.
+            images: source of the images, with their classes.
             of_training: what the classifiers learn from, for their protocol.
         """
         if not self.online or images.multi_label:
             return
-        if not self._has_tenth:
-            logger.info("online probes are left out: no training image is in the fixed tenth that chooses among them")
+        if not self._has_validation:
+            logger.info("online probes are off: no training image falls into their validation split")
             return
         self.of_training = dict(of_training)
         heads = len(self.learning_rates) * len(self.weight_decays)
@@ -189,7 +187,7 @@ class Probes(Measurement):
         sent_in = torch.float32 if few or self.online_sent_in == "float32" else torch.bfloat16
         bank = ProbeBank(self._widths, images.num_classes, self.learning_rates, self.weight_decays, sent_in=sent_in)
         if self._bank_state is not None and self._bank_of != self._bank_options(images.num_classes):
-            logger.info("online probes start again: their layers or options are others than in the checkpoint")
+            logger.info("online probes start again: their layers or options differ from those in the checkpoint")
         elif self._bank_state is not None:
             bank.load_state_dict(self._bank_state)
         self._bank_state, self._bank_of = None, self._bank_options(images.num_classes)
@@ -203,24 +201,24 @@ class Probes(Measurement):
         )
 
     def hear(self, subject: Subject) -> None:
-        """From now on, forwards of this network's training steps are heard, and of no other's."""
+        """Install the taps that capture the training steps of this network, and remove those of another."""
         self.stop_hearing()
         if self.bank is not None:
             self._taps = Taps(subject.network, list(self._widths), lambda _, output: pooled(output)).__enter__()
 
     def step_starts(self) -> None:
-        """The step's forward is to be heard."""
+        """Capture the activations of this step."""
         if self._taps is not None:
             self._taps.captured = {}
 
     @property
     def silent(self) -> list[str]:
-        """Layers that did not run in the step so far."""
+        """Layers that have not run in this step."""
         features = None if self._taps is None else self._taps.captured
         return [] if features is None else [layer for layer in self._widths if layer not in features]
 
     def step_ends(self, batch: Mapping[str, Tensor]) -> None:
-        """One step of all online classifiers on what the network's own step computed.
+        """Step all online classifiers on the activations of the network's training step.
 
         Args:
             batch: of the step, with ``label`` and ``index``.
@@ -239,7 +237,7 @@ class Probes(Measurement):
             self.bank.step(features, batch["label"], batch["index"])
 
     def stop_hearing(self) -> None:
-        """Leave the network as it was."""
+        """Remove the taps."""
         if self._taps is not None:
             self._taps.__exit__()
             self._taps = None
@@ -255,17 +253,17 @@ class Probes(Measurement):
         return [self._train, self._test]
 
     def begin(self, occasion: Occasion) -> None:
-        """Fresh sums."""
+        """Reset the classifiers and counts."""
         images, device = occasion.images, occasion.subject.device
         kinds = {"ridge_probe": RidgeProbe, **({"logistic_probe": LogisticProbe} if self.logistic else {})}
         self._probes = {
             name: kind(self._widths, images.num_classes, multi_label=images.multi_label).to(device)
             for name, kind in kinds.items()
         }
-        shape = len(self._widths) + 1, images.num_classes  # of each layer and class; the last row counts images
+        shape = len(self._widths) + 1, images.num_classes  # per layer and class; the last row counts images
         self._correct = torch.zeros(shape, dtype=torch.float64, device=device)
-        # whether the online classifiers of all layers have chosen their hyper-parameters yet; no step comes between
-        self._online_is_evaluated = self.bank is not None and bool((self.bank.held > 0).all())
+        # whether the online classifiers of all layers can select their hyper-parameters yet
+        self._online_is_evaluated = self.bank is not None and bool((self.bank.validated > 0).all())
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
         """One batch of training or of measurement images."""
@@ -279,11 +277,11 @@ class Probes(Measurement):
         if self._online_is_evaluated:
             assert self.bank is not None
             self._correct[-1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-            correct = (self.bank.scores(features).argmax(2) == labels).double()
+            correct = (self.bank.logits(features).argmax(2) == labels).double()
             self._correct[:-1].index_add_(1, labels, correct)
 
     def finish(self, occasion: Occasion) -> Measured:
-        """A row for each layer and kind of classifier, and what it chose."""
+        """Rows for each layer and kind of classifier: accuracy and selected hyper-parameters."""
         correct, images, subject = summed(self._correct), occasion.images, occasion.subject
         measured = Measured()
 
@@ -335,7 +333,7 @@ class Probes(Measurement):
         return {"bank": None if self.bank is None else self.bank.state_dict(), "bank_of": self._bank_of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore the online classifiers, once they are created."""
         self._bank_state, self._bank_of = state["bank"], state["bank_of"]
 
     def _bank_options(self, num_classes: int) -> dict[str, Any]:
@@ -345,14 +343,14 @@ class Probes(Measurement):
 def probe_rows(
     name: str, depths: Mapping[str, float], found: Mapping[str, Sequence[float]], images: int, **common: Any
 ) -> list[dict[str, Any]]:
-    """Rows for each layer: the accuracy with Wilson's interval of 95 %, and what else was found; live or not.
+    """Rows for each layer: the accuracy with its 95 % Wilson interval, and further numbers.
 
     Args:
-        name: metric of the accuracy (of mAP where images show several classes); other metrics are named after it.
-        depths: layer to depth, in the order of what was found.
-        found: ``top1`` or ``mAP``, and what else there is for each layer (``mean_per_class``, ``l2``, ...).
-        images: how many were classified.
-        common: what all rows share.
+        name: metric of the accuracy (mAP for multi-label images), and prefix of the other metrics.
+        depths: layer to depth, in the order of ``found``.
+        found: ``top1`` or ``mAP``, and further numbers of each layer (``mean_per_class``, ``l2``, ...).
+        images: number of images that were classified.
+        common: columns that all rows share.
 
     References:
         Wilson, *Probable inference, the law of succession, and statistical inference*, 1927.
@@ -372,14 +370,14 @@ def probe_rows(
 def probe_protocol(
     name: str, images: ImageSource, subject: Subject, split: Literal["measure", "test"], **options: Any
 ) -> Protocol:
-    """All that changes the accuracy of a classifier, the same live and afterwards.
+    """Everything that affects the accuracy of a classifier, the same live and offline.
 
     Args:
         name: kind of classifier.
-        images: that were seen.
-        subject: what was measured; its precision and its views count.
+        images: source of the images.
+        subject: the measured network, with its precision and views.
         split: which images were classified. The measurement images are the first of its stratified order.
-        options: of the classifier; they replace what is said here for most.
+        options: of the classifier; they override the entries set here.
     """
     return Protocol(
         {

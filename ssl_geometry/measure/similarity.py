@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_geometry.geometry.cka import permutation_p, permuted_cka
-from ssl_geometry.geometry.overlap import ALIKE, NEAREST, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import DEGENERATE, NEAREST, mutual_knn, neighbor_ids
 from ssl_geometry.measure.cka import cka_rows, gram_sizes
 from ssl_geometry.measure.engine import Measured, Measurement, Occasion
 from ssl_geometry.measure.processes import agreeing
@@ -157,7 +157,7 @@ def compare_pair(
         )
     undefined = a.alike[:, None] | b.alike
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
-    alike = f"no neighbours where directions are within {ALIKE} roundings"
+    alike = f"no neighbours where directions are within {DEGENERATE} roundings"
     metric = f"mutual kNN, k={k}, {NEAREST}, pooled features; {alike}"
     knn_protocol = Protocol({**protocol.what, "metric": metric})
     common = {

@@ -19,7 +19,7 @@ from ssl_geometry.geometry.graph import graph_statistics
 from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metrics_and_errors, same_class_ids
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
-from ssl_geometry.geometry.overlap import all_alike
+from ssl_geometry.geometry.overlap import is_degenerate
 from ssl_geometry.metrics.features import LayerFeatures
 
 DIMENSION_K = 20
@@ -107,7 +107,7 @@ class Neighborhoods(LayerFeatures):
                     "neighbours by cosine",
                     stacklevel=2,
                 )
-            if len(directed) and bool(features.isfinite().all()) and all_alike(features[directed]):
+            if len(directed) and bool(features.isfinite().all()) and is_degenerate(features[directed]):
                 alike.append(layer)
                 directed = directed[:0]
             try:

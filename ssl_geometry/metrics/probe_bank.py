@@ -1,10 +1,10 @@
 """Linear classifiers of many layers, with many learning rates and weight decays, trained as one batched tensor.
 
-Protocol: logistic regression by SGD with momentum on standardised features (running mean and variance of the features
-seen before, at the first step of that batch), started at zero. A fixed tenth of the images (see
-:func:`~ssl_geometry.geometry.classification.held_out`) trains no classifier: the accuracy on it chooses, for each
-layer, among the hyper-parameters. Over several processes, the sums of a step are reduced: every process holds the
-classifiers that one process would have, up to the rounding of the gradients where they are sent in bfloat16.
+Protocol: logistic regression by SGD with momentum on standardised features (running mean and variance of the steps
+before; at the first step, of its own batch), initialised at zero. No classifier is trained on the validation split (see
+:func:`~ssl_geometry.geometry.classification.in_validation_split`); the accuracy on it selects the hyper-parameters of
+each layer. With several processes, the sums of a step are reduced: every process holds the classifiers that a single
+process would have, up to the rounding of gradients that are sent in bfloat16.
 """
 
 import math
@@ -15,20 +15,20 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributed import all_reduce, get_world_size, is_available, is_initialized
 
-from ssl_geometry.geometry.classification import held_out
+from ssl_geometry.geometry.classification import in_validation_split
 
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-3)
 MOMENTUM = 0.9
-MEMORY = 0.99  # of the running mean and variance, from step to step
+MEMORY = 0.99  # decay of the running mean and variance per step
 
 
 class ProbeBank(nn.Module):
-    """Linear classifiers on the features of each layer, stepped on features that somebody else computed.
+    """Linear classifiers on the features of each layer; the caller provides the features of every step.
 
-    Features are divided by their standard deviations and by the root of their number, so that the largest curvature of
-    the loss is at most 1/2 whatever the width, and every learning rate below 7 is stable. A step makes no host
-    synchronisation and draws no random number.
+    Features are divided by their standard deviations and by the square root of the width, so that the curvature of the
+    loss is at most 1/2 for any width, and every learning rate below 7 is stable. A step makes no host synchronisation
+    and draws no random number.
 
     Args:
         widths: layer to number of its features.
@@ -36,16 +36,16 @@ class ProbeBank(nn.Module):
         learning_rates: of SGD, on features of that scale.
         weight_decays: every learning rate is tried with every weight decay; biases are not decayed.
         momentum: of SGD.
-        sent_in: dtype in which processes send each other the gradients of the weights, all but all that they send:
-            ``classifiers x classes x sum of widths`` numbers per step. The sums behind biases, statistics and choice
-            go in float32 whatever it is.
+        sent_in: dtype in which processes reduce the gradients of the weights, which are nearly all of the traffic:
+            ``classifiers x classes x sum of widths`` numbers per step. The sums for biases, running statistics and
+            validation accuracy are always reduced in float32.
 
     Example:
         >>> labels = torch.arange(64) % 4
         >>> bank = ProbeBank({"layer": 4}, num_classes=4)
         >>> for step in range(20):
         ...     bank.step({"layer": torch.eye(4)[labels]}, labels, index=torch.arange(64))
-        >>> bank.scores({"layer": torch.eye(4)}).argmax(2)
+        >>> bank.logits({"layer": torch.eye(4)}).argmax(2)
         tensor([[0, 1, 2, 3]])
     """
 
@@ -63,7 +63,7 @@ class ProbeBank(nn.Module):
     steps: Tensor
     seen: Tensor
     correct: Tensor
-    held: Tensor
+    validated: Tensor
 
     def __init__(
         self,
@@ -94,12 +94,12 @@ class ProbeBank(nn.Module):
             "mean": (layers, 1, width),
             "variance": (layers, 1, width),
             "steps": (),
-            "seen": (layers,),  # images behind mean and variance, the older ones counting less
-            "correct": (layers, heads),  # held-out images classified rightly, since the last `forget`
-            "held": (layers,),  # held-out images since then
+            "seen": (layers,),  # images in mean and variance, with decayed weights
+            "correct": (layers, heads),  # validation images classified correctly since the last `forget`
+            "validated": (layers,),  # validation images since then
         }.items():
             self.register_buffer(name, torch.zeros(shape))
-        self._begun = False  # whether there was a step, as the host knows it
+        self._begun = False  # whether there was a step; known without asking the device
         self.register_load_state_dict_post_hook(_note_steps)
 
     @torch.no_grad()
@@ -113,24 +113,26 @@ class ProbeBank(nn.Module):
         """One step of SGD of all classifiers. Every process must call it, each with its share of the global batch.
 
         Args:
-            features: of each layer; of V views of each image one after another, view by view.
+            features: of each layer; V views of all images, view by view.
             labels: class of each image; images of class -1 are left out.
-            index: number of each image in the data set, by which a fixed tenth is held out; None learns from all.
-            rate: multiplies every learning rate: where a schedule is.
+            index: index of each image in the data set, for the validation split; None trains on all images.
+            rate: factor on every learning rate, for schedules.
         """
         stacked = self._stack(features)
-        usable = stacked.isfinite().all(2)  # an image that overflowed teaches this layer nothing
+        usable = stacked.isfinite().all(2)  # an image that overflowed is left out in this layer
         if not self._begun:
             self._begin(stacked, usable)
         centered = torch.where(usable[..., None], stacked - self.mean, 0)
         views = centered.shape[1] // len(labels)
         labels = labels.repeat(views)
-        held = torch.zeros_like(labels, dtype=torch.bool) if index is None else held_out(index).repeat(views)
-        training, judged = ((labels >= 0) & part & usable for part in (~held, held))  # (L, VB)
+        held_out = (
+            torch.zeros_like(labels, dtype=torch.bool) if index is None else in_validation_split(index).repeat(views)
+        )
+        training, validation = ((labels >= 0) & part & usable for part in (~held_out, held_out))  # (L, VB)
         inputs = centered * self._inverse_deviation()
-        scores = self._scores(inputs)  # (L, VB, H, C)
-        right = (scores.argmax(3) == labels[:, None]).float()
-        errors = scores.softmax(3)
+        logits = self._logits(inputs)  # (L, VB, H, C)
+        correct = (logits.argmax(3) == labels[:, None]).float()
+        errors = logits.softmax(3)
         errors[:, torch.arange(len(labels), device=labels.device), :, labels] -= 1
         errors *= training[..., None, None]
         gradient = self._gradient_over_processes(inputs.mT @ errors.flatten(2))
@@ -138,8 +140,8 @@ class ProbeBank(nn.Module):
             errors.sum(1),
             centered.sum(1),
             centered.square().sum(1),
-            torch.einsum("lrh,lr->lh", right, judged.float()),
-            torch.stack([training.float().sum(1), judged.float().sum(1), usable.float().sum(1)]),
+            torch.einsum("lrh,lr->lh", correct, validation.float()),
+            torch.stack([training.float().sum(1), validation.float().sum(1), usable.float().sum(1)]),
         ]
         flat = torch.cat([part.flatten() for part in sums])
         parts = _over_processes(flat).split([part.numel() for part in sums])
@@ -149,7 +151,7 @@ class ProbeBank(nn.Module):
         self._descend(gradient.view_as(self.weight), bias_gradient, count[0].clamp_min(1), rate)
         self._move_statistics(first.unsqueeze(1), second.unsqueeze(1), count[2])
         self.correct += correct
-        self.held += count[1]
+        self.validated += count[1]
 
     def _gradient_over_processes(self, gradient: Float[Tensor, "L D HC"]) -> Float[Tensor, "L D HC"]:
         if not _several_processes():
@@ -170,7 +172,7 @@ class ProbeBank(nn.Module):
         self.bias.addcmul_(self.bias_velocity, rate, value=-scale)
 
     def _begin(self, stacked: Tensor, usable: Tensor) -> None:
-        """Mean and variance of the very first batch: without a variance it would teach nothing."""
+        """Start the running statistics with the mean and variance of the first batch."""
         known = torch.where(usable[..., None], stacked, 0).double()
         count = _over_processes(usable.double().sum(1)).clamp_min(1)[:, None, None]
         mean = _over_processes(known.sum(1, keepdim=True)) / count
@@ -180,7 +182,7 @@ class ProbeBank(nn.Module):
         self._begun = True
 
     def _move_statistics(self, first: Tensor, second: Tensor, count: Tensor) -> None:
-        # About the old mean, so that nothing cancels where features vary little around a large mean.
+        # Relative to the old mean, so that nothing cancels where features vary little around a large mean.
         older = MEMORY * self.seen
         self.seen.copy_(older + count)
         total, weight = self.seen.clamp_min(1)[:, None, None], older[:, None, None]
@@ -190,7 +192,7 @@ class ProbeBank(nn.Module):
         self.steps += 1
 
     def _inverse_deviation(self) -> Tensor:
-        # A feature that never varied says nothing; the features filled up to the common width are of that kind.
+        # Constant features get weight 0, among them the padding up to the common width.
         resolution = 8 * torch.finfo(self.mean.dtype).eps
         varies = self.variance > resolution**2 * self.mean.square()
         return torch.where(varies, self.variance.rsqrt(), 0) * self.scale
@@ -202,46 +204,44 @@ class ProbeBank(nn.Module):
             stacked[number, :, :width] = features[layer]
         return stacked
 
-    def _scores(self, inputs: Float[Tensor, "L B D"]) -> Float[Tensor, "L B H C"]:
+    def _logits(self, inputs: Float[Tensor, "L B D"]) -> Float[Tensor, "L B H C"]:
         bias = self.bias.flatten(1).unsqueeze(1)
         return torch.baddbmm(bias, inputs, self.weight.flatten(2)).unflatten(2, self.bias.shape[1:])
 
     @torch.no_grad()
     def best(self) -> Int64[Tensor, " L"]:
-        """The classifier of each layer that was right most often on held-out images since :meth:`forget`.
+        """The classifier of each layer with the best validation accuracy since :meth:`forget`.
 
-        The first of equals; the same in every process.
+        Ties go to the first; the result is the same in every process.
 
         Raises:
-            ValueError: layers of which no held-out image was seen.
+            ValueError: layers for which no validation image was seen.
         """
-        if unjudged := [layer for layer, held in zip(self.widths, self.held.tolist(), strict=True) if not held]:
-            raise ValueError(
-                f"no held-out image chooses among the classifiers of {', '.join(unjudged)}: give more images"
-            )
+        if unseen := [layer for layer, number in zip(self.widths, self.validated.tolist(), strict=True) if not number]:
+            raise ValueError(f"no held-out image to select the classifiers of {', '.join(unseen)} on: use more images")
         return self.correct.argmax(1)
 
     @torch.no_grad()
-    def scores(
+    def logits(
         self, features: Mapping[str, Float[Tensor, "B D"]], chosen: Int64[Tensor, " L"] | None = None
     ) -> Float[Tensor, "L B C"]:
-        """What one classifier of each layer says to each image, before the softmax.
+        """Logits of one classifier per layer for each image.
 
         Args:
             features: of each layer.
             chosen: which classifier of each layer; None takes the best.
 
         Raises:
-            ValueError: as of :meth:`best`.
+            ValueError: as in :meth:`best`.
         """
-        scores = self._scores((self._stack(features) - self.mean) * self._inverse_deviation())
+        logits = self._logits((self._stack(features) - self.mean) * self._inverse_deviation())
         chosen = self.best() if chosen is None else chosen
-        return scores[torch.arange(len(scores), device=scores.device), :, chosen]
+        return logits[torch.arange(len(logits), device=logits.device), :, chosen]
 
     def forget(self) -> None:
-        """Count again which classifier is right how often: the network has moved on."""
+        """Reset the validation accuracies, because the network has changed since."""
         self.correct.zero_()
-        self.held.zero_()
+        self.validated.zero_()
 
 
 def _several_processes() -> bool:

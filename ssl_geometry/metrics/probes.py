@@ -1,8 +1,8 @@
 """Converged linear classifiers on frozen features of each layer, over batches and ranks.
 
-Protocol: features of clean labelled training images (the bank) and of images to classify, pooled. The strength of the
-penalty is chosen by the accuracy on a fixed tenth of the bank (of fewer than 100 images, by five-fold
-cross-validation), the classifier is fitted again on the whole bank, and the images to classify are looked at once.
+Protocol: pooled features of clean labelled training images (the bank) and of test images. The regularisation strength
+is selected by the accuracy on a fixed validation split (10 % of the bank; five-fold cross-validation for fewer than 100
+images), the classifier is refitted on the whole bank and evaluated once on the test images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,24 +22,24 @@ from ssl_geometry.geometry.classification import (
     check_bank,
     check_features,
     check_labels,
-    held_out,
+    in_validation_split,
     unchecked_one_hot,
 )
 from ssl_geometry.geometry.logistic import converged_probes
-from ssl_geometry.geometry.ridge import merge_sums, ridge_probe, ridge_probe_of_few, ridge_sums
+from ssl_geometry.geometry.ridge import merge_statistics, ridge_probe, ridge_probe_of_few, sufficient_statistics
 
 
 class _LayerProbe(Metric):
-    """The images to classify, and how well a classifier of each layer does on them.
+    """Test images, and the accuracy of a classifier of each layer on them.
 
-    What cannot be learned from or evaluated is reported when it is computed; no check of a batch waits for the device.
+    ``compute`` reports invalid features and labels, so that no check of a batch synchronises with the device.
     """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
     kept: ClassVar[Sequence[str]] = ("queries",)
-    """What features of each layer are kept of."""
+    """Names of the images whose features are kept for each layer."""
     labels: list[Tensor]
     bank_labels: list[Tensor]
     bank_index: list[Tensor]
@@ -53,7 +53,7 @@ class _LayerProbe(Metric):
         self._integers = ["labels", "bank_labels", "bank_index"]
         for name in self._integers:
             self.add_state(name, [], dist_reduce_fx="cat")
-        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
+        # Features are kept flat: a rank without images then contributes an empty tensor, whatever the width.
         for name in self.kept:
             for number in range(len(self.widths)):
                 self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
@@ -74,29 +74,29 @@ class _LayerProbe(Metric):
         labels: Int64[Tensor, " B"],
         index: Int64[Tensor, " B"],
     ) -> None:
-        """Add images of known class.
+        """Add training images.
 
         Args:
             features: of each layer.
             labels: class of each image.
-            index: number of each image in the data set, each once over all ranks; it says which tenth is held out.
+            index: index of each image in the data set, unique over all ranks; it determines the validation split.
         """
-        self._computed = None  # what was computed before knew less
+        self._computed = None  # a cached result is out of date
         self.bank_labels.append(labels)
         self.bank_index.append(index)
 
     def update(self, features: Mapping[str, Float[Tensor, "B D"]], labels: Int64[Tensor, " B"]) -> None:
-        """Add images to classify.
+        """Add test images.
 
         Args:
             features: of each layer.
-            labels: true class of each image.
+            labels: class of each image.
         """
         self.labels.append(labels)
         self._keep("queries", features)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with an empty tensor of the right type."""
+        """Gather over ranks; a rank without images contributes an empty tensor of the right type."""
         for name in self._integers:
             if not getattr(self, name):
                 shape = (0, self.num_classes) if self.multi_label and name != "bank_index" else (0,)
@@ -104,23 +104,23 @@ class _LayerProbe(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Float[Tensor, " L"]]:
-        """For each layer ``top1`` and ``mean_per_class`` in [0, 1], and the chosen ``l2``.
+        """For each layer ``top1`` and ``mean_per_class`` in [0, 1], and the selected ``l2``.
 
         Raises:
-            ValueError: features that are not finite, labels of no class, no image to classify or to choose by, or a
-                bank that teaches nothing.
+            ValueError: features that are not finite, labels out of range, no test or validation image, or a bank that
+                no classifier can be fitted to.
         """
         labels, queries = dim_zero_cat(self.labels), self._kept("queries")
         check_bank(dim_zero_cat(self.bank_labels), self.num_classes)
         check_labels(labels, self.num_classes)
         if not len(labels):
-            raise ValueError("no image to classify was given")
+            raise ValueError("no test image was given")
         for layer, values in queries.items():
-            check_features(f"layer {layer}, images to classify", values)
+            check_features(f"layer {layer}, test images", values)
         found = []
         for layer, probe in self._fit().items():
-            (scores,) = probe.scores(queries[layer])
-            found.append({**accuracies(scores, labels), "l2": probe.l2[0], "gradient_norm": probe.gradient_norm[0]})
+            (logits,) = probe.logits(queries[layer])
+            found.append({**accuracies(logits, labels), "l2": probe.l2[0], "gradient_norm": probe.gradient_norm[0]})
         return {name: torch.stack([row[name].double() for row in found]) for name in found[0]}
 
     def _fit(self) -> dict[str, LinearProbe]:
@@ -128,16 +128,16 @@ class _LayerProbe(Metric):
 
 
 class RidgeProbe(_LayerProbe):
-    """Linear regression of the one-hot classes on each layer, in closed form from sums: no learning rate, exact.
+    """Ridge regression of the one-hot classes on each layer, exact and in closed form from sufficient statistics.
 
-    Of the bank, it keeps sums of products (a matrix of D + 1 rows a layer) and the features of the held-out tenth and
-    of the first 100 images of each rank: the memory hardly grows with the bank.
+    It keeps the sufficient statistics of the bank (a matrix of D + 1 rows per layer), the features of the validation
+    split and those of the first 100 images of each rank: memory hardly grows with the bank.
 
     Args:
         widths: layer to number of its features.
         num_classes: number of classes.
-        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.ridge.ridge`.
-        multi_label: whether labels are zeros and ones (B, C), because images show several classes.
+        l2: regularisation strengths to select from; see :func:`ssl_geometry.geometry.ridge.ridge`.
+        multi_label: whether an image can have several classes; labels are then multi-hot, (B, C).
 
     Example:
         >>> probe, labels = RidgeProbe({"layer": 4}, num_classes=4), torch.arange(80) % 4
@@ -147,7 +147,7 @@ class RidgeProbe(_LayerProbe):
         1.0
     """
 
-    kept = ("queries", "held", "few")
+    kept = ("queries", "validation", "few")
     broken: Tensor
 
     def __init__(
@@ -156,56 +156,57 @@ class RidgeProbe(_LayerProbe):
         super().__init__(widths, num_classes, l2, multi_label)
         for number, width in enumerate(widths.values()):
             zeros = torch.zeros(2, width + 1, width + 1 + num_classes, dtype=torch.float64)
-            self.add_state(f"sums{number}", zeros, dist_reduce_fx=_merge)  # of the images that teach, and held-out ones
+            self.add_state(f"sums{number}", zeros, dist_reduce_fx=_merge)  # training and validation split
         self.add_state("broken", torch.zeros(len(widths), dtype=torch.long), dist_reduce_fx="sum")
 
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
     ) -> None:
-        """Add images of known class; see the base class."""
+        """Add training images; see the base class."""
         super().update_bank(features, labels, index)
-        held = held_out(index)
+        validation = in_validation_split(index)
         stray = (labels < 0) | (labels >= (2 if self.multi_label else self.num_classes))  # `compute` reports it
         targets = unchecked_one_hot(labels.masked_fill(stray, 0), self.num_classes)
-        parts = [part.nonzero().squeeze(1) for part in (~held, held)]  # once: a mask waits for the device in each layer
+        parts = [part.nonzero().squeeze(1) for part in (~validation, validation)]  # once: each mask synchronises
         for number, layer in enumerate(self.widths):
             self.broken[number] += (~features[layer].isfinite().all(1)).sum()
             sums = getattr(self, f"sums{number}")
-            new = torch.stack([ridge_sums(features[layer][some], targets[some]) for some in parts])
+            new = torch.stack([sufficient_statistics(features[layer][some], targets[some]) for some in parts])
             sums.copy_(_merge(torch.stack([sums, new])))
-        self._keep("held", {layer: value[parts[1]] for layer, value in features.items()})
+        self._keep("validation", {layer: value[parts[1]] for layer, value in features.items()})
         room = max(0, FEW - sum(len(part) for part in self.bank_index[:-1]))
         self._keep("few", {layer: value[:room] for layer, value in features.items()})
 
     def _fit(self) -> dict[str, LinearProbe]:
         index, order = dim_zero_cat(self.bank_index).sort()
-        held = held_out(dim_zero_cat(self.bank_index))
+        validation = in_validation_split(dim_zero_cat(self.bank_index))
         few = len(index) < FEW
-        labels, features = dim_zero_cat(self.bank_labels)[order if few else held], self._kept("few" if few else "held")
+        labels = dim_zero_cat(self.bank_labels)[order if few else validation]
+        features = self._kept("few" if few else "validation")
         found = {}
         for number, (layer, broken) in enumerate(zip(self.widths, self.broken.tolist(), strict=True)):
             if broken:
-                raise ValueError(f"layer {layer}: features of {broken} of {len(held)} images are not finite")
+                raise ValueError(f"layer {layer}: features of {broken} of {len(validation)} images are not finite")
             if few:
                 found[layer] = ridge_probe_of_few(features[layer][order], labels, self.num_classes, self.l2)
                 continue
-            fit, chosen_by = getattr(self, f"sums{number}")
-            found[layer] = ridge_probe(fit, chosen_by, features[layer], labels, self.l2)
+            fit, selected_on = getattr(self, f"sums{number}")
+            found[layer] = ridge_probe(fit, selected_on, features[layer], labels, self.l2)
         return found
 
 
 def _merge(parts: Float[Tensor, "P 2 D+1 D+1+C"]) -> Float[Tensor, "2 D+1 D+1+C"]:
-    return torch.stack([merge_sums(part) for part in parts.unbind(1)])
+    return torch.stack([merge_statistics(part) for part in parts.unbind(1)])
 
 
 class LogisticProbe(_LayerProbe):
-    """Multinomial logistic regression on each layer, to convergence, all layers and strengths at once.
+    """Multinomial logistic regression on each layer to convergence, all layers and regularisation strengths at once.
 
     Args:
         widths: layer to number of its features.
         num_classes: number of classes.
-        l2: strengths of the penalty to choose from; see :func:`ssl_geometry.geometry.logistic.logistic_regression`.
-        multi_label: whether labels are zeros and ones (B, C), because images show several classes.
+        l2: regularisation strengths to select from; see :func:`ssl_geometry.geometry.logistic.logistic_regression`.
+        multi_label: whether an image can have several classes; labels are then multi-hot, (B, C).
 
     Example:
         >>> probe, labels = LogisticProbe({"layer": 4}, num_classes=4), torch.arange(80) % 4
@@ -220,12 +221,12 @@ class LogisticProbe(_LayerProbe):
     def update_bank(
         self, features: Mapping[str, Tensor], labels: Int64[Tensor, " B"], index: Int64[Tensor, " B"]
     ) -> None:
-        """Add images of known class; see the base class."""
+        """Add training images; see the base class."""
         super().update_bank(features, labels, index)
         self._keep("bank", features)
 
     def _fit(self) -> dict[str, LinearProbe]:
-        index, order = dim_zero_cat(self.bank_index).sort()  # sums then run in the same order for any number of ranks
+        index, order = dim_zero_cat(self.bank_index).sort()  # the same order of sums for any number of ranks
         bank = {layer: value[order] for layer, value in self._kept("bank").items()}
         labels = dim_zero_cat(self.bank_labels)[order]
-        return converged_probes(bank, labels, held_out(index), self.num_classes, self.l2)
+        return converged_probes(bank, labels, in_validation_split(index), self.num_classes, self.l2)

@@ -177,12 +177,12 @@ def probe_bank(rank: int, world_size: int, dtype: torch.dtype, resumed: bool = F
 def test_online_probes(ranks: Ranks, dtype: torch.dtype) -> None:
     """And they send what the layers have, not what fills them up to the widest: (12 + 12 + 3) x 8 x 3 numbers."""
     expected, _ = probe_bank(0, 1, dtype)
-    assert expected["correct"].max() > 0.5 * expected["held"].max()
+    assert expected["correct"].max() > 0.5 * expected["validated"].max()
     first, *_ = found = ranks(probe_bank, dtype)
     for got, sent in found:
         assert sent == 27 * 8 * 3 * dtype.itemsize
         for name, value in expected.items():
-            if dtype == torch.float32 or name in ("mean", "variance", "steps", "seen", "held"):
+            if dtype == torch.float32 or name in ("mean", "variance", "steps", "seen", "validated"):
                 torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
             elif name != "correct":
                 assert (got[name] - value).norm() < 0.02 * value.norm(), name

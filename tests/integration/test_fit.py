@@ -627,6 +627,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     ]
     torch.testing.assert_close(banks[0]["weight"], banks[1]["weight"], rtol=1e-3, atol=1e-3)
     assert banks[0]["weight"].abs().max() > 0.1
-    assert torch.equal(banks[0]["held"], banks[1]["held"])
+    assert torch.equal(banks[0]["validated"], banks[1]["validated"])
     results = [json.loads((run / "run.json").read_text())["results"] for run in (one, two)]
     assert results[0] == pytest.approx(results[1], abs=1 / 128 + 1e-9)

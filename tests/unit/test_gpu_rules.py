@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssl_geometry.geometry.cka import cka
 from ssl_geometry.geometry.classification import L2, accuracies, one_hot
-from ssl_geometry.geometry.ridge import ridge_probe, ridge_sums
+from ssl_geometry.geometry.ridge import ridge_probe, sufficient_statistics
 from ssl_geometry.metrics import RidgeProbe
 from tests.fake_cuda import FakeCuda
 
@@ -49,7 +49,7 @@ def test_no_strength_of_ridge_costs_a_wait() -> None:
     for l2 in (L2[:1], L2):
         with FakeCuda() as gpu:
             x, labels = torch.randn(90, 4, device="cuda"), torch.arange(90, device="cuda") % 3
-            sums = [ridge_sums(x[part], one_hot(labels[part], 3)) for part in (slice(80), slice(80, None))]
+            sums = [sufficient_statistics(x[part], one_hot(labels[part], 3)) for part in (slice(80), slice(80, None))]
             before = len(gpu.waits)
             ridge_probe(*sums, x[80:], labels[80:], l2)
         waits.append(len(gpu.waits) - before)

@@ -128,16 +128,16 @@ def test_metrics_are_those_of_numpy_and_scipy(n: int, k: int, d: int, chunk: int
 
 @settings(max_examples=15, deadline=None)
 @given(images=st.integers(1, 5), m=st.integers(3, 9), d=st.integers(2, 40), seed=st.integers(0, 99))
-def test_augmentation_metrics_are_averages_over_the_copies_of_an_image(images: int, m: int, d: int, seed: int) -> None:
+def test_augmentation_metrics_are_averages_over_the_views_of_an_image(images: int, m: int, d: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    copies = torch.randn(images, 1, d, generator=generator).double() + 2
-    copies = copies + 0.3 * torch.randn(images, m, d, dtype=torch.float64, generator=generator)
+    views = torch.randn(images, 1, d, generator=generator).double() + 2
+    views = views + 0.3 * torch.randn(images, m, d, dtype=torch.float64, generator=generator)
     partners = torch.randint(m, (images, m), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_others", lambda *_: partners)
-        got = augmentation_metrics(copies)
+        got = augmentation_metrics(views)
     rows = []
-    for x, random in zip(unit(copies.numpy()), partners.tolist(), strict=True):
+    for x, random in zip(unit(views.numpy()), partners.tolist(), strict=True):
         neighbors = []
         for i in range(m):
             others = [j for j in range(m) if j != i]
@@ -150,14 +150,14 @@ def test_augmentation_metrics_are_averages_over_the_copies_of_an_image(images: i
 
 def test_augmentation_metrics_do_not_depend_on_length_rotation_or_other_images() -> None:
     generator = torch.Generator().manual_seed(0)
-    copies = 1 + torch.randn(6, 10, 16, dtype=torch.float64, generator=generator)
-    expected = augmentation_metrics(copies)
+    views = 1 + torch.randn(6, 10, 16, dtype=torch.float64, generator=generator)
+    expected = augmentation_metrics(views)
     rotation = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=generator)).Q
     lengths = torch.rand(6, 10, 1, generator=generator).double() + 0.1
-    turned = augmentation_metrics(lengths * copies @ rotation)
+    turned = augmentation_metrics(lengths * views @ rotation)
     for name in NAMES:
         torch.testing.assert_close(turned[name], expected[name])
-    alone = augmentation_metrics(copies[2:3])
+    alone = augmentation_metrics(views[2:3])
     for name in ("neighbors", "diameter", "affinity", "angle"):
         torch.testing.assert_close(alone[name], expected[name][2:3])
 
@@ -171,64 +171,64 @@ def test_invariant_networks_have_small_augmentation_diameters_whatever_their_sca
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 3e-6])
-def test_copies_of_a_nearly_invariant_network_have_the_neighbours_of_float64(spread: float) -> None:
+def test_views_of_a_nearly_invariant_network_have_the_neighbours_of_float64(spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    copies = 1 + torch.randn(20, 1, 32, generator=generator) + spread * torch.randn(20, 12, 32, generator=generator)
+    views = 1 + torch.randn(20, 1, 32, generator=generator) + spread * torch.randn(20, 12, 32, generator=generator)
     others = torch.tensor([[other for other in range(12) if other != query] for query in range(12)])
-    expected = [nnk(image.double(), others).active.sum(1).double().mean() for image in copies]
-    got = augmentation_metrics(copies)["neighbors"]
+    expected = [nnk(image.double(), others).active.sum(1).double().mean() for image in views]
+    got = augmentation_metrics(views)["neighbors"]
     assert (got == torch.stack(expected)).double().mean() > 0.9
 
 
-def test_copies_that_are_equal_are_no_neighbours() -> None:
+def test_views_that_are_equal_are_no_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
-    copies = torch.randn(3, 6, 8, generator=generator)
-    copies[0] = copies[0, 0]  # all equal
-    copies[1, 1] = copies[1, 0]  # two are
-    metrics = augmentation_metrics(copies)
+    views = torch.randn(3, 6, 8, generator=generator)
+    views[0] = views[0, 0]  # all equal
+    views[1, 1] = views[1, 0]  # two are
+    metrics = augmentation_metrics(views)
     assert float(metrics.pop("diameter")[0]) == 0, "a point"
     assert all(bool(values[0].isnan()) for values in metrics.values())
     assert all(bool(values[1:].isfinite().all()) for values in metrics.values())
     # Without the second, the first has the neighbours that it had: the copy never was one of them.
-    x = copies[1, [0, 2, 3, 4, 5]]
+    x = views[1, [0, 2, 3, 4, 5]]
     ids = torch.tensor([[j for j in range(5) if j != i] for i in range(5)])
     first = float(nnk(x, ids).active[0].sum())
     assert first >= 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "nanmean", lambda self, dim: self[:, 0])
-        assert float(augmentation_metrics(copies)["neighbors"][1]) == first
+        assert float(augmentation_metrics(views)["neighbors"][1]) == first
 
 
-def moved(copies: Tensor) -> Tensor:
-    """All copies of an image are equal, but for the first of them, in its last digit."""
-    copies = copies[:, :1].expand_as(copies).contiguous()
-    copies[:, 0, 0] = copies[:, 0, 0].nextafter(torch.tensor(torch.inf))
-    return copies
+def moved(views: Tensor) -> Tensor:
+    """All views of an image are equal, but for the first of them, in its last digit."""
+    views = views[:, :1].expand_as(views).contiguous()
+    views[:, 0, 0] = views[:, 0, 0].nextafter(torch.tensor(torch.inf))
+    return views
 
 
-def two_groups(copies: Tensor) -> Tensor:
+def two_groups(views: Tensor) -> Tensor:
     """Copies of two kinds, equal in each."""
-    return copies[:, [0, 0, 0, 1, 1, 1]]
+    return views[:, [0, 0, 0, 1, 1, 1]]
 
 
-def tight_groups(copies: Tensor) -> Tensor:
-    return two_groups(copies) + 1e-6 * copies
+def tight_groups(views: Tensor) -> Tensor:
+    return two_groups(views) + 1e-6 * views
 
 
-def other_lengths(copies: Tensor) -> Tensor:
+def other_lengths(views: Tensor) -> Tensor:
     """The same direction, but for rounding."""
-    return copies[:, :1] * (1 + torch.arange(6)).unsqueeze(1)
+    return views[:, :1] * (1 + torch.arange(6)).unsqueeze(1)
 
 
 @pytest.mark.parametrize(
     ("make", "largest"), [(moved, 1e-6), (two_groups, 0), (tight_groups, 1e-3), (other_lengths, 1e-6)]
 )
 def test_nearly_invariant_images_have_a_diameter_of_about_0_and_count_in_the_mean(make, largest: float) -> None:
-    copies = torch.randn(8, 6, 16, generator=torch.Generator().manual_seed(0))
-    varied = augmentation_metrics(copies)["diameter"]
-    invariant = augmentation_metrics(make(copies))["diameter"]
+    views = torch.randn(8, 6, 16, generator=torch.Generator().manual_seed(0))
+    varied = augmentation_metrics(views)["diameter"]
+    invariant = augmentation_metrics(make(views))["diameter"]
     assert 0 <= float(invariant.min()) <= float(invariant.max()) <= largest
-    half = augmentation_metrics(torch.cat([copies[:4], make(copies[4:])]))["diameter"]
+    half = augmentation_metrics(torch.cat([views[:4], make(views[4:])]))["diameter"]
     assert float(half.nanmean()) == pytest.approx(float(varied[:4].mean()) / 2, rel=1e-3)
 
 
@@ -241,17 +241,17 @@ def test_a_polytope_of_one_neighbour_has_diameter_0_and_one_of_none_has_none() -
     assert bool(metrics["affinity"].isnan().all()), "one point has no direction"
 
 
-def test_of_equal_copies_the_first_stands_for_all() -> None:
+def test_of_equal_views_the_first_stands_for_all() -> None:
     generator = torch.Generator().manual_seed(0)
-    copies = torch.randn(4, 5, 8, generator=generator)
-    twice = copies[:, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
+    views = torch.randn(4, 5, 8, generator=generator)
+    twice = views[:, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
     for name in ("neighbors", "diameter", "affinity", "angle"):
-        torch.testing.assert_close(augmentation_metrics(twice)[name], augmentation_metrics(copies)[name])
+        torch.testing.assert_close(augmentation_metrics(twice)[name], augmentation_metrics(views)[name])
 
 
 def test_memory_is_bounded_and_the_parts_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = torch.randn(50, 6, 8, generator=torch.Generator().manual_seed(0))
-    whole, sizes = augmentation_metrics(copies), []
+    views = torch.randn(50, 6, 8, generator=torch.Generator().manual_seed(0))
+    whole, sizes = augmentation_metrics(views), []
 
     def solve(local: Tensor, **options: Tensor) -> NNK:
         sizes.append(local.numel())
@@ -260,7 +260,7 @@ def test_memory_is_bounded_and_the_parts_change_no_number(monkeypatch: pytest.Mo
     exact = module.solve_cosine
     monkeypatch.setattr(module, "solve_cosine", solve)
     monkeypatch.setattr(module, "DISTANCES", 7 * 6**3 + 1)
-    parts = augmentation_metrics(copies)
+    parts = augmentation_metrics(views)
     assert sizes == 7 * [7 * 6**3] + [6**3]
     for name in NAMES:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-6)
@@ -309,7 +309,7 @@ def test_same_class_candidates_are_the_nearest_of_their_class(n: int, k: int, cl
         np.testing.assert_array_equal(ids[i], others + (k - len(others)) * [-1])
 
 
-def test_of_equal_images_the_first_stands_for_all_and_is_no_candidate_of_its_copies() -> None:
+def test_of_equal_images_the_first_stands_for_all_and_is_no_candidate_of_its_duplicates() -> None:
     features = torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
     features[0, 0] = 0.0
     features[10, 0] = -0.0  # equal, though of other bits
@@ -343,8 +343,8 @@ BAD = [
     (lambda: manifold_metrics(torch.eye(3), IDS[:, :1], RESULT), r"the 3 features, got \(3, 1\) and \(3, 2\)"),
     (lambda: manifold_metrics(torch.zeros(3, 2), IDS, RESULT), r"3 of 3 images are zero vectors"),
     (lambda: manifold_metrics(torch.full((3, 2), torch.nan), IDS, RESULT), r"3 of 3 images have NaN"),
-    (lambda: augmentation_metrics(torch.ones(4, 2, 8)), r"at least 3 copies each, got 4 images of 2"),
-    (lambda: augmentation_metrics(torch.ones(0, 5, 8)), r"at least 3 copies each, got 0 images of 5"),
+    (lambda: augmentation_metrics(torch.ones(4, 2, 8)), r"at least 3 views of each image, got 4 images, 2 views"),
+    (lambda: augmentation_metrics(torch.ones(0, 5, 8)), r"at least 3 views of each image, got 0 images, 5 views"),
     (lambda: same_class_ids(torch.eye(3), torch.zeros(3), 0), r"got k=0, 3 of 3"),
     (lambda: same_class_ids(torch.eye(3), torch.zeros(2), 1), r"got k=1, 2 of 3"),
 ]

@@ -169,11 +169,11 @@ def test_four_images_are_enough() -> None:
 
 def test_manifolds_say_once_how_many_images_have_a_copy_without_direction() -> None:
     metric = AugmentationManifolds(["a", "b"], ["crop", "color"])
-    copies = normal(20, 5, 8)
-    broken = copies.clone()
+    views = normal(20, 5, 8)
+    broken = views.clone()
     broken[3, 1], broken[5], broken[9, 2, 4] = 0, 0, torch.nan
     for rows in torch.arange(20).split(8):
-        crop, color = {"a": copies[rows], "b": broken[rows]}, {"a": copies[rows], "b": copies[rows]}
+        crop, color = {"a": views[rows], "b": broken[rows]}, {"a": views[rows], "b": views[rows]}
         metric.update({"crop": crop, "color": color})
     with pytest.warns(UserWarning, match="all zero or not finite: crop b 3 of 20$") as caught:
         found = metric.compute()

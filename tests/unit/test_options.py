@@ -140,7 +140,7 @@ PROBE = """
 --train_images 0: expected a whole number from 1 to 50,000
 --train_images 50001: expected a whole number from 1 to 50,000
 --k [0]: expected whole numbers of at least 1
---k []: expected one at least, such as 20
+--k []: expected at least one, such as 20
 --linear_epochs 0: expected a whole number of at least 1
 --linear_weight_decay -1: expected a number of at least 0
 --linear_weight_decay 9.0: expected 0 to

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from ssl_geometry.geometry.overlap import all_alike, jaccard, mutual_knn, neighbor_ids
+from ssl_geometry.geometry.overlap import is_degenerate, jaccard, mutual_knn, neighbor_ids
 from ssl_geometry.metrics import InvarianceKNN, MutualKNN
 
 
@@ -245,6 +245,6 @@ def test_jaccard_is_that_of_sets(layers: int, others: int, n: int, data: st.Data
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e19, 1e37])
 def test_features_of_any_scale_vary_or_do_not(scale: float) -> None:
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    assert not all_alike(scale * x)
-    assert all_alike(scale * x[:1].expand(40, 8))
-    assert all_alike(scale * torch.full_like(x, torch.nan))
+    assert not is_degenerate(scale * x)
+    assert is_degenerate(scale * x[:1].expand(40, 8))
+    assert is_degenerate(scale * torch.full_like(x, torch.nan))

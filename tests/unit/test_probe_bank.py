@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ssl_geometry.geometry.classification import held_out
+from ssl_geometry.geometry.classification import in_validation_split
 from ssl_geometry.metrics import ProbeBank
 
 
@@ -34,7 +34,7 @@ def test_every_classifier_follows_sgd_with_momentum(width: int, classes: int, se
         x = features.double().numpy()
         mean = np.average(x[some], axis=0, weights=counts)
         variance = np.average((x[some] - mean) ** 2, axis=0, weights=counts)
-        learning = part[~held_out(part)]
+        learning = part[~in_validation_split(part)]
         inputs.append(torch.from_numpy((x[learning] - mean) / np.sqrt(variance * width)).float())
         bank.step({"a": features[part]}, labels[part], part)
         running = torch.cat([running, part])
@@ -45,7 +45,7 @@ def test_every_classifier_follows_sgd_with_momentum(width: int, classes: int, se
         sgd = torch.optim.SGD(groups, lr=rate, momentum=0.9)
         for part, x in zip(index.split(batch), inputs, strict=True):
             sgd.zero_grad()
-            F.cross_entropy(x @ weight + bias, labels[part][~held_out(part)]).backward()
+            F.cross_entropy(x @ weight + bias, labels[part][~in_validation_split(part)]).backward()
             sgd.step()
         torch.testing.assert_close(bank.weight[0, :, head], weight.detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(bank.bias[0, head], bias.detach(), rtol=1e-3, atol=1e-5)
@@ -62,21 +62,21 @@ def test_layers_of_different_widths_learn_as_if_alone() -> None:
     assert together.weight[1, 4:].abs().max() == 0
 
 
-def test_held_out_images_teach_nothing_and_choose() -> None:
+def test_held_out_images_train_no_classifier_and_select() -> None:
     """Their labels are turned round: whoever learnt from them could not be this right on the others."""
     features, labels = problem(2000, 6, 4, 1)
     index = torch.arange(2000)
-    wrong = torch.where(held_out(index), (labels + 1) % 4, labels)
+    wrong = torch.where(in_validation_split(index), (labels + 1) % 4, labels)
     right, turned = ProbeBank({"a": 6}, 4), ProbeBank({"a": 6}, 4)
     for part in index.split(100):
         right.step({"a": features[part]}, labels[part], part)
         turned.step({"a": features[part]}, wrong[part], part)
     torch.testing.assert_close(right.weight, turned.weight, rtol=0, atol=0)
-    assert int(right.held) == int(held_out(index).sum()) == int(turned.held)
-    assert right.correct.max() > 0.6 * right.held
-    assert turned.correct.max() < 0.3 * turned.held
+    assert int(right.validated) == int(in_validation_split(index).sum()) == int(turned.validated)
+    assert right.correct.max() > 0.6 * right.validated
+    assert turned.correct.max() < 0.3 * turned.validated
     right.forget()
-    assert right.correct.max() == right.held == 0
+    assert right.correct.max() == right.validated == 0
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
@@ -87,7 +87,7 @@ def test_the_scale_of_features_changes_nothing(scale: float, offset: float) -> N
     for part in torch.arange(1000).split(100):
         bank.step({"a": features[part]}, labels[part], part)
         moved.step({"a": scale * (features[part] + offset)}, labels[part], part)
-    plain, other = bank.scores({"a": features}), moved.scores({"a": scale * (features + offset)})
+    plain, other = bank.logits({"a": features}), moved.logits({"a": scale * (features + offset)})
     assert (plain.argmax(2) == other.argmax(2)).float().mean() > 0.99
 
 
@@ -102,7 +102,7 @@ def test_dead_features_and_unlabelled_images_do_no_harm() -> None:
         known.step({"a": features[rows]}, labels[rows], rows)
     assert bank.weight.isfinite().all()
     assert bank.weight[0, 2].abs().max() == 0
-    assert int(bank.held) == int(known.held)
+    assert int(bank.validated) == int(known.validated)
 
 
 def test_two_views_are_two_images() -> None:
@@ -129,7 +129,7 @@ def test_it_comes_near_the_converged_classifier() -> None:
             bank.step({"a": features[part]}, labels[part], part)
     reference = LogisticRegression(max_iter=1000).fit(np.asarray(features[:3000] / features.std(0)), labels[:3000])
     expected = reference.score(np.asarray(features[3000:] / features.std(0)), labels[3000:])
-    got = float((bank.scores({"a": features[3000:]})[0].argmax(1) == labels[3000:]).float().mean())
+    got = float((bank.logits({"a": features[3000:]})[0].argmax(1) == labels[3000:]).float().mean())
     assert got > expected - 0.01
     assert expected > 0.8
 
@@ -154,7 +154,7 @@ def test_the_first_step_teaches_and_a_loaded_bank_goes_on() -> None:
     bank.step({"a": features[:500]}, labels[:500], index[:500])
     torch.testing.assert_close(bank.mean[0, 0], features[:500].mean(0))
     torch.testing.assert_close(bank.variance[0, 0], features[:500].var(0, correction=0), rtol=1e-4, atol=0)
-    right = (bank.scores({"a": features}, torch.tensor([4]))[0].argmax(1) == labels).float().mean()
+    right = (bank.logits({"a": features}, torch.tensor([4]))[0].argmax(1) == labels).float().mean()
     assert bank.weight.abs().max() > 0
     assert right > 0.6
     other = ProbeBank({"a": 6}, 3)
@@ -171,26 +171,26 @@ def test_the_first_step_teaches_and_a_loaded_bank_goes_on() -> None:
     assert float(other.variance.max()) < 100
 
 
-def test_the_best_classifier_is_that_of_most_right_held_out_images() -> None:
-    """A learning rate of 0 and one that works: the second is chosen, and its scores are given."""
+def test_the_best_classifier_is_that_of_best_validation_accuracy() -> None:
+    """A learning rate of 0 and one that works: the second is chosen, and its logits are returned."""
     features, labels = problem(2000, 6, 4, 1)
     bank = ProbeBank({"a": 6}, 4, learning_rates=[0.0, 1.0], weight_decays=[0.0])
     for part in torch.arange(2000).split(100):
         bank.step({"a": features[part]}, labels[part], part)
     assert bank.correct[0, 1] > bank.correct[0, 0] + 20
     assert bank.best().tolist() == [1]
-    scores = bank.scores({"a": features})
-    torch.testing.assert_close(scores, bank.scores({"a": features}, torch.tensor([1])), rtol=0, atol=0)
-    assert (scores[0].argmax(1) == labels).float().mean() > 0.6
+    logits = bank.logits({"a": features})
+    torch.testing.assert_close(logits, bank.logits({"a": features}, torch.tensor([1])), rtol=0, atol=0)
+    assert (logits[0].argmax(1) == labels).float().mean() > 0.6
 
 
-def test_without_held_out_images_none_is_the_best() -> None:
+def test_without_validation_images_no_classifier_is_selected() -> None:
     features, labels = problem(100, 6, 4, 1)
     bank = ProbeBank({"a": 6, "b": 6}, 4)
     bank.step({"a": features, "b": features}, labels)
-    with pytest.raises(ValueError, match=r"no held-out image .* of a, b: give more"):
+    with pytest.raises(ValueError, match=r"no held-out image .* of a, b on: use more"):
         bank.best()
     bank.step({"a": features, "b": features * torch.nan}, labels, torch.arange(100))
-    with pytest.raises(ValueError, match=r"no held-out image .* of b: give more"):
-        bank.scores({"a": features, "b": features})
-    assert bank.scores({"a": features, "b": features}, torch.tensor([0, 0])).shape == (2, 100, 4)
+    with pytest.raises(ValueError, match=r"no held-out image .* of b on: use more"):
+        bank.logits({"a": features, "b": features})
+    assert bank.logits({"a": features, "b": features}, torch.tensor([0, 0])).shape == (2, 100, 4)

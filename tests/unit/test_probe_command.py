@@ -29,7 +29,7 @@ from ssl_geometry.measure.frozen import (
     FrozenFeatures,
     LinearEvaluation,
     NearestNeighbors,
-    held_of_each_class,
+    stratified_validation_split,
 )
 from ssl_geometry.measure.probes import Probes, check_images, highest_decay, probe_rows
 from ssl_geometry.methods.raw_pixels import RawPixels
@@ -148,11 +148,11 @@ def test_every_class_is_held_out_and_learnt_from() -> None:
     labels = torch.tensor([0] * 900 + [1] * 80 + [2] * 20)
     for draw in range(20):
         drawn = labels[stratified(labels, draw)[:100]]
-        held = held_of_each_class(drawn)
-        assert drawn[held].unique().tolist() == drawn[~held].unique().tolist() == [0, 1, 2]
-        assert held.sum() == 9 + 1 + 1 or held.sum() == 8 + 1 + 1
-    assert not held_of_each_class(torch.tensor([0, 1, 1]))[0], "an only image is learnt from"
-    assert held_of_each_class(torch.zeros(40, 3, dtype=torch.long)).sum() == 4
+        validation = stratified_validation_split(drawn)
+        assert drawn[validation].unique().tolist() == drawn[~validation].unique().tolist() == [0, 1, 2]
+        assert validation.sum() == 9 + 1 + 1 or validation.sum() == 8 + 1 + 1
+    assert not stratified_validation_split(torch.tensor([0, 1, 1]))[0], "the only image of a class is used for training"
+    assert stratified_validation_split(torch.zeros(40, 3, dtype=torch.long)).sum() == 4
 
 
 def test_intervals_are_wilson_s() -> None:
@@ -225,16 +225,16 @@ def test_images_that_teach_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) 
     data = digits(monkeypatch, lambda labels: labels)
     check_images(data, 100, "--train_images 100")
     with pytest.raises(UserError, match="--train_images 9: 9 labelled training images to learn from for 10 classes"):
-        check_images(data, 9, "--train_images 9", choosing=False)
+        check_images(data, 9, "--train_images 9", selects=False)
     data.num_classes = 100
-    check_images(data, 100, "--train_images 100", choosing=False)
+    check_images(data, 100, "--train_images 100", selects=False)
     with pytest.raises(UserError, match="for 100 classes"):
         check_images(data, 100, "--train_images 100")
     data.num_classes = 2
-    assert not check_images(data, 4, "--train_images 4"), "folds choose; none is in the tenth that chooses by steps"
-    with pytest.raises(UserError, match=r"--train_images 2: 2 .* too few: no held-out image chooses"):
+    assert not check_images(data, 4, "--train_images 4"), "folds select; the validation split is empty"
+    with pytest.raises(UserError, match=r"--train_images 2: 2 .* too few: no held-out image"):
         check_images(data, 2, "--train_images 2")
-    check_images(data, 2, "--train_images 2", choosing=False)
+    check_images(data, 2, "--train_images 2", selects=False)
 
 
 def test_one_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

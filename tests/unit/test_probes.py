@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_geometry.geometry import classification, logistic
-from ssl_geometry.geometry.classification import L2, accuracies, choosing_folds, held_out, one_hot
+from ssl_geometry.geometry.classification import L2, accuracies, in_validation_split, one_hot, validation_folds
 from ssl_geometry.geometry.logistic import (
     GROUP_BYTES,
     converged_probes,
@@ -27,15 +27,24 @@ from ssl_geometry.geometry.logistic import (
     cross_entropy,
     logistic_regression,
 )
-from ssl_geometry.geometry.ridge import merge_sums, ridge, ridge_probe, ridge_probe_of_few, ridge_sums, squared_error
+from ssl_geometry.geometry.ridge import (
+    merge_statistics,
+    ridge,
+    ridge_probe,
+    ridge_probe_of_few,
+    squared_error,
+    sufficient_statistics,
+)
 from ssl_geometry.metrics import LogisticProbe, RidgeProbe
 
 
-def problem(n: int, width: int, classes: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+def problem(n: int, width: int, classes: int, seed: int, separation: float = 1.0) -> tuple[Tensor, Tensor]:
     """Correlated, badly scaled features with some class structure; every class is there."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.arange(classes), torch.randint(classes, (n - classes,), generator=generator)])
-    x = spread * torch.randn(classes, width, generator=generator)[labels] + torch.randn(n, width, generator=generator)
+    x = separation * torch.randn(classes, width, generator=generator)[labels] + torch.randn(
+        n, width, generator=generator
+    )
     mix = torch.randn(width, width, generator=generator) / width**0.5
     return x @ mix * torch.logspace(-2, 2, width) + 3, labels
 
@@ -73,7 +82,7 @@ def test_the_optimum_is_scikit_learns(n: int, width: int, classes: int, seed: in
         for number, l2 in enumerate(strengths):
             expected, model = optimum(standardised(x), labels, l2)
             assert float(found[name].objective[number]) == pytest.approx(expected, rel=1e-6)
-            mine = found[name].scores(x)[number].argmax(1).numpy()
+            mine = found[name].logits(x)[number].argmax(1).numpy()
             assert (mine != model.predict(standardised(x))).sum() <= 1, "an image on the border"
 
 
@@ -90,7 +99,7 @@ def test_nearly_collapsed_features_have_scikit_learns_optimum(shape: tuple[int, 
     for number, l2 in enumerate((1e-6, 1e-4)):
         expected, model = optimum(standardised(x), labels, l2)
         assert float(probe.objective[number]) == pytest.approx(expected, rel=1e-6)
-        same = probe.scores(x)[number].argmax(1).numpy() == model.predict(standardised(x))
+        same = probe.logits(x)[number].argmax(1).numpy() == model.predict(standardised(x))
         assert same.mean() > 0.99
     assert noise < 1e-3 or float(probe.objective[0]) < 0.2, "there is something to learn"
 
@@ -101,19 +110,19 @@ def test_features_around_a_large_mean_have_their_own_optimum(offset: float) -> N
     x, labels = problem(300, 6, 3, 1)
     x = (x - x.mean(0)) / x.std(0) + offset
     probe = logistic_regression({"layer": x}, labels, 3, [1e-4, 1e-2])["layer"]
-    sums = merge_sums(
-        torch.stack([ridge_sums(*p) for p in zip(x.split(70), one_hot(labels, 3).split(70), strict=True)])
+    sums = merge_statistics(
+        torch.stack([sufficient_statistics(*p) for p in zip(x.split(70), one_hot(labels, 3).split(70), strict=True)])
     )
     regression = ridge(sums, [1e-4, 1e-2])
     standard = standardised(x)
     for number, l2 in enumerate((1e-4, 1e-2)):
         expected, model = optimum(standard, labels, l2)
-        scores = probe.scores(x)[number]
+        logits = probe.logits(x)[number]
         penalty = l2 / 2 * float((probe.weight[number] * x.double().std(0, correction=0)[:, None]).square().sum())
-        assert float(cross_entropy(scores, labels)) + penalty == pytest.approx(expected, rel=1e-6)
-        assert np.array_equal(scores.argmax(1).numpy(), model.predict(standard))
+        assert float(cross_entropy(logits, labels)) + penalty == pytest.approx(expected, rel=1e-6)
+        assert np.array_equal(logits.argmax(1).numpy(), model.predict(standard))
         closed = Ridge(alpha=300 * l2, solver="svd").fit(standard, one_hot(labels, 3).double().numpy())
-        np.testing.assert_allclose(regression.scores(x)[number], closed.predict(standard), atol=1e-7)
+        np.testing.assert_allclose(regression.logits(x)[number], closed.predict(standard), atol=1e-7)
 
 
 @pytest.mark.parametrize("trouble", ["collinear", "constant", "rare", "more features than images"])
@@ -136,7 +145,7 @@ def test_awkward_problems_have_scikit_learns_optimum(trouble: str) -> None:
 
 
 def test_separable_classes_and_a_weak_penalty_converge() -> None:
-    x, labels = problem(300, 20, 3, 3, spread=6.0)
+    x, labels = problem(300, 20, 3, 3, separation=6.0)
     probe = logistic_regression({"layer": x}, labels, 3, [1e-6, 1e-5])["layer"]
     for number, l2 in enumerate((1e-6, 1e-5)):
         expected, _ = optimum(standardised(x), labels, l2)
@@ -146,7 +155,7 @@ def test_separable_classes_and_a_weak_penalty_converge() -> None:
 
 def test_layers_solved_together_have_the_optimum_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU solves layers of one width in one batch; an easy layer then waits for a hard one."""
-    layers = {f"layer{number}": problem(200, 10, 3, number, spread=4.0 * number)[0] for number in range(3)}
+    layers = {f"layer{number}": problem(200, 10, 3, number, separation=4.0 * number)[0] for number in range(3)}
     labels = problem(200, 10, 3, 0)[1]
     alone = logistic_regression(layers, labels, 3, [1e-5, 1e-1])
     monkeypatch.setitem(GROUP_BYTES, "cpu", 2**30)
@@ -205,7 +214,7 @@ def test_several_classes_an_image_are_binary_regressions() -> None:
             z = torch.from_numpy(model.decision_function(standardised(x)))[:, None]
             expected = float(cross_entropy(z, truth[:, None])) + l2 / 2 * float((model.coef_**2).sum())
             size = (probe.weight[number, :, column] * deviation).square().sum()
-            mine = cross_entropy(probe.scores(x)[number, :, column, None], truth[:, None]) + l2 / 2 * size
+            mine = cross_entropy(probe.logits(x)[number, :, column, None], truth[:, None]) + l2 / 2 * size
             assert float(mine) == pytest.approx(expected, rel=1e-6)
             total += expected
         assert float(probe.objective[number]) == pytest.approx(total, rel=1e-5)
@@ -221,7 +230,7 @@ def test_problems_solved_in_blocks_have_the_same_optimum(monkeypatch: pytest.Mon
         parts = logistic_regression({"layer": x}, targets, classes, [1e-4, 1e-2, 1.0])["layer"]
         monkeypatch.undo()
         torch.testing.assert_close(parts.objective, whole.objective, rtol=1e-7, atol=0)
-        torch.testing.assert_close(parts.scores(x), whole.scores(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(parts.logits(x), whole.logits(x), rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=20, deadline=None)
@@ -229,13 +238,15 @@ def test_problems_solved_in_blocks_have_the_same_optimum(monkeypatch: pytest.Mon
 def test_ridge_is_the_closed_form(n: int, width: int, targets: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(n, width, generator=generator) * 5 + 2, torch.randn(n, targets, generator=generator)
-    sums = merge_sums(torch.stack([ridge_sums(*parts) for parts in zip(x.split(7), y.split(7), strict=True)]))
+    sums = merge_statistics(
+        torch.stack([sufficient_statistics(*parts) for parts in zip(x.split(7), y.split(7), strict=True)])
+    )
     probe = ridge(sums, [1e-3, 1.0])
     for number, l2 in enumerate((1e-3, 1.0)):
         standard = standardised(x)
         model = Ridge(alpha=n * l2, solver="svd").fit(standard, y.double().numpy())
         np.testing.assert_allclose(
-            probe.scores(x)[number], model.predict(standard).reshape(n, targets), rtol=1e-6, atol=1e-7
+            probe.logits(x)[number], model.predict(standard).reshape(n, targets), rtol=1e-6, atol=1e-7
         )
         assert probe.gradient_norm[number] < 1e-9
 
@@ -245,11 +256,16 @@ def test_ridge_of_collinear_and_constant_features(constant: float) -> None:
     x, labels = problem(997, 5, 3, 6)
     y = one_hot(labels, 3)
     more = torch.cat([x, x, torch.full((997, 1), constant)], 1)
-    probe = ridge(merge_sums(torch.stack([ridge_sums(*p) for p in zip(more.split(60), y.split(60), strict=True)])), L2)
+    probe = ridge(
+        merge_statistics(
+            torch.stack([sufficient_statistics(*p) for p in zip(more.split(60), y.split(60), strict=True)])
+        ),
+        L2,
+    )
     assert probe.weight.isfinite().all()
     assert probe.weight[:, 10].abs().max() == 0
-    single = ridge(ridge_sums(x, y), [l2 / 2 for l2 in L2])  # twice the same halves the penalty
-    torch.testing.assert_close(probe.scores(more), single.scores(x), rtol=1e-6, atol=1e-6)
+    single = ridge(sufficient_statistics(x, y), [l2 / 2 for l2 in L2])  # twice the same halves the penalty
+    torch.testing.assert_close(probe.logits(more), single.logits(x), rtol=1e-6, atol=1e-6)
 
 
 HARD = {
@@ -267,17 +283,17 @@ def test_ridge_is_scikit_learns_on_hard_features(kind: str, n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = HARD[kind](torch.randn(n + 50, 60, generator=generator))
     (seen, unseen), y = x.split([n, 50]), one_hot(torch.arange(n) % 3, 3)
-    # A feature whose spread is below the rounding of float32 counts as constant, as in `ridge`.
+    # A feature whose standard deviation is below the rounding of float32 counts as constant, as in `ridge`.
     center, deviation = seen.double().mean(0), seen.double().std(0, correction=0)
     scale = torch.where(deviation > 2e-7 * center.abs(), deviation, torch.inf)
     standard = [((part.double() - center) / scale).numpy() for part in (seen, unseen)]
-    probe = ridge(ridge_sums(seen, y), L2)
+    probe = ridge(sufficient_statistics(seen, y), L2)
     for number, l2 in enumerate(L2):
         model = Ridge(alpha=n * l2, solver="svd").fit(standard[0], y.double().numpy())
-        np.testing.assert_allclose(probe.scores(seen)[number], model.predict(standard[0]), atol=1e-9)
+        np.testing.assert_allclose(probe.logits(seen)[number], model.predict(standard[0]), atol=1e-9)
         # Along directions that no image of the bank takes, weights are the rounding of X'X over the strength.
         np.testing.assert_allclose(
-            probe.scores(unseen)[number], model.predict(standard[1]), atol=1e-15 * 60 / l2 + 1e-9
+            probe.logits(unseen)[number], model.predict(standard[1]), atol=1e-15 * 60 / l2 + 1e-9
         )
 
 
@@ -295,18 +311,18 @@ class Operations(TorchDispatchMode):
 
 def test_no_strength_of_ridge_costs_eigenvalues() -> None:
     x, labels = problem(300, 20, 3, 0)
-    held = held_out(torch.arange(300))
-    sums = [ridge_sums(x[part], one_hot(labels[part], 3)) for part in (~held, held)]
+    validation = in_validation_split(torch.arange(300))
+    sums = [sufficient_statistics(x[part], one_hot(labels[part], 3)) for part in (~validation, validation)]
     for l2 in (L2[:1], L2):
         with Operations() as operations:
-            ridge_probe(*sums, x[held], labels[held], l2)
+            ridge_probe(*sums, x[validation], labels[validation], l2)
         assert operations.count["_linalg_eigh"] == 0
         assert operations.count["linalg_cholesky_ex"] == len(l2) + 1
 
 
 def test_strengths_too_weak_for_cholesky_are_solved_by_eigenvalues() -> None:
     x, labels = problem(90, 5, 3, 3)
-    sums = ridge_sums(torch.cat([x, x[:, :1]], 1), one_hot(labels, 3))  # singular
+    sums = sufficient_statistics(torch.cat([x, x[:, :1]], 1), one_hot(labels, 3))  # singular
     with Operations() as operations:
         weak = ridge(sums, [1e-16, 1e-3])
     assert operations.count["_linalg_eigh"] == 1
@@ -322,13 +338,17 @@ def test_strengths_too_weak_for_cholesky_are_solved_by_eigenvalues() -> None:
 def test_sums_of_parts_merge_to_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     x, labels = problem(50, 4, 3, 9)
     y = one_hot(labels, 3)
-    whole = ridge_sums(x, y)
-    parts = torch.stack([ridge_sums(x[a:b], y[a:b]) for a, b in ((0, 0), (0, 1), (1, 30), (30, 30), (30, 50))])
-    torch.testing.assert_close(merge_sums(parts), whole)
-    torch.testing.assert_close(merge_sums(merge_sums(parts[:3])[None].repeat(1, 1, 1)), merge_sums(parts[:3]))
+    whole = sufficient_statistics(x, y)
+    parts = torch.stack(
+        [sufficient_statistics(x[a:b], y[a:b]) for a, b in ((0, 0), (0, 1), (1, 30), (30, 30), (30, 50))]
+    )
+    torch.testing.assert_close(merge_statistics(parts), whole)
+    torch.testing.assert_close(
+        merge_statistics(merge_statistics(parts[:3])[None].repeat(1, 1, 1)), merge_statistics(parts[:3])
+    )
     monkeypatch.setattr(classification, "BLOCK", 40)
-    torch.testing.assert_close(ridge_sums(x, y), whole)
-    assert ridge_sums(x[:0], y[:0]).abs().max() == 0 == merge_sums(torch.zeros(2, 3, 4)).abs().max()
+    torch.testing.assert_close(sufficient_statistics(x, y), whole)
+    assert sufficient_statistics(x[:0], y[:0]).abs().max() == 0 == merge_statistics(torch.zeros(2, 3, 4)).abs().max()
 
 
 @pytest.mark.parametrize(
@@ -336,74 +356,74 @@ def test_sums_of_parts_merge_to_those_of_the_whole(monkeypatch: pytest.MonkeyPat
     [
         (torch.randn(80, 1).repeat(1, 3), 0.0, "l2 0: 3 features of 80 images are collinear; set it above 0"),
         (torch.randn(3, 5), 0.0, "l2 0: 5 features of 3 images are collinear"),
-        (torch.randn(80, 3), -1.0, "l2 -1: expected a strength of the penalty of at least 0"),
+        (torch.randn(80, 3), -1.0, "l2 -1: expected a regularisation strength of at least 0"),
         (torch.randn(80, 3), float("nan"), "l2 nan"),
-        (torch.randn(0, 3), 0.1, "no image"),
+        (torch.randn(0, 3), 0.1, "at least one image"),
         (torch.full((2, 1), torch.nan), 0.1, "not finite"),
     ],
 )
 def test_ridge_tells_what_it_cannot_solve(features: Tensor, l2: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ridge(ridge_sums(features, torch.ones(len(features), 2)), [l2])
-    with pytest.raises(ValueError, match="no strength"):
-        ridge(ridge_sums(torch.randn(5, 1), torch.randn(5, 1)), [])
+        ridge(sufficient_statistics(features, torch.ones(len(features), 2)), [l2])
+    with pytest.raises(ValueError, match="no regularisation strength"):
+        ridge(sufficient_statistics(torch.randn(5, 1), torch.randn(5, 1)), [])
 
 
 def test_no_penalty_is_least_squares() -> None:
     x, labels = problem(90, 5, 3, 3)
     x[:, 2] = 0.3
     y = one_hot(labels, 3)
-    found = ridge(ridge_sums(x, y), [0.0]).scores(x)[0]
+    found = ridge(sufficient_statistics(x, y), [0.0]).logits(x)[0]
     with_ones = torch.cat([x, torch.ones(90, 1)], 1).double().numpy()
     expected = with_ones @ np.linalg.lstsq(with_ones, y.double().numpy())[0]
     np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
-def choice(scores: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+def choice(logits: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The rule, written down again: most right, then the least loss, then the strongest."""
-    right = [float((part.argmax(1) == labels).double().mean()) for part in scores]
-    losses = [float(loss(part, labels)) for part in scores]
+    right = [float((part.argmax(1) == labels).double().mean()) for part in logits]
+    losses = [float(loss(part, labels)) for part in logits]
     return L2[max(range(len(L2)), key=lambda i: (right[i], -losses[i], L2[i]))]
 
 
-@pytest.mark.parametrize("spread", [0.5, 20.0], ids=["hard", "every strength is right"])
-def test_strengths_are_chosen_on_held_out_images_alone(spread: float) -> None:
+@pytest.mark.parametrize("separation", [0.5, 20.0], ids=["hard", "every strength is correct"])
+def test_regularisation_is_selected_on_the_validation_split_alone(separation: float) -> None:
     """Held-out labels are turned round: the worst classifier of the others is the one they choose."""
-    x, labels = problem(600, 30, 3, 7, spread)
-    held = held_out(torch.arange(600))
-    turned = torch.where(held, (labels + 1) % 3, labels) if spread == 0.5 else labels
-    tried = logistic_regression({"layer": x[~held]}, turned[~held], 3, L2)["layer"]
-    found = converged_probes({"layer": x}, turned, held, 3)["layer"]
-    assert float(found.l2[0]) == choice(tried.scores(x[held]), turned[held], cross_entropy)
-    again = logistic_regression({"layer": x}, turned, 3, [float(found.l2[0])])["layer"]  # held-out images teach as well
+    x, labels = problem(600, 30, 3, 7, separation)
+    validation = in_validation_split(torch.arange(600))
+    turned = torch.where(validation, (labels + 1) % 3, labels) if separation == 0.5 else labels
+    tried = logistic_regression({"layer": x[~validation]}, turned[~validation], 3, L2)["layer"]
+    found = converged_probes({"layer": x}, turned, validation, 3)["layer"]
+    assert float(found.l2[0]) == choice(tried.logits(x[validation]), turned[validation], cross_entropy)
+    again = logistic_regression({"layer": x}, turned, 3, [float(found.l2[0])])["layer"]  # refitted on all images
     torch.testing.assert_close(found.weight, again.weight, rtol=0, atol=0)
     y = one_hot(turned, 3)
-    sums = torch.stack([ridge_sums(x[part], y[part]) for part in (~held, held)])
-    chosen = ridge_probe(*sums, x[held], turned[held])
-    assert float(chosen.l2[0]) == choice(ridge(sums[0], L2).scores(x[held]), turned[held], squared_error)
-    torch.testing.assert_close(chosen.weight, ridge(ridge_sums(x, y), [float(chosen.l2[0])]).weight)
+    sums = torch.stack([sufficient_statistics(x[part], y[part]) for part in (~validation, validation)])
+    chosen = ridge_probe(*sums, x[validation], turned[validation])
+    assert float(chosen.l2[0]) == choice(ridge(sums[0], L2).logits(x[validation]), turned[validation], squared_error)
+    torch.testing.assert_close(chosen.weight, ridge(sufficient_statistics(x, y), [float(chosen.l2[0])]).weight)
 
 
 @pytest.mark.parametrize("n", [12, 30, 99])
-def test_few_images_choose_by_cross_validation(n: int) -> None:
+def test_few_images_select_by_cross_validation(n: int) -> None:
     """Written out: of each strength, every image is scored once, by the classifier of the other four folds."""
-    x, labels = problem(n, 8, 3, n, spread=0.3)
+    x, labels = problem(n, 8, 3, n, separation=0.3)
     y, order = one_hot(labels, 3), labels.argsort(stable=True)
     fold = torch.empty(n, dtype=torch.long)
     fold[order] = torch.arange(n) % 5
-    scores = {"ridge": torch.zeros(len(L2), n, 3).double(), "logistic": torch.zeros(len(L2), n, 3).double()}
+    logits = {"ridge": torch.zeros(len(L2), n, 3).double(), "logistic": torch.zeros(len(L2), n, 3).double()}
     for number in range(5):
         rest, own = fold != number, fold == number
-        scores["ridge"][:, own] = ridge(ridge_sums(x[rest], y[rest]), L2).scores(x[own])
+        logits["ridge"][:, own] = ridge(sufficient_statistics(x[rest], y[rest]), L2).logits(x[own])
         probe = logistic_regression({"layer": x[rest]}, labels[rest], 3, L2)["layer"]
-        scores["logistic"][:, own] = probe.scores(x[own])
+        logits["logistic"][:, own] = probe.logits(x[own])
     nothing = torch.zeros(n, dtype=torch.bool)
     found = ridge_probe_of_few(x, labels, 3)
-    # The folds' scores of an equally right strength differ in the last digits with the order of images.
-    assert float(found.l2[0]) == choice(scores["ridge"][:, order], labels[order], squared_error)
-    torch.testing.assert_close(found.weight, ridge(ridge_sums(x, y), [float(found.l2[0])]).weight)
+    # The folds' logits of an equally accurate strength differ in the last digits with the order of images.
+    assert float(found.l2[0]) == choice(logits["ridge"][:, order], labels[order], squared_error)
+    torch.testing.assert_close(found.weight, ridge(sufficient_statistics(x, y), [float(found.l2[0])]).weight)
     logistic = converged_probes({"layer": x}, labels, nothing, 3)["layer"]
-    assert float(logistic.l2[0]) == choice(scores["logistic"][:, order], labels[order], cross_entropy)
+    assert float(logistic.l2[0]) == choice(logits["logistic"][:, order], labels[order], cross_entropy)
     metric = RidgeProbe({"layer": 8}, 3)
     for rows in torch.arange(n).flip(0).split(7):  # in any order and batches
         metric.update_bank({"layer": x[rows]}, labels[rows], rows)
@@ -412,33 +432,35 @@ def test_few_images_choose_by_cross_validation(n: int) -> None:
 
 
 def test_folds_that_leave_nothing_to_learn_from_do_not_choose() -> None:
-    held = torch.arange(12) < 2
-    assert choosing_folds(torch.arange(12) % 2, held, 2).sum(0).tolist() == [1] * 12
-    assert len(choosing_folds(torch.arange(12) % 10, held, 10)) == 3, "9 of 12 images are too few for ten classes"
-    assert choosing_folds(torch.arange(100) % 2, torch.arange(100) < 9, 2).sum(1).tolist() == [9]
-    with pytest.raises(ValueError, match="no held-out image chooses"):
-        choosing_folds(torch.arange(3), held[:3], 3)
+    validation = torch.arange(12) < 2
+    assert validation_folds(torch.arange(12) % 2, validation, 2).sum(0).tolist() == [1] * 12
+    assert len(validation_folds(torch.arange(12) % 10, validation, 10)) == 3, (
+        "9 of 12 images are too few for ten classes"
+    )
+    assert validation_folds(torch.arange(100) % 2, torch.arange(100) < 9, 2).sum(1).tolist() == [9]
+    with pytest.raises(ValueError, match="no held-out image"):
+        validation_folds(torch.arange(3), validation[:3], 3)
 
 
 def test_of_equal_strengths_the_strongest_is_chosen() -> None:
     """Features that do not vary: all strengths give the same classifier."""
     labels = torch.arange(60) % 2
-    x, held = torch.ones(60, 2), torch.arange(60) < 6
+    x, validation = torch.ones(60, 2), torch.arange(60) < 6
     y = one_hot(labels, 2)
-    assert float(converged_probes({"layer": x}, labels, held, 2)["layer"].l2[0]) == max(L2)
-    sums = [ridge_sums(x[part], y[part]) for part in (~held, held)]
-    assert float(ridge_probe(*sums, x[held], labels[held]).l2[0]) == max(L2)
+    assert float(converged_probes({"layer": x}, labels, validation, 2)["layer"].l2[0]) == max(L2)
+    sums = [sufficient_statistics(x[part], y[part]) for part in (~validation, validation)]
+    assert float(ridge_probe(*sums, x[validation], labels[validation]).l2[0]) == max(L2)
 
 
 def test_classes_that_no_held_out_image_shows_leave_the_choice_to_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
-    x, held = torch.randn(400, 4, generator=generator), torch.arange(400) < 40
+    x, validation = torch.randn(400, 4, generator=generator), torch.arange(400) < 40
     several = (x[:, :2] + 0.5 * torch.randn(400, 2, generator=generator) > 0.5).long()
-    x[held, :2] = torch.linspace(-3, 1.5, 40)[:, None]
-    several[held] = 0
-    tried = logistic_regression({"layer": x[~held]}, several[~held], 2)["layer"]
-    losses = [float(cross_entropy(scores, several[held])) for scores in tried.scores(x[held])]
-    found = converged_probes({"layer": x}, several, held, 2)["layer"]
+    x[validation, :2] = torch.linspace(-3, 1.5, 40)[:, None]
+    several[validation] = 0
+    tried = logistic_regression({"layer": x[~validation]}, several[~validation], 2)["layer"]
+    losses = [float(cross_entropy(logits, several[validation])) for logits in tried.logits(x[validation])]
+    found = converged_probes({"layer": x}, several, validation, 2)["layer"]
     assert float(found.l2[0]) == L2[losses.index(min(losses))]
     assert 0 < losses.index(min(losses)) < len(L2) - 1, "a sort of what is not a number takes an end"
 
@@ -455,9 +477,9 @@ def test_memory_is_within_what_was_said() -> None:
         "logistic.logistic_regression = lambda *problem: solve(*problem, max_iterations=6)\n"
         "def grown(n, width, classes):\n"
         "    features = {name: torch.randn(n, width) for name in 'abc'}\n"
-        "    labels, held = torch.arange(n) % classes, torch.arange(n) % 10 == 0\n"
+        "    labels, validation = torch.arange(n) % classes, torch.arange(n) % 10 == 0\n"
         "    before = peak()\n"
-        "    logistic.converged_probes(features, labels, held, classes)\n"
+        "    logistic.converged_probes(features, labels, validation, classes)\n"
         "    return 1024 * (peak() - before)\n"
         "def peak():\n"
         "    return int(dict(line.split(':') for line in open('/proc/self/status'))['VmHWM'].split()[0])\n"
@@ -500,14 +522,14 @@ def test_mean_average_precision_leaves_out_classes_that_no_image_shows() -> None
     assert accuracies(scores[:0], labels[:0])["mAP"].isnan()
 
 
-def test_a_tenth_is_held_out_whatever_the_order() -> None:
+def test_the_validation_split_is_a_tenth_in_any_order() -> None:
     index = torch.arange(20_000)
-    held = held_out(index)
-    assert float(held.float().mean()) == pytest.approx(0.1, abs=0.01)
+    validation = in_validation_split(index)
+    assert float(validation.float().mean()) == pytest.approx(0.1, abs=0.01)
     order = torch.randperm(20_000)
-    assert torch.equal(held_out(index[order]), held[order])
+    assert torch.equal(in_validation_split(index[order]), validation[order])
     for period in (2, 5, 10):  # classes are often laid out in turn
-        shares = [float(held[start::period].float().mean()) for start in range(period)]
+        shares = [float(validation[start::period].float().mean()) for start in range(period)]
         assert shares == pytest.approx([0.1] * period, abs=0.02)
 
 
@@ -528,7 +550,7 @@ def test_bad_input_is_told(x: Tensor, labels: Tensor, classes: int, words: str) 
 
 
 @pytest.mark.parametrize(
-    ("x", "labels", "held", "words"),
+    ("x", "labels", "validation", "words"),
     [
         (torch.randn(120, 2), torch.arange(120) % 4, 0, "no held-out image"),
         (
@@ -539,17 +561,17 @@ def test_bad_input_is_told(x: Tensor, labels: Tensor, classes: int, words: str) 
         ),
         (torch.randn(40, 2), torch.arange(40), 8, "labels from 0 to 39"),
         (torch.randn(40, 2), torch.zeros(40, 3, dtype=torch.long), 8, "labels of 3 classes: expected 4"),
-        (torch.randn(40, 2), torch.zeros(40, 4, dtype=torch.long), 8, "all 40 images are labelled alike"),
-        (torch.randn(40, 2), 2 * torch.ones(40, 4, dtype=torch.long), 8, "labels from 2 to 2: expected zeros and ones"),
+        (torch.randn(40, 2), torch.zeros(40, 4, dtype=torch.long), 8, "all 40 images have the same labels"),
+        (torch.randn(40, 2), 2 * torch.ones(40, 4, dtype=torch.long), 8, "labels from 2 to 2: expected 0 and 1"),
     ],
 )
-def test_what_cannot_be_chosen_is_told(x: Tensor, labels: Tensor, held: int, words: str) -> None:
+def test_what_cannot_be_selected_is_reported(x: Tensor, labels: Tensor, validation: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        converged_probes({"l": x}, labels, torch.arange(len(x)) < held, 4)
+        converged_probes({"l": x}, labels, torch.arange(len(x)) < validation, 4)
 
 
 def test_accuracies_and_targets_refuse_what_is_no_label_or_score() -> None:
-    with pytest.raises(ValueError, match="scores of 1 of 3 images are not numbers"):
+    with pytest.raises(ValueError, match="scores of 1 of 3 images are NaN"):
         accuracies(torch.eye(3).index_fill(0, torch.tensor([1]), torch.nan), torch.arange(3))
     for labels in (torch.tensor([0, 1, -1]), torch.tensor([0, 1, 3])):
         with pytest.raises(ValueError, match="labels from"):
@@ -560,7 +582,7 @@ def test_accuracies_and_targets_refuse_what_is_no_label_or_score() -> None:
 
 @pytest.mark.parametrize("l2", [0.0, -1.0])
 def test_logistic_regression_needs_a_penalty(l2: float) -> None:
-    with pytest.raises(ValueError, match=f"l2 {l2:g}: expected a strength of the penalty above 0"):
+    with pytest.raises(ValueError, match=f"l2 {l2:g}: expected a regularisation strength above 0"):
         logistic_regression({"l": torch.randn(9, 2)}, torch.arange(9) % 3, 3, [l2])
 
 
@@ -591,14 +613,14 @@ def live(kind: type[RidgeProbe | LogisticProbe], images: int = 80, **changed: An
             "layer layer9: .* of 2 of 80 images",
         ),
         ({"x": torch.randn(80, 4).index_fill(0, torch.tensor([9]), torch.inf)}, "layer layer9: .* of 1 of 80 images"),
-        ({"q": torch.full((4, 4), torch.nan)}, "layer layer9, images to classify: features of 4 of 4 images"),
+        ({"q": torch.full((4, 4), torch.nan)}, "layer layer9, test images: features of 4 of 4 images"),
         ({"y": torch.arange(80) % 4 + 1}, "labels from 1 to 4: expected 0 to 3"),
         ({"y": torch.arange(80) % 4 - 1}, "labels from -1 to 2: expected 0 to 3"),
         ({"t": torch.tensor([0, 1, 2, -1])}, "labels from -1 to 2"),
         ({"t": torch.tensor([0, 1, 2, 4])}, "labels from 0 to 4"),
         ({"y": torch.zeros(80, dtype=torch.long)}, "all 80 images are of class 0"),
         ({"images": 3}, "3 images for 4 classes"),
-        ({"q": torch.empty(0, 4), "t": torch.empty(0, dtype=torch.long)}, "no image to classify"),
+        ({"q": torch.empty(0, 4), "t": torch.empty(0, dtype=torch.long)}, "no test image"),
     ],
 )
 def test_live_probes_tell_what_cannot_be_learnt(
@@ -612,7 +634,7 @@ def test_live_probes_tell_what_cannot_be_learnt(
 @pytest.mark.parametrize("kind", [RidgeProbe, LogisticProbe])
 def test_live_probes_refuse_a_bank_without_held_out_images(kind: type[RidgeProbe | LogisticProbe]) -> None:
     index = torch.arange(300)
-    index = index[~held_out(index)][:120]
+    index = index[~in_validation_split(index)][:120]
     probe = kind({"layer": 4}, num_classes=4)
     probe.update_bank({"layer": torch.eye(4)[torch.arange(120) % 4]}, torch.arange(120) % 4, index)
     probe.update({"layer": torch.eye(4)}, torch.arange(4))
@@ -627,9 +649,9 @@ def test_a_live_ridge_probe_is_that_of_all_images_at_once() -> None:
     for part in index.split(64):
         probe.update_bank({"layer": x[part]}, labels[part], part)
     probe.update({"layer": x[400:]}, labels[400:])
-    held, y = held_out(index), one_hot(labels, 3)[:400]
-    sums = [ridge_sums(x[:400][part], y[part]) for part in (~held, held)]
-    expected = ridge_probe(*sums, x[:400][held], labels[:400][held])
+    validation, y = in_validation_split(index), one_hot(labels, 3)[:400]
+    sums = [sufficient_statistics(x[:400][part], y[part]) for part in (~validation, validation)]
+    expected = ridge_probe(*sums, x[:400][validation], labels[:400][validation])
     found = probe.compute()
     assert float(found["l2"]) == float(expected.l2)
-    assert float(found["top1"]) == float(accuracies(expected.scores(x[400:])[0], labels[400:])["top1"]) > 0.4
+    assert float(found["top1"]) == float(accuracies(expected.logits(x[400:])[0], labels[400:])["top1"]) > 0.4

@@ -76,7 +76,7 @@ def of_pixels(data: DataModule, method: SimCLR) -> list[Protocol]:
             (neighbors, name, value, of_neighbors)
             for name, value in {
                 "DIMENSION_K": 3, "DISCARD": 0.2, "DIRECTIONS": 0.2, "SEED": 1, "ACTIVE": 1e-3, "OPTIMAL": 1e-9,
-                "INDEPENDENT": 1e-9, "RESOLUTION": 4, "ALIKE": 4, "MIN_IMAGES": 9, "OVERLAP_K": 5, "EXACT_ROWS": 9,
+                "INDEPENDENT": 1e-9, "RESOLUTION": 4, "DEGENERATE": 4, "MIN_IMAGES": 9, "OVERLAP_K": 5, "EXACT_ROWS": 9,
                 "PROBED": 9, "COARSE": 1e-2, "RANKING": "by hand",
             }.items()
         ),

@@ -105,21 +105,27 @@ def test_neighbours_that_vote(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture
-def no_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for 22 images out of 30, of which none has a number that chooses."""
     for module in ("measure.probes", "measure.frozen"):
-        monkeypatch.setattr(f"ssl_geometry.{module}.held_out", lambda index: torch.zeros_like(index, dtype=torch.bool))
+        monkeypatch.setattr(
+            f"ssl_geometry.{module}.in_validation_split", lambda index: torch.zeros_like(index, dtype=torch.bool)
+        )
 
 
-def test_online_probes_are_left_out_where_no_image_chooses(caplog: pytest.LogCaptureFixture, no_tenth: None) -> None:
+def test_online_probes_are_left_out_without_validation_images(
+    caplog: pytest.LogCaptureFixture, no_validation_split: None
+) -> None:
     data, subject, probes = images(40, 20, val_fraction=0.0), Subject.of(SimCLR(**SMALL)), Probes(layers="pooled")
     probes.prepare(subject, data)
     probes.listen(subject, data, {})
     assert probes.bank is None
-    assert caplog.messages[-1].startswith("online probes are left out: no training image is in the fixed tenth")
+    assert caplog.messages[-1].startswith("online probes are off: no training image falls into")
 
 
-def test_linear_evaluation_is_left_out_where_no_image_chooses(caplog: pytest.LogCaptureFixture, no_tenth: None) -> None:
+def test_linear_evaluation_is_left_out_without_validation_images(
+    caplog: pytest.LogCaptureFixture, no_validation_split: None
+) -> None:
     data = images(40, 20, val_fraction=0.0)
     given: dict[str, Any] = {"k": [5], "train_images": None, "linear_epochs": 100}
     options = SimpleNamespace(evaluations=list(USUAL), **given)
