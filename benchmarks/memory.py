@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ssl_geometry.cli import Parser
-from ssl_geometry.fit import expand_bases
+from ssl_geometry.config_files import expand_bases
 from ssl_geometry.methods import Method
 
 CONFIGS = Path(__file__).parents[1] / "configs"

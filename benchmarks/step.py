@@ -29,7 +29,7 @@ import torch
 from ssl_geometry import methods
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.fit import TRAINER_DEFAULTS
+from ssl_geometry.fit_cli import TRAINER_DEFAULTS
 
 WARM_UP = 2
 """Steps before the clock starts; the first one compiles."""

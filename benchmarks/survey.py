@@ -19,7 +19,7 @@ from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, mea
 from ssl_geometry.measure.engine import measuring
 from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.methods import Method
-from ssl_geometry.survey import LAYERS
+from ssl_geometry.survey_options import LAYERS
 
 
 def main() -> None:

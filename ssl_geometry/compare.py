@@ -231,7 +231,12 @@ def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -
     )
 
 
-def _parse(args: Sequence[str]) -> Any:
+def parse(args: Sequence[str]) -> Any:
+    """The options of the command line; see :func:`parse_networks`.
+
+    Raises:
+        UserError: a mistake in the options.
+    """
     parser = networks_parser(
         "compare",
         "Compare networks layer by layer: CKA, nearest neighbours, invariance and classes, with figures.",
@@ -292,7 +297,7 @@ def compare(args: Sequence[str]) -> Path:
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
-    options = _parse(args)
+    options = parse(args)
     fabric = launch(options)
     is_first = fabric.is_global_zero
     data, console = options.data, Console(quiet=not is_first)

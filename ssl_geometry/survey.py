@@ -15,12 +15,9 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import lightning as L
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -29,55 +26,24 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.images import digest
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
-from ssl_geometry.errors import UserError, nearest
-from ssl_geometry.files import write_text, write_whole
-from ssl_geometry.geometry.prediction import group, least_p, unit_means
+from ssl_geometry.errors import UserError
+from ssl_geometry.files import write_text
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import as_options, layer_widths
-from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS, candidates, jaccard_records
+from ssl_geometry.measure.neighbors import candidates, jaccard_records
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.methods import Method
 from ssl_geometry.models.zoo import TABLE
-from ssl_geometry.networks import (
-    Sources,
-    by_turns,
-    chosen_layers,
-    launch,
-    naming,
-    networks_parser,
-    parse_networks,
-    said_once,
-    together,
-    unchanged,
-)
-from ssl_geometry.prediction import LEAST_MODELS, UNTRAINED, predict, read_targets, recipes_of, task_text
+from ssl_geometry.networks import by_turns, chosen_layers, launch, naming, said_once, together
+from ssl_geometry.prediction import UNTRAINED, read_targets, recipes_of
 from ssl_geometry.progress import progress_bar
-from ssl_geometry.ranges import at_least
 from ssl_geometry.records import Protocol, RecordStore
-from ssl_geometry.report.models import (
-    collapse_curves,
-    correlation_map,
-    depth_profiles,
-    model_map,
-    model_tree,
-    prediction_scatter,
-)
-from ssl_geometry.report.style import save_figure
-from ssl_geometry.report.survey import MANIFOLD_METRICS, collapse_in_training, metric_table, readable, write_table
-from ssl_geometry.runs.networks import Loaded, load_networks, split_seeds
+from ssl_geometry.runs.networks import Loaded, load_networks
+from ssl_geometry.survey_options import parse, report_small_classes
+from ssl_geometry.survey_tables import report
 
-SEMANTIC = "semantic"
-LAYERS = ("stages", "pooled")
-SOURCES: Sources = {
-    "neighbors.layers": {"neighbors.layers": unchanged, "spectrum.layers": unchanged},
-    **{f"neighbors.{name}": {f"neighbors.{name}": unchanged} for name in ("k", "settings", "copies")},
-    "spectrum.copies": {"spectrum.copies": unchanged},
-}
-"""Options of the monitors that measured the same."""
 WORKING_BYTES = 24
 """For each image and feature of the layer that is measured: three copies in float64 next to what is kept of all."""
-LEAST_OF_A_CLASS = 3
-"""Images of a class with fewer have no two neighbours, and no manifold."""
 
 
 def survey_model(
@@ -194,203 +160,6 @@ def fingerprint(method: nn.Module) -> str:
     return digest(part for name_and_value in method.state_dict().items() for part in name_and_value)
 
 
-# -- from records to tables --------------------------------------------------------------------------------------------
-
-
-def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[str, str], options: Any) -> list[Path]:
-    """All tables and figures, from the records alone.
-
-    Args:
-        out: folder of the survey.
-        facts: model to its family, last layer, ...; in the order of the tables.
-        recipes: of :func:`recipes_of`.
-        options: of the command.
-
-    Returns:
-        The files for a reader: figures and Markdown.
-    """
-    frame = RecordStore(out / "records").read()
-    frame = frame[frame["model"].isin(facts)]
-    families = {name: fact["family"] for name, fact in facts.items()}
-    n = int(frame["n"].max())
-    table = metric_table(frame, {name: fact["layer"] for name, fact in facts.items()}, options.manifolds)
-    note = (
-        f"Features of the encoder's last layer, {n:,} images of {Path(options.data.dataset).name}; mean ± standard "
-        f"deviation over images (median). k = {options.k}, {options.neighbors.copies} augmented views."
-    )
-    made, drawn = [write_table(table, readable(table), out / "tables" / "mgm", note)], {}
-    title = f"Manifold graph metrics over depth, {n:,} images"
-    drawn["profiles"] = depth_profiles(frame, options.manifolds, MANIFOLD_METRICS, families, title)
-    drawn["collapse"] = collapse_curves(frame, families, f"Collapse over depth, {n:,} images")
-    if len(facts) >= LEAST_MODELS:
-        try:
-            tables, figures = _alike(table, families, n, options.clusters, out / "tables")
-            made, drawn = made + tables, drawn | figures
-        except ValueError as error:  # all models are the same, or collapsed
-            Console(stderr=True).print(f"no map of models: {error}", highlight=False)
-    several = len({recipes[model] for model in facts})
-    if several >= LEAST_MODELS:
-        tables, figures = _together(table, recipes, out / "tables")
-        made, drawn = made + tables, drawn | figures
-    else:
-        for stale in (*(out / "tables").glob("correlation.*"), *(out / "figures").glob("correlation.*")):
-            stale.unlink()  # of more models
-        message = f"no correlations of metrics: {several} of the {LEAST_MODELS} recipes that they need (--recipes)"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-    if options.targets:
-        targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()}, recipes)
-        baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}
-        tasks, predicted = predict(table, targets, baseline, recipes)
-        few, many = tasks["recipes"].min(), tasks["recipes"].max()
-        lowest = least_p(many)
-        note = (
-            f"{few if few == many else f'{few} to {many}'} recipes ({tasks['models'].max()} models at most); models of "
-            "one recipe are averaged, and recipes are permuted and left out as a whole. Best single metric by "
-            "Spearman's rho, with its permutation p, Holm's correction for the number of metrics tried in this task, "
-            "and over tasks the Benjamini-Hochberg q of Holm's p. Ridge regression on all metrics predicts each recipe "
-            "from the others: Q2 = 1 - its squared errors / those of the others' mean, so 0 and below is no better "
-            "than that mean. ImageNet: the same with linear accuracy on ImageNet alone, where it is known of all of "
-            f"them. With {many} recipes no p can be below {lowest:.2g}, nor below "
-            f"{min(1, tasks['metrics'].max() * lowest):.2g} after Holm. With so few, every figure is a hint."
-        )
-        text = {"Prediction of transfer": task_text(tasks)}
-        made.append(write_table(tasks.set_index("task"), text, out / "tables" / "prediction", note))
-        write_whole(out / "tables" / "predicted.parquet", predicted.to_parquet)
-        shown = tasks[tasks["task"].str.contains("mean of")] if len(tasks) > 9 else tasks
-        shown = shown if len(shown) else tasks.head(9)
-        titles = {
-            row["task"]: f"{row['task']}\nQ² {row['ridge Q2']:.2f}, {row['recipes']} recipes ({row['models']} models)"
-            for row in shown.to_dict("records")
-            if row["task"] in set(predicted["task"])
-        }
-        if titles:
-            drawn["prediction"] = prediction_scatter(predicted, families, titles)
-    drawn |= collapse_in_training(split_seeds(options.models)[0])
-    return made + [save_figure(figure, out / "figures" / name) for name, figure in drawn.items()]
-
-
-def _alike(
-    table: pd.DataFrame, families: Mapping[str, str], n: int, clusters: int, folder: Path
-) -> tuple[list[Path], dict[str, Figure]]:
-    """Which models are alike: table and figures."""
-    found = group(table.to_numpy(), clusters)
-    place = pd.DataFrame(found.place, index=table.index, columns=["PC1", "PC2"])
-    place.insert(0, "cluster", found.labels)
-    place.insert(0, "family", list(families.values()))
-    used = int(np.isfinite(table.to_numpy()).all(0).sum())
-    text = place.assign(**{axis: place[axis].map("{:.2f}".format) for axis in ("PC1", "PC2")}).astype(str)
-    note = (
-        f"Ward's clusters of {len(table)} models on {used} standardised metrics, and their first two principal "
-        f"components ({found.explained[0]:.0%} and {found.explained[1]:.0%} of the variance)."
-    )
-    made = [write_table(place, {"Which models are alike": text}, folder / "map", note)]
-    title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
-    return made, {
-        "tree": model_tree(found.merges, list(table.index), families, title),
-        "map": model_map(found.place, found.explained, found.labels.tolist(), families, title),
-    }
-
-
-def _together(table: pd.DataFrame, recipes: Mapping[str, str], folder: Path) -> tuple[list[Path], dict[str, Figure]]:
-    """Which metrics say the same over recipes: table and figure."""
-    means = table.xs("mean", axis=1, level="statistic")
-    of_recipes = unit_means(means.to_numpy(), [recipes[model] for model in table.index])
-    correlation = pd.DataFrame(of_recipes, columns=means.columns.map(" ".join))
-    correlation = correlation.corr("spearman", min_periods=LEAST_MODELS)
-    text = correlation.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}")
-    note = f"Spearman correlations of means over {len(of_recipes)} recipes ({len(table)} models)."
-    made = [write_table(correlation, {"Metrics that go together": text}, folder / "correlation", note)]
-    return made, {"correlation": correlation_map(correlation, len(of_recipes), "Manifold graph metrics (means)")}
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
-def _parse(args: Sequence[str]) -> Any:
-    parser = networks_parser(
-        "survey",
-        "Measure the manifolds of many models, and say which models are alike and what predicts how they transfer. "
-        "Started again, the same command goes on with the models that are missing.",
-        "neighbors",
-        layers="stages and pooled features; heads differ, and published models have none",
-        resumable=True,
-        several=True,
-    )
-    parser.add_argument(
-        "--neighbors.settings",
-        type=list[str],
-        default=list(SETTINGS),
-        help="manifolds of augmented views of an image, next to those of images of a class: policy (the views of "
-        "SimCLR), crop, color, rotate, translate",
-    )
-    parser.add_argument(
-        "--neighbors.k",
-        type=Annotated[int, at_least(LEAST_CANDIDATES)] | None,
-        help=f"nearest images of which NNK chooses (default: {CANDIDATES}, or all others where there are fewer)",
-    )
-    parser.add_argument(
-        "--neighbors.copies", type=Annotated[int, at_least(3)], default=10, help="augmented views of each image"
-    )
-    parser.add_argument(
-        "--spectrum.copies",
-        type=Annotated[int, at_least(2, also=0)],
-        default=10,
-        help="augmented views of each image that LiDAR compares; 0 leaves LiDAR and alignment out",
-    )
-    parser.add_argument(
-        "--clusters", type=Annotated[int, at_least(2)], default=3, help="groups that the models are cut into"
-    )
-    parser.add_argument(
-        "--targets",
-        type=list[str],
-        default=[],
-        help="results to predict: published (of the benchmark's checkpoints), CSV files with the columns task, "
-        "dataset, model, value, or folders that ssl_geometry.probe wrote",
-    )
-    parser.add_argument(
-        "--recipes",
-        type=dict | list | str,  # what is no dictionary is reported in one line
-        default={},
-        help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
-        "of one recipe count once where something is predicted",
-    )
-    options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES)
-    options.recipes = _named_recipes(options.recipes)
-    for name in options.neighbors.settings:
-        if name not in SETTINGS:
-            raise UserError(f"--neighbors.settings {name}: {nearest(name, SETTINGS)}")
-    options.manifolds = [SEMANTIC, *options.neighbors.settings]
-    return options
-
-
-def _named_recipes(given: Any) -> dict[str, str]:
-    if not isinstance(given, dict) or any(name is None or isinstance(name, dict | list) for name in given.values()):
-        raise UserError(f"--recipes {given}: expected models with the names of their recipes, such as '{{a: x, b: x}}'")
-    return {str(model): str(name) for model, name in given.items()}
-
-
-def _report_small_classes(options: Any, data: DataModule, console: Console) -> None:
-    """Say which classes have no manifold; where none has one, semantic manifolds are left out of the tables."""
-    few = (data.measure_labels.bincount(minlength=data.num_classes) < LEAST_OF_A_CLASS).nonzero().squeeze(1).tolist()
-    if len(few) == data.num_classes:
-        message = (
-            f"no class has {LEAST_OF_A_CLASS} of the {data.measure_size} measurement images, so none has a manifold"
-        )
-        if not options.neighbors.settings:
-            raise UserError(
-                f"--neighbors.settings []: {message}; choose some, or measure more images (--data.measure_size)"
-            )
-        console.print(f"left out  semantic manifolds: {message}", highlight=False, soft_wrap=True)
-        options.manifolds = list(options.neighbors.settings)
-    elif few:
-        console.print(
-            f"{len(few)} of {data.num_classes} classes have fewer than {LEAST_OF_A_CLASS} measurement images and no "
-            f"manifold, the first is {data.class_names[few[0]]}: --data.measure_size {data.measure_size}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
 @as_options
 @said_once
 def survey(args: Sequence[str]) -> Path:
@@ -405,7 +174,7 @@ def survey(args: Sequence[str]) -> Path:
     Raises:
         UserError: a mistake in the options, a model or the data.
     """
-    options = _parse(args)
+    options = parse(args)
     fabric = launch(options)
     out, data, console = options.out, options.data, Console(quiet=not fabric.is_global_zero)
     networks = by_turns(lambda: load_networks(options.models), options, fabric)
@@ -422,7 +191,7 @@ def survey(args: Sequence[str]) -> Path:
                 f"--data.dataset {data.dataset}: neighbourhoods need one class per image; these have several"
             )
         options.k = candidates("--neighbors.k", options.neighbors.k, data)
-        _report_small_classes(options, data, console)
+        report_small_classes(options, data, console)
     room = _room(options)
     with together(options):
         plans = _plan(networks, room, options, console)

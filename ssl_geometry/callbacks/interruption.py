@@ -1,25 +1,22 @@
-"""When training is saved: every so many minutes, and on SIGUSR1 and SIGTERM before it stops; at one step in all."""
+"""Training is saved and stops on SIGUSR1 and SIGTERM, after the same step in all processes."""
 
 import os
 import re
 import signal
 import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from ssl_geometry.callbacks.checkpoints import LastCheckpoint
 from ssl_geometry.callbacks.finite import StopOnNaN
-from ssl_geometry.callbacks.monitor import is_last
 from ssl_geometry.data.loader import Loader
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, first_line
 from ssl_geometry.signals import SIGNALS
@@ -27,62 +24,6 @@ from ssl_geometry.signals import SIGNALS
 
 class LostProcess(Exception):
     """Another process of the run has ended or cannot be reached."""
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """``last.ckpt``, so often that a killed run repeats at most so many minutes of training.
-
-    That of a new run is there after a tenth of that time: where a node dies early, the job can go on from it.
-
-    It is written at the end of an epoch where that of the next would be too late, or in mid-epoch where an epoch is
-    longer than that (:class:`StopOnSignal` then calls :meth:`save` between two steps); and at the end of training. The
-    first process's clock decides for all.
-
-    Args:
-        folder: where to save.
-        every_n_minutes: how long training may go on unsaved; 0 saves at the end of every epoch, and at no other time.
-        clock: seconds since any time.
-    """
-
-    def __init__(self, folder: Path, every_n_minutes: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-        self.path = folder / "last.ckpt"
-        self.every_n_minutes = every_n_minutes
-        self.clock = clock
-        self.wanted = False
-        """Set after a step where all processes have agreed to save before the next."""
-        self.saves = 0
-        """How often it was saved, the same number in all processes."""
-        self._saved_at = self._epoch_began = clock()
-
-    def overdue(self, in_seconds: float = 0.0) -> bool:
-        """Whether training will have gone on unsaved for too long by then."""
-        return 0 < 60 * self.every_n_minutes <= self.clock() + in_seconds - self._saved_at
-
-    def save(self, trainer: L.Trainer) -> None:
-        """Save now; to be called in all processes."""
-        trainer.save_checkpoint(self.path)
-        self._saved()
-
-    def _saved(self) -> None:
-        self._saved_at = self.clock()
-        self.saves += 1
-        self.wanted = False
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; the checkpoint of a resumed run is as good as new, a new run is saved early once."""
-        self._saved_at = self._epoch_began = self.clock()
-        if trainer.global_step == 0:
-            self._saved_at -= 0.9 * 60 * self.every_n_minutes
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save where this is the last epoch end that is not too late."""
-        took, self._epoch_began = self.clock() - self._epoch_began, self.clock()
-        late = self.every_n_minutes == 0 or (trainer.is_global_zero and self.overdue(in_seconds=took))
-        due = late or self.wanted or is_last(trainer, trainer.current_epoch + 1)
-        if trainer.strategy.reduce_boolean_decision(due, all=False):
-            super().on_train_epoch_end(trainer, pl_module)
-            self._saved()
 
 
 class StopOnSignal(L.Callback):

@@ -1,4 +1,4 @@
-"""Measuring while any Lightning module trains: when to measure, and where the numbers go.
+"""Measuring while any Lightning module trains.
 
 Measurements are made before the first step (the initialisation) and at the end of epochs. Those that are due in the
 same epoch share one pass over the measurement images. Nothing of the training changes: modes, weights, optimiser and
@@ -7,21 +7,18 @@ random number streams are left as they were found.
 
 import itertools
 import logging
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks.loggers import ResumableWandbLogger
+from ssl_geometry.callbacks.logs import is_last, log, new_folder, run_name
+from ssl_geometry.callbacks.monitored import submodule, usual_path
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.cka import CKA, INITIAL
@@ -44,7 +41,7 @@ from ssl_geometry.measure.processes import agreeing, is_of_the_first
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.methods import Method
 from ssl_geometry.ranges import check_arguments, check_name
-from ssl_geometry.report.live import Row, curve_rows, live_figures, scalars
+from ssl_geometry.report.live import Row, curve_rows
 from ssl_geometry.runs.networks import load_method
 
 logger = logging.getLogger(__name__)
@@ -285,10 +282,10 @@ class GeometryMonitor(L.Callback):
         if callable(self.network):
             network = self.network(module)
         else:
-            network = _attribute(module, _usual(module) if self.network is None else self.network, "network")
+            network = submodule(module, usual_path(module) if self.network is None else self.network, "network")
         if self.clean is None:
             raise UserError(HOW_IT_SEES.format(type(network).__name__))
-        heads = {path: _attribute(module, path, "heads") for path in self.heads}
+        heads = {path: submodule(module, path, "heads") for path in self.heads}
         return Subject(network, self.clean, name=name, heads=heads, image_shape=self._images.image_shape)
 
     def _find_images(self, trainer: L.Trainer) -> ImageSource:
@@ -323,7 +320,7 @@ class GeometryMonitor(L.Callback):
         if self._records is None:
             shared = [*trainer.loggers, *(monitor._records for monitor in monitors(trainer))]
             known = [records for records in shared if isinstance(records, RecordsLogger)]
-            self._records = known[0] if known else RecordsLogger(_folder(trainer, self._folder))
+            self._records = known[0] if known else RecordsLogger(new_folder(trainer, self._folder))
             self._folder = None if known else self._records.run_dir.name
         return self._records
 
@@ -384,49 +381,6 @@ def _weights(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
 
 
-def _usual(module: nn.Module) -> str:
-    """Where the network of a module is, if nobody says."""
-    parts = dict(module.named_children())
-    if "backbone" in parts:
-        return "backbone"
-    learns = [name for name, part in parts.items() if next(part.parameters(), None) is not None]
-    holders = nn.ModuleList | nn.ModuleDict  # which have no forward
-    if len(learns) == 1 and not isinstance(parts[learns[0]], holders) and not list(module.parameters(recurse=False)):
-        return learns[0]
-    name, choice = type(module).__name__, f"give network=… to measure one of its parts: {', '.join(learns)}"
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    if owner.__name__ in ("LightningModule", "Module"):  # of either package that Lightning goes by
-        raise UserError(f"network: {name} has neither a backbone nor a forward; {choice}")
-    logger.warning(f"the whole {name} is measured, as it has no backbone; {choice}")
-    return ""
-
-
-def _attribute(module: nn.Module, path: str, argument: str) -> nn.Module:
-    found: Any = module
-    for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
-    if not isinstance(found, nn.Module):
-        names = ", ".join(name for name, _ in module.named_children())
-        raise UserError(f"{argument}={path!r}: no module of {type(module).__name__}; it has {names}")
-    return found
-
-
-def _folder(trainer: L.Trainer, before: str | None) -> Path:
-    """A new folder for each training, and the same one where it is resumed under the same name."""
-    root = Path(trainer.default_root_dir) / "geometry"
-    name = run_name(trainer)
-    if trainer.global_step:
-        return root / (before if before and re.fullmatch(rf"{re.escape(name)}-\d+", before) else name)
-    numbered = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(root / other for other in numbered if not (root / other).exists())
-
-
-def run_name(trainer: L.Trainer) -> str:
-    """The run that a trainer belongs to."""
-    version = next((logger.version for logger in trainer.loggers if logger.version is not None), "run")
-    return version if isinstance(version, str) else f"version_{version}"  # as the logger's folder is called
-
-
 def monitors(trainer: L.Trainer) -> list[GeometryMonitor]:
     """The trainer's monitors, in the order of its callbacks."""
     return [callback for callback in trainer.callbacks if isinstance(callback, GeometryMonitor)]  # type: ignore[attr-defined]
@@ -445,54 +399,3 @@ def part_names(trainer: L.Trainer) -> dict[Measurement, str]:
             numbered = (f"{name}-{number}" for number in itertools.count(2))
             names[measurement] = name if name not in taken else next(other for other in numbered if other not in taken)
     return names
-
-
-def is_last(trainer: L.Trainer, epoch: int) -> bool:
-    """Whether training ends with this epoch: by its epochs, its steps, its time, or a callback."""
-    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
-
-
-def log(
-    trainer: L.Trainer,
-    records: RecordsLogger,
-    measured: Measured,
-    curves: Sequence[Row],
-    occasion: Occasion,
-    part: str,
-) -> None:
-    """Hand what was measured to every logger in the form that it understands (on the first process).
-
-    Args:
-        trainer: whose loggers.
-        records: that take the rows.
-        measured: by one measurement.
-        curves: of all epochs.
-        occasion: when.
-        part: the name of that measurement's records; see :func:`part_names`.
-    """
-    drawn = live_figures(measured.rows, curves)
-    figures = cache(lambda: {name: draw() for name, draw in drawn.items()})
-    records.log_findings(part, measured.rows, measured.protocols, occasion.epoch)
-    if is_last(trainer, occasion.epoch):
-        records.save_figures(figures())
-    other: Any
-    for other in trainer.loggers:
-        if other is records:
-            continue
-        kinds = {kind.__name__ for kind in type(other).__mro__}  # of either package that Lightning goes by
-        shown: Mapping[str, Any] = {}
-        if isinstance(other, ResumableWandbLogger):  # W&B's failures are its own matter
-            shown = figures() if other.alive else {}
-        elif "WandbLogger" in kinds and drawn:
-            shown = _for_wandb(figures())
-        row = {**scalars(measured.rows), **shown, "epoch": float(occasion.epoch)}  # figures in one row with their epoch
-        other.log_metrics(row, occasion.step)
-        if "TensorBoardLogger" in kinds:
-            for name, figure in figures().items():
-                other.experiment.add_figure(name, figure, global_step=occasion.step)
-
-
-def _for_wandb(figures: Mapping[str, Figure]) -> dict[str, Any]:
-    import wandb  # a third of a second
-
-    return {name: wandb.Image(figure) for name, figure in figures.items()}

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
+from ssl_geometry.callbacks.checkpoints import SameStart
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import SameStart
 from ssl_geometry.records import read_records
 from ssl_geometry.runs.checkpoints import read_checkpoint
 from tests.distributed.conftest import Ranks

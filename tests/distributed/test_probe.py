@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_geometry import probe as command
+from ssl_geometry import probe_features
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.processes import alone, this_process
 from ssl_geometry.metrics import ProbeBank
@@ -48,10 +49,10 @@ def probed(rank: int, world_size: int, args: list[str], in_files: bool = False, 
             patch.setenv("NODE_RANK", "0")
             patch.setenv("LOCAL_RANK", str(rank))
         if in_files:
-            patch.setattr(command, "free_memory", lambda device: FREE)
-            patch.setattr(command, "converged_probes_bytes", lambda *args, **kwargs: 0)
+            patch.setattr(probe_features, "free_memory", lambda device: FREE)
+            patch.setattr(probe_features, "converged_probes_bytes", lambda *args, **kwargs: 0)
         if broken and broken[0] == rank:
-            patch.setattr({"update": command.Features, "step": ProbeBank}[broken[1]], broken[1], fail)
+            patch.setattr({"update": probe_features.Features, "step": ProbeBank}[broken[1]], broken[1], fail)
         try:
             command.main([*args, f"--devices={world_size}"])
         except SystemExit as exit_:
@@ -131,7 +132,7 @@ def test_a_fault_is_shown_by_the_process_that_has_it(ranks: Ranks, tmp_path: Pat
 
 
 def test_neither_memory_nor_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    monkeypatch.setattr(probe_features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     code, _, err = probed(0, 1, [*ARGS, "--evaluations=knn", f"--out={tmp_path / 'out'}"], in_files=True)
     assert code == 2
     assert "error: --train_images 130: 1,472 features of 180 images of a take" in err

@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import FitCLI, fit
+from ssl_geometry.fit import fit
+from ssl_geometry.fit_cli import FitCLI
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.methods.compilation import is_compiled, try_out
 from ssl_geometry.models.taps import Taps

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_geometry import fit
+from ssl_geometry import fit, fit_cli
 from ssl_geometry.callbacks import WatchProcesses
 from tests.integration.test_fit import ROOT, SMALL
 from tests.integration.test_interruption import assert_same, options, weights
@@ -185,7 +185,7 @@ def test_one_process_dies_while_the_other_waits_for_it_in_a_kernel(
 
 def _little_grace() -> None:
     """The main thread waits for ever: more time to end by itself is only waited for."""
-    fit.WatchProcesses = partial(WatchProcesses, grace_seconds=1)  # type: ignore[assignment,misc]
+    fit_cli.WatchProcesses = partial(WatchProcesses, grace_seconds=1)  # type: ignore[assignment,misc]
 
 
 def test_one_process_of_two_dies_before_a_checkpoint(tmp_path: Path) -> None:

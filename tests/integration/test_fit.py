@@ -18,9 +18,10 @@ import yaml
 
 from ssl_geometry import compare, probe, survey
 from ssl_geometry.callbacks import RecordsLogger
+from ssl_geometry.config_files import expand_bases
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import Interrupted, UserError
-from ssl_geometry.fit import expand_bases, fit, main
+from ssl_geometry.fit import fit, main
 from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.measure.engine import measuring
 from ssl_geometry.metrics import LayerwiseCKA

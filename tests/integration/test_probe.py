@@ -294,7 +294,7 @@ def test_one_class_is_no_accuracy_of_one(runs: Path, tmp_path: Path, capsys: pyt
 def test_features_that_do_not_fit_into_memory(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_geometry.probe.free_memory", lambda device: 1000)
+    monkeypatch.setattr("ssl_geometry.probe_features.free_memory", lambda device: 1000)
     with pytest.raises(SystemExit):
         main(["--models", f"a={runs / 'supervised'}", f"--out={tmp_path / 'o'}"])
     assert "set fewer images" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_geometry import survey as command
+from ssl_geometry import survey_options, survey_tables
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure import Neighborhoods, Spectrum
@@ -331,7 +332,7 @@ def test_metrics_are_correlated_over_four_recipes_at_least(tmp_path: Path) -> No
     table = pd.DataFrame([[1, 1], [2, 3], [3, 2], [4, 4], [5, 5]], list("vwxyz"), columns, dtype=float)
     for missing, expected in ((1, 0.8), (2, np.nan)):
         table.iloc[:missing, 1] = np.nan
-        _, figures = command._together(table, dict(zip("vwxyz", "vwxyz", strict=True)), tmp_path)
+        _, figures = survey_tables._together(table, dict(zip("vwxyz", "vwxyz", strict=True)), tmp_path)
         (image,) = figures["correlation"].axes[0].images
         assert image.get_array().filled(np.nan)[0, 1] == pytest.approx(expected, nan_ok=True)
 
@@ -512,9 +513,9 @@ def test_a_collapsed_network_alone_is_surveyed(tmp_path: Path, monkeypatch: pyte
 
 def test_many_models_have_a_folder_of_a_name_that_a_disk_takes() -> None:
     names = [f"simclr-resnet50-s{number}-1121-032425=random:resnet10@16:{number}" for number in range(12)]
-    out = command._parse(["--models", *names, "--data.dataset=digits"]).out
+    out = survey_options.parse(["--models", *names, "--data.dataset=digits"]).out
     assert len(out.name) < 100
-    assert out != command._parse(["--models", *names[:-1], "--data.dataset=digits"]).out
+    assert out != survey_options.parse(["--models", *names[:-1], "--data.dataset=digits"]).out
 
 
 def test_a_damaged_part_is_told(runs: Path, tmp_path: Path) -> None:

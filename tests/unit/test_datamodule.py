@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import distributed, multiprocessing
 
+from ssl_geometry.config_files import expand_bases
 from ssl_geometry.data import datamodule
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.plan import evenly, every_nth, shares
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import expand_bases
 
 REAL_IMAGES = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 

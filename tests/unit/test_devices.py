@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import StrategyRegistry
 
 from ssl_geometry.compare import compare
+from ssl_geometry.config_files import expand_bases
 from ssl_geometry.devices import (
     FEW_IMAGES,
     FEW_PIXELS,
@@ -25,7 +26,7 @@ from ssl_geometry.devices import (
     too_many,
 )
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import expand_bases, fit, main
+from ssl_geometry.fit import fit, main
 from ssl_geometry.probe import probe
 from ssl_geometry.survey import survey
 

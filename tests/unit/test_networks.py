@@ -11,7 +11,7 @@ import pytest
 import yaml
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from ssl_geometry import compare, networks, probe, survey
+from ssl_geometry import compare, networks, probe_options, survey_options
 from ssl_geometry.errors import UserError
 
 LAYERS = ["stem", "pooled"]
@@ -46,21 +46,21 @@ def runs(tmp_path: Path) -> Callable[..., list[str]]:
 
 def test_what_the_run_was_measured_with_is_the_default(runs: Callable[..., list[str]]) -> None:
     models = runs({})
-    options = compare._parse(models)
+    options = compare.parse(models)
     assert (options.gram_size, options.views) == (32, list(compare.VIEWS)), "invariance was not measured"
     assert (options.layers, options.default_layers) == (None, LAYERS)
     assert (options.data.measure_size, options.data.limit_test, options.data.seed) == (256, 300, 3)
-    options = survey._parse(models)
+    options = survey_options.parse(models)
     asked = options.neighbors
     assert (asked.k, asked.copies, asked.settings) == (20, 4, ["crop", "policy"])
-    assert options.default_layers == survey.LAYERS
-    options = probe._parse(models)
+    assert options.default_layers == survey_options.LAYERS
+    options = probe_options.parse(models)
     assert (options.default_layers, options.train_images) == (["stages"], None)
 
 
 def test_a_checkpoint_of_a_run_and_seeds_name_the_run(runs: Callable[..., list[str]]) -> None:
     a, b = (spec.partition("=")[2] for spec in runs({}, {"cka": {"gram_size": 8}})[1:])
-    options = compare._parse(["--models", f"x={a}/checkpoints/last.ckpt,{b}"])
+    options = compare.parse(["--models", f"x={a}/checkpoints/last.ckpt,{b}"])
     assert options.gram_size == 32
     assert set(networks.run_configs(["--models", *options.models])) == {"x-1", "x-2"}
 
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_a_run_and_seeds_name_the_run(runs: Callable[..., list[s
 def test_the_command_line_wins(runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture) -> None:
     models = runs({}, {"cka": {"gram_size": 8}, "data": {"measure_size": 64}})
     given = ["--cka.gram_size=64", "--cka.layers", "all", "--data.measure_size", "200", "--invariance.views=[own]"]
-    options = compare._parse([*models, *given])
+    options = compare.parse([*models, *given])
     assert (options.gram_size, options.layers, options.data.measure_size, options.views) == (64, "all", 200, ["own"])
     assert not caplog.records
 
@@ -92,18 +92,18 @@ def test_the_command_line_wins(runs: Callable[..., list[str]], caplog: pytest.Lo
             {"data": {"limit_test": None}},
             "--data.limit_test differs between the runs: 300 (a), the default (b)",
         ),
-        (survey, {"neighbors": {"k": 50}}, "--neighbors.k differs between the runs: 20 (a), 50 (b)"),
+        (survey_options, {"neighbors": {"k": 50}}, "--neighbors.k differs between the runs: 20 (a), 50 (b)"),
         (
-            survey,
+            survey_options,
             {"spectrum": {"copies": 10}},
             "--spectrum.copies differs between the runs: 0 (a), 10 (b)",
         ),
         (
-            probe,
+            probe_options,
             {"probes": {"layers": None}},
             "--probes.layers differs between the runs: ['stages'] (a), the default (b)",
         ),
-        (probe, {"data": {"limit_train": 9}}, "--data.limit_train differs between the runs: 99 (a), 9 (b)"),
+        (probe_options, {"data": {"limit_train": 9}}, "--data.limit_train differs between the runs: 99 (a), 9 (b)"),
         (compare, {"data": {"limit_train": 9}}, ""),
         (compare, {"data": {"dataset": "/elsewhere/digits", "num_workers": 9}, "seed_everything": 9}, ""),
         (compare, {"invariance": {"gram_size": 8}}, ""),
@@ -113,38 +113,38 @@ def test_what_runs_do_not_agree_on_is_one_line(
     runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture, module: Any, change: dict[str, Any], line: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        options = module._parse(runs({}, change))
+        options = module.parse(runs({}, change))
     said = [record.getMessage() for record in caplog.records if record.name == "ssl_geometry.networks"]
     assert all("the first is taken for all" in text for text in said)
     assert (any(text.startswith(line) for text in said) and line) or not (line or said), said
     assert options.data.limit_test == 300
 
 
-@pytest.mark.parametrize("module", [compare, probe, survey])
+@pytest.mark.parametrize("module", [compare, probe_options, survey_options])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_training_run_is_no_folder_for_results(
     runs: Callable[..., list[str]], tmp_path: Path, module: Any, overwrite: bool
 ) -> None:
-    more = ["--overwrite"] if overwrite and module is not survey else []
+    more = ["--overwrite"] if overwrite and module is not survey_options else []
     models = runs({})
     (tmp_path / "early" / "records").mkdir(parents=True)
     (tmp_path / "early" / "run.json").touch()
     for name in ("a", "early"):
         with pytest.raises(UserError, match=rf"--out {tmp_path / name} is a training run, .*: choose another") as error:
-            module._parse([*models, f"--out={tmp_path / name}", *more])
+            module.parse([*models, f"--out={tmp_path / name}", *more])
         assert "--overwrite" not in str(error.value)
 
 
-@pytest.mark.parametrize("module", [compare, probe])
+@pytest.mark.parametrize("module", [compare, probe_options])
 def test_a_requeued_job_replaces_its_own_results(
     runs: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
     (tmp_path / "out" / "records").mkdir(parents=True)
     args = [*runs({}), f"--out={tmp_path / 'out'}"]
     with pytest.raises(UserError, match="holds results already"):
-        module._parse(args)
+        module.parse(args)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert module._parse(args).out == tmp_path / "out"
+    assert module.parse(args).out == tmp_path / "out"
 
 
 @pytest.mark.parametrize(("code", "how"), [(-9, "killed by signal 9"), (1, "exit code 1")])

@@ -12,11 +12,13 @@ import pytest
 import torch
 import wandb
 
-from ssl_geometry import compare, probe, survey
+from ssl_geometry import compare, probe, probe_options, survey, survey_options
 from ssl_geometry.cli import Parser, annotation, run_command, warning_line
+from ssl_geometry.config_files import expand_bases
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import FitCLI, expand_bases, fit, print_summary
+from ssl_geometry.fit import fit, print_summary
+from ssl_geometry.fit_cli import FitCLI
 from ssl_geometry.measure import CKA, Invariance, Spectrum, Subject
 from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import SimCLR
@@ -181,7 +183,7 @@ def cli() -> Iterator[FitCLI]:
         raise Accepted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ssl_geometry.fit.open_run", accept)
+        patch.setattr("ssl_geometry.fit_cli.open_run", accept)
         for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "LSB_JOBID"):
             patch.delenv(variable, raising=False)
         cli = object.__new__(FitCLI)
@@ -316,14 +318,14 @@ def test_help_of_the_trainer_names_no_defaults_but_those_here(cli: FitCLI) -> No
 
 def test_help_shows_a_list_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        compare._parse(["--help"])
+        compare.parse(["--help"])
     text = capsys.readouterr().out
     assert "--invariance.views '[ITEM, ...]'" in text
     assert "[ITEM,...]" not in text
 
 
 def test_a_start_that_a_constructor_refuses_is_no_running_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_geometry.fit.open_run", open_run)  # the command line above has none
+    monkeypatch.setattr("ssl_geometry.fit_cli.open_run", open_run)  # the command line above has none
     args = [*QUICK, f"--runs={tmp_path}", "--experiment=e", "--run_id=a", "--loggers=[]"]
     for there in (False, True):
         if there:
@@ -368,7 +370,7 @@ def test_every_option_that_takes_a_number_says_in_its_help_which(
 ) -> None:
     parsers: list[Parser] = [cli.parser] if command == "fit" else []  # type: ignore[list-item]
     if command != "fit":
-        module = {"compare": compare, "probe": probe, "survey": survey}[command]
+        module = {"compare": compare, "probe": probe_options, "survey": survey_options}[command]
 
         def keep(*args: Any, **kwargs: Any) -> Parser:
             parsers.append(networks_parser(*args, **kwargs))
@@ -376,7 +378,7 @@ def test_every_option_that_takes_a_number_says_in_its_help_which(
 
         monkeypatch.setattr(module, "networks_parser", keep)
         with pytest.raises(SystemExit):
-            module._parse(["--help"])
+            module.parse(["--help"])
     text = " ".join(parsers[0].format_help().split())
     numbers = {
         action.dest: str(annotation(action))

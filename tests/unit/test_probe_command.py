@@ -35,7 +35,7 @@ from ssl_geometry.measure.probes import Probes, check_images, highest_decay, pro
 from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.layers import layer_names
-from ssl_geometry.probe import _reason
+from ssl_geometry.probe_features import _reason
 
 CLASSES, N, WIDTH = 5, 600, 20
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 
+from ssl_geometry.callbacks.checkpoints import KeptCheckpoint
 from ssl_geometry.errors import UserError
-from ssl_geometry.fit import KeptCheckpoint
 from ssl_geometry.methods import Method
 from ssl_geometry.records import RecordStore, record
 from ssl_geometry.report.page import write_page

@@ -18,8 +18,9 @@ from ssl_geometry.measure import Neighborhoods, Probes, Subject
 from ssl_geometry.measure.engine import as_options
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import LayerwiseCKA
-from ssl_geometry.probe import USUAL, _check_data, summary
-from ssl_geometry.survey import _report_small_classes
+from ssl_geometry.probe import summary
+from ssl_geometry.probe_options import USUAL, _check_data
+from ssl_geometry.survey_options import report_small_classes
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 8}
 
@@ -140,12 +141,12 @@ def test_linear_evaluation_is_left_out_without_validation_images(
 def test_semantic_manifolds_are_left_out_where_no_class_has_three_images() -> None:
     data, console = images(60, 20), Console(record=True)
     options = SimpleNamespace(manifolds=["semantic", "crop"], neighbors=SimpleNamespace(settings=["crop"]))
-    _report_small_classes(options, data, console)
+    report_small_classes(options, data, console)
     assert options.manifolds == ["crop"]
     assert console.export_text().startswith("left out  semantic manifolds: no class has 3 of the 20")
     options.neighbors.settings = []
     with pytest.raises(UserError, match=r"^--neighbors.settings \[\]: no class has 3 of the 20 measurement images"):
-        _report_small_classes(options, data, console)
+        report_small_classes(options, data, console)
 
 
 def test_two_images_without_a_test_folder(tmp_path: Path) -> None:

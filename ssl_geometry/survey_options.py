@@ -1,0 +1,117 @@
+"""Options of ``survey``, and what the images allow of them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from rich.console import Console
+
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS
+from ssl_geometry.networks import Sources, networks_parser, parse_networks, unchanged
+from ssl_geometry.ranges import at_least
+
+SEMANTIC = "semantic"
+LAYERS = ("stages", "pooled")
+SOURCES: Sources = {
+    "neighbors.layers": {"neighbors.layers": unchanged, "spectrum.layers": unchanged},
+    **{f"neighbors.{name}": {f"neighbors.{name}": unchanged} for name in ("k", "settings", "copies")},
+    "spectrum.copies": {"spectrum.copies": unchanged},
+}
+"""Options of the monitors that measured the same."""
+LEAST_OF_A_CLASS = 3
+"""Images of a class with fewer have no two neighbours, and no manifold."""
+
+
+def parse(args: Sequence[str]) -> Any:
+    """The options of the command line; see :func:`parse_networks`.
+
+    Raises:
+        UserError: a mistake in the options.
+    """
+    parser = networks_parser(
+        "survey",
+        "Measure the manifolds of many models, and say which models are alike and what predicts how they transfer. "
+        "Started again, the same command goes on with the models that are missing.",
+        "neighbors",
+        layers="stages and pooled features; heads differ, and published models have none",
+        resumable=True,
+        several=True,
+    )
+    parser.add_argument(
+        "--neighbors.settings",
+        type=list[str],
+        default=list(SETTINGS),
+        help="manifolds of augmented views of an image, next to those of images of a class: policy (the views of "
+        "SimCLR), crop, color, rotate, translate",
+    )
+    parser.add_argument(
+        "--neighbors.k",
+        type=Annotated[int, at_least(LEAST_CANDIDATES)] | None,
+        help=f"nearest images of which NNK chooses (default: {CANDIDATES}, or all others where there are fewer)",
+    )
+    parser.add_argument(
+        "--neighbors.copies", type=Annotated[int, at_least(3)], default=10, help="augmented views of each image"
+    )
+    parser.add_argument(
+        "--spectrum.copies",
+        type=Annotated[int, at_least(2, also=0)],
+        default=10,
+        help="augmented views of each image that LiDAR compares; 0 leaves LiDAR and alignment out",
+    )
+    parser.add_argument(
+        "--clusters", type=Annotated[int, at_least(2)], default=3, help="groups that the models are cut into"
+    )
+    parser.add_argument(
+        "--targets",
+        type=list[str],
+        default=[],
+        help="results to predict: published (of the benchmark's checkpoints), CSV files with the columns task, "
+        "dataset, model, value, or folders that ssl_geometry.probe wrote",
+    )
+    parser.add_argument(
+        "--recipes",
+        type=dict | list | str,  # what is no dictionary is reported in one line
+        default={},
+        help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
+        "of one recipe count once where something is predicted",
+    )
+    options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES)
+    options.recipes = _named_recipes(options.recipes)
+    for name in options.neighbors.settings:
+        if name not in SETTINGS:
+            raise UserError(f"--neighbors.settings {name}: {nearest(name, SETTINGS)}")
+    options.manifolds = [SEMANTIC, *options.neighbors.settings]
+    return options
+
+
+def _named_recipes(given: Any) -> dict[str, str]:
+    if not isinstance(given, dict) or any(name is None or isinstance(name, dict | list) for name in given.values()):
+        raise UserError(f"--recipes {given}: expected models with the names of their recipes, such as '{{a: x, b: x}}'")
+    return {str(model): str(name) for model, name in given.items()}
+
+
+def report_small_classes(options: Any, data: DataModule, console: Console) -> None:
+    """Print which classes have no manifold; where none has one, semantic manifolds are left out of the tables.
+
+    Raises:
+        UserError: no manifold is left.
+    """
+    few = (data.measure_labels.bincount(minlength=data.num_classes) < LEAST_OF_A_CLASS).nonzero().squeeze(1).tolist()
+    if len(few) == data.num_classes:
+        message = (
+            f"no class has {LEAST_OF_A_CLASS} of the {data.measure_size} measurement images, so none has a manifold"
+        )
+        if not options.neighbors.settings:
+            raise UserError(
+                f"--neighbors.settings []: {message}; choose some, or measure more images (--data.measure_size)"
+            )
+        console.print(f"left out  semantic manifolds: {message}", highlight=False, soft_wrap=True)
+        options.manifolds = list(options.neighbors.settings)
+    elif few:
+        console.print(
+            f"{len(few)} of {data.num_classes} classes have fewer than {LEAST_OF_A_CLASS} measurement images and no "
+            f"manifold, the first is {data.class_names[few[0]]}: --data.measure_size {data.measure_size}",
+            highlight=False,
+            soft_wrap=True,
+        )
