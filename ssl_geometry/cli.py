@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -64,13 +64,23 @@ class Parser(ArgumentParser):
         action.hint = hint  # type: ignore[attr-defined]
         action.help = f"{(action.help or '').rstrip(' .')} ({expected(hint)})"
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """The options, each in its range.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
+    ) -> Any:
+        """The options, each in its range; a flag of a class, such as ``--probes.logistic``, needs no value.
 
         Raises:
             UserError: outside.
         """
-        options = super().parse_args(*args, **kwargs)
+        words = list(sys.argv[1:] if args is None else args)
+        nested = self._switch_on(words)
+        options = super().parse_args(words, *more, **kwargs)
+        for option, group in nested.items():  # of a class that is known by now
+            *_, part = value if isinstance(value := options.get(group), list) else [value]
+            owner = imported(part.get("class_path") or "") if isinstance(part, Namespace) else None
+            argument = parameters(owner).get(option.rpartition(".")[2]) if owner else None
+            if argument and not _is_flag(argument.annotation):
+                self.error(f"argument {option}: expected one argument")
         for action in self._actions:
             name = next((name for name in action.option_strings if name.startswith("--")), action.dest)
             value = options.get(action.dest)
@@ -80,9 +90,38 @@ class Parser(ArgumentParser):
                     check_arguments(owner, vars(part.get("init_args") or Namespace()), f"{name}.")
         return options
 
+    def _switch_on(self, words: list[str]) -> dict[str, str]:
+        """Give each flag without a value its value, in place.
+
+        Returns:
+            Those that belong to a class which a command line or a config file names, to the option of that class.
+        """
+        actions = {action.dest: action for action in self._actions}
+        nested = {}
+        for place, (word, following) in enumerate(zip(words, [*words[1:], "--"], strict=False)):
+            if not re.fullmatch(r"--[\w-]+(\.\w+)+", word) or not re.match("-[^0-9.]", following):
+                continue
+            name = word.removeprefix("--")
+            if name not in actions:
+                groups = (group for group, action in actions.items() if getattr(action, "_typehint", None) is not None)
+                group = max((group for group in groups if name.startswith(f"{group}.")), key=len, default=None)
+                if group is None:
+                    continue
+                nested[word] = group
+            elif not _is_flag(annotation(actions[name])):
+                continue
+            words[place] = f"{word}=true"
+        return nested
+
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """With ranges as words, and lists as they are typed."""
-        return without_annotated(super().format_help(*args, **kwargs)).replace("[ITEM,...]", "'[ITEM, ...]'")
+        """With ranges as words, and lists and flags as they are typed."""
+        text = without_annotated(super().format_help(*args, **kwargs)).replace("[ITEM,...]", "'[ITEM, ...]'")
+        return re.sub(r"\{true,false(,null)?\}", r"[\g<0>]", text)
+
+
+def _is_flag(hint: Any) -> bool:
+    """Whether an option is true or false, or one of these among others."""
+    return hint is bool or any(map(_is_flag, get_args(hint)))
 
 
 def annotation(action: argparse.Action) -> Any:

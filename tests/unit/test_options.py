@@ -273,6 +273,51 @@ def test_what_is_in_range_is_taken(cli: FitCLI, args: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "option", "value"),
+    [
+        (["--probes.logistic"], "probes.logistic", True),
+        (["--probes.logistic", "false"], "probes.logistic", False),
+        (["--probes.logistic", "--probes.online", "false", "--probes.logistic=false"], "probes.logistic", False),
+        (["--data.download", "-c", str(ROOT / "configs" / "quickstart" / "simclr.yaml")], "data.download", True),
+        (["--model.channels_last", "false"], "model.init_args.channels_last", False),
+        (["--model.compile", "--data.batch_size", "8"], "model.init_args.compile", True),
+        (["--model.init_args.compile"], "model.init_args.compile", True),
+        (["--trainer.deterministic"], "trainer.deterministic", True),
+        (["--trainer.deterministic", "warn"], "trainer.deterministic", "warn"),
+    ],
+    ids=str,
+)
+def test_a_flag_of_a_class_needs_no_value(cli: FitCLI, args: list[str], option: str, value: bool | str) -> None:
+    with pytest.raises(Accepted):
+        read(cli, [*QUICK, *args])
+    assert cli.config[option] == value
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--data.root", "--data.root: expected one argument"),
+        ("--model.backbone", "--model.backbone: expected one argument"),
+        ("--model.lr", "--model.lr true: expected a number of at least 0"),
+        ("--model.fast", "unknown option '--model.fast'; "),
+        ("--data.fast", "unknown option '--data.fast'; "),
+        ("--trainer.max_epochs", "--trainer.max_epochs: expected one argument"),
+    ],
+)
+def test_an_option_that_is_no_flag_needs_one(
+    cli: FitCLI, capsys: pytest.CaptureFixture[str], option: str, words: str
+) -> None:
+    said = refused(capsys, lambda: read(cli, [*QUICK, option, "--trainer.devices=1"]))
+    assert said.startswith(words)
+
+
+def test_help_shows_that_a_flag_needs_no_value(cli: FitCLI) -> None:
+    text = " ".join(cli.parser.format_help().split())
+    assert "--probes.logistic [{true,false}]" in text
+    assert "--trainer.inference_mode [{true,false}]" in text
+
+
+@pytest.mark.parametrize(
     ("typed", "meant"),
     [
         ("--model.backbone.width=16", "--model.width"),
