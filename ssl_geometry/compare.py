@@ -34,24 +34,15 @@ from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markd
 from ssl_geometry.geometry.gram import MIN_GRAM_SIZE
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
+from ssl_geometry.launching import by_turns, launch, naming, said_once, together
 from ssl_geometry.measure.cka import GramSize, cka_protocol, warn_of_few
-from ssl_geometry.measure.engine import Occasion, as_options, layer_widths, measure_together
+from ssl_geometry.measure.engine import layer_widths, measure_together
 from ssl_geometry.measure.invariance import VIEWS, Invariance
+from ssl_geometry.measure.measurement import Occasion, as_options
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.measure.similarity import Kept, Network, compare_pair, gram_pairs
 from ssl_geometry.measure.subject import Subject
-from ssl_geometry.networks import (
-    Sources,
-    by_turns,
-    chosen_layers,
-    launch,
-    naming,
-    networks_parser,
-    parse_networks,
-    said_once,
-    together,
-    unchanged,
-)
+from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ssl_geometry.errors import UserError, first_line, nearest
-from ssl_geometry.runs.directory import config_of, run_of
+from ssl_geometry.runs.run import config_of, run_of
 
 
 def expand_bases(args: Sequence[str]) -> list[str]:

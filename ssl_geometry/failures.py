@@ -14,7 +14,7 @@ import lightning as L
 from ssl_geometry.callbacks import LostProcess, data_worker_died
 from ssl_geometry.devices import less_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
-from ssl_geometry.runs.directory import PARENT_VARIABLE, Run, is_first_process
+from ssl_geometry.runs.run import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.runs.slurm import requeue, this_task
 
 LOST = r"Connection (closed|reset)|Broken pipe|NCCL.*(remote process|closed)|Timed out waiting"

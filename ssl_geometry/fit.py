@@ -32,8 +32,8 @@ from ssl_geometry.config_files import config_of_resumed, expand_bases
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.failures import explain
 from ssl_geometry.fit_cli import FitCLI
-from ssl_geometry.measure.engine import as_options
-from ssl_geometry.runs.directory import Run
+from ssl_geometry.measure.measurement import as_options
+from ssl_geometry.runs.run import Run
 
 
 @as_options

@@ -39,7 +39,8 @@ from ssl_geometry.methods import Method
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.ranges import Seed, above, at_least, check_project
 from ssl_geometry.runs.checkpoints import WholeCheckpointIO
-from ssl_geometry.runs.directory import Run, is_first_process, open_run
+from ssl_geometry.runs.directory import open_run
+from ssl_geometry.runs.run import Run, is_first_process
 from ssl_geometry.runs.slurm import plugins_of_a_shell, this_task, trainer_options
 
 logger = logging.getLogger(__name__)

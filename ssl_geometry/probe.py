@@ -22,13 +22,13 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.geometry.classification import FEW, FOLDS
-from ssl_geometry.measure.engine import as_options
+from ssl_geometry.launching import by_turns, launch, said_once, together
 from ssl_geometry.measure.frozen import POOLED, Found, LayerProbes
+from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.measure.probes import probe_protocol, probe_rows
 from ssl_geometry.measure.processes import alone, is_agreed, this_process
 from ssl_geometry.methods import Method
 from ssl_geometry.methods.raw_pixels import PIXEL_SIDE, RawPixels
-from ssl_geometry.networks import by_turns, launch, said_once, together
 from ssl_geometry.probe_features import agreeing_about, extract
 from ssl_geometry.probe_options import check, evaluations, parse
 from ssl_geometry.progress import progress_bar

@@ -17,9 +17,10 @@ from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory, out_of_memo
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.classification import check_features
 from ssl_geometry.geometry.logistic import converged_probes_bytes
-from ssl_geometry.measure.engine import Occasion, layer_widths, measure_together
+from ssl_geometry.measure.engine import layer_widths, measure_together
 from ssl_geometry.measure.features import Features
 from ssl_geometry.measure.frozen import POOLED, FrozenFeatures
+from ssl_geometry.measure.measurement import Occasion
 from ssl_geometry.measure.processes import agreeing, is_agreed, of_each, this_process
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods.raw_pixels import RawPixels

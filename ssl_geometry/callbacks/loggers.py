@@ -26,7 +26,7 @@ from ssl_geometry.report.upload import (
     send_records,
     wandb_options,
 )
-from ssl_geometry.runs.directory import Run, is_first_process
+from ssl_geometry.runs.run import Run, is_first_process
 
 FINISH_SECONDS = 20
 LOGGER = logging.getLogger(__name__)

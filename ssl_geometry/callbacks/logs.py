@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ssl_geometry.callbacks.loggers import ResumableWandbLogger
 from ssl_geometry.callbacks.records import RecordsLogger
-from ssl_geometry.measure.engine import Measured, Occasion
+from ssl_geometry.measure.measurement import Measured, Occasion
 from ssl_geometry.report.live import Row, live_figures, scalars
 
 

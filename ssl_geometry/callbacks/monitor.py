@@ -22,19 +22,10 @@ from ssl_geometry.callbacks.monitored import submodule, usual_path
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.cka import CKA, INITIAL
-from ssl_geometry.measure.engine import (
-    Epochs,
-    ImageSource,
-    Measured,
-    Measurement,
-    Occasion,
-    Part,
-    Pass,
-    check_source,
-    given,
-)
+from ssl_geometry.measure.engine import Part, Pass
 from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
+from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion, check_source, given
 from ssl_geometry.measure.neighbors import Neighborhoods
 from ssl_geometry.measure.probes import Probes
 from ssl_geometry.measure.processes import agreeing, is_of_the_first

@@ -1,9 +1,10 @@
 """What is measured of a network, without a trainer: the same code live, offline and in a notebook."""
 
 from ssl_geometry.measure.cka import CKA
-from ssl_geometry.measure.engine import Measured, Measurement, Occasion, measure_together
+from ssl_geometry.measure.engine import measure_together
 from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
+from ssl_geometry.measure.measurement import Measured, Measurement, Occasion
 from ssl_geometry.measure.neighbors import Neighborhoods
 from ssl_geometry.measure.notebook import Measurements, measure
 from ssl_geometry.measure.probes import Probes

@@ -18,7 +18,8 @@ from torch import Tensor
 from ssl_geometry import __version__
 from ssl_geometry.geometry.gram import DUST, MIN_GRAM_SIZE
 from ssl_geometry.geometry.jackknife import LEAST_BLOCK, standing
-from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, forward_pass, measuring
+from ssl_geometry.measure.engine import forward_pass, measuring
+from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.processes import gathered, is_of_the_first, this_process
 from ssl_geometry.measure.requests import GramVector, Reduced, Request
 from ssl_geometry.measure.subject import Subject

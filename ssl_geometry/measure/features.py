@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_geometry.measure.engine import Measured, Measurement, Occasion
+from ssl_geometry.measure.measurement import Measured, Measurement, Occasion
 from ssl_geometry.measure.requests import Reduced, Request, Split, pooled
 from ssl_geometry.measure.storage import BatchStorage
 from ssl_geometry.measure.subject import Subject

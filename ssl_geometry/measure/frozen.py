@@ -23,8 +23,9 @@ from ssl_geometry.geometry.knn import directions_vary, knn_vote
 from ssl_geometry.geometry.logistic import converged_probes
 from ssl_geometry.geometry.neighbors import RANKING, nearest_directions
 from ssl_geometry.geometry.ridge import ridge_probe, ridge_probe_of_few, sufficient_statistics
-from ssl_geometry.measure.engine import Occasion, measure_together
+from ssl_geometry.measure.engine import measure_together
 from ssl_geometry.measure.features import Features
+from ssl_geometry.measure.measurement import Occasion
 from ssl_geometry.measure.probes import FEW_SELECTION, SOLVER, STATISTICS
 from ssl_geometry.measure.processes import alone, this_process
 from ssl_geometry.metrics import ProbeBank

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import GramSize, cka_protocol, first_gram, warn_of_few
-from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion
+from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.requests import GramVector, Reduced, Request
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import ClassCKA, InvarianceCKA

@@ -24,7 +24,7 @@ from ssl_geometry.geometry.neighbors import EXACT_ROWS, PROBED, RANKING
 from ssl_geometry.geometry.nnk import COARSE, RESOLUTION
 from ssl_geometry.geometry.nnk_solver import ACTIVE, INDEPENDENT, OPTIMAL
 from ssl_geometry.geometry.overlap import DEGENERATE, NEAREST, jaccard, mutual_knn
-from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion
+from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.requests import Reduced, Request, pooled
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.metrics import AugmentationManifolds, InvarianceKNN

@@ -13,15 +13,8 @@ from torch import nn
 from ssl_geometry.data.views import View
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import CKA, INITIAL
-from ssl_geometry.measure.engine import (
-    ImageSource,
-    Measurement,
-    Occasion,
-    check_source,
-    given,
-    measure_together,
-    splits,
-)
+from ssl_geometry.measure.engine import measure_together, splits
+from ssl_geometry.measure.measurement import ImageSource, Measurement, Occasion, check_source, given
 from ssl_geometry.measure.processes import agreeing, this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.progress import progress_bar

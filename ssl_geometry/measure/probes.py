@@ -25,7 +25,8 @@ from ssl_geometry import __version__
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.classification import FEW, FOLDS, VALIDATION_ONE_IN, in_validation_split, validation_folds
 from ssl_geometry.geometry.logistic import ITERATIONS, TOLERANCE
-from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, layer_widths
+from ssl_geometry.measure.engine import layer_widths
+from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.processes import is_of_the_first, summed, this_process
 from ssl_geometry.measure.requests import Reduced, Request, pooled
 from ssl_geometry.measure.subject import Subject

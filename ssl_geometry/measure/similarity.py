@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_geometry.geometry.cka import permutation_p, permuted_cka
 from ssl_geometry.geometry.overlap import DEGENERATE, NEAREST, mutual_knn, neighbor_ids
 from ssl_geometry.measure.cka import cka_rows, gram_sizes
-from ssl_geometry.measure.engine import Measured, Measurement, Occasion
+from ssl_geometry.measure.measurement import Measured, Measurement, Occasion
 from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.measure.requests import GramVector, Reduced, Request, pooled
 from ssl_geometry.measure.storage import BatchStorage

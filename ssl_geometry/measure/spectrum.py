@@ -22,7 +22,8 @@ from ssl_geometry.geometry.spectrum import (
     RANK_SHARE,
     RANKME_EPS,
 )
-from ssl_geometry.measure.engine import Epochs, ImageSource, Measured, Measurement, Occasion, layer_widths
+from ssl_geometry.measure.engine import layer_widths
+from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion
 from ssl_geometry.measure.neighbors import LAYERS
 from ssl_geometry.measure.requests import Reduced, Request, pooled
 from ssl_geometry.measure.subject import Subject

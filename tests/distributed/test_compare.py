@@ -18,11 +18,11 @@ from ssl_geometry import compare
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.launching import by_turns, together
 from ssl_geometry.measure import Neighborhoods
 from ssl_geometry.measure.processes import agreeing
 from ssl_geometry.measure.similarity import Kept
 from ssl_geometry.measure.storage import BatchStorage
-from ssl_geometry.networks import by_turns, together
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.survey import survey

@@ -21,7 +21,7 @@ from PIL import Image
 from ssl_geometry.fit import fit
 from ssl_geometry.report import upload
 from ssl_geometry.report.__main__ import main
-from ssl_geometry.runs.directory import Run
+from ssl_geometry.runs.run import Run
 from tests.integration.test_fit import SMALL
 from tests.integration.test_interruption import children
 from tests.integration.wandb_server import Server

@@ -15,7 +15,7 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.failures import explain
 from ssl_geometry.metrics import KNNAccuracy
-from ssl_geometry.runs.directory import Run
+from ssl_geometry.runs.run import Run
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,7 +21,7 @@ from ssl_geometry.callbacks import (
     make_loggers,
 )
 from ssl_geometry.measure import Measured
-from ssl_geometry.runs.directory import Run
+from ssl_geometry.runs.run import Run
 
 
 def logged(logger: Any) -> None:

@@ -31,7 +31,8 @@ from ssl_geometry.measure import (
     pooled,
 )
 from ssl_geometry.measure.cka import warn_of_few
-from ssl_geometry.measure.engine import as_options, measuring
+from ssl_geometry.measure.engine import measuring
+from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.measure.requests import Reduced
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.metrics.probe_bank import ProbeBank

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from ssl_geometry import compare, networks, probe_options, survey_options
+from ssl_geometry import compare, launching, networks, probe_options, survey_options
 from ssl_geometry.errors import UserError
 
 LAYERS = ["stem", "pooled"]
@@ -162,14 +162,14 @@ def test_a_process_that_is_lost_is_one_line(
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr(L.Fabric, "launch", lambda self: None)
     monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", None)
-    networks.launch(SimpleNamespace(devices=2, num_nodes=1, device="cpu"))
+    launching.launch(SimpleNamespace(devices=2, num_nodes=1, device="cpu"))
     assert observer._run()
     line = f"error: process 2 of 3 has ended ({how}); its own output may say why; start the command again\n"
     assert capfd.readouterr().err == line
-    assert ended == [networks.GRACE_SECONDS, "killed", "killed", 2]
+    assert ended == [launching.GRACE_SECONDS, "killed", "killed", 2]
 
 
 def test_what_metrics_cannot_compute_names_the_network_and_a_mistake_stays_as_it_is() -> None:
     for error, words in ((ValueError("3 vectors are zero"), "--models a: 3 vectors are zero"), (UserError("x"), "x")):
-        with pytest.raises(UserError, match=f"^{words}$"), networks.naming("a"):
+        with pytest.raises(UserError, match=f"^{words}$"), launching.naming("a"):
             raise error

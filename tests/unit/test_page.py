@@ -18,18 +18,8 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.records import COLUMNS, Protocol, RecordStore, read_records, record
 from ssl_geometry.report.__main__ import main
 from ssl_geometry.report.models import prediction_scatter
-from ssl_geometry.report.page import (
-    EXACT,
-    MOST_SHOWN,
-    ROUNDED,
-    RunRecords,
-    first_choice,
-    pack,
-    read_run,
-    render,
-    smallest_loss,
-    write_page,
-)
+from ssl_geometry.report.page import EXACT, ROUNDED, pack, render, smallest_loss, write_page
+from ssl_geometry.report.runs import MOST_SHOWN, RunRecords, first_choice, read_run
 from ssl_geometry.report.serve import Server
 from ssl_geometry.report.upload import Sent, upload
 

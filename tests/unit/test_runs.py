@@ -23,8 +23,9 @@ from ssl_geometry.methods import Method
 from ssl_geometry.records import RecordStore, record
 from ssl_geometry.report.page import write_page
 from ssl_geometry.runs.checkpoints import WholeCheckpointIO, read_checkpoint
-from ssl_geometry.runs.directory import DIRECTORY_VARIABLE, LOCK_SECONDS, Run, config_of, open_run
+from ssl_geometry.runs.directory import LOCK_SECONDS, open_run
 from ssl_geometry.runs.networks import load_method, load_networks, network_names, split_seeds
+from ssl_geometry.runs.run import DIRECTORY_VARIABLE, Run, config_of
 from tests.processes import PROCESSES
 
 CONFIG: dict[str, Any] = {
@@ -176,7 +177,7 @@ def test_every_process_resumes_from_the_same_checkpoint(tmp_path: Path, monkeypa
     checkpoint(run.directory, epochs=2)
     older = checkpoint(run.directory, "epoch=00001", epochs=1)
     first = open_run(CONFIG, tmp_path, "e", resume=str(older))
-    monkeypatch.setattr("ssl_geometry.runs.directory.is_first_process", lambda: False)
+    monkeypatch.setattr("ssl_geometry.runs.run.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "e", resume=str(older)) == first
     assert open_run(CONFIG, tmp_path, "e", resume="auto") == first
 
@@ -376,7 +377,7 @@ def test_other_processes_continue_where_only_a_kept_checkpoint_is(
 ) -> None:
     run = open_run(CONFIG, tmp_path, "e", run_id="a")
     checkpoint(run.directory, "epoch=00001")
-    monkeypatch.setattr("ssl_geometry.runs.directory.is_first_process", lambda: False)
+    monkeypatch.setattr("ssl_geometry.runs.run.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "e", run_id="a", resume="auto").resumed_from == run.last_checkpoint
 
 
@@ -648,7 +649,7 @@ def test_a_full_disk_is_the_reason_and_its_advice_works(tmp_path: Path, monkeypa
     advised = str(error.value).rpartition("--resume ")[2]
     again = open_run(CONFIG, tmp_path / "elsewhere", "f", resume=advised)
     assert (again.directory, again.resumed_from) == (run.directory, None)
-    monkeypatch.setattr("ssl_geometry.runs.directory.is_first_process", lambda: False)
+    monkeypatch.setattr("ssl_geometry.runs.run.is_first_process", lambda: False)
     assert open_run(CONFIG, tmp_path, "f", resume=advised) == again
 
 

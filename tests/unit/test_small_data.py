@@ -15,7 +15,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.measure import Neighborhoods, Probes, Subject
-from ssl_geometry.measure.engine import as_options
+from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.probe import summary
