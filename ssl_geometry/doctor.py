@@ -1,7 +1,7 @@
 """Is this machine ready? Each line says fine, or what to do.
 
 python -m ssl_geometry.doctor
-srun --nodes=1 --gpus-per-node=1 python -m ssl_geometry.doctor --data data/imagenet     # on a node of the cluster
+srun --nodes=1 --gpus-per-node=1 python -m ssl_geometry.doctor --data.root data/imagenet     # on a node of the cluster
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ def examine(args: Sequence[str]) -> None:
     """
     parser = Parser(prog=PROGRAM, description="Is this machine ready? Each line says fine, or what to do.")
     parser.add_argument("--runs", type=str, default="runs", help="folder that runs will be written to")
-    parser.add_argument("--data", type=str, default="data", help="folder of the images")
+    parser.add_argument("--data.root", type=str, default="data", help="folder of the images")
     parser.add_argument("--skip_parity", action="store_true", help="do not compare two processes with one (10 s)")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))
     from ssl_geometry import machine  # torch and all else that is looked at, for which --help does not wait
 
     console, wrong = Console(highlight=False, soft_wrap=True), 0
-    for finding in machine.findings(Path(options.runs), Path(options.data), not options.skip_parity):
+    for finding in machine.findings(Path(options.runs), Path(options.data.root), not options.skip_parity):
         wrong += bool(finding.to_do)
         mark = f"[red]do[/]    {finding.subject}" if finding.to_do else f"[green]fine[/]  {finding.subject}"
         console.print(f"{mark}: {finding.detail}" + (f"\n      -> {finding.to_do}" if finding.to_do else ""))

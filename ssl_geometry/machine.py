@@ -154,7 +154,7 @@ def folders(runs: Path, data: Path) -> Iterator[Finding]:
         if data.is_dir():
             inside = f"{sum(1 for _ in data.iterdir())} entries"
     except OSError as error:
-        inside, to_do = f"cannot be read ({error.strerror})", "have its owner let you, or choose another --data"
+        inside, to_do = f"cannot be read ({error.strerror})", "have its owner let you, or choose another --data.root"
     yield Finding("data", f"{data}: {inside}", to_do)
 
 

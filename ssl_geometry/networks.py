@@ -18,7 +18,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.devices import check_nodes
 from ssl_geometry.errors import UserError
 from ssl_geometry.models.layers import layer_names, present
-from ssl_geometry.ranges import at_least
+from ssl_geometry.ranges import Seed, at_least
 from ssl_geometry.runs.networks import config_of_spec, network_names, split_seeds
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,9 @@ def networks_parser(
     if not resumable:
         parser.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the validation split, as of fit")
     parser.add_class_arguments(DataModule, "data", fail_untyped=False)
+    parser.link_arguments("seed_everything", "data.seed")
     return parser
 
 
@@ -122,10 +124,10 @@ def parse_networks(
     layers_option = f"{group}.layers"
     defaults, unlike = of_runs(configs, {**IMAGES, **sources})
     trained_on = next(iter(configs.values()), {})
-    images = {"seed": trained_on.get("seed_everything"), **(trained_on.get("data") or {})}  # linked, not written twice
-    known = inspect.signature(DataModule).parameters
+    known = inspect.signature(DataModule).parameters.keys() - {"seed"}
     own = {name: value for name, value in defaults.items() if name in sources and name != layers_option}
-    own |= {f"data.{name}": value for name, value in images.items() if name in known}
+    own |= {f"data.{name}": value for name, value in (trained_on.get("data") or {}).items() if name in known}
+    own["seed_everything"] = trained_on.get("seed_everything")  # that of the data is linked to it
     parser.set_defaults({name: value for name, value in own.items() if value is not None})
     options = parser.parse_args(list(args))
     options.default_layers = defaults.get(layers_option) or layers

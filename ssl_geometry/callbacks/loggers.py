@@ -129,7 +129,7 @@ class ResumableWandbLogger(WandbLogger):
 
     @property
     def _later(self) -> str:
-        return f"`python -m ssl_geometry.report {self._run_dir} --to-wandb` sends what it lacks"
+        return f"`python -m ssl_geometry.report {self._run_dir} --to_wandb` sends what it lacks"
 
     def _carefully(self, send: Callable[..., Any], *args: Any) -> None:
         """Give something to W&B's process; where that is gone, training goes on, and the records have it all.

@@ -52,9 +52,9 @@ def report(args: Sequence[str]) -> Any:
         "--port", type=Annotated[int, between(0, 65_535)], default=8000, help="port to serve it at (0: any free one)"
     )
     parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
-    parser.add_argument("--to-wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
+    parser.add_argument("--to_wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
     parser.add_argument(
-        "--project", type=str | None, help="W&B project, at most 128 characters (default: the run's own)"
+        "--wandb_project", type=str | None, help="W&B project, at most 128 characters (default: the run's own)"
     )
     parser.add_argument(
         "--strict", action="store_true", help="refuse a run of which a part is damaged, instead of showing the rest"
@@ -64,10 +64,10 @@ def report(args: Sequence[str]) -> Any:
     paths = list(dict.fromkeys(Path(path) for path in options.runs))
     console = Console(stderr=True)
     limit = 1e6 * options.max_mb
-    if options.project is not None:
-        check_project(options.project, "--project")
+    if options.wandb_project is not None:
+        check_project(options.wandb_project, "--wandb_project")
     if options.to_wandb:
-        return to_wandb(paths, options.project, console, options.strict)
+        return to_wandb(paths, options.wandb_project, console, options.strict)
     if options.serve:
         return serve(paths, options.host, options.port, limit, console, options.strict)
     started = time.perf_counter()
@@ -124,7 +124,7 @@ def to_wandb(paths: Sequence[Path], project: str | None, console: Console, stric
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m ssl_geometry.report``."""
-    run_command(report, args, interrupted="interrupted: no page was written; --to-wandb goes on where it stopped")
+    run_command(report, args, interrupted="interrupted: no page was written; --to_wandb goes on where it stopped")
 
 
 if __name__ == "__main__":

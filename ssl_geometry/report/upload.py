@@ -235,7 +235,7 @@ def upload(directory: Path, project: str | None, shown: Shown = iter) -> Sent:
     """
     config, _ = _described(directory)
     if os.environ.get("WANDB_MODE") == "disabled":
-        raise UserError("--to-wandb: WANDB_MODE=disabled switches W&B off; unset it, or set WANDB_MODE=offline")
+        raise UserError("--to_wandb: WANDB_MODE=disabled switches W&B off; unset it, or set WANDB_MODE=offline")
     if not lock(directory):
         who = holder(directory) or "on an unknown machine"
         raise UserError(f"RUN {directory}: another process trains in it, or sends it ({who}): wait for it to end")
@@ -273,7 +273,7 @@ def _sent(directory: Path, options: Mapping[str, Any], shown: Shown) -> Sent:
         raise problem
     reason = first_line(problem)
     raise UserError(
-        f"--to-wandb: W&B did not take the whole run ({reason}); the same command sends the rest"
+        f"--to_wandb: W&B did not take the whole run ({reason}); the same command sends the rest"
     ) from problem
 
 
@@ -301,9 +301,9 @@ def _log_in() -> None:
     try:
         known = wandb.login(prompt=False)
     except Exception as error:
-        raise UserError(f"--to-wandb: W&B does not take the key ({first_line(error)})") from error
+        raise UserError(f"--to_wandb: W&B does not take the key ({first_line(error)})") from error
     if not known:
         raise UserError(
-            "--to-wandb: no W&B key here; run `wandb login`, set WANDB_API_KEY, or write offline files with "
+            "--to_wandb: no W&B key here; run `wandb login`, set WANDB_API_KEY, or write offline files with "
             "WANDB_MODE=offline"
         )

@@ -16,7 +16,7 @@ def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_that_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with suppress(SystemExit):  # this machine may lack something
-        doctor.main([f"--runs={tmp_path / 'runs'}", f"--data={tmp_path}"])
+        doctor.main([f"--runs={tmp_path / 'runs'}", f"--data.root={tmp_path}"])
     said = capsys.readouterr().out
     lines = said.splitlines()
     subjects = [line.split(":")[0].removeprefix("fine").strip() for line in lines if line.startswith("fine")]

@@ -143,7 +143,7 @@ def test_what_is_uploaded_later_is_what_was_logged_live_and_once(
     live: tuple[Path, Server], later: Path, online: Callable[[], Server], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = online()
-    main([str(later), "--to-wandb"])
+    main([str(later), "--to_wandb"])
     points = seen(live[1])
     assert f"{len(points):,} numbers and figures sent" in capsys.readouterr().out
     assert seen(server) == points
@@ -151,7 +151,7 @@ def test_what_is_uploaded_later_is_what_was_logged_live_and_once(
     assert server.axes == live[1].axes
     same = ("name", "groupName", "jobType", "tags", "project")
     assert [server.run[name] for name in same] == [live[1].run[name] for name in same]
-    main([str(later), "--to-wandb"])
+    main([str(later), "--to_wandb"])
     assert "W&B has everything already" in capsys.readouterr().out
     assert seen(server) == points
     assert len(server.lines) == len(live[1].lines)
@@ -161,7 +161,7 @@ def test_offline_the_whole_run_is_written(
     later: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    main([str(later), "--to-wandb"])
+    main([str(later), "--to_wandb"])
     (file,) = later.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
     assert content.count(b"test/knn") >= 1, "the last row is in the file when the command has ended"
@@ -173,7 +173,7 @@ def test_offline_the_whole_run_is_written(
 def test_a_run_without_an_id_gets_one_that_stays(later: Path, online: Callable[[], Server]) -> None:
     Run(later).note(wandb_id=None)
     server = online()
-    main([str(later), "--to-wandb"])
+    main([str(later), "--to_wandb"])
     assert server.run["name"] == Run(later).facts["wandb_id"]
     assert Run(later).facts["status"] == "finished", "the rest of run.json is kept"
 
@@ -203,12 +203,12 @@ def test_wandb_killed_in_mid_upload(
     with monkeypatch.context() as killed:
         killed.setattr(upload.Sender, "send", strike)
         with pytest.raises(SystemExit) as stop:
-            main([str(later), "--to-wandb"])
+            main([str(later), "--to_wandb"])
     assert stop.value.code == 2
     said = capfd.readouterr().err
-    assert said.count("error: --to-wandb: W&B did not take the whole run (") == 1
+    assert said.count("error: --to_wandb: W&B did not take the whole run (") == 1
     assert "Traceback" not in said
-    main([str(later), "--to-wandb"])
+    main([str(later), "--to_wandb"])
     assert seen(server) == seen(live[1])
     steps = [row["step"] for row in server.rows()]
     assert len(steps) == len(set(steps)), "each once"
@@ -231,7 +231,7 @@ def test_a_run_that_a_process_is_at_is_left_alone(
         assert holder.stdout
         holder.stdout.readline()
         with pytest.raises(SystemExit) as stop:
-            main([str(later), "--to-wandb"])
+            main([str(later), "--to_wandb"])
         holder.kill()
     assert stop.value.code == 2
     assert f"RUN {later}: another process trains in it" in capsys.readouterr().err
@@ -245,7 +245,7 @@ def test_without_a_key_it_says_so(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with pytest.raises(SystemExit) as stop:
-        main([str(live[0]), "--to-wandb"])
+        main([str(live[0]), "--to_wandb"])
     assert stop.value.code == 2
     assert "no W&B key here; run `wandb login`" in capsys.readouterr().err
 

@@ -83,7 +83,7 @@ def test_a_server_that_is_away_for_a_part_of_a_run(tmp_path: Path, server: Serve
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert_gone(map(int, (run / "started").read_text().split()))
     said = (tmp_path / "out").read_text()
-    assert f"W&B's server is away: `python -m ssl_geometry.report {run} --to-wandb` sends what it lacks" in said
+    assert f"W&B's server is away: `python -m ssl_geometry.report {run} --to_wandb` sends what it lacks" in said
     assert "Traceback" not in said
     assert 0 < len(server.lines) < 8
     server.back.set()

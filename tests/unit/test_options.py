@@ -16,6 +16,7 @@ from ssl_geometry import compare, probe, probe_options, survey, survey_options
 from ssl_geometry.cli import Parser, annotation, run_command, warning_line
 from ssl_geometry.config_files import expand_bases
 from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.doctor import examine
 from ssl_geometry.errors import UserError
 from ssl_geometry.fit import fit, print_summary
 from ssl_geometry.fit_cli import FitCLI
@@ -28,6 +29,7 @@ from ssl_geometry.report.__main__ import report
 from ssl_geometry.report.upload import new_id
 from ssl_geometry.runs.directory import open_run
 from ssl_geometry.runs.run import Run
+from ssl_geometry.zoo import run as checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -220,6 +222,44 @@ def assert_said(said: str, option: str, value: str, words: str) -> None:
     assert len(said) < 400
     typed = value.strip("[]") if option in ("--loggers", "--neighbors.settings") else value
     assert said.startswith((f"{option} {value}: {words}", f"{option} {typed}: {words}")), said
+
+
+def test_an_option_has_one_spelling_in_all_commands(cli: FitCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In snake_case; and what several commands take has one name and takes the same."""
+    parsers: dict[str, Parser] = {"fit": cli.parser}  # type: ignore[dict-item]
+
+    class Parsed(Exception):
+        pass
+
+    def parse(parser: Parser, *args: Any) -> None:
+        parsers[parser.prog.rpartition(".")[2]] = parser
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", parse)
+    models = ["--models", "x=random:resnet10"]
+    commands: list[Callable[[Any], Any]] = [compare.compare, probe.probe, survey.survey, report, examine, checkpoints]
+    for command, args in zip(commands, [models, models, models, [], [], []], strict=True):
+        with pytest.raises(Parsed):
+            command(args)
+    assert list(parsers) == ["fit", "compare", "probe", "survey", "report", "doctor", "zoo"]
+    taken: dict[str, dict[str, Any]] = {}
+    for command_name, parser in parsers.items():
+        for action in parser._actions:
+            for option in action.option_strings if "-->" not in str(action.option_strings) else ():
+                assert re.fullmatch(r"-\w|--[a-z0-9_]+(\.[a-z0-9_]+)*\+?", option)
+            if action.option_strings and not action.dest.startswith("trainer."):
+                taken.setdefault(action.dest, {})[command_name] = (type(action), annotation(action))
+    unlike = {name for name, of in taken.items() if len(set(map(str, of.values()))) > 1}
+    # None stands for what a run has, or for a default; a comparison has one k, a classifier several.
+    chosen_by_a_run = {"cka.layers", "probes.layers", "neighbors.layers", "wandb_project"}
+    assert unlike <= {*chosen_by_a_run, "invariance.views", "neighbors.settings", "k", "out"}
+    ends: dict[str, set[str]] = {}
+    for name in taken:
+        ends.setdefault(name.rpartition(".")[2], set()).add(name)
+    alone = {end: names for end, names in ends.items() if end in names and len(names) > 1}
+    # Neighbours of mutual kNN, or that vote, not of a graph; live probes learn from fewer images on purpose; the zoo
+    # downloads checkpoints.
+    assert set(alone) == {"k", "train_images", "download", "help"}
 
 
 @pytest.mark.parametrize(("option", "value", "words"), table(FIT))

@@ -284,7 +284,7 @@ def test_a_run_whose_description_is_damaged_is_not_sent(tmp_path: Path, name: st
 def test_nothing_is_sent_where_wandb_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with pytest.raises(UserError, match=r"^--to-wandb: WANDB_MODE=disabled switches W&B off; unset it, or set"):
+    with pytest.raises(UserError, match=r"^--to_wandb: WANDB_MODE=disabled switches W&B off; unset it, or set"):
         upload(run, None)
     assert not (run / "wandb").exists()
 
@@ -304,5 +304,5 @@ def test_what_was_sent_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: Sent, words: str
 ) -> None:
     monkeypatch.setattr("ssl_geometry.report.upload.upload", lambda *_: sent)
-    main([str(make_run(tmp_path / "a")), "--to-wandb"])
+    main([str(make_run(tmp_path / "a")), "--to_wandb"])
     assert words in capsys.readouterr().out
