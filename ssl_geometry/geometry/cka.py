@@ -1,8 +1,8 @@
-"""CKA: unbiased and in minibatches for every pair of layers, in full, and what permuted images give.
+"""CKA: unbiased and in minibatches for every pair of layers, on all images at once, and its permutation null.
 
 With Gram vectors as rows (:mod:`ssl_geometry.geometry.gram`), the unbiased HSIC of all pairs of layers is a single
 matrix product. Sums over batches are ratios of averages, not averages of ratios (Nguyen et al. 2021). Nothing is
-clamped and no epsilon enters a ratio: what cannot be computed is NaN.
+clamped and no epsilon is added to a ratio; what cannot be computed is NaN.
 """
 
 from collections.abc import Sequence
@@ -76,16 +76,16 @@ def cka(
     drop_top: int = 0,
     estimator: Estimator = "unbiased",
 ) -> Float[Tensor, ""]:
-    """CKA of two representations of the same images, all in one N x N Gram matrix.
+    """CKA of two representations of the same images, with a single N x N Gram matrix each.
 
     Args:
-        x: one representation, flattened over all that follows the images.
+        x: one representation; all dimensions after the first are flattened.
         y: the other.
-        kernel: "linear", or "rbf", as of :func:`gram_vector`.
+        kernel: "linear" or "rbf", as in :func:`gram_vector`.
         bandwidth: of the RBF kernel, in median distances.
         drop_top: leading principal components of each representation that are left out.
         estimator: "unbiased", or "biased", which is meaningless where features outnumber images: independent
-            Gaussians read D/(N+D) instead of 0.
+            Gaussians get D/(N+D) instead of 0.
 
     Returns:
         CKA, float64; NaN where a representation does not vary.
@@ -110,14 +110,14 @@ def cka(
 
 
 def feature_cka(x: Float[Tensor, "N D"], y: Float[Tensor, "N E"]) -> Float[Tensor, ""]:
-    """Unbiased linear CKA from D x E products: the value of :func:`cka`, for images that outnumber features.
+    """Unbiased linear CKA from D x E products: the value of :func:`cka`, faster if images outnumber features.
 
     Args:
         x: one representation.
         y: another one of the same N >= 4 images.
 
     Returns:
-        CKA, float64; NaN where a representation does not vary, or in one image alone.
+        CKA, float64; NaN where a representation does not vary, or varies in a single image only.
 
     Raises:
         ValueError: N < 4.
@@ -161,7 +161,7 @@ def cka_matrix(
 
     Returns:
         ``cross / sqrt(rows * cols)``; NaN where a layer's own HSIC is not positive. Slightly negative values are
-        right: the estimator is unbiased.
+        correct, as the estimator is unbiased.
 
     References:
         Nguyen, Raghu & Kornblith, *Do wide and deep networks learn the same things?*, 2021, eq. 2.
@@ -175,7 +175,7 @@ def cka_matrix(
     """
     rows = torch.where(rows > 0, rows, torch.nan)
     cols = torch.where(cols > 0, cols, torch.nan)
-    # Two roots instead of the root of a product: exact 1 on the diagonal, and no overflow for large activations.
+    # Two roots instead of the root of a product: exactly 1 on the diagonal, and no overflow for large activations.
     return cross / rows.sqrt().unsqueeze(-1) / cols.sqrt().unsqueeze(-2)
 
 
@@ -186,20 +186,20 @@ def permuted_cka(
     draws: int = 200,
     seed: int = 0,
 ) -> Float[Tensor, "S L M"]:
-    """CKA of all pairs of layers when the images of one network are permuted: what unrelated networks would read.
+    """CKA of all pairs of layers with the images of one network permuted: the null distribution of unrelated networks.
 
-    In each draw the images of every Gram matrix of ``y`` change places, in all layers alike, so that what was searched
-    for over layers (such as the most similar one) has a null that was searched in the same way.
+    Each draw permutes the images within every Gram matrix of ``y``, with the same permutation in all layers, so that a
+    search over layers (such as for the most similar one) can be repeated on the null.
 
     Args:
-        x: for each batch, the Gram vectors of one network's layers.
-        y: for each batch, those of the other's, of the same images.
+        x: for each batch, the Gram vectors of the layers of one network.
+        y: for each batch, those of the other network, for the same images.
         gram_size: images in a Gram matrix.
         draws: permutations.
         seed: of the permutations.
 
     Returns:
-        S = ``draws`` matrices of CKA, float32; see :func:`permutation_p` for what to do with them.
+        S = ``draws`` matrices of CKA, float32, such as :func:`permutation_p` takes.
 
     References:
         Phipson & Smyth, *Permutation p-values should never be zero*, 2010.
@@ -236,7 +236,7 @@ def permuted_cka(
 
 
 def permutation_p(value: Float[Tensor, "..."], null: Float[Tensor, "S ..."]) -> Float[Tensor, "..."]:
-    """How often permuted images read at least the value: (1 + #{null >= value}) / (S + 1); NaN where there is none.
+    """Permutation p-value, (1 + #{null >= value}) / (S + 1); NaN where value or null are not finite.
 
     Example:
         >>> permutation_p(torch.tensor([0.9, 0.1]), torch.tensor([[0.2, 0.2], [0.1, 0.1], [0.0, 0.0]]))

@@ -1,10 +1,10 @@
-"""What a difference of measured numbers decides: its interval over images and over runs, and a verdict of three.
+"""Contrasts of measured numbers: confidence intervals over images and over runs, and a verdict.
 
-Two levels of chance, each by the jackknife. **Images**: each block of images moves a number by so much when it is left
-out; networks see the same images, so the moves of a difference are the differences of the moves, and what errors have
-in common cancels. **Runs** (seeds of a method): the same by leaving out one run at a time; variances of several
-methods are added, with Welch's degrees of freedom. The squared half-widths of both levels add up, each with its own
-Student's t: a few runs that vary more than the images do are not lent the images' degrees of freedom.
+There are two sources of variation, each estimated by the jackknife. **Images**: one block of images is left out at a
+time. Networks see the same images, so the deviations of a difference are the differences of the deviations, and errors
+in common cancel. **Runs** (seeds of a method): one run is left out at a time; the variances of several methods add up,
+with Welch's degrees of freedom. The squared half-widths of both add up, each with its own Student's t, so that few runs
+of large variance do not borrow the degrees of freedom of the images.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ Verdict = Literal["supports", "contradicts", "undecided"]
 
 LEVEL = 0.95
 SMALLEST = 0.01
-"""Differences below it support and contradict nothing, however well they are known."""
+"""Smaller differences neither support nor contradict a claim, whatever their standard error."""
 
 
 class Contrast(NamedTuple):
-    """A difference that a claim says is positive, and its deviations, whose squares sum up to its squared errors."""
+    """A difference that a claim states to be positive, and its deviations, whose squares sum to its squared errors."""
 
     value: float
     """With all images and runs."""
     images: Float[Array, " J"]
     """Deviations over blocks of images."""
     runs: Sequence[Float[Array, " R"]] = ()
-    """Deviations over the runs of each group; of a single run (length 1) nothing follows, and no interval."""
+    """Deviations over the runs of each group; a group with a single run (length 1) has no interval."""
 
 
 def deviations(left_out: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -51,11 +51,11 @@ def interval(contrast: Contrast, level: float = LEVEL) -> tuple[float, float]:
 
     Args:
         contrast: the value, and its deviations.
-        level: how often such intervals hold the truth.
+        level: confidence level.
 
     Returns:
-        Its ends; NaN with fewer than two blocks of images or runs of a group, or where a number is not known. Without
-        groups of runs it is an interval over images alone: it speaks of these networks, not of others trained the
+        Both ends; NaN with fewer than two blocks of images or runs of a group, or where a number is missing. Without
+        groups of runs it is an interval over images alone: it holds for these networks, not for others trained in the
         same way.
 
     References:
@@ -76,7 +76,7 @@ def interval(contrast: Contrast, level: float = LEVEL) -> tuple[float, float]:
 
 
 def _half_width(parts: Sequence[Float[Array, " n"]], level: float) -> float:
-    """Of independent parts, each of its own variance."""
+    """Half-width of an interval of a sum of independent parts with different variances."""
     free = np.array([len(part) - 1 for part in parts])
     variances = np.array([np.square(part).sum() for part in parts])
     if not len(parts) or not free.all():
@@ -84,24 +84,24 @@ def _half_width(parts: Sequence[Float[Array, " n"]], level: float) -> float:
     if not variances.any():
         return 0.0
     welch = variances.sum() ** 2 / (variances**2 / free).sum()
-    # No more than equal parts would have: a part that is large, and small by luck, must not lend others' freedom.
+    # At most the degrees of freedom of equal variances, as a variance that is small by chance would inflate them.
     return float(stdtrit(min(welch, len(parts) * free.min()), (1 + level) / 2) * variances.sum() ** 0.5)
 
 
 def verdict(contrasts: Sequence[Contrast]) -> Verdict:
-    """What contrasts decide about a claim that says that all of them are positive.
+    """The verdict on a claim that all contrasts are positive.
 
-    A claim is supported if every one of them is, and contradicted if any is negative, so another baseline can only make
-    it harder to support. Where the claim is false by nothing (a contrast of 0), the chance of a verdict is meant to be
-    at most 5 %: 2.5 % for support, which needs all 95 % intervals above; 2.5 % for contradiction, for which intervals
-    hold jointly (Bonferroni). Student's t gives that for normal errors, Welch's about (benchmarks/results/verdicts.md).
+    A claim is supported if all of them are, and contradicted if any is negative, so a further baseline can only make it
+    harder to support. If a contrast is exactly 0, the probability of a verdict is meant to be at most 5 %: 2.5 % for
+    support, which needs all 95 % intervals to be above; 2.5 % for contradiction, with joint intervals (Bonferroni). For
+    normal errors this holds with Student's t, and approximately with Welch's (benchmarks/results/verdicts.md).
 
     Args:
         contrasts: of the claim.
 
     Returns:
         "supports" if all 95 % intervals lie above :data:`SMALLEST`; "contradicts" if one of k intervals of level
-        1 - 0.05 / k lies below minus that; else "undecided", which is also what no interval gives.
+        1 - 0.05 / k lies below its negative; otherwise, and without intervals, "undecided".
 
     Example:
         >>> steady = np.array([-0.001, 0, 0.001])

@@ -1,6 +1,6 @@
 """Intrinsic dimension of a set of points, from the distances to its nearest neighbours.
 
-Distances are those of one search among N points, the point itself left out and copies dropped (see
+Distances are those of one search among N points, the point itself and duplicates excluded (see
 :func:`ssl_geometry.geometry.neighbors.nearest` with metric "l2"): squared, in ascending order, NaN where there is none.
 """
 
@@ -20,7 +20,7 @@ def two_nn(squared_distances: Float[Tensor, "N k"], discard: float = DISCARD) ->
 
     Args:
         squared_distances: to the neighbours of each point, ascending, k >= 2.
-        discard: share of the largest ratios that is left out: the law fails there first.
+        discard: share of the largest ratios that is left out, because the law fails there first.
 
     Returns:
         The dimension, float64; NaN where no point has two neighbours at different distances.
@@ -51,7 +51,7 @@ def two_nn(squared_distances: Float[Tensor, "N k"], discard: float = DISCARD) ->
 
 
 def levina_bickel(squared_distances: Float[Tensor, "N k"]) -> Float[Tensor, ""]:
-    """Maximum-likelihood dimension from the distances to k neighbours, the inverses averaged over points.
+    """Maximum-likelihood estimate from the distances to k neighbours; inverse estimates are averaged over points.
 
     Args:
         squared_distances: to the neighbours of each point, ascending, k >= 3; points with fewer are left out.
@@ -76,6 +76,6 @@ def levina_bickel(squared_distances: Float[Tensor, "N k"]) -> Float[Tensor, ""]:
     if k < 3:
         raise ValueError(f"the maximum-likelihood dimension needs three neighbours of each point, got {k}")
     logs = squared_distances.double().log() / 2
-    spread = (logs[:, -1:] - logs[:, :-1]).sum(1)  # of each point, the sum of log(T_k / T_j)
-    spread = spread[spread.isfinite()]
-    return torch.where(spread.sum() > 0, (k - 1) * len(spread) / spread.sum(), torch.nan)
+    ratios = (logs[:, -1:] - logs[:, :-1]).sum(1)  # of each point, the sum of log(T_k / T_j)
+    ratios = ratios[ratios.isfinite()]
+    return torch.where(ratios.sum() > 0, (k - 1) * len(ratios) / ratios.sum(), torch.nan)

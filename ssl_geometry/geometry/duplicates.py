@@ -1,4 +1,4 @@
-"""Which rows are equal: found by sorting 64-bit hashes, which any device does without atomics."""
+"""Duplicate rows, found by sorting 64-bit hashes, which needs no atomics on any device."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def row_keys(features: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
-    """Equal for equal rows of the same dtype (float32 or float64); for others almost never (a 64-bit hash).
+    """A 64-bit hash of each row, for features of one dtype (float32 or float64); 0 and -0 are equal.
 
     Example:
         >>> a, b, c = row_keys(torch.tensor([[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0]])).tolist()
@@ -49,6 +49,6 @@ def first_rows(keys: Int64[Tensor, " N"], seen: Int64[Tensor, " S"] | None = Non
 
 
 def row_blocks(features: Float[Tensor, "N D"]) -> Iterator[slice]:
-    """Few rows at once: on a CPU they stay in the cache, and below what torch spreads over threads."""
+    """Slices of few rows: on a CPU they fit into the cache and stay below the size that torch splits over threads."""
     step = max(1, (2**24 if features.is_cuda else 2**15) // features.shape[1])
     return (slice(start, start + step) for start in range(0, len(features), step))

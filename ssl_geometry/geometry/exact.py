@@ -1,10 +1,10 @@
-"""Exact search: the k nearest of all points, by whichever of FAISS and torch is the faster.
+"""Exact search of the k nearest points, with the faster one of FAISS and torch.
 
-Protocol: points are float32 and so are their products, TF32 and autocast off. Whatever float32 products cannot order is
-ordered by float64 differences of the rows that the points were rounded from, and what differs by float64's rounding
-alone by ids. So all backends give the same neighbours, and which one ran is no part of a protocol.
+Protocol: points and their products are float32, without TF32 or autocast. Neighbours that float32 products cannot order
+are ordered by float64 differences of the rows that the points were rounded from, and ties within float64 rounding by
+id. All backends therefore give the same neighbours, and protocols do not name the backend.
 
-FAISS is imported here and nowhere else, when something is searched first, with the kernels of this CPU.
+FAISS is imported only here, at the first search, with the BLAS kernels of this CPU.
 """
 
 import os
@@ -41,27 +41,27 @@ __all__ = [
 
 Backend = Literal["faiss", "faiss-gpu", "torch"]
 
-NEAR = 1e-3  # squared distance, in squared lengths, that float32 products get wrong by up to 0.1 %
-SPARE = 2  # neighbours more than asked for: almost always one of them is farther than float32 errors reach
+NEAR = 1e-3  # squared distance, in squared lengths, below which float32 products can be off by more than 0.1 %
+SPARE = 2  # additional neighbours: almost always one of them is farther away than float32 errors reach
 ERROR = {"cpu": 8.0, "cuda": 32.0}
 """Largest error of a float32 distance |x|² + |y|² - 2xy, in units of eps (|x|² + |y|²).
 
 On CPUs at most 5.4 was measured, for 2 to 8,192 features (benchmarks/results/neighbors.md). BLAS sums some hundreds of
 products there before it rounds a block; kernels of a GPU may sum all in one row, and are allowed four times as much.
 """
-ROUNDED = 2.0  # in the same units: what a distance changes by where both points are rounded to float32
-TIE = 8 * torch.finfo(torch.float64).eps  # relative difference of float64 distances that is rounding, and no order
-TORCH_FROM_K = 50  # users measured torch's product and top-k ahead of FAISS on CUDA at this k
+ROUNDED = 2.0  # in the same units: the change of a distance when both points are rounded to float32
+TIE = 8 * torch.finfo(torch.float64).eps  # relative difference of float64 distances that is rounding
+TORCH_FROM_K = 50  # users measured torch's product and top-k to be faster than FAISS on CUDA from this k on
 PRODUCTS = {"cpu": 2**24, "cuda": 2**27}  # float32 products of one block: 64 and 512 MiB
-GPU_WORKSPACE = 2**28  # bytes that FAISS keeps on each GPU that it searched on; it would take 1.5 GB
-GPU_ROOM = 2 * GPU_WORKSPACE  # bytes that are free before it starts there: also for cuBLAS, without which it aborts
+GPU_WORKSPACE = 2**28  # bytes that FAISS keeps on each GPU it searches on (its default is 1.5 GB)
+GPU_ROOM = 2 * GPU_WORKSPACE  # free bytes needed before it starts: FAISS aborts if cuBLAS has no memory
 MODERN = {"Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids"}  # OpenBLAS's kernels for x86 with AVX2 or more
 
 
 def kernels(machine: str, cpuinfo: str) -> str | None:
-    r"""The fastest kernels of OpenBLAS for a CPU, by its flags.
+    r"""The fastest OpenBLAS kernels for a CPU, by its flags.
 
-    OpenBLAS chooses by family and model, and takes those of 2004 (Prescott) or 2007 (Barcelona) for a CPU that is newer
+    OpenBLAS chooses by family and model, and takes kernels of 2004 (Prescott) or 2007 (Barcelona) for newer CPUs
     than itself: with the OpenBLAS of FAISS's wheels (0.3.15) exact search on a Zen 5 takes 4.4 times as long.
 
     Args:
@@ -69,7 +69,7 @@ def kernels(machine: str, cpuinfo: str) -> str | None:
         cpuinfo: text of /proc/cpuinfo.
 
     Returns:
-        A value of OPENBLAS_CORETYPE; None where OpenBLAS had better choose itself.
+        A value of OPENBLAS_CORETYPE; None to leave the choice to OpenBLAS.
 
     Example:
         >>> kernels("x86_64", "vendor_id : AuthenticAMD\nflags : sse4_2 fma avx2")
@@ -80,7 +80,7 @@ def kernels(machine: str, cpuinfo: str) -> str | None:
         return None
     known = set(flags[1].split())
     if known >= {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"}:
-        return "SkylakeX"  # on AMD's as well: a Zen 5 takes 1.9 s where Zen's kernels take 3.6
+        return "SkylakeX"  # also on AMD: 1.9 s on a Zen 5, instead of 3.6 with Zen's kernels
     if known >= {"avx2", "fma"}:
         return "Zen" if re.search(r"^vendor_id\s*:\s*AuthenticAMD", cpuinfo, re.MULTILINE) else "Haswell"
     return None
@@ -88,7 +88,7 @@ def kernels(machine: str, cpuinfo: str) -> str | None:
 
 @contextmanager
 def _kernels_of_this_cpu() -> Iterator[None]:
-    """For the OpenBLAS that is loaded inside; NumPy's is there already, SciPy's is not loaded by FAISS."""
+    """Choose the kernels of the OpenBLAS that is loaded inside: FAISS's, as NumPy's is loaded already."""
     name = "OPENBLAS_CORETYPE"
     info = Path("/proc/cpuinfo")
     chosen = kernels(platform.machine(), info.read_text(errors="replace", encoding="utf-8")) if info.is_file() else None
@@ -104,7 +104,7 @@ def _kernels_of_this_cpu() -> Iterator[None]:
 
 @cache
 def faiss() -> Any:
-    """The library, loaded where something is searched: a third of a second, for which no ``--help`` waits."""
+    """The FAISS module, imported on first use, as the import takes a third of a second."""
     with _kernels_of_this_cpu():
         import faiss
         import faiss.contrib.torch_utils  # FAISS takes and gives tensors
@@ -113,7 +113,7 @@ def faiss() -> Any:
 
 @cache
 def faiss_blas() -> tuple[str, str] | None:
-    """Version and kernels of the OpenBLAS that FAISS brought; None where it uses another library."""
+    """Version and kernels of FAISS's own OpenBLAS; None where it uses another library."""
     faiss()
     for library in threadpool_info():
         if library["internal_api"] == "openblas" and "faiss" in library["filepath"]:
@@ -122,7 +122,7 @@ def faiss_blas() -> tuple[str, str] | None:
 
 
 def knows_cpu() -> bool:
-    """Whether FAISS's BLAS runs on kernels of about this CPU's age."""
+    """Whether FAISS's BLAS has kernels for this generation of CPUs."""
     blas = faiss_blas()
     if blas is None:
         return True
@@ -135,15 +135,15 @@ def has_gpu() -> bool:
 
 
 def backend(device: torch.device, k: int) -> Backend:
-    """What an exact search runs on: the one rule.
+    """Where exact searches run.
 
     Args:
         device: of the points.
         k: neighbours.
 
     Returns:
-        On a CPU FAISS, but torch where FAISS's OpenBLAS does not know the CPU. On CUDA FAISS for short lists; torch for
-        lists of 50 and more, and where FAISS has no GPU support.
+        On a CPU FAISS, or torch if FAISS's OpenBLAS has no kernels for it. On CUDA FAISS for k below 50; torch for
+        larger k, and where FAISS has no GPU support.
     """
     if device.type == "cuda":
         return "faiss-gpu" if has_gpu() and k < TORCH_FROM_K else "torch"
@@ -152,10 +152,10 @@ def backend(device: torch.device, k: int) -> Backend:
 
 @cache
 def gpu_resources(device: int) -> Any:
-    """FAISS's on one GPU, made once (0.1 to 0.2 s) and kept: 256 MiB there, none pinned on the host.
+    """FAISS's resources on one GPU, created once (0.1 to 0.2 s): 256 MiB there, no pinned memory on the host.
 
     Raises:
-        torch.OutOfMemoryError: no room for them, also without what torch only keeps for later.
+        torch.OutOfMemoryError: no memory for them, even after torch's cache is emptied.
     """
     if torch.cuda.mem_get_info(device)[0] < GPU_ROOM:  # FAISS does not allocate from torch's cache
         torch.cuda.empty_cache()
@@ -166,7 +166,7 @@ def gpu_resources(device: int) -> Any:
         )
     resources = faiss().StandardGpuResources()
     resources.setTempMemory(GPU_WORKSPACE)
-    resources.setPinnedMemory(0)  # for copies from the host, of which there are none
+    resources.setPinnedMemory(0)  # only needed for copies from the host
     return resources
 
 
@@ -178,14 +178,14 @@ def exact_search(
     inner: bool = False,
     rows: tuple[Rows, Rows] | None = None,
 ) -> tuple[Float[Tensor, "N k"], Int64[Tensor, "N k"]]:
-    """The k nearest points of every query, of equally near ones the smaller id first.
+    """The k nearest points of every query, ties ordered by id.
 
     Args:
         queries: float32, on the device of the points.
-        points: float32, of about the lengths of the queries.
-        k: neighbours, at most M.
-        inner: whether by the largest inner product, and not by the smallest squared distance.
-        rows: what queries and points are rounded from, which decides where float32 cannot; themselves by default.
+        points: float32, of lengths similar to those of the queries.
+        k: number of neighbours, at most M.
+        inner: search by largest inner product instead of smallest squared distance.
+        rows: the vectors that queries and points were rounded from, to decide where float32 cannot.
 
     Returns:
         Squared distances or inner products, float32, and ids.
@@ -209,21 +209,21 @@ def _by_faiss(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Ten
 
 
 def _by_faiss_gpu(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
-    """Twice where memory was full: the second time without torch's cache, then on the CPU.
+    """Search on the GPU; if its memory is full, once more after emptying torch's cache, then on the CPU.
 
-    Not run on a GPU whose memory is full; a test takes allocations from a pretended one.
+    Not run on a GPU whose memory is full; a test simulates failing allocations.
     """
     device, options = points.device.index, {"metric": _metric(inner), "device": points.device.index}
-    reason = ""  # not the error, whose traceback would keep FAISS's resources
+    reason = ""  # the error itself would keep FAISS's resources alive by its traceback
     for _ in range(2):
         try:
-            with torch.cuda.device(device):  # whose stream FAISS joins
+            with torch.cuda.device(device):  # FAISS uses its stream
                 return faiss().knn_gpu(gpu_resources(device), queries, points, k, **options)
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or "alloc fail" in str(error)):
                 raise
             reason = str(error).strip().splitlines()[-1]
-        gpu_resources.cache_clear()  # which an allocation that failed may have left half made
+        gpu_resources.cache_clear()  # a failed allocation may leave them incomplete
         torch.cuda.empty_cache()
     warnings.warn(f"neighbours are searched on the CPU, as FAISS has no memory on GPU {device}: {reason}", stacklevel=2)
     search = _by_faiss if backend(torch.device("cpu"), k) == "faiss" else _by_torch
@@ -232,7 +232,7 @@ def _by_faiss_gpu(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple
 
 
 def _by_torch(queries: Tensor, points: Tensor, k: int, inner: bool) -> tuple[Tensor, Tensor]:
-    """In blocks of at most 64 MiB of products on a CPU, 512 MiB on a GPU, and the lists of top-k."""
+    """Search by products and top-k, in blocks of at most 64 MiB of products on a CPU and 512 MiB on a GPU."""
     half = points.new_zeros(()) if inner else _squares(points) / 2
     rows = max(1, PRODUCTS.get(points.device.type, PRODUCTS["cpu"]) // len(points))
     with torch.autocast(points.device.type, enabled=False), full_float32():
@@ -247,7 +247,7 @@ def _metric(inner: bool) -> int:
 
 @contextmanager
 def faiss_threads() -> Iterator[None]:
-    """FAISS uses as many threads as torch does, and is left as it was."""
+    """Let FAISS use as many threads as torch."""
     library = faiss()
     before = library.omp_get_max_threads()
     library.omp_set_num_threads(torch.get_num_threads())
@@ -263,10 +263,10 @@ def faiss_threads() -> Iterator[None]:
 def _settle(
     queries: Tensor, points: Tensor, rows: tuple[Rows, Rows], values: Tensor, ids: Tensor, k: int, inner: bool
 ) -> tuple[Tensor, Tensor]:
-    """Lists (values, the smallest first, and ids) in the order that float64 gives.
+    """Lists (ascending values, and ids) in the order of float64.
 
-    An entry is computed again where the next one is within the errors of both, or where it is too near for float32 to
-    have its digits. Where points beyond the list might belong among the k nearest, the query is searched in float64.
+    An entry is computed again if it is within rounding errors of the next one, or too close to the query for float32.
+    If points beyond the list might belong to the k nearest, the query is searched again in float64.
     """
     others = _squares(points)
     squares = (others if queries is points else _squares(queries))[:, None]
@@ -280,7 +280,7 @@ def _settle(
     error = error.expand_as(values)
     close = values.diff(dim=1) <= error[:, 1:] + error[:, :-1]
     unsure = F.pad(close, (0, 1)) | F.pad(close, (1, 0))
-    if not inner:  # the first may be the query itself, whose distance nobody asks for
+    if not inner:  # the first may be the query itself, whose distance is not used
         unsure[:, 1:] |= values[:, 1:] < NEAR * squares
     if len(others) > values.shape[1]:
         searched = (values[:, -1] - values[:, k - 1] <= error[:, k - 1] + beyond).nonzero()[:, 0]
@@ -305,17 +305,17 @@ def _settle(
 
 
 def _tie(values: Tensor, unit: bool, products: Tensor | None = None) -> Tensor:
-    """What float64 rounds in differences: of squares their last digits, and those of entries that were divided."""
+    """Bound of the float64 rounding of differences: that of the squares and, for unit vectors, of their division."""
     if products is not None:
         return TIE * products
     return TIE * (values + values.clamp_min(0).sqrt() if unit else values)
 
 
 def _ids_in_float64(queries: Rows, points: Rows, n: int, inner: bool) -> Int64[Tensor, "N n"]:
-    """The n nearest, in the order of their ids; of equally near ones the smaller ids.
+    """The n nearest, ordered by id; ties go to the smaller ids.
 
-    By float64 products; where these have too few digits (the n-th is near), the points that they cannot tell from the
-    n-th are told by differences.
+    The search uses float64 products. Where these are not exact enough (the n-th point is close), points that they
+    cannot distinguish from the n-th are compared by differences.
     """
     wide = points.centered(torch.float64)
     others = wide.square().sum(1)
@@ -325,17 +325,17 @@ def _ids_in_float64(queries: Rows, points: Rows, n: int, inner: bool) -> Int64[T
     for start in range(0, len(queries.features), step):
         part = queries[slice(start, start + step)].centered(torch.float64)
         square = part.square().sum(1, keepdim=True)
-        far = -(part @ wide.T) if inner else torch.addmm(others, part, wide.T, alpha=-2).add_(square)
-        last = far.topk(n, dim=1, largest=False).values[:, -1:]
+        distance = -(part @ wide.T) if inner else torch.addmm(others, part, wide.T, alpha=-2).add_(square)
+        last = distance.topk(n, dim=1, largest=False).values[:, -1:]
         tie = 2 * eps * ((square * others.max()).sqrt() if inner else 3 * square + 2 * last.clamp_min(0))
         if not inner:
             near = last < NEAR * square
-            row, other = (near & ((far - last).abs() <= tie)).nonzero(as_tuple=True)
+            row, other = (near & ((distance - last).abs() <= tie)).nonzero(as_tuple=True)
             if len(row):
-                far[row, other] = _distances_in_float64((queries, points), row + start, other, inner)
-                last = far.topk(n, dim=1, largest=False).values[:, -1:]
+                distance[row, other] = _distances_in_float64((queries, points), row + start, other, inner)
+                last = distance.topk(n, dim=1, largest=False).values[:, -1:]
                 tie = torch.where(near, _tie(last, points.divisor is None), tie)
-        nearer, equal = far < last - tie, (far - last).abs() <= tie
+        nearer, equal = distance < last - tie, (distance - last).abs() <= tie
         chosen = nearer | (equal & (equal.cumsum(1) <= n - nearer.sum(1, keepdim=True)))
         found.append(chosen.nonzero()[:, 1].view(-1, n))
     return torch.cat(found)

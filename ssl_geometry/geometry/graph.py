@@ -1,4 +1,4 @@
-"""What a graph of nearest neighbours looks like: who is whose neighbour, and of which class.
+"""Statistics of nearest-neighbour graphs: degrees, symmetry, components, classes.
 
 A graph is ids (N, K): the neighbours of each of N points, -1 where a point has fewer than K.
 """
@@ -22,7 +22,7 @@ def in_degrees(ids: Int64[Tensor, "N K"]) -> Int64[Tensor, " N"]:
 
 
 def hubness(ids: Int64[Tensor, "N K"]) -> Float[Tensor, ""]:
-    """Skewness of the in-degrees: far above 0 where a few points are neighbours of very many.
+    """Skewness of the in-degrees: well above 0 where a few points are neighbours of very many others.
 
     Returns:
         The skewness, float64; NaN where all in-degrees are equal.
@@ -74,7 +74,7 @@ def reciprocal(ids: Int64[Tensor, "N K"]) -> Float[Tensor, ""]:
 
 
 def components(ids: Int64[Tensor, "N K"]) -> tuple[int, float]:
-    """How many parts the graph falls into (edges taken both ways), and the share of points in the largest.
+    """Number of connected components (edges are undirected), and the share of points in the largest.
 
     Example:
         >>> components(torch.tensor([[1], [0], [3], [2], [2]]))
@@ -85,14 +85,14 @@ def components(ids: Int64[Tensor, "N K"]) -> tuple[int, float]:
 
 
 def _adjacency(ids: Int64[Tensor, "N K"]) -> csr_array:
-    """1 where the point of the column is a neighbour of that of the row."""
+    """The adjacency matrix: 1 where the column is a neighbour of the row."""
     ids = ids.cpu()
     rows, columns = (ids >= 0).nonzero(as_tuple=True)
     return csr_array((np.ones(len(rows)), (rows.numpy(), ids[rows, columns].numpy())), shape=(len(ids), len(ids)))
 
 
 def graph_statistics(ids: Int64[Tensor, "N K"], labels: Int64[Tensor, " N"] | None = None) -> dict[str, float]:
-    """All of the above in one dictionary.
+    """All statistics of a graph.
 
     Args:
         ids: the graph.

@@ -1,4 +1,4 @@
-"""Error bars of ratios of sums, from what each block of images has of them."""
+"""Error bars of ratios of sums, by a jackknife over blocks of images."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,8 +8,8 @@ from torch import Tensor
 from ssl_geometry.geometry.cka import cka_matrix
 
 LEAST_BLOCK = 0.25
-"""Share of the largest block's weight that makes a block: few images vary less than their weight says, and error bars
-with their degree of freedom cover 0.89 to 0.92 (196, 212, 260 images) instead of 0.94 to 0.95."""
+"""Smallest weight of a block, relative to the largest: blocks of few images vary less than their weight implies, and
+counting them as degrees of freedom gives a coverage of 0.89 to 0.92 (196, 212, 260 images) instead of 0.94 to 0.95."""
 
 
 def jackknife(
@@ -27,11 +27,11 @@ def jackknife(
         cross: the sums that :func:`cka_matrix` takes, for each of J disjoint blocks of Gram matrices.
         rows: the same of each row layer with itself.
         cols: the same of each column layer with itself.
-        weights: what a block counts in these sums: of each of its Gram matrices of n images, n (n - 3). Blocks of
-            little or none are counted with the one before; see :func:`standing`.
+        weights: weight of each block in these sums: n (n - 3) for each of its Gram matrices of n images. Blocks of
+            little weight are merged with the one before; see :func:`standing`.
 
     Returns:
-        CKA of all blocks together, and its standard error; NaN where fewer than two blocks stand.
+        CKA of all blocks together, and its standard error; NaN with fewer than two blocks after merging.
 
     References:
         Busing, Meijer & van der Leeden, *Delete-m jackknife for unequal m*, 1999, eq. 8.
@@ -50,7 +50,7 @@ def jackknife(
 
 
 def standing(weights: Float[Tensor, " J"]) -> Bool[Tensor, " J"]:
-    """Which blocks stand for themselves; what little the others hold (a short last Gram matrix) joins the one before.
+    """Which blocks are large enough; the others (a short last Gram matrix) are merged with the one before.
 
     Example:
         >>> standing(torch.tensor([3904.0, 3904.0, 4.0, 0.0]))  # Gram matrices of 64, 64 and 4 images, and none
@@ -65,21 +65,21 @@ def deviations(
     cols: Float[Tensor, "J ... M"],
     weights: Float[Tensor, " J"],
 ) -> tuple[Float[Tensor, "... L M"], Float[Tensor, "K ... L M"]]:
-    """CKA, and what each block makes of its standard error.
+    """CKA, and the contribution of each block to its standard error.
 
     Args:
-        cross: as of :func:`jackknife`.
+        cross: as in :func:`jackknife`.
         rows: the same of each row layer with itself.
         cols: the same of each column layer with itself.
-        weights: as of :func:`jackknife`.
+        weights: as in :func:`jackknife`.
 
     Returns:
-        CKA, and a deviation for each of the K blocks that stand (see :func:`standing`): their squares sum up to the
-        squared standard error, and the deviations of a sum or difference are the sums or differences of the deviations.
+        CKA, and a deviation for each of the K merged blocks (see :func:`standing`): their squares sum up to the squared
+        standard error, and the deviations of a sum or difference are the sums or differences of the deviations.
     """
     alone = standing(weights)
     number = int(alone.sum())
-    # In the circle that blocks are dealt in: wherever the dealing began, the same Gram matrices are joined.
+    # Blocks are dealt cyclically, so the same Gram matrices are merged wherever the dealing began.
     place = (alone.cumsum(0) - 1) % max(number, 1)
     cross, rows, cols, weights = (
         part.new_zeros(max(number, 1), *part.shape[1:]).index_add_(0, place, part)[:number]
@@ -97,20 +97,20 @@ def deviations(
 def interval(
     value: Float[Tensor, "..."], error: Float[Tensor, "..."], blocks: int, level: float = 0.95
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """The error bar of a jackknife: Student's t with as many degrees of freedom as blocks, less one.
+    """The confidence interval of a jackknife: Student's t with one degree of freedom less than blocks.
 
     Args:
         value: the estimate.
-        error: its standard error, as of :func:`jackknife`.
-        blocks: that stand; see :func:`standing`.
-        level: how often the bar is to cover the truth.
+        error: its standard error, from :func:`jackknife`.
+        blocks: number of merged blocks; see :func:`standing`.
+        level: confidence level.
 
     Returns:
         Both ends; NaN with fewer than two blocks.
 
     Example:
         >>> low, high = interval(torch.tensor(0.5), torch.tensor(0.1), blocks=4)
-        >>> round(float(low), 2), round(float(high), 2)  # 3.18 standard errors: four blocks know their spread badly
+        >>> round(float(low), 2), round(float(high), 2)  # 3.18 standard errors for four blocks
         (0.18, 0.82)
     """
     reach = float(stdtrit(blocks - 1, (1 + level) / 2)) * error if blocks > 1 else torch.full_like(error, torch.nan)

@@ -1,9 +1,9 @@
-"""Classes by a vote of the nearest neighbours among images of known class.
+"""k-nearest-neighbour classification.
 
 Protocol: the k nearest clean (un-augmented) training images by cosine similarity, ranked in float64 where float32
-cannot (see :mod:`ssl_geometry.geometry.neighbors`), vote with weight exp(cosine / temperature), as in Wu et al. 2018,
-computed from 1 - cosine, which keeps its digits where all cosines round to 1. Images of equal features all vote. An
-image of zero features has no direction: it is nobody's neighbour, and has no neighbour and no class.
+cannot (see :mod:`ssl_geometry.geometry.neighbors`), vote with weight exp(cosine / temperature), as in Wu et al. 2018.
+Weights are computed from 1 - cosine, which keeps its digits where all cosines round to 1. Duplicates all vote. A zero
+feature vector has no direction: it is not a neighbour of any image, and gets no neighbours and no prediction.
 """
 
 import torch
@@ -15,11 +15,11 @@ from ssl_geometry.geometry.neighbors import nearest_directions
 from ssl_geometry.geometry.overlap import is_degenerate
 
 VOTES = 2**24
-"""Votes (of queries times classes, float64) that are counted at once."""
+"""Block size of the vote (queries times classes, float64)."""
 
 
 def directions_vary(features: Float[Tensor, "N D"]) -> bool:
-    """Whether more than rounding tells directions apart; otherwise no neighbour is better than another.
+    """Whether directions differ by more than rounding; otherwise neighbours are meaningless.
 
     Rows of one direction that were rounded to float32 lie about 2.5e-8 around their mean, as unit vectors (root mean
     square); features vary where it is more than eps (1.2e-7 in float32).
@@ -44,14 +44,14 @@ def knn_vote(
     Args:
         distances: 1 - cosine of each neighbour, the smallest first; of
             :func:`~ssl_geometry.geometry.neighbors.nearest_directions`.
-        neighbours: their numbers in the bank, -1 for none.
+        neighbours: their indices in the bank, -1 for none.
         labels: classes of the bank, in [0, num_classes).
         num_classes: number of classes.
-        temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
+        temperature: a neighbour votes with weight exp(cosine / temperature); None for a majority vote.
 
     Returns:
-        The class with the largest vote for each query (of votes that are equal within float64's rounding the smallest
-        class); -1 without a neighbour.
+        The class with the largest vote for each query (ties within float64 rounding go to the smallest class); -1
+        without neighbours.
 
     Raises:
         ValueError: labels out of range, or a temperature that is not above 0.
@@ -67,7 +67,7 @@ def knn_vote(
     rounding = distances.shape[1] * torch.finfo(torch.float64).eps
     predicted = []
     for near, ids in zip(*(part.split(max(1, VOTES // num_classes)) for part in (distances, neighbours)), strict=True):
-        # exp(s/T) up to a factor that every vote of the query shares: no overflow at small temperatures
+        # exp(s/T) up to a common factor of all votes of a query: no overflow at small temperatures
         weights = torch.ones_like(near, dtype=torch.float64)
         if temperature is not None:
             weights = ((near[:, :1].double() - near.double()) / temperature).exp()
@@ -87,18 +87,18 @@ def knn_predict(
     k: int = 20,
     temperature: float | None = 0.07,
 ) -> Int64[Tensor, " N"]:
-    """Predict classes by a vote of the k most similar images of the bank: a search, then :func:`knn_vote`.
+    """Search the k most similar images of the bank and predict classes by :func:`knn_vote`.
 
     Args:
-        queries: features to classify.
-        bank: features with known classes.
+        queries: features of test images.
+        bank: features of training images.
         labels: classes of the bank, in [0, num_classes).
         num_classes: number of classes.
-        k: neighbours that vote.
-        temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
+        k: number of neighbours.
+        temperature: a neighbour votes with weight exp(cosine / temperature); None for a majority vote.
 
     Returns:
-        The class with the largest vote for each query (of equal votes the smallest class); -1 for queries of zeros.
+        The class with the largest vote for each query (ties go to the smallest class); -1 for zero vectors.
 
     Raises:
         ValueError: k that is not between 1 and the number of images in the bank, features that are not finite, or as of

@@ -26,9 +26,9 @@ Index = Literal["auto", "exact", "ivf", "hnsw", "cagra"]
 RANKING = "float64 differences of the features where float32 cannot rank, ties by number"
 """How neighbours are ranked, for protocols."""
 EXACT_ROWS = 200_000  # "auto" searches larger banks on a CPU approximately
-SAMPLE = 256  # queries whose exact neighbours tell the recall of an approximate search
-LINKS = 32  # of a point in an HNSW graph
-PROBED = 8  # one of so many inverted lists is searched
+SAMPLE = 256  # queries on which the recall of an approximate search is measured
+LINKS = 32  # per point of an HNSW graph
+PROBED = 8  # one in eight inverted lists is searched
 
 
 class Neighbors(NamedTuple):
@@ -37,9 +37,9 @@ class Neighbors(NamedTuple):
     ids: Int64[Tensor, "N k"]
     """Rows of the bank; -1 where there are fewer than k distinct points."""
     values: Float[Tensor, "N k"]
-    """1 - cosine, squared distance (l2) or inner product; NaN where there is no neighbour."""
+    """1 - cosine, squared distance (l2) or inner product; NaN without a neighbour."""
     recall: float = 1.0
-    """Share of the true neighbours that were found: 1 for an exact search, measured on a sample otherwise."""
+    """Share of the true neighbours that were found: 1 for an exact search, otherwise measured on a sample."""
 
 
 @torch.no_grad()
@@ -56,19 +56,19 @@ def nearest(
 
     Args:
         features: the queries.
-        bank: where to search; several blocks of a bank that is larger than memory, one after another, from any device;
-            None searches among the queries, each without itself.
-        k: neighbours.
-        metric: "cosine", "inner" (product) or "l2" (whose values are squared distances).
+        bank: the points to search; an iterable of blocks, on any device, for a bank that is larger than memory; None
+            searches among the queries, each without itself.
+        k: number of neighbours.
+        metric: "cosine", "inner" (product) or "l2" (squared distances).
         index: "exact", "ivf" (inverted lists) or "hnsw" (a graph), both on the CPU, "cagra" (a graph on a CUDA device;
-            needs faiss-gpu-cuvs), or "auto": exact but for banks of more than 200,000 rows on a CPU, which take ivf.
-        duplicates: whether points that are equal are all neighbours, copies of the query among them. By default one
-            stands for all, and a copy of the query is none.
+            needs faiss-gpu-cuvs), or "auto": ivf for banks of more than 200,000 rows on a CPU, otherwise exact.
+        duplicates: whether all duplicates of a point, those of the query included, are neighbours. By default they
+            count once, and those of the query not at all.
 
     Returns:
-        Ids (rows of the bank, of all blocks in a row), distances or inner products in float32, and the recall. Cosines
-        are given as 1 - cosine, which keeps its digits where all cosines round to 1. Where all points are equal nothing
-        has a neighbour: ids are -1.
+        Ids (rows of the bank; blocks are numbered consecutively), distances or inner products in float32, and the
+        recall. Cosines are returned as 1 - cosine, which keeps its digits where all cosines round to 1. If all points
+        are equal there are no neighbours: ids are -1.
 
     Raises:
         ValueError: k that is not between 1 and the number of other points, features that are not finite, zero vectors
@@ -96,14 +96,14 @@ def nearest(
     others = len(features) - 1 if bank is None else len(bank) if isinstance(bank, Tensor) else None
     if k < 1 or (others is not None and k > others):  # before a long search
         raise ValueError(_too_few(k, others))
-    # A power of two changes no digit, and keeps squares within float32.
+    # Scaling by a power of two is exact, and keeps squares within the range of float32.
     scale = float(lengths.amax().log2().floor().exp2()) if metric == "l2" and bool(lengths.any()) else 1.0
     divisors = lengths if metric == "cosine" else torch.full_like(lengths, scale)
     center = None if metric == "inner" else _mean(features, divisors)
     divisor = None if metric == "cosine" else scale
     original = Rows(features, divisor, center)
     queries = original.centered(torch.float32)
-    # Points of the same key are the same point: of equal bits, or of the same number where copies count.
+    # Points of the same key are one point: equal rows, or, where duplicates are neighbours, equal indices.
     number = torch.arange(len(features), device=features.device)
     keys = (number if itself else -1 - number) if duplicates else row_keys(features)
     found, first, seen = None, 0, keys[:0]
@@ -130,18 +130,18 @@ def nearest(
 def nearest_directions(
     features: Float[Tensor, "N D"], bank: Float[Tensor, "M D"] | None = None, k: int = 10
 ) -> Neighbors:
-    """The k most similar images by cosine, searched exactly: copies are neighbours, and zeros may be among the images.
+    """Exact search of the k most similar images by cosine; duplicates are neighbours, and zero vectors are allowed.
 
-    The first columns are the search for a smaller k: one search does for several.
+    The first columns are the result for a smaller k, so one search serves several k.
 
     Args:
         features: the queries.
-        bank: where to search; None searches among the queries, each without itself.
-        k: neighbours.
+        bank: the images to search; None searches among the queries, each without itself.
+        k: number of neighbours.
 
     Returns:
-        As of :func:`nearest`, of equally similar images the smaller number first. Images of zeros have no direction:
-        they have no neighbours (-1, NaN) and are none.
+        As in :func:`nearest`; ties are ordered by index. Zero vectors have no direction: they have no neighbours
+        (-1, NaN) and are none.
 
     Raises:
         ValueError: k that is not between 1 and the number of other images, or features that are not finite.
@@ -167,16 +167,15 @@ def nearest_directions(
 
 
 def merge(parts: Sequence[Neighbors], k: int, largest: bool = False) -> Neighbors:
-    """The best k of several lists for the same queries, such as those of ranks that each hold a part of the bank.
+    """Merge neighbour lists of the same queries, such as those of ranks that each hold a part of the bank.
 
     Args:
-        parts: lists whose ids number the whole bank. Copies in different parts stay.
-        k: neighbours to keep.
-        largest: whether large values are near (inner product) or small ones (cosine, l2).
+        parts: lists whose ids refer to the whole bank. Duplicates in different parts are kept.
+        k: number of neighbours to keep.
+        largest: whether neighbours have large values (inner product) or small ones (cosine, l2).
 
     Returns:
-        The merged lists, by values as they are (float32), of equal ones the smaller id first; the recall is the lowest
-        of the parts'.
+        The best k, by their float32 values, ties by id; the recall is the lowest of the parts.
 
     Example:
         >>> a = Neighbors(torch.tensor([[0, 1]]), torch.tensor([[0.1, 0.9]]))
@@ -186,7 +185,7 @@ def merge(parts: Sequence[Neighbors], k: int, largest: bool = False) -> Neighbor
     """
     ids, values = torch.cat([part.ids for part in parts], 1), torch.cat([part.values for part in parts], 1)
     rank = values.masked_fill(ids < 0, -torch.inf if largest else torch.inf)
-    order = ids.argsort(dim=1)  # the smaller id first, where the stable sort that follows finds them equal
+    order = ids.argsort(dim=1)  # ties by id, thanks to the stable sort that follows
     order = order.gather(1, rank.gather(1, order).argsort(dim=1, descending=largest, stable=True))[:, :k]
     short = (0, k - order.shape[1])
     ids = F.pad(ids.gather(1, order), short, value=-1)
@@ -199,11 +198,11 @@ def _too_few(k: int, others: int | None) -> str:
 
 
 def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[Tensor, "N 1"]:
-    """In float32's digits; refuses what cannot be searched."""
+    """Lengths to float32 precision; refuses features that cannot be searched."""
     if features.ndim != 2 or features.shape[1] != width or not features.numel():
         raise ValueError(f"{what}: expected (N, {width}) numbers, N at least 1, got shape {tuple(features.shape)}")
     lengths = features.norm(dim=1, keepdim=True)
-    if not bool(((lengths > 1e-15) & (lengths < 1e15)).all()):  # but squares must not leave its range
+    if not bool(((lengths > 1e-15) & (lengths < 1e15)).all()):  # squares would leave float32's range
         lengths = features.double().norm(dim=1, keepdim=True)
     if broken := int((~lengths.isfinite()).sum()):
         raise ValueError(f"{what}: {broken} of {len(features)} vectors are not finite")
@@ -213,7 +212,7 @@ def _lengths(features: Tensor, metric: Metric, what: str, width: int) -> Float[T
 
 
 def _mean(features: Tensor, divisors: Tensor) -> Float[Tensor, " D"]:
-    """The mean, in float64. Any shift leaves distances as they are; this one leaves most digits to the differences."""
+    """The mean, in float64. No shift changes distances; this one leaves the most digits to differences."""
     weights = 1 / divisors[:, 0].double()
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for part in row_blocks(features):
@@ -231,7 +230,7 @@ def _others(
     metric: Metric,
     index: Index,
 ) -> Neighbors:
-    """The k nearest of some rows of a bank, not the query itself; -1 and NaN where they run out."""
+    """The k nearest among some rows of a bank, without the query itself; -1 and NaN where there are fewer."""
     (queries, bank), (asked, known_rows) = both, originals
     points, raw = (bank[rows], known_rows[rows]) if len(rows) < len(bank) else (bank, known_rows)
     if index == "auto":
@@ -246,11 +245,11 @@ def _others(
     known, order = bank_keys[rows].sort()
     place = torch.searchsorted(known, keys).clamp_max(len(known) - 1)
     itself = torch.where(known[place] == keys, order[place], len(points))
-    # A list holds its query once at most: from there on, columns move up.
+    # A list contains its query at most once; the columns after it move up.
     column = torch.arange(k, device=ids.device) + (ids[:, :k] == itself[:, None]).cumsum(1)
     values, ids = values.gather(1, column), ids.gather(1, column)
     missing = ids < 0
-    if metric != "inner":  # the nearest may be too near for float32 products where no other is
+    if metric != "inner":  # the nearest may be too close for float32 products
         near = (values[:, 0] < NEAR * torch.linalg.vector_norm(queries, dim=1).square()).nonzero()[:, 0]
         apart = asked.divided(near) - raw.divided(ids[near, 0])
         values[near, 0] = apart.square_().sum(1).to(values.dtype)
@@ -261,7 +260,7 @@ def _others(
     some = (queries[sample], bank), (asked[sample], known_rows)
     true = _others(*some, keys[sample], bank_keys, rows, k, metric, "exact").ids
     hits = (true[:, :, None] == found.ids[sample, None]).any(2)
-    return found._replace(recall=float(hits[true >= 0].double().mean()))  # NaN where nobody has a neighbour
+    return found._replace(recall=float(hits[true >= 0].double().mean()))  # NaN if no query has a neighbour
 
 
 def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index: Index) -> tuple[Tensor, Tensor]:
@@ -276,7 +275,7 @@ def _approximate(queries: Tensor, points: Tensor, k: int, metric: Metric, index:
         searcher = library.IndexHNSWFlat(width, LINKS, kind)
         searcher.hnsw.efSearch = max(64, 2 * k)
     else:
-        lists = max(1, min(n // 39, round(4 * n**0.5)))  # FAISS wants 39 training points a list
+        lists = max(1, min(n // 39, round(4 * n**0.5)))  # FAISS wants 39 training points per list
         searcher = library.index_factory(width, f"IVF{lists},Flat", kind)
         searcher.nprobe = max(1, lists // PROBED)
     with faiss_threads():
@@ -292,11 +291,11 @@ def _by_cagra(queries: Tensor, points: Tensor, k: int, kind: int) -> tuple[Tenso
     library = faiss()
     config, options = library.GpuIndexCagraConfig(), library.SearchParametersCagra()
     config.device = device
-    options.itopk_size = max(64, -(-2 * k // 32) * 32)  # candidates that are kept, in steps of 32
+    options.itopk_size = max(64, -(-2 * k // 32) * 32)  # size of the candidate list, a multiple of 32
     with torch.cuda.device(device):
         searcher = library.GpuIndexCagra(gpu_resources(device), points.shape[1], kind, config)
         searcher.train(points)
-        # FAISS's own wrapper for tensors takes no options.
+        # FAISS's wrapper for tensors does not accept options.
         values = queries.new_empty(len(queries), k)
         ids = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         tensors = library.contrib.torch_utils

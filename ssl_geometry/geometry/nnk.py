@@ -56,7 +56,7 @@ def nnk(
         kernel: "cosine", (1 + cos)/2; "gaussian", exp(-d²/2s²) with s a third of the distance to the query's farthest
             candidate; or a function of (..., P, D) and (..., R, D) features that returns (..., P, R).
         similarity: the cosines of all features, where a search has kept them. K_SS is then gathered from them, but
-            for queries whose candidates are so close that float32 cosines hardly tell them apart.
+            for queries whose candidates are too close for float32 cosines.
         chunk: queries at once in each thread; None for 256 on a CPU and 8,192 elsewhere, fewer for more than 64
             candidates.
         tolerance: as of :func:`solve`.

@@ -1,9 +1,9 @@
 """Exact non-negative kernel regression of many queries at once, from kernel values or differences of unit vectors.
 
-Solved in float64, for a whole chunk of queries: the active-set method of Lawson & Hanson on swept tableaux, where a
-candidate enters or leaves by one rank-one update. Singular K_SS (more candidates than dimensions, duplicates) are no
-exception. Every answer carries its KKT residual, computed afresh; an answer beyond 1e-10 is sought again with SciPy,
-and one that even then misses the tolerance is warned of.
+Solved in float64 for a whole chunk of queries, by the active-set method of Lawson & Hanson on swept tableaux, where a
+candidate enters or leaves by one rank-one update. Singular K_SS (more candidates than dimensions, duplicates) are
+allowed. Every solution comes with its KKT residual, computed independently; solutions with a residual above 1e-10 are
+computed again with SciPy, and a warning reports those that still miss the tolerance.
 """
 
 import warnings
@@ -21,23 +21,23 @@ ACTIVE = 1e-6
 OPTIMAL = 1e-13
 """A candidate enters if it lowers the objective at more than this rate, of a tableau scaled to a largest value of 1."""
 INDEPENDENT = 1e-12
-"""... and if more than this share of it (squared, in kernel space) lies outside the span of those that are in."""
+"""... and if more than this share of it (squared, in kernel space) lies outside the span of the active candidates."""
 SMALLEST = 3e-3
-"""... where candidates are scaled alike but for those nearer than this to the nearest one, relative to the farthest."""
+"""Candidates are scaled to 1, except those closer than this to the nearest one, relative to the farthest."""
 SURE = 1e-10
 """KKT residual beyond which rounding has corrupted the tableau, and a query is solved again by the slower path."""
 
 
 class NNK(NamedTuple):
-    """Answers for Q queries with K candidates each, in float64.
+    """Solutions for Q queries with K candidates each, in float64.
 
     Attributes:
         weights: theta; 0 for candidates that are inactive or padding.
         active: the NNK neighbours: theta_j > 1e-6 max theta.
-        error: 1 - 2 theta' K_Si + theta' K_SS theta, the squared distance in kernel space that is left.
-        residual: largest violation of the KKT conditions (K_SS theta - K_Si is 0 where theta > 0, >= 0 elsewhere) of
-            the kernel as it was formed: from float32 features its own rounding, about 1e-7, comes on top. Relative to
-            the largest entry of K_Si; of the cosine kernel, to the largest of 1 - K_Si: to how much the kernel varies.
+        error: 1 - 2 theta' K_Si + theta' K_SS theta, the remaining squared distance in kernel space.
+        residual: largest violation of the KKT conditions (K_SS theta - K_Si is 0 where theta > 0, >= 0 elsewhere) for
+            the kernel as computed; rounding of a kernel of float32 features, about 1e-7, is not included. Relative to
+            the largest entry of K_Si; for the cosine kernel, to the largest of 1 - K_Si, the variation of the kernel.
     """
 
     weights: Float[Tensor, "Q K"]
@@ -59,9 +59,9 @@ def solve(
     Args:
         gram: K_SS, the kernel between the candidates of each query; symmetric, positive semi-definite, of any scale.
         target: K_Si, the kernel between each query and its candidates.
-        self_similarity: the kernel of each query with itself; enters the error alone.
+        self_similarity: the kernel of each query with itself; only the error depends on it.
         valid: which candidates exist; None for all.
-        tolerance: largest KKT residual of an answer that counts as exact.
+        tolerance: largest KKT residual of a solution that counts as exact.
 
     Returns:
         Weights, neighbours, error and residual of each query.
@@ -99,12 +99,12 @@ def solve_cosine(
     valid: Bool[Tensor, "Q K"] | None = None,
     tolerance: float = 1e-6,
 ) -> NNK:
-    """Solve NNK problems under the kernel (1 + cos)/2 that are given by differences of unit vectors, however small.
+    """Solve NNK problems for the kernel (1 + cos)/2, given differences of unit vectors, however small.
 
     Args:
         local: (x_a - x_i) · (x_b - x_i) of all pairs of candidates of each query, of unit vectors.
-        valid: as of :func:`solve`.
-        tolerance: as of :func:`solve`.
+        valid: as in :func:`solve`.
+        tolerance: as in :func:`solve`.
 
     Returns:
         Weights, neighbours, error and residual of each query.
@@ -136,7 +136,7 @@ def solve_cosine(
 
 
 def symmetric(gram: Float[Tensor, "Q K K"]) -> Float[Tensor, "Q K K"]:
-    """In float64, and symmetric: a product of float32 matrices is so up to rounding only, too little for 1e-10."""
+    """Symmetrise in float64: a float32 product is symmetric up to its rounding only, which is too coarse for 1e-10."""
     both = torch.add(gram, gram.mT, out=scratch("both", gram.shape, gram.dtype, gram.device))
     return scratch("gram", gram.shape, torch.float64, gram.device).copy_(both).mul_(0.5)
 
@@ -152,13 +152,13 @@ class KernelProblem(NamedTuple):
     @classmethod
     def of(cls, gram: Tensor, target: Tensor, own: Tensor, valid: Tensor) -> "KernelProblem":
         """Takes over ``gram``, and changes it."""
-        if not bool(valid.all()):  # what does not exist gets a kernel of zero, and never enters
+        if not bool(valid.all()):  # padding gets kernel values of zero, and never enters
             gram.masked_fill_(~(valid.unsqueeze(2) & valid.unsqueeze(1)), 0)
             target = target.where(valid, 0)
         return cls(gram, target, own, valid)
 
     def tableau(self) -> tuple[Tensor, Bool[Tensor, "Q K"], Float[Tensor, "Q K"]]:
-        """Where the sweeps start: no candidate is in. The solution is the tableau's times the last."""
+        """The initial tableau, the active candidates (none), and the scale of the solution."""
         k = self.target.shape[1]
         # Kernels of any scale are brought to a largest value of 1, so that the limits above are relative ones.
         size, aim = self.gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True), self.target.abs().amax(1, keepdim=True)
@@ -177,7 +177,7 @@ class KernelProblem(NamedTuple):
         return _answer(weights, error, _violation(weights, slope) / scale.where(scale > 0, 1))
 
     def equations(self, query: int) -> tuple[Float[Tensor, "M K"], Float[Tensor, " M"]]:
-        """A matrix and a side whose non-negative least squares are the problem."""
+        """Matrix and right-hand side of the equivalent non-negative least squares problem."""
         values, vectors = _spectrum(self.gram[query])
         return values.sqrt().unsqueeze(1) * vectors.T, (vectors.T @ self.target[query]) / values.sqrt()
 
@@ -185,11 +185,11 @@ class KernelProblem(NamedTuple):
 class CosineProblem(NamedTuple):
     """Problems under the cosine kernel, given by the differences d_j = x_j - x_i of unit vectors to the query.
 
-    With near_j = |d_j|² and what the weights lack in their sum, lack = 1 - sum theta, the kernel's objective is
+    With near_j = |d_j|² and lack = 1 - sum theta, the objective is
 
         lack² + lack near' theta / 2 + theta' (d_a · d_b) theta / 2,
 
-    in which nothing is a difference of numbers near 1 but lack.
+    in which only lack is a difference of numbers close to 1.
     """
 
     local: Float[Tensor, "Q K K"]
@@ -204,11 +204,11 @@ class CosineProblem(NamedTuple):
         return cls(local, local.diagonal(dim1=1, dim2=2).clone(), valid)
 
     def tableau(self) -> tuple[Tensor, Bool[Tensor, "Q K"], Float[Tensor, "Q K"]]:
-        """Where the sweeps start: the nearest candidate is in, as it would be after the first of them.
+        """The initial tableau: the nearest candidate x_0 is active, as it would be after the first sweep.
 
-        The sweep of x_0 leaves K_ab - K_a0 K_0b = (x_a - x_0) · (x_b - x_0) / 2 - |x_a - x_0|² |x_b - x_0|² / 16: small
-        numbers, of small numbers. Each candidate is then scaled to 1 on the diagonal (to less, if it lies so close to
-        the nearest that float32 could not tell its size), and the query alike.
+        That sweep gives K_ab - K_a0 K_0b = (x_a - x_0) · (x_b - x_0) / 2 - |x_a - x_0|² |x_b - x_0|² / 16, which is
+        computed without cancellation. Each candidate is then scaled to 1 on the diagonal (to less, if it is too close
+        to the nearest one for float32 to resolve its size), and so is the query.
         """
         (queries, k), device = self.near.shape, self.near.device
         closest, first = self.near.where(self.valid, torch.inf).min(1, keepdim=True)
@@ -245,8 +245,8 @@ class CosineProblem(NamedTuple):
         product = (self.local @ weights.unsqueeze(2)).squeeze(2)
         pulled = product / 2 - (weights * self.near).sum(1, keepdim=True) / 4
         target = (1 - self.near / 4).where(self.valid, 0)
-        # The slope is pulled - lack target. Of weights near 1, their own rounding is all that a small lack is known to:
-        # slopes are of the lack that suits the weights best, and what the sum is off that counts on its own.
+        # The slope is pulled - lack target. For weights close to 1, a small lack is only known up to their rounding:
+        # slopes use the lack that fits the weights best, and its difference from the sum counts as a violation too.
         sums, aimed = weights.sum(1, keepdim=True), (weights * target).sum(1, keepdim=True)
         lack = torch.where(aimed > 0, (weights * pulled).sum(1, keepdim=True) / aimed, 1 - sums)
         scale = (self.near / 4).amax(1)
@@ -255,10 +255,10 @@ class CosineProblem(NamedTuple):
         return _answer(weights, error.squeeze(1), torch.maximum(violation, (1 - sums - lack).squeeze(1).abs()))
 
     def equations(self, query: int) -> tuple[Float[Tensor, "M K"], Float[Tensor, " M"]]:
-        """A matrix and a side whose non-negative least squares are the problem."""
+        """Matrix and right-hand side of the equivalent non-negative least squares problem."""
         near = self.near[query]
         size = near.amax().clamp_min(torch.finfo(near.dtype).tiny).sqrt()
-        # Across the query, along it, and the constant feature that the 1 of (1 + cos)/2 stands for.
+        # Orthogonal to the query, along it, and the constant feature of the 1 in (1 + cos)/2.
         values, vectors = _spectrum((self.local[query] - near.unsqueeze(1) * near / 4) / size.square())
         exists = self.valid[query].double()
         rows = [values.sqrt().unsqueeze(1) * vectors.T, ((exists - near / 2) / size)[None], (exists / size)[None]]
@@ -274,7 +274,7 @@ def _answer(weights: Float[Tensor, "Q K"], error: Float[Tensor, " Q"], residual:
 
 
 def solve_problem(problem: KernelProblem | CosineProblem, tolerance: float) -> NNK:
-    """Sweeps for all queries; SciPy for those that rounding has corrupted.
+    """Solve all queries by sweeps, and those that rounding has corrupted by SciPy.
 
     Raises:
         ValueError: kernel values that are not finite.
@@ -294,12 +294,12 @@ def solve_problem(problem: KernelProblem | CosineProblem, tolerance: float) -> N
 
 
 def _lawson_hanson(table: Float[Tensor, "Q K+1 K+1"], inside: Bool[Tensor, "Q K"]) -> Float[Tensor, "Q K"]:
-    """Active-set non-negative least squares of all queries, one candidate in or out of each at a time.
+    """Active-set non-negative least squares of all queries; per iteration one candidate enters or leaves each query.
 
-    The tableau is [K_SS K_Si; K_Si' 0] where no candidate is in. Sweeping candidate j in, and once more to take it out,
-    keeps in the last row the unconstrained solution for candidates that are in and what each of the others would gain
-    (minus the slope of the objective), and on the diagonal -(K_FF^-1)_jj for those in and the squared distance to their
-    span for the others. What is in at the start has been swept in already. The tableau is overwritten.
+    The tableau is [K_SS K_Si; K_Si' 0] when no candidate is active. Sweeping candidate j, once to enter and once more
+    to leave, maintains in the last row the unconstrained solution of the active candidates and the negative slope of
+    the objective for the others, and on the diagonal -(K_FF^-1)_jj for the active ones and the squared distance to
+    their span for the others. Initially active candidates have been swept already. The tableau is overwritten.
     """
     queries, k = inside.shape
     spare = scratch("spare", table.shape, table.dtype, table.device)
@@ -309,7 +309,7 @@ def _lawson_hanson(table: Float[Tensor, "Q K+1 K+1"], inside: Bool[Tensor, "Q K"
     x = weights
     for left in reversed(range(3 * k)):
         best, free = table[:, k, :k], table.diagonal(dim1=1, dim2=2)[:, :k].contiguous()
-        # Move towards the solution for the candidates that are in, until one of them reaches zero: it leaves.
+        # Move towards the solution of the active candidates until one of them reaches zero and leaves.
         share, leaving = torch.where(inside & (best < 0), x / (x - best), torch.inf).min(1)
         blocked = share <= 1
         x = torch.lerp(x, best, share.clamp_max(1).unsqueeze(1)).where(inside, 0)
@@ -317,8 +317,8 @@ def _lawson_hanson(table: Float[Tensor, "Q K+1 K+1"], inside: Bool[Tensor, "Q K"
         gain, entering = torch.where((free > INDEPENDENT) & (best > OPTIMAL), best.square() / free, 0).max(1)
         done = ~blocked & (gain == 0)
         finished = int(done.sum())
-        if 2 * finished >= len(live) or not left:  # half of them: copying the others costs as much as a sweep of all
-            indefinite = ((free < -0.5) & ~inside).any(1, keepdim=True)  # a squared distance: no kernel has such
+        if 2 * finished >= len(live) or not left:  # at half, since copying the others costs as much as a sweep of all
+            indefinite = ((free < -0.5) & ~inside).any(1, keepdim=True)  # no kernel has these
             weights[live] = x.masked_fill(indefinite, torch.nan)
             if finished == len(live):
                 break

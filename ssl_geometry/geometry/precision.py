@@ -1,4 +1,4 @@
-"""The precision of float32 products and convolutions, which torch may lower without a word."""
+"""Full precision of float32 products and convolutions, which torch settings may lower silently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +22,11 @@ FLOAT32_SWITCHES: tuple[Any, ...] = (  # each below the one that it follows
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 in float32 products and convolutions, whichever of torch's two interfaces allowed them.
+    """Disable TF32 and bfloat16 in float32 products and convolutions, whichever of torch's two interfaces allowed them.
 
-    A switch without a value of its own follows the one above it. Those above are set first: a switch that still differs
-    then has its own, and is set and put back; one that follows is never written, since that could not be undone.
+    A switch without a value of its own inherits that of its parent. Parents are set first: a switch that then still
+    differs has its own value, which is set and restored. A switch that inherits is never written, as that could not be
+    undone.
     """
     matmul = _matmul_precision()
     found: list[tuple[Any, str]] = []
@@ -45,7 +46,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _matmul_precision() -> str:
-    """What the older interface says of products; nothing of its own where the newer one was used instead."""
+    """The precision of products in the older interface; "highest" where the newer interface was used."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

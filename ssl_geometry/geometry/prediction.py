@@ -1,12 +1,11 @@
-"""Statistics over a handful of models: groups of similar ones, and what predicts how well they transfer.
+"""Statistics over a few models: clusters of similar ones, and prediction of their transfer.
 
-Rows are models, columns are numbers measured of each (manifold graph metrics). There are few models, so every figure
-is made to be honest about that: tests are permutation tests, corrected for the number of columns that were tried, and
-predictions are of models that the fit has not seen.
+Rows are models, columns are their metrics (manifold graph metrics). As there are few models, tests are permutation
+tests, corrected for the number of columns, and predictions are of models that the fit has not seen.
 
 **Rows of a test or a prediction must be independent.** Seeds of one recipe are not: a fit that has seen one seed has
-seen the other, and an order that keeps them together is no random one (seven recipes of two seeds each give a median
-Q² of 0.97 where nothing predicts anything). Average them first: :func:`unit_means`.
+practically seen the other, and permutations must not separate them (seven recipes of two seeds each give a median Q² of
+0.97 without any true relation). Average them first: :func:`unit_means`.
 """
 
 from collections.abc import Sequence
@@ -21,30 +20,30 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.stats import permutation_test, rankdata
 
 STRENGTHS = tuple(np.logspace(-2, 5, 29).tolist())
-"""Penalties of ridge regression, on standardised columns; each is chosen without the model that is predicted."""
+"""Regularisation strengths of ridge regression on standardised columns, selected without the predicted model."""
 ALL_PERMUTATIONS = 8
-"""Up to so many models, all orders are tried (40,320 at most) instead of random ones."""
+"""Up to this number of models, all permutations (at most 40,320) are used instead of random ones."""
 
 
 class Groups(NamedTuple):
-    """Models by similarity."""
+    """Clusters of similar models."""
 
     merges: Float[Array, "n-1 4"]
-    """What is merged with what, at which distance, into how many: SciPy's linkage matrix."""
+    """SciPy's linkage matrix."""
     labels: Array
-    """Group of each model, numbered from 1 as they come."""
+    """Cluster of each model, numbered from 1 in the order of the models."""
     place: Float[Array, "n 2"]
-    """On the first two principal components."""
+    """Coordinates on the first two principal components."""
     explained: Float[Array, " 2"]
     """Share of the variance along each."""
 
 
 def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
-    """Cluster models by Ward's method on standardised columns, and lay them out by principal components.
+    """Cluster models by Ward's method on standardised columns, and project them on principal components.
 
     Args:
-        x: models x numbers, float64; columns that do not vary, or have a gap, are left out.
-        groups: how many groups the tree is cut into, at most.
+        x: models x metrics, float64; constant columns and those with missing values are left out.
+        groups: number of clusters, at most.
 
     Raises:
         ValueError: fewer than three models, or no column that varies.
@@ -70,19 +69,19 @@ def group(x: Float[Array, "n p"], groups: int = 3) -> Groups:
     missing = 2 - components.n_components
     place = np.pad(components.fit_transform(z), ((0, 0), (0, missing)))
     explained = np.pad(components.explained_variance_ratio_, (0, missing))
-    labels, _ = pd.factorize(fcluster(merges, groups, "maxclust"))  # numbered as they come
+    labels, _ = pd.factorize(fcluster(merges, groups, "maxclust"))  # in the order of the models
     return Groups(merges, labels + 1, place, explained)
 
 
 def unit_means(x: Float[Array, "n p"], units: Sequence[str]) -> Float[Array, "u p"]:
-    """Rows of one unit averaged: what is left is independent.
+    """Average the rows of each unit, so that rows are independent.
 
     Args:
-        x: models x numbers; a gap stays one unless another model of the unit has the number.
-        units: of each model, such as its recipe.
+        x: models x metrics; a missing value is filled if another model of the unit has it.
+        units: unit of each model, such as its recipe.
 
     Returns:
-        Units x numbers, in the order in which units first come.
+        Units x metrics, in the order in which units first occur.
 
     Example:
         >>> unit_means(np.array([[1.0], [5.0], [3.0]]), ["a", "b", "a"])
@@ -96,7 +95,7 @@ class Correlation(NamedTuple):
     """Rank correlation of each column with the target."""
 
     rho: Float[Array, " p"]
-    """Spearman's; NaN for a column that does not vary or has a gap."""
+    """Spearman's; NaN for a constant column or one with missing values."""
     p: Float[Array, " p"]
     """Two-sided, by permutation."""
     adjusted: Float[Array, " p"]
@@ -107,10 +106,10 @@ def rank_correlation(x: Float[Array, "n p"], y: Float[Array, " n"], draws: int =
     """Spearman's correlation of every column with a target, tested by permuting the target.
 
     Args:
-        x: models x numbers, float64; models that are independent (:func:`unit_means`).
-        y: what is to be predicted of each model.
-        draws: random orders; up to 8 models all orders are taken instead.
-        seed: of the random orders.
+        x: models x metrics, float64, of independent models (:func:`unit_means`).
+        y: target of each model.
+        draws: number of random permutations; up to 8 models all permutations are used instead.
+        seed: of the random permutations.
 
     References:
         Holm, *A simple sequentially rejective multiple test procedure*, 1979; the p-value of drawn permutations counts
@@ -126,7 +125,7 @@ def rank_correlation(x: Float[Array, "n p"], y: Float[Array, " n"], draws: int =
         rho = target @ ranks / (np.linalg.norm(target) * np.linalg.norm(ranks, axis=0))
     tested = permutation_test(
         (target,),
-        lambda order, axis: np.abs(order @ ranks),  # of whole numbers: what is equal is found to be
+        lambda order, axis: np.abs(order @ ranks),  # exact, since ranks are integers
         permutation_type="pairings",
         alternative="greater",
         n_resamples=inf if len(y) <= ALL_PERMUTATIONS else draws,
@@ -148,12 +147,12 @@ def least_p(n: int, draws: int = 10_000) -> float:
 
 
 def _centered_ranks(x: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-    """Twice the ranks about their mean, which are whole numbers, ties as well."""
+    """Twice the centred ranks, which are integers even with ties."""
     return 2 * rankdata(x, axis=0, nan_policy="propagate") - (len(x) + 1)
 
 
 def holm(p: Float[Array, " m"]) -> Float[Array, " m"]:
-    """p-values corrected for how many there are; NaN are not tests and stay.
+    """p-values with Holm's correction; NaN does not count as a test.
 
     Example:
         >>> holm(np.array([0.01, 0.04, np.nan, 0.03]))
@@ -169,18 +168,19 @@ def holm(p: Float[Array, " m"]) -> Float[Array, " m"]:
 def leave_one_out(
     x: Float[Array, "n p"], y: Float[Array, " n"], strengths: tuple[float, ...] = STRENGTHS
 ) -> Float[Array, " n"]:
-    """Ridge regression's prediction of each model from all others.
+    """Leave-one-out predictions of ridge regression.
 
-    Columns are standardised, and the penalty is chosen (by leaving out one more), without the predicted model.
+    Standardisation and the choice of the regularisation strength (by another leave-one-out) do not see the predicted
+    model.
 
     Args:
-        x: models x numbers, float64, of models that are independent (:func:`unit_means`); columns with a gap are left
+        x: models x metrics, float64, of independent models (:func:`unit_means`); columns with missing values are left
             out.
-        y: what is to be predicted of each model.
-        strengths: penalties to choose from.
+        y: target of each model.
+        strengths: regularisation strengths to select from.
 
     Raises:
-        ValueError: fewer than four models, or no column without a gap.
+        ValueError: fewer than four models, or no complete column.
 
     Example:
         >>> x = np.arange(8.0)[:, None]
@@ -199,9 +199,9 @@ def leave_one_out(
 
 
 def predictive_r2(predicted: Float[Array, " n"], y: Float[Array, " n"]) -> float:
-    """Share of the variance that leave-one-out predictions explain: 1 is perfect, 0 no better than the others' mean.
+    """Q²: the share of the variance that leave-one-out predictions explain; 1 is perfect.
 
-    The yardstick is the mean of the other models, which is what a prediction without any column is: Q², not R².
+    The baseline, with a Q² of 0, predicts each model by the mean of the others.
 
     Example:
         >>> predictive_r2(np.array([1.5, 1.0, 0.5]), np.array([0.0, 1.0, 2.0]))  # the means of the others

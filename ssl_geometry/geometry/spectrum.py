@@ -1,6 +1,6 @@
-"""How many directions features use, and how evenly: numbers read off singular values, eigenvalues and distances.
+"""How many directions features use, and how evenly: metrics of singular values, eigenvalues and distances.
 
-All in float64. What cannot be computed, because features are all zero, do not vary or are not finite, is NaN.
+All are computed in float64. A metric is NaN where features are all zero, constant or not finite.
 """
 
 import torch
@@ -13,11 +13,11 @@ from ssl_geometry.geometry.vectors import unit_vectors
 RANKME_EPS = 1e-7
 """Added to each share of the singular values, as in RankMe's paper."""
 FIRST, LAST, RANK_SHARE = 11, 100, 0.9
-"""Eigenvalues between which alpha-ReQ fits its law, and the share of the rank at which it ends before that."""
+"""Range of eigenvalues of the power-law fit of alpha-ReQ; it ends earlier, at this share of the rank, for low ranks."""
 LIDAR_DELTA, LIDAR_EPS = 1e-4, 1e-8
 """Added to the covariance within images, and to each share of the eigenvalues."""
 CONSTANT = 8
-"""Features vary where they lie further than this many roundings from their mean (root mean square)."""
+"""Features are constant if their root mean square deviation from the mean is at most this many roundings."""
 POTENTIAL = 2.0
 """The t of the Gaussian potential of uniformity."""
 
@@ -25,8 +25,8 @@ POTENTIAL = 2.0
 def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
     """Singular values in descending order, min(N, D) of them; NaN for features that are not finite.
 
-    They are roots of the eigenvalues of the smaller product, in float64: those of a float32 matrix are lost below 1e-7
-    of the largest either way.
+    They are square roots of the eigenvalues of the smaller Gram matrix, in float64, which is accurate enough: singular
+    values of a float32 matrix below 1e-7 of the largest are rounding noise.
 
     Example:
         >>> singular_values(torch.diag(torch.tensor([3.0, 4.0])))
@@ -35,13 +35,13 @@ def singular_values(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
     x = features.double()
     product = x @ x.T if len(x) < x.shape[1] else x.T @ x
     finite = product.isfinite().all()
-    values = torch.linalg.eigvalsh(product.where(finite, 0)).flip(0)  # which would raise
+    values = torch.linalg.eigvalsh(product.where(finite, 0)).flip(0)  # eigvalsh raises on NaN
     resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
     return torch.where(values > resolution, values, 0).sqrt().where(finite, torch.nan)
 
 
 def entropy_rank(values: Float[Tensor, " M"], eps: float = 0.0) -> Float[Tensor, ""]:
-    """The exponential of the entropy of the shares of a spectrum: :func:`rankme` of its singular values.
+    """The exponential of the entropy of a normalised spectrum; of singular values, :func:`rankme`.
 
     Args:
         values: singular values, or other numbers of at least 0.
@@ -79,14 +79,14 @@ def rankme(features: Float[Tensor, "N D"], eps: float = RANKME_EPS) -> Float[Ten
 def covariance_eigenvalues(features: Float[Tensor, "N D"]) -> Float[Tensor, " M"]:
     """Eigenvalues of the covariance (centred, divided by N) in descending order, min(N, D) of them.
 
-    All are 0 where rounding is all that features vary by: noise without structure would read as many directions.
+    All are 0 where features vary by rounding alone, since such noise would look like many directions.
     """
     centered = _centered(features.double(), torch.promote_types(features.dtype, torch.float32))
     return singular_values(centered).square() / len(features)
 
 
 def _centered(x: Float[Tensor, "N D"], dtype: torch.dtype) -> Float[Tensor, "N D"]:
-    """Less the mean; 0 where rounding in ``dtype`` is all that rows vary by."""
+    """Rows minus their mean; 0 where they vary by the rounding of ``dtype`` alone."""
     mean = x.mean(0)
     rest = x - mean
     rounding = CONSTANT * torch.finfo(dtype).eps * mean.norm()
@@ -110,7 +110,7 @@ def participation_ratio(features: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
 
 
 def evenness(values: Float[Tensor, " M"]) -> Float[Tensor, ""]:
-    """The square of the sum over the sum of squares: :func:`participation_ratio` of the covariance's eigenvalues.
+    """Square of the sum over sum of squares; of the covariance's eigenvalues, :func:`participation_ratio`.
 
     Example:
         >>> float(evenness(torch.tensor([2.0, 2.0, 0.0])))
@@ -122,17 +122,17 @@ def evenness(values: Float[Tensor, " M"]) -> Float[Tensor, ""]:
 def alpha_req(
     features: Float[Tensor, "N D"], first: int = FIRST, last: int = LAST
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Decay alpha of the covariance's eigenvalues, lambda_i ~ i^-alpha, and how well that law holds.
+    """Decay exponent alpha of the covariance's eigenvalues, lambda_i ~ i^-alpha, and the quality of the fit.
 
     Args:
         features: embeddings.
-        first: first index of the fit, counted from 1: the largest eigenvalues follow no law.
-        last: last index of the fit, at most; it ends at 0.9 of the rank, for the smallest eigenvalues of few images or
-            features follow the edge of the matrix and no law.
+        first: first index of the fit, counted from 1; the largest eigenvalues do not follow the power law.
+        last: last index of the fit, at most. The fit ends at 0.9 of the rank, because the smallest eigenvalues of few
+            images or features are dominated by finite-sample effects.
 
     Returns:
         alpha and R^2 of the fit of log lambda against log i, both weighted by 1/i; NaN where the range ends before
-        twice its first index (``first`` = 11: a rank below 25), for a law is not seen in less.
+        twice its first index (``first`` = 11: a rank below 25), which is too short for a power law.
 
     References:
         Agrawal et al., *alpha-ReQ: assessing representation quality in self-supervised learning by measuring
@@ -163,7 +163,7 @@ def decay(
     end = (RANK_SHARE * (values > 0).sum()).floor().clamp_max(last)
     index = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
     used = (index >= first) & (index <= end)
-    weight = torch.where(used & (end >= 2 * first), 1 / index, 0)  # no index: 0 / 0 is not a number
+    weight = torch.where(used & (end >= 2 * first), 1 / index, 0)  # without any index, 0 / 0 gives NaN
     x, y = index.log(), values.where(used, 1).log()
     x, y = (part - (weight * part).sum() / weight.sum() for part in (x, y))
     slope = (weight * x * y).sum() / (weight * x * x).sum()
@@ -171,9 +171,9 @@ def decay(
 
 
 def view_statistics(views: Float[Tensor, "n q D"]) -> tuple[Float[Tensor, "n D"], Float[Tensor, "D D"]]:
-    """Of q views of each of n images: the mean of each image, and the sum of products of what is left.
+    """Mean of the q views of each of n images, and the scatter matrix of the views around these means.
 
-    The sums of batches and ranks add up; :func:`lidar` takes them.
+    Scatter matrices of batches and ranks add up to the input of :func:`lidar`.
     """
     means = views.double().mean(1)
     rest = (views.double() - means[:, None]).flatten(0, 1)
@@ -187,17 +187,17 @@ def lidar(
     delta: float = LIDAR_DELTA,
     eps: float = LIDAR_EPS,
 ) -> Float[Tensor, ""]:
-    """LiDAR: the effective rank of what linear discriminant analysis sees when every image is a class of its views.
+    """LiDAR: the effective rank of linear discriminant analysis in which each image is a class, made of its views.
 
     Args:
-        means: mean embedding of each image over its views, as of :func:`view_statistics`.
-        scatter: the sum over images of the products of what is left.
-        views: how many views each image has.
+        means: mean embedding of each image over its views, from :func:`view_statistics`.
+        scatter: scatter matrix within images, summed over images.
+        views: number of views of each image.
         delta: added to the diagonal of the covariance within images.
-        eps: added to the share of each of the D eigenvalues, also of those that are 0.
+        eps: added to the share of each of the D eigenvalues, zero ones included.
 
     Returns:
-        From 1 to about min(n - 1, D); NaN where all means are equal but for float32's rounding.
+        From 1 to about min(n - 1, D); NaN where all means are equal within float32 rounding.
 
     References:
         Thilak et al., *LiDAR: sensing linear probing performance in joint embedding SSL architectures*, 2024, eq. 1-4.
@@ -208,21 +208,21 @@ def lidar(
         5.0
     """
     n, width = means.shape
-    centered = _centered(means.double(), torch.float32)  # of which features are
+    centered = _centered(means.double(), torch.float32)  # the dtype of the features
     within = scatter.double() / (n * views) + delta * torch.eye(width, dtype=torch.float64, device=scatter.device)
     # S_w^-1/2 S_b S_w^-1/2 has the squared singular values of L^-1 (centered / sqrt(n)), where S_w = L L'.
-    root, failed = torch.linalg.cholesky_ex(within)  # delta is lost next to features of very large scale
+    root, failed = torch.linalg.cholesky_ex(within)  # delta is lost in rounding for features of very large scale
     root = root.masked_fill((failed > 0) | ~within.isfinite().all(), torch.nan)
     whitened = torch.linalg.solve_triangular(root, centered.T / n**0.5, upper=False)
     values = singular_values(whitened).square()
-    return entropy_rank(F.pad(values, (0, width - len(values))), eps)  # of all D: those that are 0 have a share of eps
+    return entropy_rank(F.pad(values, (0, width - len(values))), eps)  # zero eigenvalues have share eps
 
 
 def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
-    """Squared distance of the unit vectors of two views of each image; 0 where they agree.
+    """Squared distance between the unit vectors of two views of each image; 0 where they agree.
 
     Returns:
-        One number an image in [0, 4], float64: the loss is their mean. NaN for a zero vector.
+        One value per image in [0, 4], float64, whose mean is the alignment loss. NaN for a zero vector.
 
     References:
         Wang & Isola, *Understanding contrastive representation learning through alignment and uniformity on the
@@ -236,7 +236,7 @@ def alignment(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor,
 
 
 def uniformity(x: Float[Tensor, "N D"], t: float = POTENTIAL, chunk: int = 1024) -> Float[Tensor, ""]:
-    """Logarithm of the mean Gaussian potential of all pairs of unit vectors: the lower, the more evenly spread.
+    """Logarithm of the mean Gaussian potential of all pairs of unit vectors: lower is more uniform.
 
     Args:
         x: embeddings.
@@ -263,7 +263,7 @@ def uniformity(x: Float[Tensor, "N D"], t: float = POTENTIAL, chunk: int = 1024)
 
 
 def mean_cosine(x: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """Mean cosine of all pairs of different images, features not centred: near 1 where features are collapsed.
+    """Mean cosine of all pairs of different images, features not centred; close to 1 for collapsed features.
 
     The sum over pairs is the squared length of the sum of unit vectors without its diagonal, so no pair is formed.
 

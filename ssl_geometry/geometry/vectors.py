@@ -1,4 +1,4 @@
-"""Vectors of images relative to each other: lengths, differences and their inner products, without losing digits."""
+"""Lengths of vectors, differences and their inner products, without cancellation."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from ssl_geometry.geometry.duplicates import row_blocks
 
 @dataclass(frozen=True)
 class Rows:
-    """Vectors before they are rounded: rows, divided, and for products moved by a center."""
+    """Vectors before rounding to float32: rows with a divisor and, for products, a center that is subtracted."""
 
     features: Float[Tensor, "N D"]
     divisor: float | None = 1.0
@@ -24,12 +24,12 @@ class Rows:
         return replace(self, features=self.features[rows])
 
     def divided(self, rows: Int64[Tensor, " n"] | slice) -> Float[Tensor, "n D"]:
-        """Some rows in float64, not moved: equal differences of rows stay equal."""
+        """Some rows in float64, without subtracting the center, so that equal differences of rows stay equal."""
         some = self.features[rows].to(torch.float64, copy=True)
         return some.div_(some.norm(dim=1, keepdim=True) if self.divisor is None else self.divisor)
 
     def centered(self, dtype: torch.dtype) -> Float[Tensor, "N D"]:
-        """All of them, rounded once."""
+        """All rows minus the center, rounded once."""
         if self.center is None and self.divisor == 1:
             return self.features.to(dtype).contiguous()
         points = torch.empty(self.features.shape, dtype=dtype, device=self.features.device)
@@ -42,15 +42,15 @@ class Rows:
 def centered(
     features: Float[Tensor, "N D"], queries: Float[Tensor, "Q D"] | None = None, *, unit: bool = True
 ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "Q D"]]:
-    """Features (and queries) relative to a point among them, so that float32 tells close ones apart.
+    """Features (and queries) minus their mean, so that float32 distinguishes close ones.
 
     Args:
         features: a vector for each image.
-        queries: other vectors, which are moved alike; None for the features themselves.
-        unit: bring all to unit length first.
+        queries: other vectors, from which the same mean is subtracted; None for the features themselves.
+        unit: normalise all to unit length first.
 
     Returns:
-        Moved features and queries, at least float32. Differences of unit vectors keep their precision even where all
+        Centred features and queries, at least float32. Differences of unit vectors keep their precision even where all
         cosines round to 1 (untrained and collapsed networks).
 
     Raises:
@@ -138,10 +138,10 @@ def products_of_directions(
 
 
 def vector_lengths(x: Float[Tensor, "N D"], unit: bool = False) -> Float[Tensor, " N"]:
-    """Length of each vector, at least float64; refuses what is not finite and, with ``unit``, zero vectors.
+    """Length of each vector, at least float64; refuses vectors that are not finite and, with ``unit``, zero vectors.
 
     Raises:
-        ValueError: how many of how many images are broken.
+        ValueError: invalid vectors, with their number.
 
     Example:
         >>> vector_lengths(torch.tensor([[3.0, 4.0]]))

@@ -1,10 +1,10 @@
 """Neighbourhoods of images in each layer: manifold graph metrics.
 
-Protocol: averages over space of each layer's activations; of every image its k most similar (cosine), of them those
-that non-negative kernel regression keeps (NNK, solved exactly). **Semantic** manifolds are made of images of one class,
-on clean images; **augmentation** manifolds of copies of one image, under five settings. Settings, normalisation and
-aggregation are ours, after Cosentino et al. 2022. Beside them, how many of its nearest images an image keeps from one
-copy to another, under each setting.
+Protocol: average-pooled activations of each layer; for every image its k most similar images (cosine), and among them
+those with positive weight in non-negative kernel regression (NNK, solved exactly). **Semantic** manifolds consist of
+clean images of one class, **augmentation** manifolds of augmented views of one image, under five settings. Settings,
+normalisation and aggregation are this project's, after Cosentino et al. 2022. The overlap of nearest images between two
+views is measured under each setting.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,14 +34,14 @@ from ssl_geometry.records import Protocol, record
 
 LAYERS = ("stages", "pooled", "head")
 CANDIDATES, LEAST_CANDIDATES = 50, 3
-"""Nearest images of which NNK chooses: unless others are asked for, and at least."""
+"""Default number of nearest images that NNK selects from, and its minimum."""
 SETTINGS = {"policy": "simclr", "crop": "crop", "color": "color", "rotate": "rotate", "translate": "translate"}
-"""Setting of an augmentation manifold to the view that makes the copies."""
+"""Setting of an augmentation manifold to the augmentation of its views."""
 QUANTILES = tuple(share / 20 for share in range(21))
 OF_CLASSES = ("purity", "nnk_purity")
-"""What is not known without labels, next to semantic manifolds."""
+"""Metrics that need labels, in addition to semantic manifolds."""
 OVERLAP_K = 10
-"""Nearest images that two copies are compared by, as far as there are so many."""
+"""Neighbours in the overlap between two views, at most the number of other images."""
 
 
 class Neighborhoods(Measurement):
@@ -51,7 +51,7 @@ class Neighborhoods(Measurement):
         layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
             has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        k: nearest images of which NNK chooses; None takes 50, or all others where there are fewer.
+        k: nearest images that NNK selects from; None takes 50, or all others where there are fewer.
         settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
         copies: augmented views of each image.
     """
@@ -75,13 +75,13 @@ class Neighborhoods(Measurement):
         self._asked_k = k
         self.graphs: dict[str, Tensor] = {}
         """NNK neighbours of each layer of the last measurement, on the host."""
-        self.last: dict[str, Tensor] = {}  # the graph of the last measurement, to see how much of it is left
+        self.last: dict[str, Tensor] = {}  # neighbours at the last measurement, for `kept_since_last`
 
     def check(self, subject: Subject) -> None:
-        """The views too.
+        """Check layers and views.
 
         Raises:
-            UserError: with the option as it was typed.
+            UserError: with the option as typed.
         """
         super().check(subject)
         for setting in self.settings:
@@ -92,7 +92,7 @@ class Neighborhoods(Measurement):
                 raise UserError(f"{option}: {error}, or leave them out: settings=[]") from error
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
-        """Hold k to the images."""
+        """Check k against the number of images."""
         if images.multi_label:
             raise UserError(f"{self.option('settings')}: manifolds of classes need one class per image; leave it out")
         self.k = candidates(self.option("k"), self._asked_k, images)
@@ -102,19 +102,19 @@ class Neighborhoods(Measurement):
         names = self.chosen(subject)
         self._depths = subject.depths(names)
         self._clean = Request(names, pooled)
-        self._copies = {
+        self._views = {
             setting: [Request(names, pooled, SETTINGS[setting], draw) for draw in range(self.copies)]
             for setting in self.settings
         }
-        return [self._clean, *(request for draws in self._copies.values() for request in draws)]
+        return [self._clean, *(request for draws in self._views.values() for request in draws)]
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept of an image until the end, for each feature of a layer: itself, and two views per setting."""
+        """Bytes stored per image and feature of a layer: the feature, and two views per setting."""
         return 4 * (1 + 2 * len(self.settings))
 
     def begin(self, occasion: Occasion) -> None:
-        """Fresh sums."""
+        """Reset the metrics."""
         device, layers = occasion.subject.device, list(self._depths)
         self._labelled = occasion.images.num_classes > 0
         self._neighborhoods = metrics.Neighborhoods(layers, self.k).to(device)
@@ -123,21 +123,21 @@ class Neighborhoods(Measurement):
         self._overlaps = {setting: InvarianceKNN(layers, k).to(device) for setting in self.settings}
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
-        """One batch: clean images are kept, manifolds of augmented views are measured at once."""
-        labels = batch["label"] if self._labelled else batch["index"]  # each image is a class, which has no rows
+        """Add one batch: clean features are stored, manifolds of augmented views are measured immediately."""
+        labels = batch["label"] if self._labelled else batch["index"]  # a class per image gives no rows
         self._neighborhoods.update(reduced[self._clean], labels, batch["index"])
         self._manifolds.update(
             {
                 setting: {layer: torch.stack([reduced[draw][layer] for draw in draws], 1) for layer in self._depths}
-                for setting, draws in self._copies.items()
+                for setting, draws in self._views.items()
             }
         )
         for setting, overlap in self._overlaps.items():
-            first, second = self._copies[setting][:2]
+            first, second = self._views[setting][:2]
             overlap.update(reduced[first], reduced[second], index=batch["index"])
 
     def finish(self, occasion: Occasion) -> Measured:
-        """Means, spreads and quantiles of each manifold and layer; what the graph looks like, and what is left."""
+        """Rows for each manifold and layer (mean, standard deviation, quantiles), and for the graph of each layer."""
         layers = self._neighborhoods.compute()
         semantic = {("semantic", layer): found.semantic for layer, found in layers.items() if self._labelled}
         protocol = self.protocol(occasion.subject, occasion.images)
@@ -148,16 +148,14 @@ class Neighborhoods(Measurement):
         rows += jaccard_records(self.graphs, self._depths, **common)
         if not self._labelled:
             rows = [row for row in rows if row["metric"] not in OF_CLASSES]
-        rows += self._left_of_the_last(layers, common)
+        rows += self._kept_since_last(layers, common)
         for setting, overlap in self._overlaps.items():
             for (layer, depth), value in zip(self._depths.items(), overlap.compute().reshape(-1).tolist(), strict=True):
                 place = {"view": setting, "layer": layer, "depth": depth, "n": occasion.images.measure_size}
                 rows.append(record(**common, **place, metric="mutual_knn", value=value))
         return Measured(rows, [protocol])
 
-    def _left_of_the_last(
-        self, layers: Mapping[str, LayerNeighbors], common: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
+    def _kept_since_last(self, layers: Mapping[str, LayerNeighbors], common: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = []
         for layer, found in layers.items():
             ids, last = found.ids.cpu(), self.last.get(layer)
@@ -169,11 +167,11 @@ class Neighborhoods(Measurement):
         return rows
 
     def protocol(self, subject: Subject, images: ImageSource) -> Protocol:
-        """All that changes a neighbourhood, the same live and afterwards.
+        """Everything that affects a neighbourhood, the same live and offline.
 
         Args:
-            subject: what is measured; its precision and its views count.
-            images: whose measurement images are seen.
+            subject: the measured network, with its precision and views.
+            images: source of the measurement images.
         """
         return Protocol(
             {
@@ -215,20 +213,20 @@ class Neighborhoods(Measurement):
         return {"last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on comparing with it."""
+        """Restore it."""
         self.last = state["last"]
 
 
 def candidates(option: str, asked: int | None, images: ImageSource) -> int:
-    """Nearest images of which NNK chooses.
+    """Number of nearest images that NNK selects from.
 
     Args:
-        option: as it is typed.
-        asked: how many were asked for; None takes the default, or all others where there are fewer.
-        images: whose measurement images they are.
+        option: the option as typed.
+        asked: its value; None takes the default, or all others where there are fewer.
+        images: source of the measurement images.
 
     Raises:
-        UserError: as many as there are images, or images too few for a neighbourhood.
+        UserError: not fewer than images, or too few images for a neighbourhood.
     """
     there = f"each of {images.measure_size} measurement images has {images.measure_size - 1} others"
     k = size_within(option, asked, CANDIDATES, images.measure_size - 1, there)
@@ -243,7 +241,7 @@ def manifold_records(
     depths: Mapping[str, float],
     **common: Any,
 ) -> list[dict[str, Any]]:
-    """Rows for each manifold, layer and metric: the mean with its interval of 95 %, spread and quantiles.
+    """Rows for each manifold, layer and metric: the mean with its 95 % interval, standard deviation and quantiles.
 
     The interval is Student's t with n - 1 degrees of freedom. Augmentation manifolds of different images are
     independent; those of semantic manifolds have the errors of
@@ -253,7 +251,7 @@ def manifold_records(
         manifolds: kind of manifold and layer to each metric of each image, NaN where an image has none.
         layers: layer to its neighbourhoods.
         depths: layer to depth.
-        common: what all rows share.
+        common: columns that all rows share.
     """
     rows = []
     for (kind, layer), of_images in manifolds.items():
@@ -261,13 +259,13 @@ def manifold_records(
             values = values[values.isfinite()].double().cpu()
             place = {**common, "layer": layer, "depth": depths[layer], "view": kind, "n": len(values)}
             mean = float(values.mean())
-            spread = float(values.std()) if len(values) > 1 else float("nan")
-            error = spread / max(len(values), 1) ** 0.5
+            deviation = float(values.std()) if len(values) > 1 else float("nan")
+            error = deviation / max(len(values), 1) ** 0.5
             if kind == "semantic":
                 error = layers[layer].semantic_errors.get(metric, float("nan"))
             error *= float(stdtrit(max(len(values) - 1, 1), 0.975))
             rows.append(record(**place, metric=metric, value=mean, low=mean - error, high=mean + error))
-            rows.append(record(**place, metric=f"{metric}_std", value=spread))
+            rows.append(record(**place, metric=f"{metric}_std", value=deviation))
             if len(values):
                 levels = torch.tensor(QUANTILES, dtype=torch.float64)
                 for level, value in zip(QUANTILES, values.quantile(levels).tolist(), strict=True):
@@ -283,7 +281,7 @@ def graph_records(
     Args:
         layers: layer to its neighbourhoods.
         depths: layer to depth.
-        common: what all rows share.
+        common: columns that all rows share.
     """
     rows = []
     for layer, found in layers.items():
@@ -300,7 +298,7 @@ def jaccard_records(
     Args:
         graphs: layer to its NNK neighbours.
         depths: layer to depth.
-        common: what all rows share.
+        common: columns that all rows share.
     """
     rows, stacked = [], torch.stack(list(graphs.values()))
     for layer, values in zip(graphs, jaccard(stacked, stacked).tolist(), strict=True):

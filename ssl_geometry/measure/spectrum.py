@@ -1,7 +1,7 @@
 """Spectra of each layer's features: rank, decay, LiDAR, alignment, uniformity, mean cosine.
 
-Protocol: averages over space of each layer's activations, clean measurement images; LiDAR and alignment compare
-augmented views (those of SimCLR, which the neighbourhoods ask for as well).
+Protocol: average-pooled activations of each layer on clean measurement images; LiDAR and alignment compare augmented
+views (those of SimCLR, shared with the neighbourhoods).
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ class Spectrum(Measurement):
         layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
             has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        copies: augmented views of each image that LiDAR compares; 0 leaves LiDAR and alignment out.
+        copies: augmented views of each image for LiDAR; 0 leaves LiDAR and alignment out.
     """
 
     group = "spectrum"
@@ -57,10 +57,10 @@ class Spectrum(Measurement):
         self.layers, self.copies = layers, copies
 
     def check(self, subject: Subject) -> None:
-        """The views too.
+        """Check layers and views.
 
         Raises:
-            UserError: with the option as it was typed.
+            UserError: with the option as typed.
         """
         super().check(subject)
         if self.copies:
@@ -76,28 +76,28 @@ class Spectrum(Measurement):
         names = self.chosen(subject)
         self._depths = subject.depths(names)
         self._clean = Request(names, pooled)
-        self._copies = [Request(names, pooled, VIEW, draw) for draw in range(self.copies)]
-        return [self._clean, *self._copies]
+        self._views = [Request(names, pooled, VIEW, draw) for draw in range(self.copies)]
+        return [self._clean, *self._views]
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
-        """Learn the widths of the layers."""
+        """Find the widths of the layers."""
         self._widths = layer_widths(subject, self.chosen(subject), images.image_shape)
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept of an image until the end, for each feature of a layer: itself, and the mean of its views."""
+        """Bytes stored per image and feature of a layer: the feature, and the mean over its views."""
         return 4 + 8 * bool(self.copies)
 
     def begin(self, occasion: Occasion) -> None:
-        """Fresh sums."""
+        """Reset the metric."""
         self._spectrum = metrics.Spectrum(self._widths, self.copies).to(occasion.subject.device)
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
-        """One batch."""
-        copies = None
+        """Add one batch."""
+        views = None
         if self.copies:
-            copies = {layer: torch.stack([reduced[draw][layer] for draw in self._copies], 1) for layer in self._depths}
-        self._spectrum.update(reduced[self._clean], copies, batch["index"])
+            views = {layer: torch.stack([reduced[draw][layer] for draw in self._views], 1) for layer in self._depths}
+        self._spectrum.update(reduced[self._clean], views, batch["index"])
 
     def finish(self, occasion: Occasion) -> Measured:
         """A row for each layer and metric."""
@@ -112,11 +112,11 @@ class Spectrum(Measurement):
         return Measured(rows, [protocol])
 
     def protocol(self, subject: Subject, images: ImageSource) -> Protocol:
-        """All that changes a number of a spectrum, the same live and afterwards.
+        """Everything that affects a spectrum, the same live and offline.
 
         Args:
-            subject: what is measured; its precision and its views count.
-            images: whose measurement images are seen.
+            subject: the measured network, with its precision and views.
+            images: source of the measurement images.
         """
         views = {"clean": "clean", **({"copies": VIEW} if self.copies else {})}
         return Protocol(

@@ -1,7 +1,7 @@
-"""The features of layers, kept over batches and ranks: the state that several metrics share.
+"""Base class of metrics whose state is the features of layers, over batches and ranks.
 
-The number of each image is kept next to them and puts them in order, so that neither the order of images nor the number
-of ranks changes anything.
+Features are sorted by the index of their image, so results depend neither on the order of images nor on the number of
+ranks.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class LayerFeatures(Metric):
     """Base of metrics whose state is the features of layers.
 
     Args:
-        layers: names, for messages; what is kept goes by its place among them.
-        integers: further states of one integer an image, such as labels.
+        layers: names, for messages.
+        integers: further states of one integer per image, such as labels.
     """
 
     full_state_update = False
@@ -32,15 +32,15 @@ class LayerFeatures(Metric):
         self._widths: list[int] = []
         for name in self._integers:
             self.add_state(name, [], dist_reduce_fx="cat")
-        # Features are kept flat: a rank that saw no image then joins in with nothing, whatever the width.
+        # Features are kept flat: a rank without images then contributes an empty tensor, whatever the width.
         for number in range(len(self._layers)):
             self.add_state(f"features{number}", [], dist_reduce_fx="cat")
 
     def _add(self, features: Sequence[Float[Tensor, "B D"]], **integers: Int64[Tensor, " B"]) -> None:
-        """Add one batch: the features of each layer, the index and the other integers. What does not fit adds nothing.
+        """Add one batch: the features of each layer, the index and the other integers. Invalid batches change nothing.
 
         Raises:
-            ValueError: other images than the index has, or other widths than before.
+            ValueError: sizes that do not match the index, or the widths of earlier batches.
         """
         images = len(integers["index"])
         for name, values in integers.items():
@@ -61,14 +61,14 @@ class LayerFeatures(Metric):
             getattr(self, f"features{number}").append(part.detach().float().flatten())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with empty integers, whose type it could not guess."""
+        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
         for name in self._integers:
             if not getattr(self, name):
                 getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
         super().sync(*args, **kwargs)
 
     def _order(self) -> Int64[Tensor, " N"]:
-        """The places of the images in the order of their index.
+        """The permutation that sorts the images by their index.
 
         Raises:
             ValueError: an image fed twice.
@@ -80,7 +80,7 @@ class LayerFeatures(Metric):
         return order
 
     def _features(self, number: int, order: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        """Of one layer, float32."""
+        """Features of one layer, sorted, float32."""
         return dim_zero_cat(getattr(self, f"features{number}")).view(len(order), -1)[order]
 
     @property

@@ -17,8 +17,8 @@ class KNNAccuracy(Metric):
     """Top-1 accuracy of the weighted k-nearest-neighbour classifier (cosine similarity).
 
     Args:
-        k: neighbours that vote; the bank must have as many images.
-        temperature: a neighbour votes with weight exp(cosine / temperature); None counts heads.
+        k: number of neighbours; the bank must have at least as many images.
+        temperature: a neighbour votes with weight exp(cosine / temperature); None for a majority vote.
 
     References:
         Wu et al., *Unsupervised feature learning via non-parametric instance discrimination*, 2018.
@@ -46,20 +46,20 @@ class KNNAccuracy(Metric):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update_bank(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> None:
-        """Add images of known class, each once over all ranks; every rank must add a batch, which may be empty."""
-        self._computed = None  # what was computed before knew less
+        """Add training images, each once over all ranks; every rank must add a batch, which may be empty."""
+        self._computed = None  # a cached result is out of date
         self.bank.append(features.detach().float())
         self.bank_labels.append(labels)
 
     def update(self, features: Float[Tensor, "B D"], labels: Int64[Tensor, " B"]) -> None:
-        """Add images to classify, with their true classes; every rank must add some."""
+        """Add test images with their classes; every rank must add some."""
         self.queries.append(features.detach().float())
         self.query_labels.append(labels)
 
     def compute(self) -> Float[Tensor, ""]:
-        """The share of queries whose class is predicted, in [0, 1]; NaN, with one warning, for a bank of one direction.
+        """The accuracy in [0, 1]; NaN, with one warning, if all features of the bank have the same direction.
 
-        Images are ordered by their features: the number does not depend on which rank held them.
+        Images are sorted by a hash of their features, so the result does not depend on their rank.
 
         Raises:
             ValueError: features that are not finite, negative labels, no query, a bank of fewer than k images, or a
@@ -73,7 +73,7 @@ class KNNAccuracy(Metric):
     def _accuracy(self) -> Float[Tensor, ""]:
         labels, truth = dim_zero_cat(self.bank_labels), dim_zero_cat(self.query_labels)
         if not len(labels) or not len(truth):
-            raise ValueError(f"nearest neighbours: {len(labels)} images in the bank and {len(truth)} to classify")
+            raise ValueError(f"nearest neighbours: {len(labels)} images in the bank and {len(truth)} test images")
         num_classes = int(torch.maximum(labels.max(), truth.max())) + 1
         check_labels(truth, num_classes)
         bank, labels = _in_order(dim_zero_cat(self.bank), labels)
@@ -81,7 +81,8 @@ class KNNAccuracy(Metric):
         predicted = knn_predict(queries, bank, labels, num_classes, self.k, self.temperature)
         if not directions_vary(bank):
             warnings.warn(
-                f"accuracy of {self.k} nearest neighbours is NaN: features of all {len(bank)} images point one way",
+                f"accuracy of {self.k} nearest neighbours is NaN: features of all {len(bank)} images have the same "
+                "direction",
                 stacklevel=3,
             )
             return torch.full((), torch.nan, device=bank.device)
@@ -89,7 +90,7 @@ class KNNAccuracy(Metric):
 
 
 def _in_order(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """By a hash of the features, equal ones by their labels."""
+    """Sorted by a hash of the features, duplicates by their labels."""
     order = labels.argsort(stable=True)
     order = order[row_keys(features[order]).argsort(stable=True)]
     return features[order], labels[order]

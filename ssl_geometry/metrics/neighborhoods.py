@@ -23,10 +23,10 @@ from ssl_geometry.geometry.overlap import is_degenerate
 from ssl_geometry.metrics.features import LayerFeatures
 
 DIMENSION_K = 20
-"""Nearest images that tell the intrinsic dimension, as far as there are so many candidates."""
-MIN_IMAGES = 4  # fewer have no three neighbours, and no dimension
+"""Neighbours from which the intrinsic dimension is estimated, at most the number of candidates."""
+MIN_IMAGES = 4  # with fewer there are no three neighbours, hence no dimension
 MANIFOLD_METRICS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
-"""What is measured of the manifold around each image; see :mod:`ssl_geometry.geometry.manifold`."""
+"""Metrics of the manifold around each image; see :mod:`ssl_geometry.geometry.manifold`."""
 
 
 class LayerNeighbors(NamedTuple):
@@ -35,13 +35,13 @@ class LayerNeighbors(NamedTuple):
     ids: Int64[Tensor, "N k"]
     """Nearest neighbours of each image, most similar first, in the order of the images' index; -1 for none."""
     nnk_ids: Int64[Tensor, "N k"]
-    """Those of them that NNK keeps, the others -1."""
+    """The same, with -1 for those that NNK does not select."""
     semantic: dict[str, Float[Tensor, " N"]]
     """Manifold graph metrics of each image among those of its class."""
     statistics: dict[str, float]
     """Of the whole graph: purity, hubness, reciprocal edges, components, intrinsic dimensions."""
     semantic_errors: dict[str, float]
-    """Standard error of the mean of each manifold graph metric, of images that share what they are measured by."""
+    """Standard error of the mean of each manifold graph metric, for values that are not independent."""
 
 
 class Neighborhoods(LayerFeatures):
@@ -85,19 +85,19 @@ class Neighborhoods(LayerFeatures):
         Args:
             features: of each layer.
             labels: class of each image.
-            index: the images' numbers, each once over all batches and ranks.
+            index: index of each image, unique over all batches and ranks.
         """
         self._add([features[layer] for layer in self.layers], index=index, labels=labels)
 
     def compute(self) -> dict[str, LayerNeighbors]:
-        """Layer to its neighbourhoods; none and NaN (with one warning that names the layers) where it does not vary.
+        """Layer to its neighbourhoods; empty and NaN, with one warning that names them, for degenerate layers.
 
         Raises:
             ValueError: features that are not finite (with the layer's name), or an image fed twice.
         """
         order = self._order()
         labels = dim_zero_cat(self.labels)[order]
-        found, alike = {}, []
+        found, degenerate = {}, []
         for number, layer in enumerate(self.layers):
             features = self._features(number, order)
             directed = (features != 0).any(1).nonzero().squeeze(1)  # NaN is kept, and reported
@@ -108,20 +108,21 @@ class Neighborhoods(LayerFeatures):
                     stacklevel=2,
                 )
             if len(directed) and bool(features.isfinite().all()) and is_degenerate(features[directed]):
-                alike.append(layer)
+                degenerate.append(layer)
                 directed = directed[:0]
             try:
                 found[layer] = self._measure(features, labels, directed)
             except ValueError as error:
                 raise ValueError(f"layer {layer}: {error}") from error
-        if alike:
+        if degenerate:
             warnings.warn(
-                f"Neighbourhoods are NaN for layers whose direction does not vary: {', '.join(alike)}", stacklevel=2
+                f"Neighbourhoods are NaN for layers whose direction does not vary: {', '.join(degenerate)}",
+                stacklevel=2,
             )
         return found
 
     def _measure(self, features: Tensor, labels: Tensor, rows: Int64[Tensor, " M"]) -> LayerNeighbors:
-        """Neighbourhoods among some of the images, in the numbers of all of them; NaN where too few are left."""
+        """Neighbourhoods among the given rows, with the indices of all images; NaN where too few images are left."""
         n = len(features)
         nobody = torch.full((n, self.k), -1, device=features.device)
         unknown = torch.full((n,), torch.nan, dtype=torch.float64, device=features.device)
@@ -137,19 +138,19 @@ class Neighborhoods(LayerFeatures):
         nnk_ids = cosine.ids.where(solved.active, -1)
         same = same_class_ids(features, labels, k)
         semantic, errors = manifold_metrics_and_errors(features, same, nnk(features, same), labels)
-        distances = euclidean.values[first_rows(row_keys(features.float()))]  # of equal images one counts
+        distances = euclidean.values[first_rows(row_keys(features.float()))]  # duplicates count once
         statistics = {
             **graph_statistics(cosine.ids, labels),
             **{f"nnk_{name}": value for name, value in graph_statistics(nnk_ids, labels).items()},
             "two_nn": float(two_nn(distances)),
             "levina_bickel": float(levina_bickel(distances)),
-            "nnk_residual": float(solved.residual.nan_to_num(0).max()),  # of those that are solved
+            "nnk_residual": float(solved.residual.nan_to_num(0).max()),  # of the queries that are solved
         }
 
         def of_all(ids: Int64[Tensor, "M k"]) -> Int64[Tensor, "N K"]:
-            spread = nobody.clone()
-            spread[rows, :k] = rows[ids].where(ids >= 0, -1)
-            return spread
+            scattered = nobody.clone()
+            scattered[rows, :k] = rows[ids].where(ids >= 0, -1)
+            return scattered
 
         values = {name: unknown.index_copy(0, rows, value.double()) for name, value in semantic.items()}
         return LayerNeighbors(
@@ -158,7 +159,7 @@ class Neighborhoods(LayerFeatures):
 
 
 class AugmentationManifolds(Metric):
-    """The manifold that each image's augmented copies form in each layer.
+    """The manifold of each image's augmented views in each layer.
 
     Args:
         layers: names of the layers.
@@ -169,7 +170,7 @@ class AugmentationManifolds(Metric):
 
     Example:
         >>> manifolds = AugmentationManifolds(["layer"], ["crop"])
-        >>> manifolds.update({"crop": {"layer": torch.randn(4, 10, 8)}})  # ten copies of four images
+        >>> manifolds.update({"crop": {"layer": torch.randn(4, 10, 8)}})  # ten views of four images
         >>> manifolds.compute()["crop", "layer"]["diameter"].shape
         torch.Size([4])
     """
@@ -183,14 +184,14 @@ class AugmentationManifolds(Metric):
         for number in range(len(self.kinds)):
             self.add_state(f"values{number}", [], dist_reduce_fx="cat")
 
-    def update(self, copies: Mapping[str, Mapping[str, Float[Tensor, "B m D"]]]) -> None:
+    def update(self, views: Mapping[str, Mapping[str, Float[Tensor, "B m D"]]]) -> None:
         """Add one batch.
 
         Args:
-            copies: setting and layer to the features of m copies of each image.
+            views: setting and layer to the features of m augmented views of each image.
         """
         for number, (setting, layer) in enumerate(self.kinds):
-            features = copies[setting][layer]
+            features = views[setting][layer]
             usable = (features.isfinite().all(2) & (features != 0).any(2)).all(1).nonzero().squeeze(1)
             rows = torch.full((len(features), len(MANIFOLD_METRICS)), torch.nan, dtype=torch.float64)
             rows = rows.to(features.device)
@@ -200,7 +201,7 @@ class AugmentationManifolds(Metric):
             getattr(self, f"values{number}").append(rows.flatten())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with empty tensors of the right type."""
+        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
         for number in range(len(self.kinds)):
             if not getattr(self, f"values{number}"):
                 empty = torch.empty(0, dtype=torch.float64, device=self.device)
@@ -208,7 +209,7 @@ class AugmentationManifolds(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[tuple[str, str], dict[str, Float[Tensor, " N"]]]:
-        """Setting and layer to each metric of each image, in no order; NaN for an image with a copy of no direction."""
+        """Setting and layer to each metric of each image, in no particular order; NaN for images with a zero view."""
         found, left_out = {}, []
         for number, kind in enumerate(self.kinds):
             rows = dim_zero_cat(getattr(self, f"values{number}")).view(-1, len(MANIFOLD_METRICS))
@@ -217,6 +218,6 @@ class AugmentationManifolds(Metric):
                 left_out.append(f"{' '.join(kind)} {missing} of {len(rows)}")
         if left_out:
             warnings.warn(
-                f"images left out, because a copy is all zero or not finite: {', '.join(left_out)}", stacklevel=2
+                f"images left out, because a view is all zero or not finite: {', '.join(left_out)}", stacklevel=2
             )
         return found

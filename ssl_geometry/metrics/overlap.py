@@ -14,7 +14,7 @@ from ssl_geometry.metrics.features import LayerFeatures
 class MutualKNN(LayerFeatures):
     """Share of the k nearest neighbours that each row layer has in common with each column layer.
 
-    Chance is k/(N-1): state N next to the number. It stands next to CKA, which a few far images can dominate.
+    The chance level is k/(N-1), so report N with it. Use it together with CKA, which a few outliers can dominate.
 
     Args:
         rows: names of the row layers.
@@ -63,41 +63,41 @@ class MutualKNN(LayerFeatures):
         Args:
             x: a vector for each image, of each row layer.
             y: the same of each column layer; None takes them from ``x``.
-            index: the images' numbers, each once over all batches and ranks.
+            index: index of each image, unique over all batches and ranks.
         """
         features = [x[name] for name in self.rows] + [(x if y is None else y)[name] for name in self.cols or []]
         self._add(features, index=index)
 
     def compute(self) -> Float[Tensor, "L M"]:
-        """The overlap in [0, 1], float64; NaN (with one warning that names the layers) where a layer does not vary."""
+        """The overlap in [0, 1], float64; NaN, with one warning that names them, for degenerate layers."""
         ids, undefined = self._neighbors()
         size = len(self.rows)
         cols = slice(0 if self.cols is None else size, None)
         return mutual_knn(ids[:size], ids[cols]).masked_fill(undefined[:size, None] | undefined[cols], torch.nan)
 
     def _neighbors(self) -> tuple[Int64[Tensor, "L N k"], Bool[Tensor, " L"]]:
-        """The neighbours in each layer, and which layers do not vary."""
+        """The neighbours in each layer, and which layers are degenerate."""
         order = self._order()
         if len(order) <= self.k:
             raise ValueError(f"{self._name}: k={self.k} neighbours need more than {self.k} images, got {len(order)}")
-        ids, same = [], []
+        ids, degenerate = [], []
         for number in range(len(self._layers)):
             features = self._features(number, order)
             ids.append(neighbor_ids(features, self.k))
-            same.append(bool((ids[-1] < 0).all()))
-        if any(same):
-            alike = dict.fromkeys(name for name, yes in zip(self._layers, same, strict=True) if yes)
+            degenerate.append(bool((ids[-1] < 0).all()))
+        if any(degenerate):
+            names = dict.fromkeys(name for name, yes in zip(self._layers, degenerate, strict=True) if yes)
             warnings.warn(
-                f"Mutual kNN is NaN for layers whose direction does not vary, or is not finite: {', '.join(alike)}",
+                f"Mutual kNN is NaN for layers whose direction does not vary, or is not finite: {', '.join(names)}",
                 stacklevel=3,
             )
-        return torch.stack(ids), torch.tensor(same, device=order.device)
+        return torch.stack(ids), torch.tensor(degenerate, device=order.device)
 
 
 class InvarianceKNN(MutualKNN):
     """Share of the k nearest neighbours that each layer has in common with itself, on two views of the same images.
 
-    Chance is k/(N-1): state N next to the number.
+    The chance level is k/(N-1), so report N with it.
 
     Args:
         layers: names of the layers.
@@ -114,7 +114,7 @@ class InvarianceKNN(MutualKNN):
         super().__init__(layers, layers, k)
 
     def compute(self) -> Float[Tensor, " L"]:
-        """The overlap in [0, 1], float64; NaN (with one warning that names the layers) where a layer does not vary."""
+        """The overlap in [0, 1], float64; NaN, with one warning that names them, for degenerate layers."""
         ids, undefined = self._neighbors()
         pairs = zip(*ids.unsqueeze(1).split(len(self.rows)), strict=True)
         overlap = torch.cat([mutual_knn(x, y).flatten() for x, y in pairs])

@@ -31,17 +31,17 @@ class Spectrum(LayerFeatures):
 
     Args:
         widths: layer to number of its features.
-        views: augmented copies of each image that LiDAR compares, at least 2; 0 leaves LiDAR and alignment out.
+        views: augmented views of each image for LiDAR, at least 2; 0 leaves LiDAR and alignment out.
 
     Raises:
-        ValueError: one view, or a layer of more or fewer images, features or copies than the index, ``widths`` and
-            ``views`` say.
+        ValueError: one view, or a layer whose images, features or views do not match the index, ``widths`` and
+            ``views``.
 
     Example:
         >>> spectrum = Spectrum({"layer": 6}, views=4)
         >>> images = torch.randn(50, 6)
-        >>> copies = images[:, None] + 0.1 * torch.randn(50, 4, 6)
-        >>> spectrum.update({"layer": images}, {"layer": copies}, index=torch.arange(50))
+        >>> views = images[:, None] + 0.1 * torch.randn(50, 4, 6)
+        >>> spectrum.update({"layer": images}, {"layer": views}, index=torch.arange(50))
         >>> sorted(spectrum.compute())
         ['alignment', 'alpha_req', 'alpha_req_fit', 'effective_rank', 'lidar', 'mean_cosine', ...]
     """
@@ -59,36 +59,36 @@ class Spectrum(LayerFeatures):
     def update(
         self,
         features: Mapping[str, Float[Tensor, "B D"]],
-        copies: Mapping[str, Float[Tensor, "B q D"]] | None,
+        views: Mapping[str, Float[Tensor, "B q D"]] | None,
         index: Int64[Tensor, " B"],
     ) -> None:
         """Add one batch.
 
         Args:
             features: of each layer, clean images.
-            copies: of each layer, q augmented copies of each image; None where ``views`` is 0.
-            index: the images' numbers, each once over all batches and ranks.
+            views: of each layer, q augmented views of each image; None where the metric's ``views`` is 0.
+            index: index of each image, unique over all batches and ranks.
         """
-        if (copies is None) == (self.views > 0):
-            given = "none" if copies is None else "some"
-            raise ValueError(f"Spectrum: views={self.views}, but {given} of the images' copies are given")
+        if (views is None) == (self.views > 0):
+            given = "none are" if views is None else "augmented views are"
+            raise ValueError(f"Spectrum: views={self.views}, but {given} given to update()")
         for layer, width in self.widths.items():
             expected: list[tuple[Tensor, tuple[int, ...]]] = [(features[layer], (len(index), width))]
-            if copies is not None:
-                expected.append((copies[layer], (len(index), self.views, width)))
+            if views is not None:
+                expected.append((views[layer], (len(index), self.views, width)))
             for values, shape in expected:
                 if values.shape != shape:
                     raise ValueError(f"Spectrum: layer {layer} has shape {tuple(values.shape)}, expected {shape}")
         self._add([features[layer] for layer in self.widths], index=index)
         for number, layer in enumerate(self.widths):
-            if copies is not None:
-                means, scatter = view_statistics(copies[layer])
+            if views is not None:
+                means, scatter = view_statistics(views[layer])
                 getattr(self, f"means{number}").append(means.flatten())
                 getattr(self, f"scatter{number}").add_(scatter)
-                getattr(self, f"alignment{number}").append(alignment(copies[layer][:, 0], copies[layer][:, 1]))
+                getattr(self, f"alignment{number}").append(alignment(views[layer][:, 0], views[layer][:, 1]))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with empty tensors of the right type."""
+        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
         if self.views and not self.index:
             for number in range(len(self.widths)):
                 for name in ("means", "alignment"):
@@ -96,7 +96,7 @@ class Spectrum(LayerFeatures):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Float[Tensor, " L"]]:
-        """Each number for each layer, float64; NaN where it cannot be computed.
+        """Each metric of each layer, float64; NaN where it cannot be computed.
 
         Raises:
             ValueError: an image fed twice.

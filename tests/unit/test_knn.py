@@ -254,7 +254,7 @@ def test_banks_and_queries_that_are_none_are_told() -> None:
         metric = KNNAccuracy(k=1)
         metric.update_bank(*bank)
         metric.update(*queries)
-        with pytest.raises(ValueError, match=r"0 .*in the bank|0 to classify"):
+        with pytest.raises(ValueError, match=r"0 .*in the bank|0 test images"):
             metric.compute()
     metric = KNNAccuracy(k=1)
     metric.update_bank(torch.randn(4, 3), torch.arange(4))

@@ -148,7 +148,7 @@ def test_what_is_not_finite_has_no_spectrum() -> None:
 
 FITTING = {
     "features": {"a": normal(6, 4), "b": normal(6, 3)},
-    "copies": {"a": normal(6, 5, 4), "b": normal(6, 5, 3)},
+    "views": {"a": normal(6, 5, 4), "b": normal(6, 5, 3)},
     "index": torch.arange(6),
 }
 MISFITS = [
@@ -156,11 +156,11 @@ MISFITS = [
     ({"features": {"a": normal(6, 5), "b": normal(6, 3)}}, r"layer a has shape \(6, 5\), expected \(6, 4\)"),
     ({"index": torch.arange(6, 11)}, r"layer a has shape \(6, 4\), expected \(5, 4\)"),
     (
-        {"copies": {"a": normal(6, 5, 4), "b": normal(6, 4, 3)}},
+        {"views": {"a": normal(6, 5, 4), "b": normal(6, 4, 3)}},
         r"layer b has shape \(6, 4, 3\), expected \(6, 5, 3\)",
     ),
-    ({"copies": {"a": normal(5, 5, 4), "b": normal(6, 5, 3)}}, r"layer a has shape \(5, 5, 4\)"),
-    ({"copies": None}, "views=5, but none of the images' copies"),
+    ({"views": {"a": normal(5, 5, 4), "b": normal(6, 5, 3)}}, r"layer a has shape \(5, 5, 4\)"),
+    ({"views": None}, "views=5, but none are given"),
 ]
 
 
@@ -216,8 +216,8 @@ def test_layers_without_a_spectrum_are_named_once() -> None:
         assert spectrum.compute()["participation_ratio"].isnan().tolist() == [False, True, True]
 
 
-def test_copies_where_none_are_compared_and_single_ones_are_refused() -> None:
-    with pytest.raises(ValueError, match="views=0, but some of the images' copies"):
+def test_views_that_are_not_asked_for_and_single_views_are_refused() -> None:
+    with pytest.raises(ValueError, match="views=0, but augmented views are given"):
         Spectrum({"a": 4, "b": 3}, views=0).update(**FITTING)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="views=1: expected 0, or at least 2"):
         Spectrum({"a": 4}, views=1)
