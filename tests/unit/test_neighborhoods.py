@@ -146,11 +146,11 @@ def test_of_no_graph_nothing_can_be_kept() -> None:
     monitor._depths = {"layer": 1.0}
     with pytest.warns(UserWarning, match="Neighbourhoods are NaN"):
         collapsed = measured(equal())
-    assert monitor._left_of_the_last({"layer": collapsed}, common) == []
-    (row,) = monitor._left_of_the_last({"layer": collapsed}, common)
+    assert monitor._kept_since_last({"layer": collapsed}, common) == []
+    (row,) = monitor._kept_since_last({"layer": collapsed}, common)
     assert np.isnan(row["value"])
-    monitor._left_of_the_last({"layer": measured(normal(60, 4))}, common)
-    (row,) = monitor._left_of_the_last({"layer": measured(normal(60, 4))}, common)
+    monitor._kept_since_last({"layer": measured(normal(60, 4))}, common)
+    (row,) = monitor._kept_since_last({"layer": measured(normal(60, 4))}, common)
     assert row["value"] == 1
 
 
