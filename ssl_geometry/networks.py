@@ -52,9 +52,7 @@ IMAGES: Sources = {
 """Options of the data that every measurement depends on."""
 
 
-def networks_parser(
-    command: str, description: str, group: str, layers: str, resumable: bool = False, several: bool = False
-) -> Parser:
+def networks_parser(command: str, description: str, group: str, layers: str, several: bool = False) -> Parser:
     """The parser of a command that measures networks, with the options that such commands share.
 
     Args:
@@ -62,7 +60,6 @@ def networks_parser(
         description: of what it does.
         group: of the options that say which layers are measured, such as ``cka`` for ``--cka.layers``.
         layers: the default of these, for the help.
-        resumable: started again, the command goes on with what is in ``--out``; others refuse to replace it.
         several: processes may share the images.
     """
     program = f"python -m ssl_geometry.{command}"
@@ -86,8 +83,7 @@ def networks_parser(
         one = Annotated[int, at_least(1)]
         parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
         parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
-    if not resumable:
-        parser.add_argument("--overwrite", action="store_true", help="replace the results in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the validation split, as of fit")
     parser.add_class_arguments(DataModule, "data", fail_untyped=False)
@@ -96,7 +92,13 @@ def networks_parser(
 
 
 def parse_networks(
-    parser: Parser, command: str, args: Sequence[str], group: str, layers: str | Sequence[str], sources: Sources
+    parser: Parser,
+    command: str,
+    args: Sequence[str],
+    group: str,
+    layers: str | Sequence[str],
+    sources: Sources,
+    own_results: str | None = None,
 ) -> Any:
     """Read the command line with a :func:`networks_parser`, to which the command has added its own options.
 
@@ -110,15 +112,17 @@ def parse_networks(
         group: of the options that say which layers are measured.
         layers: default of these, where no run says otherwise.
         sources: options of ``fit`` that decide the same numbers.
+        own_results: the file in ``--out`` by which the command knows results that it goes on with; None for a command
+            that starts from scratch.
 
     Returns:
         The options: ``data`` a data module, ``data_options`` what it was made of, ``out`` a folder, ``layers`` None
         unless given, ``default_layers`` what stands for it then, ``layers_option`` where they were given (see
-        :func:`chosen_layers`).
+        :func:`chosen_layers`), ``overwrite`` False where a SLURM job continues its own results.
 
     Raises:
-        UserError: no such device, a folder of results that is a training run, or results that would be overwritten,
-            unless by the SLURM job that wrote them and was put back into the queue.
+        UserError: no such device, a folder of results that is a training run, or results that would be overwritten
+            without ``--overwrite``, unless by the SLURM job that wrote them and was put back into the queue.
     """
     configs = run_configs(args)
     layers_option = f"{group}.layers"
@@ -159,8 +163,10 @@ def parse_networks(
             f"--out {options.out} is a training run, whose records these would replace: choose another folder"
         )
     is_again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # of this job, whose own results these are
-    if (options.out / "records").exists() and not (options.get("overwrite", True) or is_again):
+    continues = is_again or (own_results is not None and (options.out / own_results).exists())
+    if (options.out / "records").exists() and not (options.overwrite or continues):
         raise UserError(f"--out {options.out} holds results already: choose another, or --overwrite")
+    options.overwrite &= not is_again
     return options
 
 

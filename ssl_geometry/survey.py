@@ -12,6 +12,7 @@ aggregation are ours, after Cosentino et al. 2022.
 
 import json
 import platform
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from ssl_geometry.prediction import UNTRAINED, read_targets, recipes_of
 from ssl_geometry.progress import progress_bar
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.runs.networks import Loaded, load_networks
-from ssl_geometry.survey_options import parse, report_small_classes
+from ssl_geometry.survey_options import NOTES, parse, report_small_classes
 from ssl_geometry.survey_tables import report
 
 WORKING_BYTES = 24
@@ -198,7 +199,13 @@ def survey(args: Sequence[str]) -> Path:
     with together(options):
         plans = _plan(networks, room, options, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
-    store, notes = RecordStore(out / "records"), out / "models.json"
+    store, notes = RecordStore(out / "records"), out / NOTES
+    with together(options):
+        if fabric.is_global_zero and options.overwrite:
+            shutil.rmtree(store.directory, ignore_errors=True)
+            notes.unlink(missing_ok=True)
+        if fabric.is_global_zero and not notes.exists():  # first of all: by this file it knows its own results
+            write_text(notes, "{}\n")
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
     with progress_bar(shown=fabric.is_global_zero) as progress:

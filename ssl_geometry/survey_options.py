@@ -21,6 +21,8 @@ SOURCES: Sources = {
 """Options of the monitors that measured the same."""
 LEAST_OF_A_CLASS = 3
 """Images of a class with fewer have no two neighbours, and no manifold."""
+NOTES = "models.json"
+"""In the folder of results: what decides whether a model is measured again."""
 
 
 def parse(args: Sequence[str]) -> Any:
@@ -35,7 +37,6 @@ def parse(args: Sequence[str]) -> Any:
         "Started again, the same command goes on with the models that are missing.",
         "neighbors",
         layers="stages and pooled features; heads differ, and published models have none",
-        resumable=True,
         several=True,
     )
     parser.add_argument(
@@ -76,7 +77,7 @@ def parse(args: Sequence[str]) -> Any:
         help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
         "of one recipe count once where something is predicted",
     )
-    options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES)
+    options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES, NOTES)
     options.recipes = _named_recipes(options.recipes)
     for name in options.neighbors.settings:
         if name not in SETTINGS:

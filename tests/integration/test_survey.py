@@ -107,6 +107,10 @@ class TestASurvey:
         between = times(surveyed)
         survey(more)
         assert {name for name, time in times(surveyed).items() if time != between.get(name)} == {"third"}
+        between = times(surveyed)
+        survey([*arguments, "--overwrite"])
+        assert between.keys() - times(surveyed).keys() == {"third"}
+        assert all(time != between[name] for name, time in times(surveyed).items())
 
     def test_two_processes_give_the_numbers_of_one(self, runs: Path, tmp_path: Path) -> None:
         arguments = [

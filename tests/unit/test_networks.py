@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,7 +126,7 @@ def test_what_runs_do_not_agree_on_is_one_line(
 def test_a_training_run_is_no_folder_for_results(
     runs: Callable[..., list[str]], tmp_path: Path, module: Any, overwrite: bool
 ) -> None:
-    more = ["--overwrite"] if overwrite and module is not survey_options else []
+    more = ["--overwrite"] if overwrite else []
     models = runs({})
     (tmp_path / "early" / "records").mkdir(parents=True)
     (tmp_path / "early" / "run.json").touch()
@@ -135,16 +136,33 @@ def test_a_training_run_is_no_folder_for_results(
         assert "--overwrite" not in str(error.value)
 
 
-@pytest.mark.parametrize("module", [compare, probe_options])
-def test_a_requeued_job_replaces_its_own_results(
-    runs: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+@pytest.mark.parametrize(
+    ("module", "there", "refused"),
+    [
+        (module, there, there != [] and not (module is survey_options and "models.json" in there))
+        for module in (compare, probe_options, survey_options)
+        for there in ([], ["records/x.parquet"], ["records/x.parquet", "models.json"])
+    ],
+)
+def test_results_are_replaced_when_asked_or_by_their_own_job_and_a_survey_goes_on(
+    runs: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    there: list[str],
+    refused: bool,
 ) -> None:
-    (tmp_path / "out" / "records").mkdir(parents=True)
+    """A survey goes on with what a survey has measured, not with the results of another command."""
+    for name in there:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
     args = [*runs({}), f"--out={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match="holds results already"):
-        module.parse(args)
+    with pytest.raises(UserError, match=r"holds results already: .* --overwrite") if refused else nullcontext():
+        assert not module.parse(args).overwrite
+    assert module.parse([*args, "--overwrite"]).overwrite
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert module.parse(args).out == tmp_path / "out"
+    for more in ([], ["--overwrite"]):
+        assert not module.parse([*args, *more]).overwrite, "what the job has measured before stays"
 
 
 @pytest.mark.parametrize(("code", "how"), [(-9, "killed by signal 9"), (1, "exit code 1")])
