@@ -333,9 +333,9 @@ def imagenet(args: argparse.Namespace) -> Iterator[Row]:
     for batch in (4,) if args.tiny else (128, 256):
         size = 32 if args.tiny else 224
         for blur in (False, True):
-            augment = {"simclr": {"strength": 1.0, "blur": blur}}
+            views = [{"augment": {"simclr": {"strength": 1.0, "blur": blur}}}]
             name = f"{batch} images{', blur' * blur}"
-            yield _step_row(args, name, size, batch, compile=args.compile, augment=augment)
+            yield _step_row(args, name, size, batch, compile=args.compile, views=views)
 
 
 def views(args: argparse.Namespace) -> Iterator[Row]:

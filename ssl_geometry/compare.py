@@ -114,7 +114,7 @@ def measure_network(
         progress: shows how far it is.
     """
     name, method = model.name, model.method
-    names, data = chosen_layers(method, options), options.data
+    names, data = chosen_layers(method.network, options), options.data
     subject = Subject.of(method, name)
     views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
     invariance = Invariance(names, gram_size=options.gram_size, views=views)
@@ -296,7 +296,7 @@ def compare(args: Sequence[str]) -> Path:
     with together(options):
         groups = groups_of(networks)
         for model in networks.values():
-            chosen_layers(model.method, options)  # a mistake is reported before anything is deleted
+            chosen_layers(model.method.network, options)  # a mistake is reported before anything is deleted
             Invariance(views=options.views).check(Subject.of(model.method))
     by_turns(data.prepare_data, options, fabric)
     with together(options):
@@ -304,8 +304,8 @@ def compare(args: Sequence[str]) -> Path:
         _hold_to_images(options, data.measure_size)
         warn_of_few(data, options.gram_size, "--cka.gram_size")
         widths = {
-            name: layer_widths(Subject.of(model.method, name), chosen_layers(model.method, options), data.image_shape)
-            for name, model in networks.items()
+            name: layer_widths(Subject.of(method, name), chosen_layers(method.network, options), data.image_shape)
+            for name, method in ((model.name, model.method) for model in networks.values())
         }
     folder, line = room(widths, options)
     store = RecordStore(options.out / "records")

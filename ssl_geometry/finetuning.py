@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ssl_geometry.callbacks import FitProgress, StopOnNaN
 from ssl_geometry.data.datamodule import BATCH_SIZE, DataModule
+from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure import Occasion, Subject, measure_together
 from ssl_geometry.measure.features import Features
@@ -80,7 +81,7 @@ class FineTuning(Evaluation):
     @override
     def evaluate(self, frozen: FrozenFeatures, progress: Any) -> Found:
         found: dict[str, dict[str, list[float]]] = {}
-        method = frozen.occasion.subject.network
+        method = frozen.method
         if isinstance(method, RawPixels):
             return found
         assert isinstance(method, Method)
@@ -104,13 +105,13 @@ class FineTuning(Evaluation):
         torch.manual_seed(SEED)
         network = Supervised(
             frozen.num_classes,
-            augment=self.view,
+            views=[ViewSpec(augment=self.view)],
             lr=self.learning_rate,
             **SETTINGS,
             compile=False,  # a new network for each share of the labels: compiling takes longer than it saves
             **{key: given[key] for key in shared},
         )
-        network.backbone.load_state_dict(method.backbone.state_dict())
+        network.backbone.load_state_dict(method.network.backbone.state_dict())
         images = LabelledImages(round(fraction * len(frozen.train_labels)), **self.data)
         is_cuda = device.type == "cuda"
         trainer = L.Trainer(

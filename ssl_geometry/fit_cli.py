@@ -1,5 +1,6 @@
 """The options of ``fit``, and the trainer, method and data that they describe."""
 
+import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -277,7 +278,7 @@ class FitCLI(LightningCLI):
             *(given if isinstance(given, list) else [given]),
             *self._callbacks(),
             EvaluateAtStart(),  # before the monitor, which shares a pass with the evaluation of the same weights
-            GeometryMonitor(self._measurements()),
+            *self._monitors(),
             SeedSteps(self.settings["seed_everything"]),
             losses,
             self.stop_on_signal,
@@ -312,6 +313,13 @@ class FitCLI(LightningCLI):
                 if isinstance(started, ResumableWandbLogger):
                     started.finish(ExitCode.MISTAKE)
             raise UserError(f"--trainer: {first_line(error)}") from error
+
+    def _monitors(self) -> list[GeometryMonitor]:
+        """One; and another for the teacher, where it is measured next to the student."""
+        measurements = self._measurements()
+        both = isinstance(self.model, Method) and self.model.hparams["measured"] == "both"
+        teachers = [GeometryMonitor(copy.deepcopy(measurements), network="teacher", name="teacher")] if both else []
+        return [GeometryMonitor(measurements), *teachers]
 
     def _takes_all_devices(self) -> bool:
         """Whether nobody has said how many devices are to be used: in a SLURM job, its tasks say so."""

@@ -36,7 +36,7 @@ def extract(model: Loaded, options: Any, progress: Any, console: Console) -> Fro
         ValueError: features that are not finite.
     """
     data, name, method = options.data, model.name, model.method
-    wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method, options), POOLED]
+    wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method.network, options), POOLED]
     subject = Subject.of(method, name)
     layers = subject.layers(wanted, option=options.layers_option)
     with agreeing_about(name, options):
@@ -57,7 +57,7 @@ def extract(model: Loaded, options: Any, progress: Any, console: Console) -> Fro
     labels, index, test_labels = (values.to(options.device) for values in (labels, index, test_labels))
     depths, agree = subject.depths(layers), partial(agreeing_about, name, options)
     asked = options.train_images
-    return FrozenFeatures(occasion, depths, train, labels, index, test, test_labels, asked, folder, agree)
+    return FrozenFeatures(occasion, depths, train, labels, index, test, test_labels, asked, folder, agree, method)
 
 
 def known(data: DataModule, split: Any, images: int | None = None) -> tuple[Tensor, Tensor]:

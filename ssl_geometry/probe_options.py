@@ -220,7 +220,7 @@ def check(options: Any, networks: Mapping[str, Loaded], console: Console) -> Non
     data = options.data
     for model in networks.values():
         if not isinstance(model.method, RawPixels):
-            chosen_layers(model.method, options)
+            chosen_layers(model.method.network, options)
         Subject.of(model.method).view(options.augment)
     data.setup("test")
     if data.multi_label:

@@ -111,7 +111,7 @@ def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[st
     Raises:
         UserError: the widest layer does not fit.
     """
-    subject, layers = Subject.of(model.method, model.name), chosen_layers(model.method.backbone, options)
+    subject, layers = Subject.of(model.method, model.name), chosen_layers(model.method.network.backbone, options)
     widths = layer_widths(subject, subject.layers(layers, option=options.layers_option), options.data.image_shape)
     each = options.data.measure_size * sum(measurement.kept_bytes for measurement in _measurements(layers, options))
     widest = max(widths, key=widths.__getitem__)
@@ -187,7 +187,7 @@ def survey(args: Sequence[str]) -> Path:
         if options.targets:  # tell mistakes
             read_targets(options.targets, {name: _checkpoint(model) for name, model in networks.items()}, recipes)
         for model in networks.values():
-            chosen_layers(model.method.backbone, options)
+            chosen_layers(model.method.network.backbone, options)
         data.setup("test")
         if data.multi_label:
             raise UserError(
@@ -240,7 +240,7 @@ def survey(args: Sequence[str]) -> Path:
 def _facts(model: Loaded, data: DataModule, options: Any) -> dict[str, Any]:
     """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
     method, source = model.method, _checkpoint(model)
-    names, kind = chosen_layers(method.backbone, options), type(method.backbone).__name__
+    names, kind = chosen_layers(method.network.backbone, options), type(method.network.backbone).__name__
     facts = {
         "family": f"{UNTRAINED} {kind}" if model.epochs is None else getattr(method, "family", type(method).__name__),
         "epochs": model.epochs,
@@ -262,7 +262,7 @@ def _checkpoint(model: Loaded) -> str:
 
 def _protocols(method: Method, data: DataModule, options: Any) -> list[Protocol]:
     """All that changes a number but the weights."""
-    subject, layers = Subject.of(method), chosen_layers(method.backbone, options)
+    subject, layers = Subject.of(method), chosen_layers(method.network.backbone, options)
     neighborhoods, spectrum = _measurements(layers, options)
     neighborhoods.k = options.k
     return [neighborhoods.protocol(subject, data), spectrum.protocol(subject, data)]

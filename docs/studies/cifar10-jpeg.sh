@@ -22,13 +22,13 @@ fit() { # NAME OPTIONS: unless it is finished
 quarter="--model.width 0.25 --trainer.max_epochs 12"
 fit supervised-s0 $supervised $quarter --seed_everything 0
 fit supervised-s1 $supervised $quarter --seed_everything 1
-fit supervised-simclr-views $supervised $quarter --model.augment simclr
+fit supervised-simclr-views $supervised $quarter --model.views '[{augment: simclr}]'
 fit supervised-short $supervised --model.width 0.25 --trainer.max_epochs 3
 fit supervised-wide $supervised --model.width 0.5 --trainer.max_epochs 6
 fit supervised-r10 $supervised --model.backbone resnet10 --model.width 0.25 --trainer.max_epochs 8
 fit simclr-s0 $simclr $quarter --seed_everything 0
 fit simclr-s1 $simclr $quarter --seed_everything 1
-fit simclr-crop $simclr $quarter --model.augment crop
+fit simclr-crop $simclr $quarter --model.views '[{augment: crop}]'
 fit simclr-short $simclr --model.width 0.25 --trainer.max_epochs 3
 fit simclr-wide $simclr --model.width 0.5 --trainer.max_epochs 6
 fit simclr-r10 $simclr --model.backbone resnet10 --model.width 0.25 --trainer.max_epochs 8

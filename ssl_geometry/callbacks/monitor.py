@@ -125,10 +125,13 @@ class GeometryMonitor(L.Callback):
             if isinstance(measurement, CKA) and measurement.reference is not None:
                 measurement.add_reference(self._reference(measurement, pl_module), self._images, self._subject)
             if isinstance(measurement, Probes) and isinstance(pl_module, Method) and self.images is None:
+                if not pl_module.steps_show_images:
+                    logger.info("online probes are left out: a training step shows the backbone no whole views")
+                    continue
+                heard = [part for part in pl_module.training_views if part[0].size == pl_module.view.size]
                 learned = {  # of batches that have labels and indices, as those of the data module have
                     "precision": trainer.precision,
-                    "training views": pl_module.view.spec,
-                    "views an image": pl_module.num_views,
+                    "training views": [view.spec | {"count": len(numbers)} for view, numbers in heard],
                     "batch": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
                 }
                 measurement.listen(self._subject, self._images, learned)
@@ -227,14 +230,14 @@ class GeometryMonitor(L.Callback):
 
     def _agrees(self, method: Method) -> bool:
         """Whether validation computes the features that are measured."""
-        same = self._subject.network is method and self._images is method.trainer.datamodule  # type: ignore[attr-defined]
+        same = self._subject.network is method.network and self._images is method.trainer.datamodule  # type: ignore[attr-defined]
         return same and method.hparams["eval_precision"] == "float32" and type(method).features is Method.features
 
     def _bank_features(self, method: Method, begun: Pass, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Run a part of the pass, once validation begins to take what the backbone gives, and the labels."""
         started = time.perf_counter()
         outputs: list[Tensor] = []
-        hook = method.backbone.register_forward_hook(
+        hook = method.network.backbone.register_forward_hook(
             lambda *call: outputs.append(call[-1].to(torch.float32, copy=True))
         )
         try:
@@ -243,7 +246,7 @@ class GeometryMonitor(L.Callback):
                     yield outputs.pop(), batch["label"]
         finally:
             hook.remove()
-        self._shared = begun, [tensor.clone() for tensor in _weights(method)]
+        self._shared = begun, [tensor.clone() for tensor in _weights(begun.occasion.subject.network)]
         self.seconds += time.perf_counter() - started
 
     def _pass(self, due: list[Measurement], occasion: Occasion) -> Pass:
@@ -268,8 +271,9 @@ class GeometryMonitor(L.Callback):
         Raises:
             UserError: no such attribute, or a network whose view of an image is not known.
         """
-        if isinstance(module, Method) and self.network is None and not self.heads and self.clean is None:
-            return Subject.of(module, name)
+        if isinstance(module, Method) and not self.heads and self.clean is None and not callable(self.network):
+            network = None if self.network is None else submodule(module, self.network, "network")
+            return Subject.of(module, name, network)
         if callable(self.network):
             network = self.network(module)
         else:

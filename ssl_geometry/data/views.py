@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,19 @@ from ssl_geometry.errors import UserError, nearest
 
 Augment = str | dict[str, Any] | list[Any]
 """How views are made, as plain data: an operation or a policy, ``{name: {option: value}}``, or a list of these."""
+
+
+class ViewSpec(TypedDict, total=False):
+    """How some of the training views of each image are made, as plain data: ``{augment: simclr, count: 2}``."""
+
+    augment: Required[Augment]
+    """A policy (simclr, byol, supervised, none), an operation, either with options, or a list of these."""
+    size: int
+    """Side in pixels; the method's ``image_size`` where it is left out."""
+    count: int
+    """How many views are made this way; 1 where it is left out, or all that the method takes, made one way."""
+
+
 NORMALIZE = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -82,6 +95,25 @@ def simclr(
     return ops
 
 
+def byol(blur: float = 1.0, solarize: float = 0.0, scale: tuple[float, float] = (0.08, 1.0)) -> list[Any]:
+    """One of the two views of BYOL, whose views are not made alike; Barlow Twins, VICReg, MoCo v3 and DINO share them.
+
+    Args:
+        blur: probability of Gaussian blur: 1 for the first view, 0.1 for the second.
+        solarize: probability of solarisation: 0 for the first view, 0.2 for the second.
+        scale: share of the image's area that a crop takes, low and high.
+
+    Returns:
+        Operations, as plain data.
+
+    References:
+        Grill et al., *Bootstrap your own latent*, 2020, appendix B, table 6.
+    """
+    color = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    ops: list[Any] = [{"crop": {"scale": scale}}, "flip", {"color": color}, {"gray": {"p": 0.2}}]
+    return [*ops, {"blur": {"p": blur}}, {"solarize": {"p": solarize}}]
+
+
 def supervised(padding: int = 4) -> list[Any]:
     """The views of supervised training on small images: padded crop and flip. (On ImageNet: the list ``[crop, flip]``.)
 
@@ -103,7 +135,7 @@ def none() -> list[Any]:
     return []
 
 
-POLICIES: dict[str, Callable[..., list[Any]]] = {"simclr": simclr, "supervised": supervised, "none": none}
+POLICIES: dict[str, Callable[..., list[Any]]] = {"simclr": simclr, "byol": byol, "supervised": supervised, "none": none}
 
 
 def _options(name: str) -> list[str]:
@@ -158,9 +190,9 @@ class View:
     resized bilinearly with antialiasing, or copied as it is when the square has that size already.
 
     Args:
-        augment: ``simclr``, ``supervised``, ``none``, an operation (crop, pad_crop, flip, color, gray, blur, solarize,
-            rotate, translate), either one with options ``{name: {option: value}}``, or a list of these, in which order
-            they act.
+        augment: ``simclr``, ``byol``, ``supervised``, ``none``, an operation (crop, pad_crop, flip, color, gray, blur,
+            solarize, rotate, translate), either one with options ``{name: {option: value}}``, or a list of these, in
+            which order they act.
         size: side of the view in pixels.
         normalize: what is done last: none, imagenet, cifar10, half, or a pair of means and standard deviations.
         center_crop: side of the centred square, as a share of the image's shorter side.

@@ -63,6 +63,8 @@ class FrozenFeatures:
     """Folder of features that do not fit into memory."""
     together: Together = nullcontext
     """Context of a pass; see :func:`measure_together`."""
+    method: Any = None
+    """The method that the network belongs to, for evaluations that train it further."""
 
     @property
     def name(self) -> str:

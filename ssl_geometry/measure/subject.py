@@ -166,9 +166,16 @@ class Subject:
         self.name, self.own, self.named_views = name, own, named_views or {}
 
     @classmethod
-    def of(cls, method: Any, name: str = "network") -> Self:
-        """A method of this package, which knows how it sees images."""
-        return cls(method, method.clean_view, name=name, own=method.view, named_views=method.named_views)
+    def of(cls, method: Any, name: str = "network", network: nn.Module | None = None) -> Self:
+        """A method of this package, which knows how it sees images.
+
+        Args:
+            method: the method.
+            name: of the network, in the records.
+            network: part of it, such as its teacher; None is what the method says (``--model.measured``).
+        """
+        network = method.network if network is None else network
+        return cls(network, method.clean_view, name=name, own=method.view, named_views=method.named_views)
 
     @property
     def device(self) -> torch.device:

@@ -1,15 +1,15 @@
 """What every method shares: backbone, views, optimiser, schedule, evaluation. A method adds a loss.
 
-One training step: the batch's images become ``num_views`` views on the device; all views go through backbone and head
-in ONE forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor per view. Nothing in the
-step waits for the device: metrics stay tensors until a logger reads them, once in ``log_every_n_steps``. On CUDA it is
-compiled.
+One training step: the batch's images become views on the device; all views of one size go through backbone and head in
+ONE forward (so batch norm sees them together); ``loss`` gets the head's outputs, one tensor per view, in float32. After
+the optimiser's step comes ``after_step``. Nothing in the step waits for the device: metrics stay tensors until a logger
+reads them, once in ``log_every_n_steps``. On CUDA it is compiled.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import lightning as L
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ssl_geometry.data.plan import size_within
-from ssl_geometry.data.views import Augment, View
+from ssl_geometry.data.views import Augment, View, ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.methods.compilation import is_compiled
 from ssl_geometry.methods.lars import LARS
+from ssl_geometry.methods.teacher import Teacher
 from ssl_geometry.metrics import KNNAccuracy
-from ssl_geometry.models import build_backbone
+from ssl_geometry.models import build_backbone, import_path
 from ssl_geometry.ranges import Pixels, Seed, above, at_least, between, check_arguments
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,12 @@ Optimizer = Literal["lars", "sgd", "adamw"]
 Precision = Literal["float32", "training"]
 Rate = Annotated[float, at_least(0)]
 Decay = Annotated[float, at_least(0)]
+Share = Annotated[float, between(0, 1)]
+Measured = Literal["student", "teacher", "both"]
+Backbone = str | nn.Module if TYPE_CHECKING else str  # an option is text: a parser would list all of torch's modules
+
+
+UNCHANGED = [ViewSpec(augment="none")]
 
 
 class Batch(TypedDict):
@@ -70,8 +77,9 @@ class Method(L.LightningModule):
     """Base of all methods: subclass it in one file, build ``self.head``, and give ``loss``.
 
     Args:
-        backbone: resnet10, resnet18, resnet34, resnet50, resnet101, or a vision transformer of timm such as
-            vit_small_patch16_224.
+        backbone: resnet10, resnet18, resnet34, resnet50, resnet101, a vision transformer of timm such as
+            vit_small_patch16_224, or the import path of a class or function that makes a network from images to
+            features, such as my_package.convnext; in a script, a network itself as well.
         stem: first layers of a ResNet: "cifar" (3x3 convolution, no pooling) or "imagenet"; None takes "cifar" for
             images of at most 64 pixels.
         width: multiplies the channels of a ResNet.
@@ -79,13 +87,19 @@ class Method(L.LightningModule):
         normalize: what is done last to every view: none, imagenet, cifar10, half, or a pair of means and standard
             deviations.
         center_crop: share of the image's side that a clean view keeps (0.875 is usual on ImageNet).
-        augment: how training views are made: a policy (simclr, supervised, none), an operation (crop, flip, color,
-            ...), either one with options ({simclr: {strength: 1.0}}), or a list of these.
+        views: how training views are made: a list of {augment: ..., size: pixels, count: number}; size where it is not
+            image_size, count where there are several ways and one of them makes more than one view. augment is a
+            policy (simclr, byol, supervised, none), an operation (crop, flip, color, ...), either one with options
+            ({simclr: {strength: 1.0}}), or a list of these.
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images; scaled linearly with the global batch.
+        min_lr: learning rate at the end of the cosine, scaled likewise.
         weight_decay: not applied to biases, normalisation layers, class tokens and position embeddings.
         momentum: of lars and sgd.
-        warmup_epochs: epochs in which the learning rate rises linearly, before the cosine to zero.
+        betas: of adamw.
+        warmup_epochs: epochs in which the learning rate rises linearly, before the cosine.
+        measured: of methods with a teacher, which network is evaluated and measured: student, teacher, or both (then
+            the student's is the accuracy in ``val/knn``).
         channels_last: keep convolutions in the channels-last memory format.
         compile: compile the backbone with torch.compile while it trains, on CUDA the pixels of the training views as
             well; None does on CUDA, unless the trainer is deterministic. What is evaluated or measured runs eagerly.
@@ -99,16 +113,20 @@ class Method(L.LightningModule):
     """What measurements know by name, next to policies and operations (:meth:`ssl_geometry.measure.Subject.view`)."""
     learns_from_labels: bool | None = None
     """Whether training reads the labels; None is unknown, and takes part in no verdict of ``compare``."""
-    num_views = 1
-    """Views of each image that the loss compares."""
+    num_views: int | None = 1
+    """Views of each image that the loss takes; None for any number."""
+    steps_show_images = True
+    """Whether the backbone's forwards of training steps see whole views; online probes learn from them."""
     backbone: nn.Module
     """Images to pooled features."""
     num_features: int
     """How many features those are."""
     head: nn.Module
     """What the loss reads; the identity until a subclass sets it."""
-    view: View
-    """How training views are made."""
+    teacher: Teacher | None
+    """A moving average of backbone and head, where a subclass sets it; ``after_step`` must have it follow."""
+    training_views: list[tuple[View, range]]
+    """How training views are made, and the numbers of those that are made so."""
     clean_view: View
     """How images are seen when they are measured."""
     shared_bank: SharedBank = NOT_SHARED
@@ -116,43 +134,70 @@ class Method(L.LightningModule):
 
     def __init__(
         self,
-        backbone: str = "resnet50",
+        backbone: Backbone = "resnet50",
         stem: Literal["cifar", "imagenet"] | None = None,
         width: Annotated[float, above(0)] = 1.0,
         image_size: Pixels = 32,
         normalize: str | tuple[list[float], list[float]] = "none",
         center_crop: Annotated[float, above(0, at_most=1)] = 1.0,
-        augment: Augment = "none",
+        views: list[ViewSpec] = UNCHANGED,
         optimizer: Optimizer = "sgd",
         lr: Rate = 0.1,
+        min_lr: Rate = 0.0,
         weight_decay: Decay = 1e-4,
         momentum: Annotated[float, between(0, 1, below=True)] = 0.9,
+        betas: tuple[Share, Share] = (0.9, 0.999),
         warmup_epochs: Annotated[int, at_least(0)] = 10,
+        measured: Measured = "student",
         channels_last: bool = True,
         compile: bool | None = None,
         eval_precision: Precision = "float32",
         seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_arguments(Method, locals(), "--model.")
-        self.save_hyperparameters()
-        self.backbone = build_backbone(backbone, stem=stem, width=width, image_size=image_size)
+        check_arguments(Method, {k: v for k, v in locals().items() if not isinstance(v, nn.Module)}, "--model.")
+        if min_lr > lr:
+            raise UserError(f"--model.min_lr {min_lr:g}: above the learning rate, --model.lr {lr:g}")
+        self.save_hyperparameters(ignore="backbone")
+        self.hparams["backbone"] = backbone if isinstance(backbone, str) else import_path(backbone)
+        self.training_views = self._numbered(views, size=image_size, normalize=normalize, center_crop=center_crop)
+        sizes = {view.size for view, _ in self.training_views} | {image_size}
+        self.backbone = build_backbone(backbone, stem=stem, width=width, image_size=image_size, any_size=len(sizes) > 1)
         self.num_features = self.backbone.num_features  # type: ignore[assignment]
         self.head = nn.Identity()
-        self.view = View(augment, size=image_size, normalize=normalize, center_crop=center_crop)
-        self._compiled_view: View | None = None  # of training steps alone: its bits are not those of the view
+        self.teacher = None
+        self._compiled: list[View] = []  # of training steps alone: their bits are not those of the views
         self.clean_view = View("none", size=image_size, normalize=normalize, center_crop=center_crop)
         self.knn = KNNAccuracy(NEIGHBORS)
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
 
+    def _numbered(self, specs: Sequence[ViewSpec], **common: Any) -> list[tuple[View, range]]:
+        """Views by what ``--model.views`` says, each with the numbers that its random parameters come from."""
+        views: list[tuple[View, range]] = []
+        first = 0
+        for spec in specs:
+            if not isinstance(spec, dict) or "augment" not in spec or spec.keys() - ViewSpec.__annotations__:
+                raise UserError(f"--model.views {spec}: expected {{augment: ..., size: pixels, count: number}}")
+            count = spec.get("count", (self.num_views if len(specs) == 1 else None) or 1)
+            if not isinstance(count, int) or count < 1:
+                raise UserError(f"--model.views: count {count}, expected a number of views, at least 1")
+            view = View(spec["augment"], **{**common, "size": spec.get("size", common["size"])})
+            views.append((view, range(first, first + count)))
+            first += count
+        if not first or self.num_views not in (None, first):
+            wanted = self.num_views or "at least 1"
+            raise UserError(f"--model.views: {first} of each image; {type(self).__name__} takes {wanted}")
+        return views
+
     # -- what a method gives -------------------------------------------------------------------------------------------
 
     def loss(self, outputs: tuple[Float[Tensor, "B D"], ...], batch: Batch) -> Float[Tensor, ""]:
-        """The loss of one batch.
+        """The loss of one batch; autocast is off.
 
         Args:
-            outputs: the head's outputs, one tensor for each of the ``num_views`` views.
+            outputs: what :meth:`outputs` gave, in float32 at least: unless it is overridden, the head's output for each
+                view.
             batch: images, labels and indices, as the datamodule gave them.
 
         Returns:
@@ -160,11 +205,78 @@ class Method(L.LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(outputs, batch)")
 
+    def outputs(self, views: Sequence[Float[Tensor, "B 3 S S"]], batch: Batch) -> tuple[Tensor, ...]:
+        """What the loss reads, in the trainer's precision; a method with a teacher or a predictor adds to it.
+
+        Args:
+            views: of the batch's images, in the order of ``--model.views``.
+            batch: images, labels and indices.
+
+        Returns:
+            The head's output for each view.
+        """
+        return self.encode(views)
+
+    def after_step(self, progress: float) -> None:
+        """Called after each step of the optimiser: a teacher follows, schedules move on. Nothing, unless overridden.
+
+        Args:
+            progress: share of the run's optimiser steps that are done, in (0, 1].
+        """
+
     # -- what every method has -----------------------------------------------------------------------------------------
 
     def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Backbone and head on images that are views already."""
         return self.head(self.backbone(self._in_format(images)))
+
+    def encode(
+        self, views: Sequence[Float[Tensor, "B 3 S S"]], network: nn.Module | None = None
+    ) -> tuple[Float[Tensor, "B D"], ...]:
+        """Outputs for views, in one forward for all views of one size, so that batch norm sees them together.
+
+        Args:
+            views: of the batch's images.
+            network: such as the teacher; None is the method itself.
+
+        Returns:
+            One tensor for each view.
+        """
+        sizes: dict[int, list[int]] = {}
+        for number, view in enumerate(views):
+            sizes.setdefault(view.shape[-1], []).append(number)
+        found: dict[int, Tensor] = {}
+        for numbers in sizes.values():
+            outputs = (network or self)(self._in_format(torch.cat([views[number] for number in numbers])))
+            found.update(zip(numbers, outputs.chunk(len(numbers)), strict=True))
+        return tuple(found[number] for number in range(len(views)))
+
+    @property
+    def view(self) -> View:
+        """How training views are made; where they are not made alike, the first of them."""
+        return self.training_views[0][0]
+
+    @property
+    def network(self) -> "Method | Teacher":
+        """What is evaluated and measured, with a backbone and a head: the method itself, or its teacher.
+
+        Raises:
+            UserError: the teacher is to be measured, and there is none.
+        """
+        measured = self.hparams["measured"]
+        if measured != "student" and self.teacher is None:
+            raise UserError(f"--model.measured {measured}: {type(self).__name__} has no teacher; leave it out")
+        return self.teacher if measured == "teacher" and self.teacher is not None else self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimiser steps that are done, in [0, 1], for schedules of a loss."""
+        return min(1.0, self.trainer.global_step / self.total_steps)
 
     def features(self, images: UInt8[Tensor, "B 3 H W"], precision: Precision = "float32") -> Float[Tensor, "B D"]:
         """Pooled backbone features of clean images, without gradients; evaluation mode is the caller's.
@@ -183,31 +295,40 @@ class Method(L.LightningModule):
             views = self._in_format(self.clean_view(images, index, seed=0, epoch=0, view=0))
             if precision == "float32":
                 with full_float32():
-                    return self.backbone(views).float()
+                    return self.network.backbone(views).float()
             with self.trainer.precision_plugin.forward_context():
-                return self.backbone(views).float()
+                return self.network.backbone(views).float()
 
     def on_fit_start(self) -> None:
         """Compile what training steps run; the first of them does it, on the device and with the monitors' hooks."""
         if is_compiled(self.hparams["compile"], self.device):
             self.backbone.compile(dynamic=False)
+            if self.teacher is not None:
+                self.teacher.backbone.compile(dynamic=False)
             if self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-                self._compiled_view = self.view.compiled()
+                self._compiled = [view.compiled() for view, _ in self.training_views]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """All views in one forward, then the method's loss."""
-        with torch.autocast(self.device.type, enabled=False):
-            view = self._compiled_view or self.view
-            views = view(
-                batch["image"],
-                batch["index"],
-                seed=self.hparams["seed"],
-                epoch=self.current_epoch,
-                view=range(self.num_views),
-            )
-        loss = self.loss(self(views).chunk(self.num_views), batch)
+        """Views, the networks' outputs for them, then the method's loss."""
+        autocast_off = torch.autocast(self.device.type, enabled=False)
+        views: list[Tensor] = []
+        with autocast_off:
+            for which, (view, numbers) in enumerate(self.training_views):
+                make = self._compiled[which] if self._compiled else view
+                seed, epoch = self.hparams["seed"], self.current_epoch
+                made = make(batch["image"], batch["index"], seed=seed, epoch=epoch, view=numbers)
+                views += made.chunk(len(numbers))
+        outputs = self.outputs(views, batch)
+        with autocast_off:
+            full = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
+            loss = self.loss(tuple(full), batch)
         self.log_mean("train/loss", loss)
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, once for all batches whose gradients are accumulated; then :meth:`after_step`."""
+        super().optimizer_step(*args, **kwargs)
+        self.after_step(min(1.0, (self.trainer.global_step + 1) / self.total_steps))
 
     def log_mean(self, name: str, value: Float[Tensor, ""]) -> None:
         """Log a figure of a training step, averaged over the processes, without waiting for the device.
@@ -250,7 +371,7 @@ class Method(L.LightningModule):
     # -- optimiser and schedule ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """The chosen optimiser, with linear warm-up and a cosine to zero over the steps of the whole run."""
+        """The chosen optimiser, with linear warm-up and a cosine to ``min_lr`` over the steps of the whole run."""
         hparams, trainer = self.hparams, self.trainer
         images = getattr(getattr(trainer, "datamodule", None), "batch_size", 256) * trainer.accumulate_grad_batches
         lr = hparams["lr"] * images / 256
@@ -265,13 +386,15 @@ class Method(L.LightningModule):
                 f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}: an epoch has only "
                 f"{trainer.num_training_batches} batches; expected at most so many"
             )
-        steps = int(trainer.estimated_stepping_batches)
+        steps = self.total_steps
         steps_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         warmup = min(steps, round(steps_an_epoch * hparams["warmup_epochs"]))
 
         # A function and not lightly's scheduler: that one's state would bring an old length of the run back on resume.
+        end = hparams["min_lr"] / hparams["lr"] if hparams["lr"] else 0.0
+
         def share(step: int) -> float:
-            return cosine_warmup_schedule(min(step, steps), steps + 1, 1.0, 0.0, warmup, 0.0)
+            return cosine_warmup_schedule(min(step, steps), steps + 1, 1.0, end, warmup, 0.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -313,7 +436,7 @@ class Method(L.LightningModule):
             case "sgd":
                 return torch.optim.SGD(groups, lr=lr, momentum=hparams["momentum"])
             case "adamw":
-                return torch.optim.AdamW(groups, lr=lr)
+                return torch.optim.AdamW(groups, lr=lr, betas=tuple(hparams["betas"]))
             case unknown:
                 raise UserError(f"--model.optimizer {unknown!r}: known: 'lars', 'sgd', 'adamw'")
 

@@ -4,8 +4,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
-from lightly.utils.dist import gather
 from torch import Tensor
+
+from ssl_geometry.methods.gather import gathered
 
 SHORTEST = 1e-12
 
@@ -43,11 +44,8 @@ def nt_xent(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperatu
         with torch.no_grad():  # x / inf would be at a right angle to all, and the loss finite
             length.nan_to_num_(nan=torch.nan, posinf=torch.nan)
         views = views / length
-        rank, others = 0, views
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            rank, others = dist.get_rank(), torch.cat(gather(views))
-        logits = views @ others.T / temperature
-        start = rank * len(views)
+        logits = views @ gathered(views).T / temperature
+        start = (dist.get_rank() if dist.is_initialized() else 0) * len(views)
         logits.diagonal(start).fill_(-torch.inf)
         partner = torch.arange(start, start + len(views), device=views.device).roll(len(first))
         return F.cross_entropy(logits, partner)

@@ -35,6 +35,8 @@ class Published(Method):
         kwargs: as for every method.
     """
 
+    num_views = None
+
     def __init__(
         self,
         backbone: str = "resnet50",

@@ -17,8 +17,11 @@ class RawPixels(Method):
         kwargs: of a trained method, for its views.
     """
 
+    num_views = None
+
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "backbone": "resnet10", "width": 0.25, "channels_last": False, "compile": False})
+        fixed = {"backbone": "resnet10", "width": 0.25, "channels_last": False, "compile": False, "measured": "student"}
+        super().__init__(**{**kwargs, **fixed})
         side = min(kwargs["image_size"], PIXEL_SIDE)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
         self.backbone = nn.Sequential()  # in place of the small network that the base built

@@ -4,10 +4,12 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from ssl_geometry.data.views import Augment
+from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
 from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.ranges import above, at_least, check_arguments
+
+VIEWS = [ViewSpec(augment="simclr", count=2)]
 
 
 class SimCLR(Method):
@@ -19,7 +21,7 @@ class SimCLR(Method):
         temperature: tau of the NT-Xent loss, above 0.
         hidden_dim: width of the projection head; None is the width of the backbone's features.
         output_dim: dimension of the unit vectors that the loss compares.
-        augment: how both views are made.
+        views: how both views are made, such as [{augment: {simclr: {strength: 1.0}}}].
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images.
         weight_decay: not applied to biases, normalisation layers, class tokens and position embeddings.
@@ -36,7 +38,7 @@ class SimCLR(Method):
         temperature: Annotated[float, above(0)] = 0.5,
         hidden_dim: Annotated[int, at_least(1)] | None = None,
         output_dim: Annotated[int, at_least(1)] = 128,
-        augment: Augment = "simclr",
+        views: list[ViewSpec] = VIEWS,
         optimizer: Optimizer = "lars",
         lr: Rate = 0.3,
         weight_decay: Decay = 1e-4,
@@ -45,7 +47,7 @@ class SimCLR(Method):
         from lightly.models.modules.heads import SimCLRProjectionHead  # with timm: here, not with every --help
 
         check_arguments(SimCLR, locals(), "--model.")
-        super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
+        super().__init__(views=views, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
         self.head = SimCLRProjectionHead(self.num_features, hidden_dim or self.num_features, output_dim)
         self.temperature = temperature
 

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from ssl_geometry.data.views import Augment
+from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
 from ssl_geometry.ranges import at_least, check_arguments
+
+VIEWS = [ViewSpec(augment="supervised")]
 
 
 class Supervised(Method):
@@ -18,7 +20,7 @@ class Supervised(Method):
 
     Args:
         num_classes: classes of the data set; None takes them from it.
-        augment: how the images are augmented.
+        views: how the images are augmented, such as [{augment: [crop, flip]}].
         optimizer: lars, sgd or adamw.
         lr: learning rate for a global batch of 256 images.
         weight_decay: not applied to biases, normalisation layers, class tokens and position embeddings.
@@ -29,14 +31,14 @@ class Supervised(Method):
     def __init__(
         self,
         num_classes: Annotated[int, at_least(2)] | None = None,
-        augment: Augment = "supervised",
+        views: list[ViewSpec] = VIEWS,
         optimizer: Optimizer = "sgd",
         lr: Rate = 0.2,
         weight_decay: Decay = 5e-4,
         **kwargs: Any,
     ) -> None:
         check_arguments(Supervised, locals(), "--model.")
-        super().__init__(augment=augment, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
+        super().__init__(views=views, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **kwargs)
         if num_classes is not None:
             self._classify(num_classes)
 

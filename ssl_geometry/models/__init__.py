@@ -14,11 +14,22 @@ if TYPE_CHECKING:
         Stem,
         build_backbone,
         build_vit,
+        import_path,
         vit_names,
         why_unknown,
     )
 
-__all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names", "why_unknown"]
+__all__ = [
+    "RESNETS",
+    "SMALL_IMAGE",
+    "ResNet",
+    "Stem",
+    "build_backbone",
+    "build_vit",
+    "import_path",
+    "vit_names",
+    "why_unknown",
+]
 
 if not TYPE_CHECKING:  # where mypy looks, a name that is not there stays a mistake
 

@@ -1,52 +1,114 @@
-"""The backbones by name: ResNets, and timm's vision transformers."""
+"""The backbones by name: ResNets, timm's vision transformers, and whatever an import path leads to."""
 
+import importlib
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.models.evaluating import evaluating
 from ssl_geometry.models.resnet import RESNETS, ResNet, Stem
 from ssl_geometry.models.vit import build_vit, vit_names
 
-__all__ = ["RESNETS", "SMALL_IMAGE", "ResNet", "Stem", "build_backbone", "build_vit", "vit_names", "why_unknown"]
+__all__ = [
+    "RESNETS",
+    "SMALL_IMAGE",
+    "ResNet",
+    "Stem",
+    "build_backbone",
+    "build_vit",
+    "import_path",
+    "vit_names",
+    "why_unknown",
+]
 
 SMALL_IMAGE = 64
 """Up to this side, in pixels, a ResNet gets the small stem unless another is chosen."""
 
 
 def build_backbone(
-    name: str, *, stem: Stem | None = None, width: float = 1.0, image_size: int | None = None
+    backbone: str | nn.Module,
+    *,
+    stem: Stem | None = None,
+    width: float = 1.0,
+    image_size: int | None = None,
+    any_size: bool = False,
 ) -> nn.Module:
-    """Build a randomly initialised network from images (B, 3, H, W) to features (B, num_features).
+    """Build a network from images (B, 3, H, W) to features (B, num_features), randomly initialised by its name.
 
     Args:
-        name: ``resnet10``, ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, or one of timm's vision
-            transformers, such as ``vit_tiny_patch16_224``.
+        backbone: ``resnet10``, ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``; one of timm's vision
+            transformers, such as ``vit_tiny_patch16_224``; the import path of a class or function without arguments
+            that makes a network, such as ``my_package.convnext``; or a network, which is taken as it is.
         stem: of a ResNet; ``imagenet`` is the 7x7 stride-2 convolution and max-pool, ``cifar`` a 3x3 stride-1
             convolution; None takes ``cifar`` for images of at most 64 pixels.
         width: multiplies every channel count of a ResNet.
         image_size: side of the images in pixels; None is the size in the name. A ResNet takes images of any size.
+        any_size: a vision transformer takes images of other sizes too, with interpolated position embeddings.
 
     Returns:
         The network; its attribute ``num_features`` is the number of features.
 
     Raises:
-        UserError: an unknown name, an impossible value, or an option that the named network does not have.
+        UserError: an unknown name, an impossible value, an option that the named network does not have, or a network
+            that does not give pooled features.
 
     Example:
         >>> import torch
         >>> net = build_backbone("resnet18", stem="cifar", width=0.25)
         >>> net(torch.rand(2, 3, 32, 32)).shape, net.num_features
         (torch.Size([2, 128]), 128)
+        >>> build_backbone(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())).num_features
+        12
     """
-    if name in RESNETS:
+    if isinstance(backbone, str) and backbone in RESNETS:
         small = image_size is not None and image_size <= SMALL_IMAGE
-        return ResNet(*RESNETS[name], stem=stem or ("cifar" if small else "imagenet"), width=width)
-    if name not in vit_names():
-        raise UserError(f"backbone {name!r} is unknown; {why_unknown(name, [*RESNETS, *vit_names()])}")
+        return ResNet(*RESNETS[backbone], stem=stem or ("cifar" if small else "imagenet"), width=width)
+    name = backbone if isinstance(backbone, str) else type(backbone).__name__
+    is_vit = name in vit_names()
+    network = _imported(backbone) if isinstance(backbone, str) and not is_vit else backbone
     if stem is not None or width != 1:
         raise UserError(f"stem={stem!r} and width={width} are for ResNets; leave them out for backbone {name!r}")
-    return build_vit(name, image_size)
+    if isinstance(network, str):
+        return build_vit(network, image_size, any_size)
+    size = image_size or 224
+    with evaluating(network), torch.no_grad():
+        features = network(torch.zeros(2, 3, size, size))
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"backbone {name!r} gives {found} for two images, expected pooled features (2, D)")
+    network.num_features = features.shape[1]  # type: ignore[assignment]
+    return network
+
+
+def import_path(network: nn.Module) -> str:
+    """Where the class of a network is imported from: what a checkpoint says of a network that no name built.
+
+    Example:
+        >>> import_path(nn.Flatten())
+        'torch.nn.modules.flatten.Flatten'
+    """
+    return f"{type(network).__module__}.{type(network).__qualname__}"
+
+
+def _imported(path: str) -> nn.Module:
+    """The network that the class or function of an import path makes."""
+    module, _, name = path.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"backbone {path!r} is unknown; {why_unknown(path, [*RESNETS, *vit_names()])}") from error
+    try:
+        network = make()
+    except TypeError as error:
+        raise UserError(
+            f"backbone {path!r} cannot be made without arguments ({error}); give the import path of a function that "
+            "makes it"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"backbone {path!r} makes {type(network).__name__}, expected a torch module")
+    return network
 
 
 def why_unknown(name: str, known: Iterable[str]) -> str:

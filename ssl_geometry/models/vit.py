@@ -24,12 +24,13 @@ def vit_names() -> list[str]:
     return timm.list_models(module="vision_transformer")
 
 
-def build_vit(name: str, image_size: int | None = None) -> nn.Module:
+def build_vit(name: str, image_size: int | None = None, any_size: bool = False) -> nn.Module:
     """Build one of timm's vision transformers without its classifier.
 
     Args:
         name: one of :func:`vit_names`; it also says the patch size.
         image_size: side of the images in pixels; None is the size in the name.
+        any_size: takes images of other sizes too, with interpolated position embeddings.
 
     Returns:
         The network: images (B, 3, H, H) to features (B, num_features), pooled as the named model does it.
@@ -48,7 +49,7 @@ def build_vit(name: str, image_size: int | None = None) -> nn.Module:
     """
     import timm
 
-    net: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size)
+    net: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=any_size)
     patch = net.patch_embed.patch_size[0]
     if image_size is not None and image_size % patch:
         raise UserError(f"image_size={image_size} cuts the patches of {name!r}; expected a multiple of {patch}")

@@ -251,6 +251,7 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
     if not isinstance(method, dict) or not all(isinstance(method.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{option} {path}: not a checkpoint of ssl_geometry (it does not say which method it holds)")
     cls = _method_class(method["class_path"], file.parent.parent, f"{option} {path}")
+    _check_backbone(method["init_args"].get("backbone"), file.parent.parent, f"{option} {path}")
     try:
         network = cls(**method["init_args"])
     except TypeError as error:
@@ -277,6 +278,19 @@ def _shortened(reason: str) -> str:
     if len(names) <= 3:
         return reason
     return f"{reason.partition(names[0])[0]}{', '.join(names[:3])} and {len(names) - 3} more."
+
+
+def _check_backbone(backbone: Any, directory: Path, source: str) -> None:
+    """Refuse to import a backbone that only a checkpoint names, as :func:`_method_class` does for a method."""
+    module = str(backbone).rpartition(".")[0]
+    if not module or module in sys.modules or module.partition(".")[0] == "ssl_geometry":
+        return
+    given = ((config_of(directory) or {}).get("model") or {}).get("init_args") or {}
+    if str(given.get("backbone")).partition(".")[0] != module.partition(".")[0]:
+        raise UserError(
+            f"{source}: its backbone {backbone} is not imported on the word of a checkpoint: name the run directory "
+            "whose config.yaml has it, or in Python import it first"
+        )
 
 
 def _method_class(class_path: str, directory: Path, source: str) -> type[Method]:

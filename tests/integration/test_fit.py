@@ -377,10 +377,46 @@ class Pull(Method):
 '''
 
 
+TEACHER = (
+    METHOD
+    + """
+
+from ssl_geometry.methods import Teacher
+
+
+class Follow(Pull):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.teacher = Teacher(self)
+
+    def outputs(self, views, batch):
+        first, second = super().outputs(views, batch)
+        return first, self.encode(views, self.teacher)[1]
+
+    def after_step(self, progress):
+        self.teacher.follow(self, 0.5)
+"""
+)
+
+
+def test_student_and_teacher_are_measured_and_either_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_teacher.py").write_text(TEACHER)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = options(tmp_path, "both", "--model.measured=both", "--spectrum.every_n_epochs=2", "--model.lr=0.5")
+    run = fit([arg.replace("ssl_geometry.methods.SimCLR", "my_teacher.Follow") for arg in args])
+    last = read_records(run.directory).query("metric in ('cka', 'online_probe', 'rankme') and epoch == 2")
+    assert set(last["model"]) == {"both", "teacher"}
+    assert set(last[last["metric"] == "online_probe"]["model"]) == {"both", "teacher"}
+    rankme = last[last["metric"] == "rankme"].pivot_table(index="layer", columns="model", values="value")
+    assert (rankme["both"] != rankme["teacher"]).any()
+    out = tmp_path / "compared"
+    compare.compare(["--models", f"a={run.directory}", "b=random", f"--out={out}", "--data.measure_size=64"])
+
+
 def test_a_method_is_one_file_anywhere_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_method.py").write_text(METHOD)
     monkeypatch.syspath_prepend(tmp_path)
-    args = options(tmp_path, "mine", "--model.strength=2", "--model.augment=[crop, flip]")
+    args = options(tmp_path, "mine", "--model.strength=2", "--model.views=[{augment: [crop, flip]}]")
     run = fit([arg.replace("ssl_geometry.methods.SimCLR", "my_method.Pull") for arg in args])
     method = load_method(run.directory).method
     assert method.hparams["strength"] == 2
@@ -451,7 +487,7 @@ def test_memory_that_is_full_in_commands_that_measure(
         (["--model.temprature=1"], ["temprature"]),
         (["--model=ssl_geometry.methods.SimCRL"], ["SimCRL"]),
         (["--model.backbone=resnet17"], ["resnet17", "resnet18"]),
-        (["--model.augment=simcrl"], ["simcrl", "simclr"]),
+        (["--model.views=[{augment: simcrl}]"], ["simcrl", "simclr"]),
         (["--data.batch_size=many"], ["data.batch_size", "many"]),
         (["--data.batch_size=1"], ["batch_size"]),
         (["--save_every_n_minutes=-1"], ["save_every_n_minutes", "-1"]),

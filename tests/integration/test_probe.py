@@ -156,7 +156,7 @@ def test_fine_tuning_is_judged_by_the_network_that_learnt(
 
 def test_online_probes_come_near_to_ridge(tmp_path: Path) -> None:
     more = ["--probes.every_n_epochs=8", "--probes.layers=[pooled]", "--data.limit_train=768"]
-    easy = ["--model.augment=none", "--model.lr=0.05", "--model.warmup_epochs=1"]
+    easy = ["--model.views=[{augment: none}]", "--model.lr=0.05", "--model.warmup_epochs=1"]
     fit(options(tmp_path, "a", *OFF, *more, *easy, method="Supervised", epochs=8))
     frame = read_records(tmp_path / "e" / "a").query("epoch == 8").set_index("metric")["value"]
     assert frame["online_probe"] > 0.85
@@ -180,7 +180,7 @@ def test_classes_of_unequal_size_have_a_table_of_their_means(runs: Path, tmp_pat
 
 
 def test_raw_pixels_are_the_clean_images() -> None:
-    method = RawPixels(backbone="resnet50", image_size=16, augment="simclr")
+    method = RawPixels(backbone="resnet50", image_size=16, views=[{"augment": "simclr"}])
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(method.features(images), images.flatten(1) / 255)
 

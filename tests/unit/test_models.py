@@ -126,14 +126,14 @@ def test_nothing_is_downloaded(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnet81"}, "backbone 'resnet81'.*'resnet18'"),
-        ({"name": "vit_tiny_patch61_224"}, "'vit_tiny_patch16_224'"),
-        ({"name": "resnet18", "stem": "small"}, "stem='small'.*'cifar' or 'imagenet'"),
-        ({"name": "resnet18", "width": 0.001}, "width=0.001.*at least 0.015625"),
-        ({"name": "vit_tiny_patch16_224", "stem": "cifar"}, "stem='cifar'.*for ResNets"),
-        ({"name": "vit_tiny_patch16_224", "width": 2.0}, "width=2.0.*for ResNets"),
-        ({"name": "vit_tiny_patch16_224", "image_size": 40}, "image_size=40.*multiple of 16"),
-        ({"name": "vit_tiny_patch16_224", "image_size": 8}, "image_size=8.*multiple of 16"),
+        ({"backbone": "resnet81"}, "backbone 'resnet81'.*'resnet18'"),
+        ({"backbone": "vit_tiny_patch61_224"}, "'vit_tiny_patch16_224'"),
+        ({"backbone": "resnet18", "stem": "small"}, "stem='small'.*'cifar' or 'imagenet'"),
+        ({"backbone": "resnet18", "width": 0.001}, "width=0.001.*at least 0.015625"),
+        ({"backbone": "vit_tiny_patch16_224", "stem": "cifar"}, "stem='cifar'.*for ResNets"),
+        ({"backbone": "vit_tiny_patch16_224", "width": 2.0}, "width=2.0.*for ResNets"),
+        ({"backbone": "vit_tiny_patch16_224", "image_size": 40}, "image_size=40.*multiple of 16"),
+        ({"backbone": "vit_tiny_patch16_224", "image_size": 8}, "image_size=8.*multiple of 16"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options, message):
