@@ -72,10 +72,6 @@ SHOWN = 10
 def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
     """Where what is kept of the networks goes, and a line that says how much it is.
 
-    Args:
-        widths: network and layer to the pooled features of an image.
-        options: of the command.
-
     Returns:
         The folder for files of it where it does not fit into memory, else None; the line.
     """
@@ -103,16 +99,7 @@ def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | 
 def measure_network(
     model: Loaded, kept: Kept, options: Any, store: RecordStore, fabric: L.Fabric, progress: Progress
 ) -> Network:
-    """One pass over this process's share of the images: what the first process keeps of one network, and its records.
-
-    Args:
-        model: the network, on its device.
-        kept: takes Gram vectors and neighbours.
-        options: of the command.
-        store: of the records.
-        fabric: knows the processes.
-        progress: shows how far it is.
-    """
+    """One pass over this process's share of the images: what the first one keeps of a network, and its records."""
     name, method = model.name, model.method
     names, data = chosen_layers(method.network, options), options.data
     subject = Subject.of(method, name)
@@ -149,9 +136,6 @@ def _shown_layer(names: Sequence[str], options: Any) -> str | None:
 def groups_of(networks: Mapping[str, Loaded]) -> dict[str, str]:
     """Which networks are runs of one recipe, and are shown as one band.
 
-    Args:
-        networks: name to network.
-
     Returns:
         Network to group: those of ``NAME=RUN,RUN`` are NAME; runs whose options differ in the seed alone, after as many
         epochs, and untrained networks of one architecture are one group, which has their names; any other network is
@@ -181,11 +165,6 @@ def groups_of(networks: Mapping[str, Loaded]) -> dict[str, str]:
 
 def show_neighbors(network: Network, data: DataModule, numbers: Sequence[int]) -> Figure:
     """Images and their neighbours in the last layer of the backbone: the nearest above, those that NNK keeps below.
-
-    Args:
-        network: what was measured.
-        data: whose measurement images they are.
-        numbers: of the images.
 
     Returns:
         A figure, two rows per image.
@@ -279,19 +258,13 @@ def _hold_to_images(options: Any, n: int) -> None:
 def compare(args: Sequence[str]) -> Path:
     """Measure, write records, draw figures and print the findings.
 
-    Args:
-        args: command line.
-
-    Returns:
-        The folder of the results.
-
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
     options = parse(args)
     fabric = launch(options)
     is_first = fabric.is_global_zero
-    data, console = options.data, Console(quiet=not is_first)
+    data, console = options.data, Console(quiet=not is_first, highlight=False, soft_wrap=True)
     networks = by_turns(lambda: load_networks(options.models), options, fabric)
     with together(options):
         groups = groups_of(networks)
@@ -309,8 +282,8 @@ def compare(args: Sequence[str]) -> Path:
         }
     folder, line = room(widths, options)
     store = RecordStore(options.out / "records")
-    console.print(f"{data.measure_size} images of {data.dataset}", highlight=False)
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"{data.measure_size} images of {data.dataset}")
+    console.print(line)
     trained = {name: m.method.view.spec["augment"] for name, m in networks.items() if m.epochs is not None}
     others = {views_of(name): augment for name, augment in trained.items() if augment}
     options.views = [*options.views, *others]  # every network sees every network's training views
@@ -376,12 +349,12 @@ def _report(
     for claim, rows in table.groupby("claim", sort=False):
         decided, baseline = rows["verdict"].iloc[0], rows["baseline"].iloc[0]
         aside = "" if baseline else " (without baseline)"
-        console.print(f"[bold]{decided:>11}[/bold]  {claim}{aside}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{decided:>11}[/bold]  {claim}{aside}")
         for row in rows.to_dict("records"):
-            console.print(f"{'':>13}{row['contrast']}: {effect(row)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{'':>13}{row['contrast']}: {effect(row)}", markup=False)
     for figure in figures:
-        console.print(f"     figure  {figure}", highlight=False, soft_wrap=True)
-    console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
+        console.print(f"     figure  {figure}")
+    console.print(f"    records  {out / 'records'}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -18,9 +18,6 @@ PROGRAM = "python -m ssl_geometry.doctor"
 def examine(args: Sequence[str]) -> None:
     """Print all lines.
 
-    Args:
-        args: command line.
-
     Raises:
         Interrupted: with code 1, where something is to be done.
     """

@@ -86,12 +86,6 @@ def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Ex
 def report_lost(process: str, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> int:
     """Say at once that a process was lost, from a thread: the main one may never come to it.
 
-    Args:
-        process: what is known, such as "process 3 of 8 has ended".
-        run: the run.
-        trainer: its trainer.
-        checkpoint_at_start: as for :func:`explain`.
-
     Returns:
         The exit code that follows.
     """

@@ -409,13 +409,7 @@ def effect(row: Mapping[Hashable, Any]) -> str:
 
 
 def markdown(table: pd.DataFrame, models: Sequence[str], n: int) -> str:
-    """The findings as a page.
-
-    Args:
-        table: of :func:`findings`.
-        models: networks, as they were given.
-        n: images.
-    """
+    """The findings as a page."""
     lines = [
         "# What this comparison decides about the findings of Grigg et al. 2021",
         "",

@@ -40,12 +40,6 @@ from ssl_geometry.runs.run import Run
 def fit(args: Sequence[str]) -> Run:
     """Train, evaluate on the test images, and print the summary.
 
-    Args:
-        args: command line.
-
-    Returns:
-        The run.
-
     Raises:
         UserError: a mistake in the options, the data, or a run that cannot go on.
     """

@@ -105,10 +105,6 @@ def said_once(command: Callable[P, T]) -> Callable[P, T]:
 def together(options: Any, network: str | None = None) -> Iterator[None]:
     """A part of a command that all processes come to the end of, or none; see :func:`agreeing`.
 
-    Args:
-        options: of the command.
-        network: the one that is measured in it, see :func:`naming`.
-
     Raises:
         UserError: a mistake in any of them, or memory that is full.
     """
@@ -119,9 +115,6 @@ def together(options: Any, network: str | None = None) -> Iterator[None]:
 @contextmanager
 def naming(network: str) -> Iterator[None]:
     """What metrics cannot compute of a network, such as features that are not finite, is one line that names it.
-
-    Args:
-        network: its name.
 
     Raises:
         UserError: in place of a metric's ``ValueError``.
@@ -135,13 +128,7 @@ def naming(network: str) -> Iterator[None]:
 
 
 def by_turns(do: Callable[[], T], options: Any, fabric: L.Fabric) -> T:
-    """Do something that may download in every process, in one of each node first.
-
-    Args:
-        do: what.
-        options: of the command.
-        fabric: of :func:`launch`.
-    """
+    """Do something that may download in every process, in one of each node first."""
     done: list[T] = []
     for turn in (True, False):
         with together(options):

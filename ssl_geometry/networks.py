@@ -182,10 +182,6 @@ def _check_writable(out: Path) -> None:
 def chosen_layers(network: nn.Module, options: Any) -> list[str]:
     """The layers of a network that the options ask for; of a default, those that it has.
 
-    Args:
-        network: a network or method.
-        options: of :func:`parse_networks`.
-
     Raises:
         UserError: given layers that the network does not have.
     """

@@ -75,19 +75,13 @@ def load_subjects(options: Any) -> dict[str, Loaded]:
 def probe(args: Sequence[str]) -> Path:
     """Measure, write records, draw the figure and print the tables.
 
-    Args:
-        args: command line.
-
-    Returns:
-        The folder of the results.
-
     Raises:
         UserError: a mistake in the options, a network or the data.
     """
     options = parse(args)
     fabric = launch(options)
     options.device, is_first = str(fabric.device), fabric.is_global_zero
-    out, console = options.out, Console(quiet=not is_first)
+    out, console = options.out, Console(quiet=not is_first, highlight=False, soft_wrap=True)
     networks = by_turns(lambda: load_subjects(options), options, fabric)
     groups = {name: model.given for name, model in networks.items()}
     by_turns(options.data.prepare_data, options, fabric)
@@ -113,7 +107,7 @@ def probe(args: Sequence[str]) -> Path:
             for task in progress.task_ids:
                 progress.remove_task(task)
             message = "not measured" if name in failed else "    measured"
-            console.print(f"{message}  {name}", highlight=False, soft_wrap=True)
+            console.print(f"{message}  {name}")
     with together(options):
         groups = {name: group for name, group in groups.items() if name not in failed}
         if not groups:
@@ -138,22 +132,15 @@ def _report(
     judged = "mean average precision" if data.multi_label else "accuracy"
     protocol_line = summary(data, options)
     text = tables(frame, groups, protocol_of, out, protocol_line, judged, balanced=_is_balanced(data))
-    console.print(f"{text}\n{protocol_line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{text}\n{protocol_line}", markup=False)
     if "layers" in options.evaluations:
-        console.print(f"     figure  {draw(frame, groups, out / 'figures', judged)}", highlight=False, soft_wrap=True)
-    console.print(f"    records  {out / 'records'}", highlight=False, soft_wrap=True)
-    console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}", highlight=False, soft_wrap=True)
+        console.print(f"     figure  {draw(frame, groups, out / 'figures', judged)}")
+    console.print(f"    records  {out / 'records'}")
+    console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}")
 
 
 def measure(model: Loaded, store: RecordStore, options: Any, progress: Any, console: Console) -> dict[str, Protocol]:
     """Everything about one network, into the records; every process must call it.
-
-    Args:
-        model: the network, on the device.
-        store: where records go.
-        options: of the command.
-        progress: of the command.
-        console: of the command.
 
     Returns:
         Evaluation to protocol.

@@ -104,9 +104,7 @@ def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Cons
                     "another disk"
                 )
             message = f"{as_size(free)} of memory are free, so in files in {options.out}, removed at the end"
-            console.print(
-                f"        kept  {name}: {kept}, {as_size(stored)}; {message}", highlight=False, soft_wrap=True
-            )
+            console.print(f"        kept  {name}: {kept}, {as_size(stored)}; {message}")
     return options.out if is_short else None
 
 
@@ -116,10 +114,6 @@ LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or an
 @contextmanager
 def agreeing_about(name: str, options: Any) -> Iterator[None]:
     """A part of what is done about a network, which all processes come to the end of, or none of them.
-
-    Args:
-        name: of the network.
-        options: of the command.
 
     Raises:
         UserError: why the network was not measured.

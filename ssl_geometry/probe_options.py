@@ -207,7 +207,7 @@ def _check_fractions(options: Any, data: DataModule, console: Console) -> None:
         )
         if options.label_fractions != list(FRACTIONS) or len(small) == len(options.label_fractions):
             raise UserError(message)
-        console.print(f"left out  {message}", highlight=False, soft_wrap=True)
+        console.print(f"left out  {message}")
     options.label_fractions = [fraction for fraction in options.label_fractions if fraction not in small]
 
 

@@ -35,9 +35,6 @@ def ignore_foreign_signals(worker: int) -> None:
 
     torch's own handler lets any SIGTERM end the worker, and so the run before it has saved. A worker whose parent was
     killed ends within seconds.
-
-    Args:
-        worker: number of the worker.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = parent_process()

@@ -54,13 +54,6 @@ def survey_model(
 ) -> tuple[list[dict[str, Any]], list[Protocol]]:
     """The records of one model, and their protocols, from a pass over this process's share of the images per group.
 
-    Args:
-        model: on its device.
-        groups: of :func:`layer_groups`.
-        options: of the command.
-        fabric: knows the processes.
-        progress: shows how far it is.
-
     Raises:
         UserError: features that are not finite, or too few images.
     """
@@ -147,13 +140,11 @@ def _plan(networks: Mapping[str, Loaded], room: float, options: Any, console: Co
     plans = {name: layer_groups(model, room, options) for name, model in networks.items()}
     largest = max(plans, key=lambda name: plans[name][1])
     line = f"kept of one model after another: at most {as_size(plans[largest][1])} of features of {largest}"
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line)
     for name, (groups, _) in plans.items():
         if len(groups) > 1:
             console.print(
-                f"{name}: {as_size(room)} of memory may be taken, so its layers are measured in {len(groups)} passes",
-                highlight=False,
-                soft_wrap=True,
+                f"{name}: {as_size(room)} of memory may be taken, so its layers are measured in {len(groups)} passes"
             )
     return {name: groups for name, (groups, _) in plans.items()}
 
@@ -168,18 +159,16 @@ def fingerprint(method: nn.Module) -> str:
 def survey(args: Sequence[str]) -> Path:
     """Measure the models that are missing, then make all tables and figures.
 
-    Args:
-        args: command line.
-
-    Returns:
-        The folder of the results.
-
     Raises:
         UserError: a mistake in the options, a model or the data.
     """
     options = parse(args)
     fabric = launch(options)
-    out, data, console = options.out, options.data, Console(quiet=not fabric.is_global_zero)
+    out, data, console = (
+        options.out,
+        options.data,
+        Console(quiet=not fabric.is_global_zero, highlight=False, soft_wrap=True),
+    )
     networks = by_turns(lambda: load_networks(options.models), options, fabric)
     by_turns(data.prepare_data, options, fabric)
     with together(options):
@@ -198,7 +187,7 @@ def survey(args: Sequence[str]) -> Path:
     room = _room(options)
     with together(options):
         plans = _plan(networks, room, options, console)
-    console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models", highlight=False)
+    console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models")
     store, notes = RecordStore(out / "records"), out / NOTES
     with together(options):
         if fabric.is_global_zero and options.overwrite:
@@ -216,7 +205,7 @@ def survey(args: Sequence[str]) -> Path:
                 fact = facts[name] = _facts(model, data, options)
                 is_there = known.get(name) == fact and bool(store.read_part(f"models/{name}"))
             if of_each(is_there)[0]:
-                console.print(f"        kept  {name}", highlight=False, soft_wrap=True)
+                console.print(f"        kept  {name}")
             else:
                 with together(options):
                     model.method.to(fabric.device)
@@ -225,15 +214,15 @@ def survey(args: Sequence[str]) -> Path:
                         store.write(f"models/{name}", rows, protocols)
                         known[name] = fact
                         write_text(notes, json.dumps(known, indent=1) + "\n")
-                console.print(f"    measured  {name}", highlight=False, soft_wrap=True)
+                console.print(f"    measured  {name}")
             del model
             progress.advance(overall)
     with together(options):
         if fabric.is_global_zero:
             for path in report(out, facts, recipes, options):
                 kind = "table" if path.suffix == ".md" else "figure"
-                console.print(f"{kind:>12}  {path}", highlight=False, soft_wrap=True)
-            console.print(f"     records  {out / 'records'}", highlight=False, soft_wrap=True)
+                console.print(f"{kind:>12}  {path}")
+            console.print(f"     records  {out / 'records'}")
     return out
 
 

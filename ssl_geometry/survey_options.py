@@ -107,12 +107,10 @@ def report_small_classes(options: Any, data: DataModule, console: Console) -> No
             raise UserError(
                 f"--neighbors.settings []: {message}; choose some, or measure more images (--data.measure_size)"
             )
-        console.print(f"left out  semantic manifolds: {message}", highlight=False, soft_wrap=True)
+        console.print(f"left out  semantic manifolds: {message}")
         options.manifolds = list(options.neighbors.settings)
     elif few:
         console.print(
             f"{len(few)} of {data.num_classes} classes have fewer than {LEAST_OF_A_CLASS} measurement images and no "
             f"manifold, the first is {data.class_names[few[0]]}: --data.measure_size {data.measure_size}",
-            highlight=False,
-            soft_wrap=True,
         )

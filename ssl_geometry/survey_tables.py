@@ -38,6 +38,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
     Returns:
         The files for a reader: figures and Markdown.
     """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     frame = RecordStore(out / "records").read()
     frame = frame[frame["model"].isin(facts)]
     families = {name: fact["family"] for name, fact in facts.items()}
@@ -56,7 +57,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
             tables, figures = _alike(table, families, n, options.clusters, out / "tables")
             made, drawn = made + tables, drawn | figures
         except ValueError as error:  # all models are the same, or collapsed
-            Console(stderr=True).print(f"no map of models: {error}", highlight=False)
+            console.print(f"no map of models: {error}")
     several = len({recipes[model] for model in facts})
     if several >= LEAST_MODELS:
         tables, figures = _together(table, recipes, out / "tables")
@@ -65,7 +66,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
         for stale in (*(out / "tables").glob("correlation.*"), *(out / "figures").glob("correlation.*")):
             stale.unlink()  # of more models
         message = f"no correlations of metrics: {several} of the {LEAST_MODELS} recipes that they need (--recipes)"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        console.print(message)
     if options.targets:
         targets = read_targets(options.targets, {name: fact["source"] for name, fact in facts.items()}, recipes)
         baseline = {name: fact["imagenet_top1"] for name, fact in facts.items() if fact["imagenet_top1"] is not None}

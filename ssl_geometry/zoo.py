@@ -35,9 +35,6 @@ def listing(rows: Sequence[Checkpoint]) -> Table:
 def check(row: Checkpoint) -> str:
     """Verify one checkpoint.
 
-    Args:
-        row: of the table.
-
     Returns:
         What was found, in words.
 
@@ -62,9 +59,6 @@ def check(row: Checkpoint) -> str:
 
 def run(args: Sequence[str]) -> None:
     """List, fetch or check checkpoints.
-
-    Args:
-        args: command line.
 
     Raises:
         UserError: an unknown name, or a download that failed.

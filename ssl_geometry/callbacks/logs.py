@@ -50,16 +50,7 @@ def log(
     occasion: Occasion,
     part: str,
 ) -> None:
-    """Hand what was measured to every logger in the form that it understands (on the first process).
-
-    Args:
-        trainer: whose loggers.
-        records: that take the rows.
-        measured: by one measurement.
-        curves: of all epochs.
-        occasion: when.
-        part: the name of that measurement's records; see :func:`~ssl_geometry.callbacks.monitor.part_names`.
-    """
+    """Hand what was measured to every logger in the form that it understands (on the first process)."""
     drawn = live_figures(measured.rows, curves)
     figures = cache(lambda: {name: draw() for name, draw in drawn.items()})
     records.log_findings(part, measured.rows, measured.protocols, occasion.epoch)

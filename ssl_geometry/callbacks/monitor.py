@@ -264,10 +264,6 @@ class GeometryMonitor(L.Callback):
     def subject(self, module: L.LightningModule, name: str) -> Subject:
         """The network that is measured.
 
-        Args:
-            module: that is trained.
-            name: of the network in the records.
-
         Raises:
             UserError: no such attribute, or a network whose view of an image is not known.
         """

@@ -92,9 +92,6 @@ class WatchProcesses(L.Callback):
     def stop(self, status: Status) -> int | None:
         """The main thread ends: the others learn how, and no process is missed any more.
 
-        Args:
-            status: how it ends.
-
         Returns:
             The exit code, where the loss of a process has been reported already.
         """

@@ -86,6 +86,7 @@ class DataModule(L.LightningDataModule):
         {'image': (256, 3, 16, 16), 'label': (256,), 'index': (256,)}
     """
 
+    size_option, batch_option = "--data.measure_size", "--data.eval_batch_size"
     num_classes: int
     """Number of classes; like all below, known after ``setup``."""
     class_names: list[str]
@@ -352,16 +353,6 @@ class DataModule(L.LightningDataModule):
     def measure_sizes(self) -> Int64[Tensor, " C"] | None:
         """Measurement images of each class, which were drawn class by class; None where images show several."""
         return None if self.multi_label else self.measure_labels.bincount(minlength=self.num_classes)
-
-    @property
-    def size_option(self) -> str:
-        """What says how many images are measured on, for messages."""
-        return "--data.measure_size"
-
-    @property
-    def batch_option(self) -> str:
-        """What says how many images are in a batch, for messages."""
-        return "--data.eval_batch_size"
 
     @property
     def origin(self) -> str:

@@ -83,9 +83,6 @@ def manifold_metrics_and_errors(
     ids: Int64[Tensor, "N K"],
     result: NNK,
     labels: Int64[Tensor, " N"],
-    *,
-    seed: int = SEED,
-    chunk: int | None = None,
 ) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Float[Tensor, ""]]]:
     """:func:`manifold_metrics`, and the standard error of the mean of each over all images.
 
@@ -100,8 +97,6 @@ def manifold_metrics_and_errors(
         ids: as in :func:`manifold_metrics`.
         result: as in :func:`manifold_metrics`.
         labels: class of each image.
-        seed: as in :func:`manifold_metrics`.
-        chunk: as in :func:`manifold_metrics`.
 
     Returns:
         The metrics of each image, and the standard error of the mean of each metric, float64, NaN for fewer than two
@@ -121,7 +116,7 @@ def manifold_metrics_and_errors(
         >>> bool(errors["affinity"] > values["affinity"].std() / 200**0.5)
         True
     """
-    values, shared = _manifold(features, ids, result, seed, chunk)
+    values, shared = _manifold(features, ids, result, SEED)
     groups = {"diameter": labels}
     return values, {
         name: _standard_error(value, shared.get(name.replace("angle", "affinity")), groups.get(name))
@@ -130,7 +125,7 @@ def manifold_metrics_and_errors(
 
 
 def _manifold(
-    features: Float[Tensor, "N D"], ids: Int64[Tensor, "N K"], result: NNK, seed: int, chunk: int | None
+    features: Float[Tensor, "N D"], ids: Int64[Tensor, "N K"], result: NNK, seed: int, chunk: int | None = None
 ) -> tuple[dict[str, Float[Tensor, " N"]], dict[str, Int64[Tensor, "N M"]]]:
     """The metrics, and for some of them the images that each value depends on."""
     n, device = len(features), features.device
@@ -194,9 +189,7 @@ def _standard_error(
     return (total.clamp_min(0).sqrt() / n).where(n > 1, torch.nan)
 
 
-def augmentation_metrics(
-    views: Float[Tensor, "B m D"], *, seed: int = SEED, chunk: int | None = None
-) -> dict[str, Float[Tensor, " B"]]:
+def augmentation_metrics(views: Float[Tensor, "B m D"]) -> dict[str, Float[Tensor, " B"]]:
     """The metrics of :func:`manifold_metrics` for the manifold of each image's augmented views.
 
     Every view is a query; its candidates are the other views of the image, without duplicates. Each metric is averaged
@@ -204,8 +197,6 @@ def augmentation_metrics(
 
     Args:
         views: features of m >= 3 augmented views of each image.
-        seed: of the random views that neighbours are compared with.
-        chunk: views (and images) at once in each thread; None for 256 on a CPU and 8,192 elsewhere.
 
     Returns:
         For each image, float64, under the same names. Where all views are equal (unit vectors less than 8 eps of their
@@ -225,10 +216,10 @@ def augmentation_metrics(
         raise ValueError(f"augmentation manifolds need at least 3 views of each image, got {images} images, {m} views")
     lengths = vector_lengths(views.flatten(0, 1), unit=True).view(images, m, 1)
     codes = row_keys(views.flatten(0, 1).float()).view(images, m)
-    partners = _others(images, m, seed, views.device)
+    partners = _others(images, m, SEED, views.device)
     step = max(1, DISTANCES // m**3)
     parts = [
-        _of_views(views[r], lengths[r], codes[r], partners[r], chunk)
+        _of_views(views[r], lengths[r], codes[r], partners[r])
         for r in (slice(start, start + step) for start in range(0, images, step))
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -239,7 +230,6 @@ def _of_views(
     lengths: Float[Tensor, "B m 1"],
     codes: Int64[Tensor, "B m"],
     partners: Int64[Tensor, "B m"],
-    chunk: int | None,
 ) -> dict[str, Float[Tensor, " B"]]:
     """:func:`augmentation_metrics` of one block of images."""
     (images, m), device = codes.shape, views.device
@@ -252,7 +242,7 @@ def _of_views(
         own = inner.diagonal(dim1=1, dim2=2)
         return own.unsqueeze(1) + own.unsqueeze(2) - inner - inner.mT
 
-    squares = torch.cat(over_chunks(distances, images, device, chunk))  # all metrics are functions of these
+    squares = torch.cat(over_chunks(distances, images, device))  # all metrics are functions of these
     equal = codes.unsqueeze(1) == codes.unsqueeze(2)
     first = ~equal.tril(-1).any(2)
     varies = squares.flatten(1).amax(1) > (RESOLUTION * torch.finfo(dtype).eps) ** 2
@@ -264,7 +254,7 @@ def _of_views(
     result = solve_cosine(local, valid=candidates)
 
     queries = len(to_query)
-    shapes = _joined(over_chunks(lambda r: _shapes(local[r], result.active[r]), queries, device, chunk))
+    shapes = _joined(over_chunks(lambda r: _shapes(local[r], result.active[r]), queries, device))
     image = torch.arange(images, device=device).repeat_interleave(m)
 
     def compare(partner: Int64[Tensor, " Q"]) -> tuple[Tensor, Tensor]:
@@ -276,7 +266,7 @@ def _of_views(
             ends = to_query[j[r]].unsqueeze(2) + to_query[r].unsqueeze(1) - apart.unsqueeze(2)
             return _alignment(_rows(shapes, r), (ends - between[r]) / 2, _rows(shapes, j[r]))
 
-        affinity, angle = zip(*over_chunks(work, queries, device, chunk), strict=True)
+        affinity, angle = zip(*over_chunks(work, queries, device), strict=True)
         return torch.cat(affinity), torch.cat(angle)
 
     each = _named(result.active.sum(1), shapes, compare(shapes.nearest), compare(partners.flatten()))

@@ -171,14 +171,7 @@ class CKA(Measurement):
 def cka_rows(
     metric: LayerwiseCKA, depths: Mapping[str, float], depths_other: Mapping[str, float], **common: Any
 ) -> list[dict[str, Any]]:
-    """Rows for every pair of layers of two networks, with their intervals.
-
-    Args:
-        metric: that has seen all images.
-        depths: layer to depth, of the metric's rows.
-        depths_other: of its columns.
-        common: what all rows share.
-    """
+    """Rows for every pair of layers of two networks, with their intervals."""
     shape = len(depths), len(depths_other)
     block = torch.stack([found.reshape(shape) for found in (metric.compute(), *metric.interval())], 2)
     return [
@@ -199,24 +192,12 @@ def cka_rows(
 
 
 def first_gram(batch_number: int, images: ImageSource, gram_size: int) -> int:
-    """How many Gram matrices the batches before hold, over all processes.
-
-    Args:
-        batch_number: place of the batch over all processes.
-        images: whose batches they are.
-        gram_size: images in a Gram matrix.
-    """
+    """How many Gram matrices the batches before hold, over all processes."""
     return batch_number * len(gram_sizes(images.eval_batch_size, images.eval_batch_size, gram_size))
 
 
 def warn_of_few(images: ImageSource, gram_size: int, option: str) -> None:
-    """Warn where batches cut Gram matrices, or where intervals of few of them are wider than all that CKA can be.
-
-    Args:
-        images: whose measurement images are seen.
-        gram_size: images in a Gram matrix.
-        option: that gave it.
-    """
+    """Warn where batches cut Gram matrices, or where intervals of few of them are wider than all that CKA can be."""
     sizes = gram_sizes(images.measure_size, images.eval_batch_size, gram_size)
     if not sizes:
         logger.warning(

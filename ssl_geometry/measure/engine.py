@@ -68,9 +68,6 @@ class Pass:
     def run(self, part: Part) -> Iterator[Mapping[str, Tensor]]:
         """Run the network over the images of one part, for all that ask for them.
 
-        Args:
-            part: one of those that are left.
-
         Yields:
             Each batch of this process, once it was measured.
         """

@@ -124,14 +124,7 @@ class Invariance(Measurement):
         return Measured(rows, protocols)
 
     def protocol(self, subject: Subject, images: ImageSource, name: str, view: str) -> Protocol:
-        """All that changes the CKA of augmented views, or with the classes.
-
-        Args:
-            subject: what is measured.
-            images: whose measurement images are seen.
-            name: ``invariance`` or ``class_cka``.
-            view: that the images are seen in.
-        """
+        """All that changes the CKA of augmented views, or with the classes."""
         protocol = cka_protocol(images, self.gram_size, subject, {name: view})
         if name == "class_cka" and images.measure_sizes is not None:
             weighed = "one-hot; pairs of images of a class of n_c images count n_c/(n_c - 1) times; no more than "

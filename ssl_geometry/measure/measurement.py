@@ -46,17 +46,13 @@ class ImageSource(Interface):
     measure_size: int
     eval_batch_size: int
     image_shape: tuple[int, ...]
+    size_option: str
+    """What says how many images are measured on, for messages."""
+    batch_option: str
+    """What says how many images are in a batch, for messages."""
 
     def loader(self, split: Any, images: int | None = None) -> Any:
         """Batches of this process: ``image`` uint8 (B, 3, H, W), ``label`` (B,) or (B, C), ``index`` (B,)."""
-
-    @property
-    def size_option(self) -> str:
-        """What says how many images are measured on, for messages."""
-
-    @property
-    def batch_option(self) -> str:
-        """What says how many images are in a batch, for messages."""
 
     @property
     def origin(self) -> str:

@@ -245,13 +245,7 @@ def manifold_records(
 
     The interval is Student's t with n - 1 degrees of freedom. Augmentation manifolds of different images are
     independent; those of semantic manifolds have the errors of
-    :func:`~ssl_geometry.geometry.manifold.manifold_metrics_and_errors`.
-
-    Args:
-        manifolds: kind of manifold and layer to each metric of each image, NaN where an image has none.
-        layers: layer to its neighbourhoods.
-        depths: layer to depth.
-        common: columns that all rows share.
+    :func:`~ssl_geometry.geometry.manifold.manifold_metrics_and_errors`. An image without a metric is left out.
     """
     rows = []
     for (kind, layer), of_images in manifolds.items():
@@ -276,13 +270,7 @@ def manifold_records(
 def graph_records(
     layers: Mapping[str, LayerNeighbors], depths: Mapping[str, float], **common: Any
 ) -> list[dict[str, Any]]:
-    """Rows for the graph of each layer.
-
-    Args:
-        layers: layer to its neighbourhoods.
-        depths: layer to depth.
-        common: columns that all rows share.
-    """
+    """Rows for the graph of each layer."""
     rows = []
     for layer, found in layers.items():
         place = {**common, "layer": layer, "depth": depths[layer], "view": "clean", "n": len(found.ids)}
@@ -293,13 +281,7 @@ def graph_records(
 def jaccard_records(
     graphs: Mapping[str, Int64[Tensor, "N k"]], depths: Mapping[str, float], **common: Any
 ) -> list[dict[str, Any]]:
-    """Rows for the Jaccard overlap of the NNK graphs of each pair of layers.
-
-    Args:
-        graphs: layer to its NNK neighbours.
-        depths: layer to depth.
-        common: columns that all rows share.
-    """
+    """Rows for the Jaccard overlap of the NNK graphs of each pair of layers."""
     rows, stacked = [], torch.stack(list(graphs.values()))
     for layer, values in zip(graphs, jaccard(stacked, stacked).tolist(), strict=True):
         for other, value in zip(graphs, values, strict=True):

@@ -32,11 +32,7 @@ def this_process() -> tuple[int, int]:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over processes, on each of them; every process must call it.
-
-    Args:
-        values: of this process's images.
-    """
+    """The sum over processes, on each of them; every process must call it."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)

@@ -75,12 +75,7 @@ class BatchStorage:
         self._places = self._kept.split(own)
 
     def put(self, batch_number: int, values: Tensor) -> None:
-        """Copy the tensor of one batch to its place.
-
-        Args:
-            batch_number: over all processes.
-            values: of any shape, on any device.
-        """
+        """Copy the tensor of one batch, numbered over all processes, to its place."""
         place = self._places[batch_number // self._world_size]
         place.view(values.shape).copy_(values)
 

@@ -132,7 +132,11 @@ class LayerwiseCKA(Metric):
 
     def compute(self) -> Float[Tensor, "L M"]:
         """The matrix of CKA, float64; NaN (with a warning that names layers and reason) where there is none."""
-        return self._cka(self.cols or [])
+        return self._shown(self._cka(self.cols or []))
+
+    def _shown(self, matrices: Float[Tensor, "... L M"]) -> Tensor:
+        """Of all pairs of layers, those that the metric is about."""
+        return matrices
 
     def _cka(self, named: Sequence[str]) -> Float[Tensor, "L M"]:
         """The matrix; of its columns those that a warning is to name are given."""
@@ -166,7 +170,8 @@ class LayerwiseCKA(Metric):
             return interval(*self._jackknife(), int(standing(self.weights).sum()), level)
 
     def _jackknife(self) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
-        return jackknife(self.cross, self.rows_self, self.cols_self, self.weights)
+        value, error = jackknife(self.cross, self.rows_self, self.cols_self, self.weights)
+        return self._shown(value), self._shown(error)
 
     def deviations(self) -> Float[Tensor, "K L M"]:
         """What each of K blocks of Gram matrices contributes to :meth:`standard_error`; every rank must call it.
@@ -175,11 +180,14 @@ class LayerwiseCKA(Metric):
         their results are the differences of theirs, and its standard error the root of the sum of their squares.
         """
         with self.sync_context():
-            return deviations(self.cross, self.rows_self, self.cols_self, self.weights)[1]
+            return self._shown(deviations(self.cross, self.rows_self, self.cols_self, self.weights)[1])
 
 
 class InvarianceCKA(LayerwiseCKA):
     """CKA of each layer with itself when the same images are seen under another augmentation: 1 is invariant.
+
+    Gram vectors of one draw of the augmentation are the rows, of another the columns, in the same order of the images.
+    Results are those of each layer, (L,).
 
     Args:
         layers: names of the layers.
@@ -201,29 +209,8 @@ class InvarianceCKA(LayerwiseCKA):
     def __init__(self, layers: Sequence[str], gram_size: int = 64, blocks: int = BLOCKS) -> None:
         super().__init__(layers, layers, gram_size, blocks)
 
-    def update(  # type: ignore[override]
-        self, x: Mapping[str, Float[Tensor, " P"]], y: Mapping[str, Float[Tensor, " P"]], first_gram: int | None = None
-    ) -> None:
-        """Add one batch.
-
-        Args:
-            x: the Gram vector of each layer under one draw of the augmentation.
-            y: the same under another draw, of the same images in the same order.
-            first_gram: as of :meth:`LayerwiseCKA.update`.
-        """
-        super().update(x, y, first_gram)
-
-    def compute(self) -> Float[Tensor, " L"]:
-        """CKA of each layer, float64; NaN where it does not vary."""
-        return super().compute().diagonal()
-
-    def _jackknife(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
-        value, error = super()._jackknife()
-        return value.diagonal(), error.diagonal()
-
-    def deviations(self) -> Float[Tensor, "K L"]:
-        """What each block of Gram matrices contributes to it; every rank must call it."""
-        return super().deviations().diagonal(dim1=1, dim2=2)
+    def _shown(self, matrices: Float[Tensor, "... L L"]) -> Float[Tensor, "... L"]:
+        return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 class ClassCKA(LayerwiseCKA):
@@ -314,7 +301,7 @@ class ClassCKA(LayerwiseCKA):
                 "class CKA is NaN, because all images of a Gram matrix are of one class; shuffle the images",
                 stacklevel=2,
             )
-        value = self._cka(named=()).squeeze(1)
+        value = self._shown(self._cka(named=()))
         return torch.full_like(value, torch.nan) if alone else value
 
     def _telling_pairs(self) -> int:
@@ -334,12 +321,11 @@ class ClassCKA(LayerwiseCKA):
         shown = ", ".join(f"class {c} ({n} of {total:,} images)" for n, c in sorted(rare)[:3])
         return f", for few images are of {shown}{', …' if len(rare) > 3 else ''}"
 
-    def deviations(self) -> Float[Tensor, "K L"]:
-        """What each block of Gram matrices contributes to it; every rank must call it."""
-        return super().deviations().squeeze(2)
+    def _shown(self, matrices: Float[Tensor, "... L 1"]) -> Float[Tensor, "... L"]:
+        return matrices.squeeze(-1)
 
     def _jackknife(self) -> tuple[Float[Tensor, " L"], Float[Tensor, " L"]]:
-        value, error = (part.squeeze(1) for part in super()._jackknife())
+        value, error = super()._jackknife()
         return (value, torch.full_like(error, torch.nan)) if self._alone else (value, error)
 
     @property

@@ -17,9 +17,6 @@ _held: dict[Path, IO[str]] = {}
 def lock(directory: Path) -> bool:
     """Hold a directory until this process ends or :func:`unlock`.
 
-    Args:
-        directory: of a run.
-
     Returns:
         False where another process holds it.
     """
@@ -42,11 +39,7 @@ def lock(directory: Path) -> bool:
 
 
 def holder(directory: Path) -> str:
-    """Who holds a directory that :func:`lock` did not get, such as ``process 4711 on node5``; "" if it is not known.
-
-    Args:
-        directory: of a run.
-    """
+    """Who holds a directory that :func:`lock` did not get, such as ``process 4711 on node5``; "" where unknown."""
     with suppress(OSError, UnicodeDecodeError):
         return (directory / ".lock").read_text(encoding="utf-8")
     return ""
@@ -54,9 +47,6 @@ def holder(directory: Path) -> str:
 
 def unlock(directory: Path) -> bool:
     """Let other processes have it.
-
-    Args:
-        directory: of a run.
 
     Returns:
         Whether this process held it.

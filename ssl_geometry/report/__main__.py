@@ -32,12 +32,6 @@ DESCRIPTION = (
 def report(args: Sequence[str]) -> Any:
     """Write the page, or serve it.
 
-    Args:
-        args: command line.
-
-    Returns:
-        Where the page was written.
-
     Raises:
         UserError: a run without records, or a place that cannot be written to.
     """

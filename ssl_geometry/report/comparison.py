@@ -16,18 +16,7 @@ KINDS = ("semantic", "policy")
 
 
 def draw(frame: pd.DataFrame, groups: Mapping[str, str], training_views: Sequence[str], out: Path) -> list[Path]:
-    """All figures as PNG and PDF.
-
-    Args:
-        frame: the records of a comparison.
-        groups: network to the band that it is a part of.
-        training_views: names of the views that self-supervised networks were trained on; the first that was measured
-            has a panel.
-        out: folder.
-
-    Returns:
-        The PNG files.
-    """
+    """All figures as PNG and PDF; of the views that networks were trained on, the first measured one has a panel."""
     figures = {}
     pairs = frame[frame["model_other"].notna()]
     for (a, b), rows in pairs.groupby(["model", "model_other"], sort=False):

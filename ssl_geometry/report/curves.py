@@ -26,11 +26,11 @@ from ssl_geometry.report.style import (
 )
 
 
-def cka_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None = None) -> Figure:
+def cka_curves(rows: Rows, against: Literal["depth", "epoch"]) -> Figure:
     """CKA of corresponding layers of two networks, over training; see :func:`layer_curves`."""
     first = first_row(rows)
     other = "its initialisation" if first["model_other"] == "init" else first["model_other"]
-    return layer_curves(rows, against, title or f"CKA of {first['model']}'s layers with {other}, {first['n']} images")
+    return layer_curves(rows, against, f"CKA of {first['model']}'s layers with {other}, {first['n']} images")
 
 
 def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None = None) -> Figure:

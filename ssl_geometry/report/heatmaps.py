@@ -15,12 +15,11 @@ from ssl_geometry.report.style import LETTER, STYLE, Rows, first_row, layer_tick
 DOTS = "white dots: for each layer (row) the most similar layer of the other network"
 
 
-def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
+def cka_heatmap(rows: Rows) -> Figure:
     """The map of CKA between the layers of two networks, both axes from the first layer to the last.
 
     Args:
         rows: records of one metric for one pair of networks at one epoch.
-        title: written above; by default says which networks, when, and on how many images.
 
     Returns:
         A figure. Cells that could not be computed are hatched grey. On a map of two networks a white dot marks, for
@@ -39,7 +38,7 @@ def cka_heatmap(rows: Rows, title: str | None = None) -> Figure:
         axes = figure.add_subplot()
         image = draw_map(axes, frame, dots=not itself)
         other = "itself" if itself else first["model_other"]
-        axes.set_title(title or f"CKA of {first['model']} with {other}\n{when_measured(first)}{first['n']} images")
+        axes.set_title(f"CKA of {first['model']} with {other}\n{when_measured(first)}{first['n']} images")
         figure.colorbar(image, ax=axes, label=described("cka").axis, shrink=0.8)
         if not itself:
             figure.supxlabel(textwrap.fill(DOTS, int(figure.get_figwidth() / LETTER)), fontsize=7)
@@ -54,10 +53,8 @@ def draw_map(axes: Axes, frame: pd.DataFrame, dots: bool) -> AxesImage:
         frame.drop_duplicates("layer_other").sort_values("depth_other", kind="stable")["layer_other"],
     ]
     values = table.to_numpy()
-    axes.set_facecolor("0.8")
     axes.patch.set_hatch("///")
-    lowest = float(np.nanmin(values, initial=0.0))
-    image = axes.imshow(values, origin="lower", cmap="magma", vmin=min(0.0, lowest), vmax=1, aspect="auto")
+    image = _draw_values(axes, values)
     if dots:
         seen = np.flatnonzero(~np.isnan(values).all(1))
         axes.scatter(np.nanargmax(values[seen], 1), seen, s=7, color="white", edgecolor="black", linewidth=0.4)
@@ -65,16 +62,22 @@ def draw_map(axes: Axes, frame: pd.DataFrame, dots: bool) -> AxesImage:
     layer_ticks(axes.xaxis, list(table.columns), rotation=90)
     axes.set_ylabel(f"layer of {frame['model'].iloc[0]}")
     axes.set_xlabel(f"layer of {frame['model_other'].iloc[0]}")
-    axes.spines[:].set_visible(False)
     return image
 
 
-def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
+def _draw_values(axes: Axes, values: np.ndarray) -> AxesImage:
+    """Colours from 0, or the lowest value below it, to 1; what could not be computed is grey."""
+    axes.set_facecolor("0.8")
+    axes.spines[:].set_visible(False)
+    lowest = float(np.nanmin(values, initial=0.0))
+    return axes.imshow(values, origin="lower", cmap="magma", vmin=min(0.0, lowest), vmax=1, aspect="auto")
+
+
+def view_heatmap(rows: Rows) -> Figure:
     """The invariance of every layer to every augmentation.
 
     Args:
         rows: records of metric ``invariance`` of one network at one epoch.
-        title: written above; by default says which network and when.
 
     Returns:
         A figure: layers from below to above, augmentations from left to right in the order of the rows. Views of one
@@ -92,20 +95,11 @@ def view_heatmap(rows: Rows, title: str | None = None) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.4 + 0.36 * values.shape[1], 1.6 + 0.17 * values.shape[0]))
         axes = figure.add_subplot()
-        axes.set_facecolor("0.8")
-        image = axes.imshow(
-            values,
-            origin="lower",
-            cmap="magma",
-            vmin=min(0.0, float(np.nanmin(values, initial=0.0))),
-            vmax=1,
-            aspect="auto",
-        )
+        image = _draw_values(axes, values)
         layer_ticks(axes.yaxis, list(table.index))
         axes.set_xticks(range(values.shape[1]), list(table.columns), rotation=45, ha="right", fontsize=7)
         axes.set_ylabel("layer")
         axes.set_xlabel("augmentation of both views")
-        axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label=described("invariance").axis, shrink=0.8)
-        axes.set_title(title or f"Invariance of {first['model']}\n{when_measured(first)}{first['n']} images")
+        axes.set_title(f"Invariance of {first['model']}\n{when_measured(first)}{first['n']} images")
     return figure

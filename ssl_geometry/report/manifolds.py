@@ -12,13 +12,12 @@ from ssl_geometry.records.catalogue import described
 from ssl_geometry.report.style import STYLE, Rows, first_row, when_measured
 
 
-def manifold_violins(rows: Rows, metric: str, title: str | None = None) -> Figure:
+def manifold_violins(rows: Rows, metric: str) -> Figure:
     """How one number of the manifold around each image is distributed, layer by layer, a panel a kind of manifold.
 
     Args:
         rows: records of one network at one epoch, with the quantiles of the metric.
         metric: neighbors, diameter, affinity, ...
-        title: written above; by default says which network and when.
 
     Returns:
         A figure: violins drawn through the quantiles, a white dot at the median, a bar from quarter to quarter.
@@ -43,7 +42,7 @@ def manifold_violins(rows: Rows, metric: str, title: str | None = None) -> Figur
             axes.grid(axis="y", alpha=0.25)
         for axes in panels[:, 0]:
             axes.set_ylabel(described(metric).axis, fontsize=7)
-        figure.suptitle(title or f"{first['model']}, {when_measured(first)}{frame['n'].max()} images")
+        figure.suptitle(f"{first['model']}, {when_measured(first)}{frame['n'].max()} images")
     return figure
 
 

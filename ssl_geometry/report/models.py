@@ -34,12 +34,6 @@ def family_styles(families: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 def model_tree(merges: np.ndarray, names: Sequence[str], families: Mapping[str, str], title: str) -> Figure:
     """A dendrogram of models.
 
-    Args:
-        merges: SciPy's linkage matrix.
-        names: of the models, in its order.
-        families: model to family, which colours its name.
-        title: written above.
-
     Returns:
         A figure; the nearer to their names two models are joined, the more alike they are.
     """
@@ -120,13 +114,7 @@ def _place_names(axes: Any, place: np.ndarray, texts: Sequence[str]) -> None:
 
 
 def correlation_map(table: pd.DataFrame, n: int, title: str) -> Figure:
-    """Rank correlations of metrics over recipes.
-
-    Args:
-        table: square, columns and rows named after the metrics.
-        n: recipes behind each correlation.
-        title: written above.
-    """
+    """Rank correlations of metrics over recipes."""
     with mpl.rc_context(STYLE):
         size = max(4.2, 2.2 + 0.2 * len(table))  # the colour bar's label needs its room
         figure = Figure(figsize=(size + 0.8, size))
@@ -170,13 +158,7 @@ def depth_profiles(
 
 
 def collapse_curves(frame: pd.DataFrame, families: Mapping[str, str], title: str) -> Figure:
-    """How far features are collapsed, over depth: mean cosine, semantic diameter, RankMe.
-
-    Args:
-        frame: records of one epoch per model.
-        families: model to family.
-        title: written above.
-    """
+    """How far features are collapsed, over depth: mean cosine, semantic diameter, RankMe."""
     styles = family_styles(families)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.2, 3.6))
@@ -225,13 +207,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
 
 
 def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figure:
-    """Mean cosine, semantic diameter and RankMe of one layer while networks learn, as far as they were measured.
-
-    Args:
-        frame: records of runs, several epochs each.
-        layer: which.
-        title: written above.
-    """
+    """Mean cosine, semantic diameter and RankMe of one layer while networks learn, as far as they were measured."""
     frame = frame[frame["layer"] == layer]
     lines = {key: part for key, part in frame.groupby(["metric", "view"]) if key in COLLAPSE}
     shown = [key for key in COLLAPSE if key in lines]

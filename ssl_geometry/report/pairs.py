@@ -11,7 +11,7 @@ from ssl_geometry.report.heatmaps import DOTS, draw_map
 from ssl_geometry.report.style import BLOCK, STYLE, Rows, first_row, is_drawn
 
 
-def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None) -> Figure:
+def pair_panels(cka: Rows, knn: Rows, null: Rows = ()) -> Figure:
     """Two networks layer by layer: maps of all, residual (odd) and post-residual (even) layers, and how alike they
     are.
 
@@ -21,7 +21,6 @@ def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None)
         cka: records of metric ``cka`` of one pair of networks.
         knn: records of metric ``mutual_knn`` of the same pair.
         null: records of metric ``max_cka_null`` of the same pair, drawn below the curve of the most similar layer.
-        title: written above.
 
     Returns:
         A figure of two rows. In the maps a white dot marks, for each layer on the vertical axis, the most similar
@@ -57,7 +56,7 @@ def pair_panels(cka: Rows, knn: Rows, null: Rows = (), title: str | None = None)
             panels[3].set_ylim(np.nanmin([0, *shown["value"]]), 1.02)
             panels[3].grid(alpha=0.25)
             panels[3].legend()
-        figure.suptitle(title or f"{first['model']} and {first['model_other']}, {first['n']} images")
+        figure.suptitle(f"{first['model']} and {first['model_other']}, {first['n']} images")
         if first["model"] != first["model_other"]:
             figure.supxlabel(DOTS, fontsize=8)
     return figure

@@ -105,17 +105,7 @@ def _title(metric: str) -> str:
 
 
 def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: str = "accuracy") -> Path:
-    """Accuracy against depth, figure 3 left of Grigg et al. 2021, as PNG and PDF.
-
-    Args:
-        frame: the records of a probe.
-        groups: network to the name that was given for it.
-        folder: of the figure.
-        judged: what the numbers are.
-
-    Returns:
-        The PNG file.
-    """
+    """Accuracy against depth, figure 3 left of Grigg et al. 2021, as PNG and PDF."""
     rows = frame[frame["metric"] == "logistic_probe"]
     curves = rows[rows["model"] != PIXELS]
     pixels = rows[rows["model"] == PIXELS]["value"]

@@ -151,9 +151,6 @@ def natural(text: str) -> list[str | int]:
 def first_choice(runs: Sequence[RunRecords]) -> list[int]:
     """Which runs the page shows until its reader chooses others.
 
-    Args:
-        runs: all of the page, in its order.
-
     Returns:
         Places in ``runs``: all of :data:`ALL_SHOWN` or fewer; of more, the latest run of each recipe (runs that differ
         by more than their seed), :data:`MOST_SHOWN` at most, of as many methods as there are.

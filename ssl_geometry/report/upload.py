@@ -159,11 +159,7 @@ class LoggedRow(NamedTuple):
 
 
 def logged_rows(records: Iterable[Row]) -> Iterator[LoggedRow]:
-    """The records of a run as W&B got them live, in their order.
-
-    Args:
-        records: of one run.
-    """
+    """The records of a run as W&B got them live, in their order."""
     steps = defaultdict[int, list[Row]](list)
     for row in records:
         if row["step"] is not None:
@@ -180,11 +176,6 @@ def logged_rows(records: Iterable[Row]) -> Iterator[LoggedRow]:
 
 def send_records(sender: Sender, directory: Path, shown: Shown = iter) -> int:
     """Send what W&B lacks of a run's records; the last row waits for :meth:`Sender.send`.
-
-    Args:
-        sender: of the run.
-        directory: the run directory.
-        shown: passes rows on, and shows how far they are.
 
     Returns:
         How many numbers and figures they hold.

@@ -294,13 +294,7 @@ def _check_backbone(backbone: Any, directory: Path, source: str) -> None:
 
 
 def _method_class(class_path: str, directory: Path, source: str) -> type[Method]:
-    """The class that a checkpoint names; a checkpoint is data, and does not decide what is imported.
-
-    Args:
-        class_path: as the checkpoint has it.
-        directory: of its run, if it is in one.
-        source: of the checkpoint, for the error message.
-    """
+    """The class that a checkpoint names; a checkpoint is data, and does not decide what is imported."""
     module = class_path.rpartition(".")[0]
     imported = class_path
     if not module.startswith("ssl_geometry.") and module not in sys.modules:

@@ -100,9 +100,6 @@ def _trained_with(config: Mapping[str, Any]) -> dict[str, Any]:
 def recipe(config: Mapping[str, Any]) -> str:
     """All options that change what is trained, and for how long, but for the seed: runs that share them are its seeds.
 
-    Args:
-        config: the configuration of a run.
-
     Example:
         >>> one, two = ({"seed_everything": seed, "data": {"batch_size": 64, "num_workers": seed}} for seed in (0, 1))
         >>> recipe(one) == recipe(two), recipe(one) == recipe({"data": {"batch_size": 32}})

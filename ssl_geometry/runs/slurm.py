@@ -54,9 +54,6 @@ class Task(NamedTuple):
 def this_task(environment: Mapping[str, str] = os.environ) -> Task | None:
     """The task that this process is; None outside of SLURM, in an interactive shell, and under torchrun.
 
-    Args:
-        environment: variables that SLURM sets.
-
     Raises:
         UserError: a job of several tasks that was started without ``srun``, or nodes with unequal numbers of tasks.
 
@@ -152,9 +149,6 @@ def plugins_of_a_shell() -> list[LightningEnvironment]:
 
 def processes_started(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes of this command ``srun`` or torchrun has started.
-
-    Args:
-        environment: variables that they set.
 
     Example:
         >>> processes_started({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"})

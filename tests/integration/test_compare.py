@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ssl_geometry.compare import _parse, compare, groups_of, main, show_neighbors
+from ssl_geometry.compare import compare, groups_of, main, parse, show_neighbors
 from ssl_geometry.data.images import Images
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.neighbors import nearest
@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 )
 def test_one_figure_or_several_are_shown_each_once(given: list[str], numbers: list[int]) -> None:
     chosen = ["--show_neighbors", *given] if given else []
-    assert _parse(["--models", "a=random:resnet10", "--data.dataset=digits", *chosen]).show_neighbors == numbers
+    assert parse(["--models", "a=random:resnet10", "--data.dataset=digits", *chosen]).show_neighbors == numbers
 
 
 @pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
