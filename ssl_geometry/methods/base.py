@@ -83,6 +83,8 @@ class Method(L.LightningModule):
         stem: first layers of a ResNet: "cifar" (3x3 convolution, no pooling) or "imagenet"; None takes "cifar" for
             images of at most 64 pixels.
         width: multiplies the channels of a ResNet.
+        patch_size: side of a vision transformer's patches in pixels, such as 4 for images of 32; None is the size in
+            the name.
         image_size: side of the views, in pixels.
         normalize: what is done last to every view: none, imagenet, cifar10, half, or a pair of means and standard
             deviations.
@@ -137,6 +139,7 @@ class Method(L.LightningModule):
         backbone: Backbone = "resnet50",
         stem: Literal["cifar", "imagenet"] | None = None,
         width: Annotated[float, above(0)] = 1.0,
+        patch_size: Annotated[int, at_least(1)] | None = None,
         image_size: Pixels = 32,
         normalize: str | tuple[list[float], list[float]] = "none",
         center_crop: Annotated[float, above(0, at_most=1)] = 1.0,
@@ -162,7 +165,14 @@ class Method(L.LightningModule):
         self.hparams["backbone"] = backbone if isinstance(backbone, str) else import_path(backbone)
         self.training_views = self._numbered(views, size=image_size, normalize=normalize, center_crop=center_crop)
         sizes = {view.size for view, _ in self.training_views} | {image_size}
-        self.backbone = build_backbone(backbone, stem=stem, width=width, image_size=image_size, any_size=len(sizes) > 1)
+        self.backbone = build_backbone(
+            backbone,
+            stem=stem,
+            width=width,
+            image_size=image_size,
+            any_size=len(sizes) > 1,
+            patch_size=patch_size,
+        )
         self.num_features = self.backbone.num_features  # type: ignore[assignment]
         self.head = nn.Identity()
         self.teacher = None

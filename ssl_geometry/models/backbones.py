@@ -34,6 +34,7 @@ def build_backbone(
     width: float = 1.0,
     image_size: int | None = None,
     any_size: bool = False,
+    patch_size: int | None = None,
 ) -> nn.Module:
     """Build a network from images (B, 3, H, W) to features (B, num_features), randomly initialised by its name.
 
@@ -46,6 +47,7 @@ def build_backbone(
         width: multiplies every channel count of a ResNet.
         image_size: side of the images in pixels; None is the size in the name. A ResNet takes images of any size.
         any_size: a vision transformer takes images of other sizes too, with interpolated position embeddings.
+        patch_size: side of a vision transformer's patches in pixels; None is the size in the name.
 
     Returns:
         The network; its attribute ``num_features`` is the number of features.
@@ -62,16 +64,19 @@ def build_backbone(
         >>> build_backbone(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())).num_features
         12
     """
-    if isinstance(backbone, str) and backbone in RESNETS:
-        small = image_size is not None and image_size <= SMALL_IMAGE
-        return ResNet(*RESNETS[backbone], stem=stem or ("cifar" if small else "imagenet"), width=width)
     name = backbone if isinstance(backbone, str) else type(backbone).__name__
-    is_vit = name in vit_names()
+    is_resnet = isinstance(backbone, str) and backbone in RESNETS
+    is_vit = not is_resnet and name in vit_names()
+    if patch_size is not None and not is_vit:
+        raise UserError(f"patch_size={patch_size} is for vision transformers; leave it out for backbone {name!r}")
+    if is_resnet:
+        small = image_size is not None and image_size <= SMALL_IMAGE
+        return ResNet(*RESNETS[name], stem=stem or ("cifar" if small else "imagenet"), width=width)
     network = _imported(backbone) if isinstance(backbone, str) and not is_vit else backbone
     if stem is not None or width != 1:
         raise UserError(f"stem={stem!r} and width={width} are for ResNets; leave them out for backbone {name!r}")
     if isinstance(network, str):
-        return build_vit(network, image_size, any_size)
+        return build_vit(network, image_size, any_size, patch_size)
     size = image_size or 224
     with evaluating(network), torch.no_grad():
         features = network(torch.zeros(2, 3, size, size))

@@ -24,13 +24,16 @@ def vit_names() -> list[str]:
     return timm.list_models(module="vision_transformer")
 
 
-def build_vit(name: str, image_size: int | None = None, any_size: bool = False) -> nn.Module:
+def build_vit(
+    name: str, image_size: int | None = None, any_size: bool = False, patch_size: int | None = None
+) -> nn.Module:
     """Build one of timm's vision transformers without its classifier.
 
     Args:
-        name: one of :func:`vit_names`; it also says the patch size.
+        name: one of :func:`vit_names`.
         image_size: side of the images in pixels; None is the size in the name.
         any_size: takes images of other sizes too, with interpolated position embeddings.
+        patch_size: side of the patches in pixels, such as 4 for images of 32; None is the size in the name.
 
     Returns:
         The network: images (B, 3, H, H) to features (B, num_features), pooled as the named model does it.
@@ -46,11 +49,18 @@ def build_vit(name: str, image_size: int | None = None, any_size: bool = False) 
         >>> net = build_vit("vit_tiny_patch16_224", image_size=64)
         >>> net(torch.rand(2, 3, 64, 64)).shape, net.num_features
         (torch.Size([2, 192]), 192)
+        >>> build_vit("vit_tiny_patch16_224", image_size=32, patch_size=4).patch_embed.num_patches
+        64
     """
     import timm
 
-    net: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=any_size)
+    options: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
+    net: Any = timm.create_model(
+        name, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=any_size, **options
+    )
     patch = net.patch_embed.patch_size[0]
     if image_size is not None and image_size % patch:
-        raise UserError(f"image_size={image_size} cuts the patches of {name!r}; expected a multiple of {patch}")
+        raise UserError(
+            f"image_size={image_size} cuts the patches of {name!r}; expected a multiple of {patch}, or another patch_size"
+        )
     return net

@@ -244,6 +244,14 @@ def test_mistakes_in_backbones(backbone: str, message: str) -> None:
         Method(backbone=f"{HERE}.flat", image_size=16, width=0.5)
 
 
+def test_the_patch_size_is_in_the_checkpoint(tmp_path: Path) -> None:
+    method = SimCLR(backbone="test_vit", image_size=16, patch_size=4)
+    checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "epoch": 0, "pytorch-lightning_version": "2"}
+    method.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    assert load_method(tmp_path / "a.ckpt").method.backbone.patch_embed.num_patches == 16
+
+
 def test_a_checkpoint_does_not_decide_which_backbone_is_imported(tmp_path: Path) -> None:
     method = SimCLR(**RESNET)
     checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "epoch": 0, "pytorch-lightning_version": "2"}

@@ -97,12 +97,13 @@ def test_cifar_stem_keeps_the_resolution():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "patch"), [("vit_tiny_patch16_224", None, 16), ("vit_small_patch32_224", 96, 32)]
+    ("name", "size", "patch_size", "patch"),
+    [("vit_tiny_patch16_224", None, None, 16), ("vit_small_patch32_224", 96, None, 32), ("test_vit", 16, 4, 4)],
 )
-def test_vit_is_timms_without_the_classifier(name, size, patch):
-    net = build_backbone(name, image_size=size).eval()
+def test_vit_is_timms_without_the_classifier(name, size, patch_size, patch):
+    net = build_backbone(name, image_size=size, patch_size=patch_size).eval()
     size = size or 224
-    reference = timm.create_model(name, num_classes=7, img_size=size).eval()
+    reference = timm.create_model(name, num_classes=7, img_size=size, patch_size=patch).eval()
     reference.load_state_dict(net.state_dict(), strict=False)
     images = torch.rand(2, 3, size, size)
     with torch.no_grad():
@@ -132,7 +133,12 @@ def test_nothing_is_downloaded(monkeypatch):
         ({"backbone": "resnet18", "width": 0.001}, "width=0.001.*at least 0.015625"),
         ({"backbone": "vit_tiny_patch16_224", "stem": "cifar"}, "stem='cifar'.*for ResNets"),
         ({"backbone": "vit_tiny_patch16_224", "width": 2.0}, "width=2.0.*for ResNets"),
-        ({"backbone": "vit_tiny_patch16_224", "image_size": 40}, "image_size=40.*multiple of 16"),
+        ({"backbone": "resnet18", "patch_size": 4}, "patch_size=4.*for vision transformers"),
+        (
+            {"backbone": "vit_tiny_patch16_224", "image_size": 40},
+            "image_size=40.*multiple of 16, or another patch_size",
+        ),
+        ({"backbone": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 5}, "image_size=32.*multiple of 5"),
         ({"backbone": "vit_tiny_patch16_224", "image_size": 8}, "image_size=8.*multiple of 16"),
     ],
 )
