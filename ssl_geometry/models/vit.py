@@ -61,6 +61,6 @@ def build_vit(
     patch = net.patch_embed.patch_size[0]
     if image_size is not None and image_size % patch:
         raise UserError(
-            f"image_size={image_size} cuts the patches of {name!r}; expected a multiple of {patch}, or another patch_size"
+            f"image_size={image_size} cuts the patches of {name!r}; expected a multiple of {patch}, or a patch_size"
         )
     return net

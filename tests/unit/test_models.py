@@ -136,7 +136,7 @@ def test_nothing_is_downloaded(monkeypatch):
         ({"backbone": "resnet18", "patch_size": 4}, "patch_size=4.*for vision transformers"),
         (
             {"backbone": "vit_tiny_patch16_224", "image_size": 40},
-            "image_size=40.*multiple of 16, or another patch_size",
+            "image_size=40.*multiple of 16, or a patch_size",
         ),
         ({"backbone": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 5}, "image_size=32.*multiple of 5"),
         ({"backbone": "vit_tiny_patch16_224", "image_size": 8}, "image_size=8.*multiple of 16"),
