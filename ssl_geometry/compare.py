@@ -28,7 +28,7 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.plan import size_within
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, as_options
 from ssl_geometry.files import write_text, write_whole
 from ssl_geometry.findings import SUPERVISED, UNTRAINED, effect, findings, markdown, views_of
 from ssl_geometry.geometry.gram import MIN_GRAM_SIZE
@@ -38,7 +38,7 @@ from ssl_geometry.launching import by_turns, launch, naming, said_once, together
 from ssl_geometry.measure.cka import GramSize, cka_protocol, warn_of_few
 from ssl_geometry.measure.engine import layer_widths, measure_together
 from ssl_geometry.measure.invariance import VIEWS, Invariance
-from ssl_geometry.measure.measurement import Occasion, as_options
+from ssl_geometry.measure.measurement import Occasion
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.measure.similarity import Kept, Network, compare_pair, gram_pairs
 from ssl_geometry.measure.subject import Subject

@@ -7,8 +7,15 @@ files or data can have caused. Who hands data to a metric adds what the user kno
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from enum import IntEnum
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P, R = ParamSpec("P"), TypeVar("R")
+AS_OPTIONS: ContextVar[bool] = ContextVar("AS_OPTIONS", default=False)
+"""Whether messages speak of command-line options (``--cka.layers``) or of a script's arguments (``CKA.layers``)."""
 
 
 class UserError(ValueError):
@@ -46,6 +53,35 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def as_options(command: Callable[P, R]) -> Callable[P, R]:
+    """A command, whose messages name its options."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = AS_OPTIONS.set(True)
+        try:
+            return command(*args, **kwargs)
+        finally:
+            AS_OPTIONS.reset(token)
+
+    return run
+
+
+def argument(name: str, group: str, owner: str) -> str:
+    """An argument of a class, as the user typed it: an option in a command, an argument in a script.
+
+    Args:
+        name: of the argument.
+        group: of the command's options that make the class; empty where there is none.
+        owner: name of the class.
+
+    Example:
+        >>> argument("layers", "cka", "CKA"), as_options(argument)("layers", "cka", "CKA")
+        ('CKA.layers', '--cka.layers')
+    """
+    return f"--{group}.{name}" if AS_OPTIONS.get() and group else f"{owner}.{name}"
 
 
 def first_line(error: BaseException) -> str:

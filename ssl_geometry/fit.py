@@ -29,10 +29,9 @@ from rich.table import Table
 from ssl_geometry.callbacks import ResumableWandbLogger, Status
 from ssl_geometry.cli import mistake_behind, run_command
 from ssl_geometry.config_files import config_of_resumed, expand_bases
-from ssl_geometry.errors import ExitCode, Interrupted, UserError
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, as_options
 from ssl_geometry.failures import explain
 from ssl_geometry.fit_cli import FitCLI
-from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.runs.run import Run
 
 

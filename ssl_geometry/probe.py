@@ -20,11 +20,10 @@ from rich.console import Console
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import ExitCode, Interrupted, UserError
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, as_options
 from ssl_geometry.geometry.classification import FEW, FOLDS
 from ssl_geometry.launching import by_turns, launch, said_once, together
 from ssl_geometry.measure.frozen import POOLED, Found, LayerProbes
-from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.measure.probes import probe_protocol, probe_rows
 from ssl_geometry.measure.processes import alone, is_agreed, this_process
 from ssl_geometry.methods import Method

@@ -27,12 +27,11 @@ from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.images import digest
 from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, as_options
 from ssl_geometry.files import write_text
 from ssl_geometry.launching import by_turns, launch, naming, said_once, together
 from ssl_geometry.measure import Neighborhoods, Occasion, Spectrum, Subject, measure_together
 from ssl_geometry.measure.engine import layer_widths
-from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.measure.neighbors import candidates, jaccard_records
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.methods import Method

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_geometry.data.images import Images, digest, shuffled, stratified
+from ssl_geometry.data.images import Images, data_option, digest, shuffled, stratified
 from ssl_geometry.data.loader import Batch, Loader
 from ssl_geometry.data.plan import BatchPlan, evenly, every_nth, shares, size_within
 from ssl_geometry.data.sources import FIXED, load, torchvision_class
@@ -117,7 +117,7 @@ class DataModule(L.LightningDataModule):
         seed: Seed = 0,
     ) -> None:
         super().__init__()
-        check_arguments(DataModule, locals(), "--data.")
+        check_arguments(DataModule, locals(), data_option(""))
         self.dataset = dataset
         self.root = root
         self.image_size = image_size
@@ -158,7 +158,7 @@ class DataModule(L.LightningDataModule):
         asked = self._batch_size
         if trains and asked and (asked % self._world_size or asked < 2 * self._world_size):
             raise UserError(
-                f"--data.batch_size {asked}: expected a multiple of the {self._world_size} processes, "
+                f"{data_option('batch_size')} {asked}: expected a multiple of the {self._world_size} processes, "
                 f"at least 2 images for each"
             )
         if self._train is None or self._test is None:
@@ -170,14 +170,14 @@ class DataModule(L.LightningDataModule):
 
     def _check_evaluation(self) -> None:
         """Before hours of training: every process gets images in every batch of what is evaluated."""
-        for split, option in (("val", "val_fraction"), ("test", "limit_test")):
+        for split, name in (("val", "val_fraction"), ("test", "limit_test")):
             n = len(self._rows[split])
             parts = (evenly(n, self.eval_batch_size, rank, self._world_size) for rank in range(self._world_size))
             if n and any(part.start == part.stop for part in itertools.chain.from_iterable(parts)):
                 raise UserError(
-                    f"--data.{option} {getattr(self, option)}: {n} {split} images in batches of at most "
+                    f"{data_option(name)} {getattr(self, name)}: {n} {split} images in batches of at most "
                     f"{self.eval_batch_size} leave some of the {self._world_size} processes without any: raise "
-                    f"--data.{option}{', or set it to 0' if split == 'val' else ''}"
+                    f"{data_option(name)}{', or set it to 0' if split == 'val' else ''}"
                 )
 
     def _read(self) -> tuple[Images, Images]:
@@ -186,7 +186,7 @@ class DataModule(L.LightningDataModule):
             train, test = self._without_damaged(train), self._without_damaged(test)
         if not (len(train) and len(test)):
             raise UserError(
-                f"--data.dataset {self.dataset}: {len(train)} training and {len(test)} test images; at least one of "
+                f"{self.origin}: {len(train)} training and {len(test)} test images; at least one of "
                 "each is needed (a fifth of all are test images where no folder test/ or val/ says which)"
             )
         n_val = round(self.val_fraction * len(train))
@@ -194,11 +194,11 @@ class DataModule(L.LightningDataModule):
         train = train.select(stratified(train.labels, self.seed)[: n_val + n_train])
         test = test.select(stratified(test.labels, FIXED)[: self.limit_test])
         there = f"the test split has {len(test)} images"
-        self.measure_size = size_within("--data.measure_size", self._measure_size, MEASURE_SIZE, len(test), there)
+        self.measure_size = size_within(data_option("measure_size"), self._measure_size, MEASURE_SIZE, len(test), there)
         if train.shape != test.shape:
             raise UserError(
-                f"--data.image_size None: training images have the shape {train.shape}, test images {test.shape}; "
-                f"set an image size to bring all to one"
+                f"{data_option('image_size')} None: training images have the shape {train.shape}, test images "
+                f"{test.shape}; set an image size to bring all to one"
             )
         self.num_classes = len(self.class_names)
         self.multi_label = train.labels.ndim == 2
@@ -206,7 +206,7 @@ class DataModule(L.LightningDataModule):
         self.batch_size = self._batch_size or min(BATCH_SIZE, self._multiple(self.num_train))
         if self.trainer and self._batch_size is None and self.batch_size < BATCH_SIZE:
             there = f"there are {self.num_train} training images"
-            logger.info(f"--data.batch_size {self.batch_size} (by default {BATCH_SIZE}): {there}")
+            logger.info(f"{data_option('batch_size')} {self.batch_size} (by default {BATCH_SIZE}): {there}")
         self.image_shape = train.shape
         labelled = (train.labels.view(len(train), -1) >= 0).all(1).nonzero().squeeze(1)  # STL-10 has others
         self._rows = {
@@ -261,16 +261,16 @@ class DataModule(L.LightningDataModule):
         """
         if self.num_train < self.batch_size:
             raise UserError(
-                f"--data.batch_size {self.batch_size}: the training split has only {self.num_train} images, and an "
-                f"incomplete batch is dropped; set that number or less"
+                f"{data_option('batch_size')} {self.batch_size}: the training split has only {self.num_train} images, "
+                f"and an incomplete batch is dropped; set that number or less"
             )
         if (dropped := self.num_train % self.batch_size) > MUCH_DROPPED * self.num_train:
             fewer = self._multiple(self.num_train // math.ceil(self.num_train / self.batch_size))
             default = "" if self._batch_size else " (default)"
             logger.warning(
-                f"--data.batch_size {self.batch_size}{default}: incomplete batches are dropped, so each epoch "
-                f"leaves out {dropped} of {self.num_train} training images, others each time; a batch size of {fewer} "
-                f"leaves out {self.num_train % fewer}"
+                f"{data_option('batch_size')} {self.batch_size}{default}: incomplete batches are dropped, so each "
+                f"epoch leaves out {dropped} of {self.num_train} training images, others each time; a batch size of "
+                f"{fewer} leaves out {self.num_train % fewer}"
             )
         slices = shares(self.num_train, self.batch_size, self._rank, self._world_size)
         self._train_loader = self._loader("train", self._rows["train"], slices, self.seed)
@@ -357,7 +357,7 @@ class DataModule(L.LightningDataModule):
     @property
     def origin(self) -> str:
         """Where the images come from, for messages."""
-        return f"--data.dataset {self.dataset}"
+        return f"{data_option('dataset')} {self.dataset}"
 
     def tested(self, split: Literal["measure", "test"]) -> dict[str, Any]:
         """Which images classifiers are tested on, for protocols."""

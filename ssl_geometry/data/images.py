@@ -20,11 +20,16 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ssl_geometry.errors import UserError, first_line
+from ssl_geometry.errors import UserError, argument, first_line
 from ssl_geometry.progress import progress_bar
 
 T = TypeVar("T")
 AnyImage = TypeVar("AnyImage", PIL.Image.Image, Tensor)
+
+
+def data_option(name: str) -> str:
+    """An argument of the data module, as the user typed it; see :func:`ssl_geometry.errors.argument`."""
+    return argument(name, "data", "DataModule")
 
 
 class Unreadable(UserError):
@@ -98,6 +103,9 @@ class Images:
         self.size = size
         self.index = torch.arange(len(labels)) if index is None else index
         self._shape: tuple[int, ...] | None = None
+        self._options = {
+            name: data_option(name) for name in ("image_size", "on_error")
+        }  # here: threads know no command
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -201,8 +209,8 @@ class Images:
         image = self._open(row)
         if image.shape != self.shape:
             raise UserError(
-                f"--data.image_size None: {self._origin(row)} has {size_text(image.shape)} pixels, others have "
-                f"{size_text(self.shape)}; set an image size to bring all images to one"
+                f"{self._options['image_size']} None: {self._origin(row)} has {size_text(image.shape)} pixels, others "
+                f"have {size_text(self.shape)}; set an image size to bring all images to one"
             )
         return image
 
@@ -213,7 +221,7 @@ class Images:
         except Exception as error:  # given a damaged file, a decoder raises whatever it happens to trip over
             raise Unreadable(
                 f"{self._origin(row)} cannot be read as an image ({first_line(error)}): repair or remove it, or leave "
-                f"out all such files with --data.on_error skip"
+                f"out all such files with {self._options['on_error']} skip"
             ) from error
 
     def _origin(self, row: int) -> str:

@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from ssl_geometry.data.images import Files, Images, Items, resize, stratified
+from ssl_geometry.data.images import Files, Images, Items, data_option, resize, stratified
 from ssl_geometry.errors import UserError, first_line, nearest
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,13 @@ def load(
     if dataset == "colored_digits":
         return _digits(16 if image_size is None else image_size, colored=True)
     if dataset == "imagenet":
-        return _folder(Path(root), "--data.root", 256 if image_size is None else image_size)
+        return _folder(Path(root), data_option("root"), 256 if image_size is None else image_size)
     if name := torchvision_class(dataset):
         return _torchvision(name, root, image_size, download, args or {})
     if Path(dataset).is_dir() or os.sep in dataset or dataset.startswith("."):
-        return _folder(Path(dataset), "--data.dataset", image_size)
+        return _folder(Path(dataset), data_option("dataset"), image_size)
     raise UserError(
-        f"--data.dataset {dataset}: neither a known data set ({nearest(dataset, NAMES)}), "
+        f"{data_option('dataset')} {dataset}: neither a known data set ({nearest(dataset, NAMES)}), "
         f"nor torchvision.datasets.<Class>, nor an existing image folder"
     )
 
@@ -208,7 +208,8 @@ def _torchvision(
 ) -> tuple[Images, Images, list[str]]:
     if name not in torchvision.datasets.__all__:
         raise UserError(
-            f"--data.dataset torchvision.datasets.{name}: no such class; {nearest(name, torchvision.datasets.__all__)}"
+            f"{data_option('dataset')} torchvision.datasets.{name}: no such class; "
+            f"{nearest(name, torchvision.datasets.__all__)}"
         )
     kind = getattr(torchvision.datasets, name)
     parameters = _parameters(kind)
@@ -219,19 +220,25 @@ def _torchvision(
         try:
             return kind(**given | split)
         except (TypeError, ValueError) as error:
-            raise UserError(f"--data.dataset_args {args}: {name} does not take them: {first_line(error)}") from error
+            raise UserError(
+                f"{data_option('dataset_args')} {args}: {name} does not take them: {first_line(error)}"
+            ) from error
         except (OSError, RuntimeError) as error:
             files = Path(root, getattr(kind, "base_folder", "")).absolute()
-            fix = "the download failed; put them there" if download else "they are not; set --data.download true"
+            fix = (
+                "the download failed; put them there"
+                if download
+                else f"they are not; set {data_option('download')} true"
+            )
             raise UserError(
-                f"--data.root {root}: {name} should be in {files}, but {fix} or name the folder that has them "
-                f"({first_line(error)})"
+                f"{data_option('root')} {root}: {name} should be in {files}, but {fix} or name the folder that has "
+                f"them ({first_line(error)})"
             ) from error
 
     if "train" in parameters:
         train, test = build(train=True), build(train=False)
     elif "split" in parameters:
-        train = build()  # each class's own default, or the one of --data.dataset_args
+        train = build()  # each class's own default, or that of dataset_args
         try:
             test = build(split="test")
         except UserError as error:
@@ -274,7 +281,8 @@ def _labels(dataset: Any) -> Int64[Tensor, " N"]:
         labels = torch.empty(0)
     if labels.ndim != 1 or labels.is_floating_point():
         raise UserError(
-            f"--data.dataset torchvision.datasets.{type(dataset).__name__}: has no single class label for each image"
+            f"{data_option('dataset')} torchvision.datasets.{type(dataset).__name__}: has no single class label for "
+            "each image"
         )
     return labels.long()
 

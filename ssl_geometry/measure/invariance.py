@@ -27,7 +27,7 @@ class Invariance(Measurement):
     """CKA between two augmented views of the images, per layer and augmentation; class CKA where there are labels.
 
     Args:
-        layers: which layers; see ``--cka.layers``.
+        layers: which layers, as for CKA.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         gram_size: images in a Gram matrix.
         views: augmentations: own (the method's training views), policies (simclr, supervised) and single operations.

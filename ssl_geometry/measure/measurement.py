@@ -1,40 +1,21 @@
 """What a measurement is: what it needs of every batch, what it is measured on, and what it returns."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Annotated, Any, ClassVar, ParamSpec, TypeVar
+from typing import Annotated, Any, ClassVar
 from typing import Protocol as Interface
 
 from jaxtyping import Int64
 from torch import Tensor
 
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import AS_OPTIONS, UserError, argument
 from ssl_geometry.measure.requests import Reduced, Request
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.ranges import at_least, check_arguments
 from ssl_geometry.records import Protocol
 
 Epochs = Annotated[int, at_least(0)]
-P, R = ParamSpec("P"), TypeVar("R")
 Layers = str | list[str]
-AS_OPTIONS: ContextVar[bool] = ContextVar("AS_OPTIONS", default=False)
-"""Whether messages speak of command-line options (``--cka.layers``) or of a script's arguments (``CKA.layers``)."""
-
-
-def as_options(command: Callable[P, R]) -> Callable[P, R]:
-    """A command, whose messages name its options."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        token = AS_OPTIONS.set(True)
-        try:
-            return command(*args, **kwargs)
-        finally:
-            AS_OPTIONS.reset(token)
-
-    return run
 
 
 class ImageSource(Interface):
@@ -133,7 +114,7 @@ class Measurement:
     @classmethod
     def option(cls, name: str) -> str:
         """An argument of it, as the user typed it: ``--cka.layers`` in a command, ``CKA.layers`` in a script."""
-        return f"--{cls.group}.{name}" if AS_OPTIONS.get() and cls.group else f"{cls.__name__}.{name}"
+        return argument(name, cls.group, cls.__name__)
 
     def chosen(self, subject: Subject) -> tuple[str, ...]:
         """Names of the layers that are measured of a network.

@@ -48,7 +48,7 @@ class Neighborhoods(Measurement):
     """Manifold graph metrics of each layer: neighbours, diameter, affinity, and how graphs change.
 
     Args:
-        layers: which layers; see ``--cka.layers``. None takes stages, pooled features and head, as far as the network
+        layers: which layers, as for CKA. None takes stages, pooled features and head, as far as the network
             has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         k: nearest images that NNK selects from; None takes 50, or all others where there are fewer.

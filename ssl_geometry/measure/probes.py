@@ -109,7 +109,7 @@ class Probes(Measurement):
     """Linear probes on every layer: online ones that learn along with the network, and converged ones.
 
     Args:
-        layers: which layers; see ``--cka.layers``. None takes block outputs, pooled features and head, where the
+        layers: which layers, as for CKA. None takes block outputs, pooled features and head, where the
             network has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches probes off, the
             online ones included.

@@ -114,9 +114,9 @@ def agreeing() -> Iterator[None]:
 
     Example:
         >>> with agreeing():  # alone: as it is
-        ...     raise UserError("--k 0: expected at least 1")
+        ...     raise UserError("k 0: expected at least 1")
         Traceback (most recent call last):
-        ssl_geometry.errors.UserError: --k 0: expected at least 1
+        ssl_geometry.errors.UserError: k 0: expected at least 1
     """
     own: Exception | None = None
     try:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ssl_geometry.errors import argument
+
 logger = logging.getLogger(__name__)
 
 STATE = ("running_mean", "running_var", "num_batches_tracked")
@@ -202,8 +204,9 @@ class SyncBatchNormPlugin(LayerSync):
             elif isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
                 others[type(module).__name__] += 1
         if others:
+            option = argument("sync_batchnorm", "trainer", "Trainer")
             logger.warning(
-                f"--trainer.sync_batchnorm: {others.total()} layers ({', '.join(others)}) are not synchronised: each "
+                f"{option}: {others.total()} layers ({', '.join(others)}) are not synchronised: each "
                 "process normalises with its own images; layers of torch and timm's BatchNormAct2d are"
             )
         equal = [f"{name}.{key}" for name, module in model.named_modules() if module in self._classes for key in STATE]

@@ -282,7 +282,7 @@ def test_layers_that_are_not_synchronised_are_named_in_one_line(caplog: pytest.L
     net = nn.Sequential(*known, Scaled(4), Scaled(4))
     SyncBatchNormPlugin().apply(net)
     (line,) = caplog.messages
-    assert line.startswith("--trainer.sync_batchnorm: 2 layers (Scaled) are not synchronised")
+    assert line.startswith("Trainer.sync_batchnorm: 2 layers (Scaled) are not synchronised")
     caplog.clear()
     SyncBatchNormPlugin().apply(net[:4])
     assert not caplog.messages

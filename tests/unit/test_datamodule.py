@@ -110,9 +110,9 @@ def test_evaluation_loops_are_of_one_length_without_repeats(n, batch_size, world
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"val_fraction": 0.0014}, r"--data\.val_fraction 0\.0014: 2 val images .* 3 processes .*, or set it to 0"),
-        ({"limit_test": 2, "measure_size": 2}, r"--data\.limit_test 2: 2 test images .* 3 processes"),
-        ({"eval_batch_size": 1}, r"--data\.(val_fraction|limit_test|eval_batch_size).* at most 1 leave"),
+        ({"val_fraction": 0.0014}, r"DataModule\.val_fraction 0\.0014: 2 val images .* 3 processes .*, or set it to 0"),
+        ({"limit_test": 2, "measure_size": 2}, r"DataModule\.limit_test 2: 2 test images .* 3 processes"),
+        ({"eval_batch_size": 1}, r"DataModule\.(val_fraction|limit_test|eval_batch_size).* at most 1 leave"),
     ],
 )
 def test_fewer_images_than_processes_are_refused_at_the_start(options, words):
@@ -138,7 +138,7 @@ def test_processes_together_see_what_one_sees(world_size):
 
 
 def test_a_batch_size_that_processes_cannot_share_is_refused():
-    assert "--data.batch_size 64: expected a multiple of the 3 processes" in message(digits, 0, 3, batch_size=64)
+    assert "DataModule.batch_size 64: expected a multiple of the 3 processes" in message(digits, 0, 3, batch_size=64)
     assert "at least 2 images" in message(digits, 0, 3, batch_size=3)
 
 
@@ -306,7 +306,7 @@ def test_a_damaged_image_stops_with_its_name(folder, storage):
         lambda: [list(data.loader(s)) for data in [of_folder(folder, storage=storage)] for s in ("train", "val")]
     )
     assert str(path) in text
-    assert "--data.on_error skip" in text
+    assert "DataModule.on_error skip" in text
 
 
 @pytest.mark.parametrize("storage", ["device", "workers"])
@@ -365,13 +365,13 @@ def test_processes_share_the_search_for_damaged_images(folder):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"batch_size": 1}, "--data.batch_size 1: expected"),
-        ({"val_fraction": 1.0}, "--data.val_fraction 1: expected"),
-        ({"limit_train": 0}, "--data.limit_train 0: expected"),
-        ({"image_size": -8}, "--data.image_size -8: expected"),
-        ({"seed": -1}, "--data.seed -1: expected"),
-        ({"storage": "disk"}, "--data.storage disk: expected one of auto, device, workers"),
-        ({"on_error": "ignore"}, "--data.on_error ignore: expected one of raise, skip"),
+        ({"batch_size": 1}, "DataModule.batch_size 1: expected"),
+        ({"val_fraction": 1.0}, "DataModule.val_fraction 1: expected"),
+        ({"limit_train": 0}, "DataModule.limit_train 0: expected"),
+        ({"image_size": -8}, "DataModule.image_size -8: expected"),
+        ({"seed": -1}, "DataModule.seed -1: expected"),
+        ({"storage": "disk"}, "DataModule.storage disk: expected one of auto, device, workers"),
+        ({"on_error": "ignore"}, "DataModule.on_error ignore: expected one of raise, skip"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(options, expected):
@@ -380,13 +380,13 @@ def test_options_out_of_range_are_refused_at_once(options, expected):
 
 def test_a_measurement_set_larger_than_the_test_split_names_both_numbers():
     text = message(digits, measure_size=2048)
-    assert "--data.measure_size 2048" in text
+    assert "DataModule.measure_size 2048" in text
     assert "359" in text
 
 
 def test_a_training_set_smaller_than_a_batch_is_refused():
     text = message(digits(limit_train=40).train_dataloader)
-    assert "--data.batch_size 60" in text
+    assert "DataModule.batch_size 60" in text
     assert "40" in text
 
 
@@ -414,12 +414,12 @@ def test_batches_that_leave_out_many_images_are_told_in_one_line(caplog, images,
     caplog.clear()
     data.train_dataloader()
     assert len(caplog.messages) == (line is not None)
-    assert all(line in message and message.startswith("--data.batch_size 128: ") for message in caplog.messages)
+    assert all(line in message and message.startswith("DataModule.batch_size 128: ") for message in caplog.messages)
 
 
 def test_a_batch_size_that_nobody_gave_is_called_the_default(caplog):
     digits(batch_size=None, limit_train=400).train_dataloader()
-    assert caplog.messages[-1].startswith("--data.batch_size 256 (default): incomplete batches are dropped")
+    assert caplog.messages[-1].startswith("DataModule.batch_size 256 (default): incomplete batches are dropped")
 
 
 def test_training_says_once_how_many_images_there_are(caplog):
@@ -441,7 +441,7 @@ def test_a_folder_of_images_keeps_a_tenth_for_validation():
 
 
 def test_images_of_mixed_sizes_name_the_option(folder):
-    assert "--data.image_size None" in message(lambda: list(of_folder(folder, image_size=None).loader("train")))
+    assert "DataModule.image_size None" in message(lambda: list(of_folder(folder, image_size=None).loader("train")))
 
 
 def test_splits_have_the_images_that_were_asked_for():

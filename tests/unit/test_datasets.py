@@ -324,7 +324,7 @@ def test_files_of_other_types_are_counted_in_one_line(folder, caplog):
     train, _, _ = load(str(folder))
     assert len(train) == 8
     (line,) = caplog.messages
-    assert f"--data.dataset {folder / 'train'}: left out 4 files of other types (2 .gif, 1 " in line
+    assert f"DataModule.dataset {folder / 'train'}: left out 4 files of other types (2 .gif, 1 " in line
     assert ".txt" in line
     assert "1 without a suffix" in line
     assert "\n" not in line
@@ -334,7 +334,7 @@ def test_images_of_mixed_sizes_need_an_image_size(folder):
     save(folder / "train" / "a" / "0.png", pixels(1, 9, 6)[0])
     save(folder / "train" / "b" / "x.png", pixels(1, 9, 6)[0])
     text = message(load(str(folder))[0].decode, 2)
-    assert "--data.image_size" in text
+    assert "DataModule.image_size" in text
     assert "6×9" in text
     assert "6×6" in text
     assert load(str(folder), image_size=5)[0].decode(2).shape == (3, 5, 5)
@@ -347,7 +347,7 @@ def test_a_damaged_file_is_named(folder, damage):
     train = load(str(folder))[0]
     text = message(train.decode, 2)
     assert str(path) in text
-    assert "--data.on_error skip" in text
+    assert "DataModule.on_error skip" in text
     assert train.unreadable(range(8), 2) == [(6, str(path))]
 
 
@@ -386,7 +386,7 @@ def test_a_wrong_folder_is_told_in_one_line(folder, how, expected):
     path = break_folder(folder, how)
     text = message(load, str(path))
     assert expected in text
-    assert f"--data.dataset {path}" in text
+    assert f"DataModule.dataset {path}" in text
 
 
 # Names and downloads
@@ -399,9 +399,9 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
 
 def test_missing_files_name_the_folder_and_the_option(tmp_path):
     text = message(load, "cifar10", str(tmp_path))
-    assert f"--data.root {tmp_path}" in text
+    assert f"DataModule.root {tmp_path}" in text
     assert str(tmp_path / "cifar-10-batches-py") in text
-    assert "--data.download true" in text
+    assert "DataModule.download true" in text
 
 
 def test_a_failing_download_says_where_the_files_belong(tmp_path, monkeypatch):
@@ -415,8 +415,8 @@ def test_a_failing_download_says_where_the_files_belong(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_of_a_class_name_the_option(tmp_path):
-    assert "--data.dataset_args" in message(load, "stl10", str(tmp_path), args={"split": "training"})
-    assert "--data.dataset_args" in message(load, "torchvision.datasets.FakeData", args={"colour": 1})
+    assert "DataModule.dataset_args" in message(load, "stl10", str(tmp_path), args={"split": "training"})
+    assert "DataModule.dataset_args" in message(load, "torchvision.datasets.FakeData", args={"colour": 1})
 
 
 def test_a_data_set_without_class_labels_is_refused(monkeypatch):
@@ -532,7 +532,7 @@ def test_images_of_several_classes_are_listed(several):
         ("file,cat,dog\n0.png,1,0\n0.png/,0,1\n", "0.png stands there twice"),
         (
             f"file,cat,dog\n{'x' * 5_000},1,0\n",
-            f"--data.dataset {{}}/test/labels.csv: 1 of 1 images are not there: ['{'x' * 60}…']",
+            f"DataModule.dataset {{}}/test/labels.csv: 1 of 1 images are not there: ['{'x' * 60}…']",
         ),
         ("", "cannot be read as a table"),
     ],

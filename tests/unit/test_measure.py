@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.callbacks import EvaluateAtStart, FlushRecords, GeometryMonitor, RecordsLogger
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, as_options
 from ssl_geometry.geometry.precision import FLOAT32_SWITCHES
 from ssl_geometry.measure import (
     CKA,
@@ -32,7 +32,6 @@ from ssl_geometry.measure import (
 )
 from ssl_geometry.measure.cka import warn_of_few
 from ssl_geometry.measure.engine import measuring
-from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.measure.requests import Reduced
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.metrics.probe_bank import ProbeBank

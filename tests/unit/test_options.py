@@ -1,5 +1,6 @@
 """Every option is held to its range before anything is read: one line with the option as typed, the value, the fix."""
 
+import ast
 import math
 import re
 import warnings
@@ -17,11 +18,10 @@ from ssl_geometry.cli import Parser, annotation, run_command, warning_line
 from ssl_geometry.config_files import expand_bases
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.doctor import examine
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, as_options
 from ssl_geometry.fit import fit, print_summary
 from ssl_geometry.fit_cli import FitCLI
 from ssl_geometry.measure import CKA, Invariance, Spectrum, Subject
-from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.networks import networks_parser
 from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
@@ -222,6 +222,33 @@ def assert_said(said: str, option: str, value: str, words: str) -> None:
     assert len(said) < 400
     typed = value.strip("[]") if option in ("--loggers", "--neighbors.settings") else value
     assert said.startswith((f"{option} {value}: {words}", f"{option} {typed}: {words}")), said
+
+
+def test_rooms_that_scripts_use_name_no_option() -> None:
+    """Messages name what the user typed: an option in a command, an argument in a script (``errors.argument``)."""
+    named = []
+    for room in ("geometry", "metrics", "models", "measure", "data", "records"):
+        for path in (ROOT / "ssl_geometry" / room).rglob("*.py"):
+            tree = ast.parse(path.read_text("utf-8"))
+            docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            texts = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+            named += [text.value for text in texts if re.search("--[a-z]", text.value) and id(text) not in docs]
+    assert named == ["--trainer.accelerator cpu"], "of a device without float64: a script moves the network instead"
+
+
+def test_data_are_named_as_they_were_given() -> None:
+    options: dict[str, Any] = {"dataset": "digits", "image_size": 8, "limit_train": 60, "limit_test": 4}
+
+    def mistakes() -> list[str]:
+        found = []
+        for wrong in ({"batch_size": 1}, {"measure_size": 5}, {"dataset": "digitz"}):
+            with pytest.raises(UserError) as error:
+                DataModule(**options | wrong).setup()
+            found.append(str(error.value).partition(" ")[0])
+        return found
+
+    assert mistakes() == ["DataModule.batch_size", "DataModule.measure_size", "DataModule.dataset"]
+    assert as_options(mistakes)() == ["--data.batch_size", "--data.measure_size", "--data.dataset"]
 
 
 def test_an_option_has_one_spelling_in_all_commands(cli: FitCLI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +508,7 @@ def test_every_option_that_takes_a_number_says_in_its_help_which(
 
 
 def test_a_library_call_is_held_to_the_same_ranges() -> None:
-    with pytest.raises(UserError, match=r"--data\.batch_size 1: expected a whole number of at least 2"):
+    with pytest.raises(UserError, match=r"DataModule\.batch_size 1: expected a whole number of at least 2"):
         DataModule("digits", batch_size=1)
     with pytest.raises(UserError, match=r"--model\.lr -1: expected a number of at least 0"):
         SimCLR(backbone="resnet10", width=0.25, lr=-1.0)

@@ -239,7 +239,7 @@ def test_images_that_teach_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = digits(monkeypatch, torch.zeros_like)
-    with pytest.raises(UserError, match=r"--data.dataset digits: all .* of one class.*, or so$"):
+    with pytest.raises(UserError, match=r"DataModule.dataset digits: all .* of one class.*, or so$"):
         check_images(data, 100, "--train_images 100", otherwise=", or so")
 
 

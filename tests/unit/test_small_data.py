@@ -12,10 +12,9 @@ from rich.console import Console
 
 from ssl_geometry.compare import _hold_to_images
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError
+from ssl_geometry.errors import UserError, as_options
 from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.measure import Neighborhoods, Probes, Subject
-from ssl_geometry.measure.measurement import as_options
 from ssl_geometry.methods import SimCLR
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.probe import summary
@@ -38,10 +37,10 @@ def images(train: int, test: int, **options: Any) -> DataModule:
 
 def test_images_to_measure(caplog: pytest.LogCaptureFixture) -> None:
     assert images(60, 48).measure_size == 48
-    assert caplog.messages == ["--data.measure_size 48 (by default 2048): the test split has 48 images"]
+    assert caplog.messages == ["DataModule.measure_size 48 (by default 2048): the test split has 48 images"]
     assert images(60, 48, measure_size=48).measure_size == 48
     with pytest.raises(
-        UserError, match=r"^--data.measure_size 49: the test split has 48 images; set at most 48, or null"
+        UserError, match=r"^DataModule.measure_size 49: the test split has 48 images; set at most 48, or None"
     ):
         images(60, 48, measure_size=49)
 
@@ -153,7 +152,7 @@ def test_two_images_without_a_test_folder(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    with pytest.raises(UserError, match=r"^--data.dataset .*: 2 training and 0 test images; at least one of each"):
+    with pytest.raises(UserError, match=r"^DataModule.dataset .*: 2 training and 0 test images; at least one of each"):
         DataModule(str(tmp_path), image_size=8).setup()
 
 
@@ -172,6 +171,6 @@ def test_a_run_on_fewer_images_than_vote(caplog: pytest.LogCaptureFixture) -> No
         (results,) = trainer.test(method, data, verbose=False)
     assert 0 <= results["test/knn"] <= 1
     assert method.knn.k == data.batch_size == 12
-    assert "--data.batch_size 12 (by default 256): there are 12 training images" in caplog.messages
+    assert "DataModule.batch_size 12 (by default 256): there are 12 training images" in caplog.messages
     said = "nearest neighbours that vote: 12 (by default 20): there are 12 labelled training images"
     assert caplog.messages.count(said) == 1

@@ -210,7 +210,7 @@ def test_a_partial_file_that_is_too_long_is_begun_anew(server: Server, tmp_path:
 @pytest.mark.parametrize("path", ["/page", "/unmarked-page"])
 def test_a_web_page_is_no_checkpoint(server: Server, tmp_path: Path, path: str) -> None:
     checkpoint = row(server, path)
-    with pytest.raises(UserError, match=r"is a web page, not a checkpoint .* give --models some:FILE") as error:
+    with pytest.raises(UserError, match=r"is a web page, not a checkpoint .* give some:FILE") as error:
         fetch(checkpoint)
     assert "\n" not in str(error.value)
     assert files(checkpoint, tmp_path) == {}

@@ -119,7 +119,7 @@ def _download(name: str, url: str, file: Path, expected: str | None) -> None:
         partial.unlink()
         raise UserError(
             f"{name}: {url} is a web page, not a checkpoint (a login or share page?): download it in a browser and "
-            f"give --models {name}:FILE"
+            f"give {name}:FILE"
         ) from error
     except (OSError, HTTPException) as error:
         kept = partial.stat().st_size if partial.exists() else 0
