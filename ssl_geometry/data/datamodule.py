@@ -86,7 +86,6 @@ class DataModule(L.LightningDataModule):
         {'image': (256, 3, 16, 16), 'label': (256,), 'index': (256,)}
     """
 
-    size_option, batch_option = "--data.measure_size", "--data.eval_batch_size"
     num_classes: int
     """Number of classes; like all below, known after ``setup``."""
     class_names: list[str]
@@ -118,6 +117,7 @@ class DataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_arguments(DataModule, locals(), data_option(""))
+        self.size_option, self.batch_option = data_option("measure_size"), data_option("eval_batch_size")
         self.dataset = dataset
         self.root = root
         self.image_size = image_size
