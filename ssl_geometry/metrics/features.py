@@ -14,7 +14,29 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 
-class LayerFeatures(Metric):
+class KeptRows(Metric):
+    """Base of metrics that keep rows of every image until ``compute``, and gather them over ranks."""
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._empty: dict[str, Tensor] = {}
+
+    def _add_rows(self, name: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = ()) -> None:
+        self.add_state(name, [], dist_reduce_fx="cat")
+        self._empty[name] = torch.empty(0, *shape, dtype=dtype)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather over ranks; one without images joins in with empty tensors of a type that it could not guess."""
+        for name, empty in self._empty.items():
+            if not getattr(self, name):
+                getattr(self, name).append(empty.to(self.device))
+        super().sync(*args, **kwargs)
+
+
+class LayerFeatures(KeptRows):
     """Base of metrics whose state is the features of layers.
 
     Args:
@@ -22,19 +44,16 @@ class LayerFeatures(Metric):
         integers: further states of one integer per image, such as labels.
     """
 
-    full_state_update = False
-    is_differentiable = False
     index: list[Tensor]
 
     def __init__(self, layers: Sequence[str], integers: Sequence[str] = ()) -> None:
         super().__init__()
-        self._layers, self._integers = list(layers), ["index", *integers]
-        self._widths: list[int] = []
-        for name in self._integers:
-            self.add_state(name, [], dist_reduce_fx="cat")
+        self._layers, self._widths = list(layers), list[int]()
+        for name in ("index", *integers):
+            self._add_rows(name, torch.long)
         # Features are kept flat: a rank without images then contributes an empty tensor, whatever the width.
         for number in range(len(self._layers)):
-            self.add_state(f"features{number}", [], dist_reduce_fx="cat")
+            self._add_rows(f"features{number}")
 
     def _add(self, features: Sequence[Float[Tensor, "B D"]], **integers: Int64[Tensor, " B"]) -> None:
         """Add one batch: the features of each layer, the index and the other integers. Invalid batches change nothing.
@@ -59,13 +78,6 @@ class LayerFeatures(Metric):
             getattr(self, name).append(values)
         for number, part in enumerate(features):
             getattr(self, f"features{number}").append(part.detach().float().flatten())
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
-        for name in self._integers:
-            if not getattr(self, name):
-                getattr(self, name).append(torch.empty(0, dtype=torch.long, device=self.device))
-        super().sync(*args, **kwargs)
 
     def _order(self) -> Int64[Tensor, " N"]:
         """The permutation that sorts the images by their index.

@@ -5,12 +5,11 @@ The state is features, and numbers of single images: nothing is averaged before 
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.dimension import levina_bickel, two_nn
@@ -20,7 +19,7 @@ from ssl_geometry.geometry.manifold import augmentation_metrics, manifold_metric
 from ssl_geometry.geometry.neighbors import nearest
 from ssl_geometry.geometry.nnk import nnk
 from ssl_geometry.geometry.overlap import is_degenerate
-from ssl_geometry.metrics.features import LayerFeatures
+from ssl_geometry.metrics.features import KeptRows, LayerFeatures
 
 DIMENSION_K = 20
 """Neighbours from which the intrinsic dimension is estimated, at most the number of candidates."""
@@ -158,7 +157,7 @@ class Neighborhoods(LayerFeatures):
         )
 
 
-class AugmentationManifolds(Metric):
+class AugmentationManifolds(KeptRows):
     """The manifold of each image's augmented views in each layer.
 
     Args:
@@ -175,14 +174,11 @@ class AugmentationManifolds(Metric):
         torch.Size([4])
     """
 
-    full_state_update = False
-    is_differentiable = False
-
     def __init__(self, layers: Sequence[str], settings: Sequence[str]) -> None:
         super().__init__()
         self.kinds = [(setting, layer) for setting in settings for layer in layers]
         for number in range(len(self.kinds)):
-            self.add_state(f"values{number}", [], dist_reduce_fx="cat")
+            self._add_rows(f"values{number}", torch.float64)
 
     def update(self, views: Mapping[str, Mapping[str, Float[Tensor, "B m D"]]]) -> None:
         """Add one batch.
@@ -199,14 +195,6 @@ class AugmentationManifolds(Metric):
                 values = augmentation_metrics(features[usable])
                 rows[usable] = torch.stack([values[name].double() for name in MANIFOLD_METRICS], 1)
             getattr(self, f"values{number}").append(rows.flatten())
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
-        for number in range(len(self.kinds)):
-            if not getattr(self, f"values{number}"):
-                empty = torch.empty(0, dtype=torch.float64, device=self.device)
-                getattr(self, f"values{number}").append(empty)
-        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[tuple[str, str], dict[str, Float[Tensor, " N"]]]:
         """Setting and layer to each metric of each image, in no particular order; NaN for images with a zero view."""

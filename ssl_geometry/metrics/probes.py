@@ -6,12 +6,11 @@ images), the classifier is refitted on the whole bank and evaluated once on the 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from ssl_geometry.geometry.classification import (
@@ -27,16 +26,15 @@ from ssl_geometry.geometry.classification import (
 )
 from ssl_geometry.geometry.logistic import converged_probes
 from ssl_geometry.geometry.ridge import merge_statistics, ridge_probe, ridge_probe_of_few, sufficient_statistics
+from ssl_geometry.metrics.features import KeptRows
 
 
-class _LayerProbe(Metric):
+class _LayerProbe(KeptRows):
     """Test images, and the accuracy of a classifier of each layer on them.
 
     ``compute`` reports invalid features and labels, so that no check of a batch synchronises with the device.
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = True
     kept: ClassVar[Sequence[str]] = ("queries",)
     """Names of the images whose features are kept for each layer."""
@@ -50,13 +48,13 @@ class _LayerProbe(Metric):
         super().__init__()
         self.multi_label = multi_label
         self.widths, self.num_classes, self.l2 = dict(widths), num_classes, tuple(l2)
-        self._integers = ["labels", "bank_labels", "bank_index"]
-        for name in self._integers:
-            self.add_state(name, [], dist_reduce_fx="cat")
+        for name in ("labels", "bank_labels"):
+            self._add_rows(name, torch.long, (num_classes,) if multi_label else ())
+        self._add_rows("bank_index", torch.long)
         # Features are kept flat: a rank without images then contributes an empty tensor, whatever the width.
         for name in self.kept:
             for number in range(len(self.widths)):
-                self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
+                self._add_rows(f"{name}{number}")
 
     def _keep(self, name: str, features: Mapping[str, Tensor]) -> None:
         for number, layer in enumerate(self.widths):
@@ -94,14 +92,6 @@ class _LayerProbe(Metric):
         """
         self.labels.append(labels)
         self._keep("queries", features)
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; a rank without images contributes an empty tensor of the right type."""
-        for name in self._integers:
-            if not getattr(self, name):
-                shape = (0, self.num_classes) if self.multi_label and name != "bank_index" else (0,)
-                getattr(self, name).append(torch.empty(shape, dtype=torch.long, device=self.device))
-        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Float[Tensor, " L"]]:
         """For each layer ``top1`` and ``mean_per_class`` in [0, 1], and the selected ``l2``.

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -53,7 +52,7 @@ class Spectrum(LayerFeatures):
         self.widths, self.views = dict(widths), views
         for number, width in enumerate(self.widths.values()):
             for name in ("means", "alignment"):
-                self.add_state(f"{name}{number}", [], dist_reduce_fx="cat")
+                self._add_rows(f"{name}{number}", torch.float64)
             self.add_state(f"scatter{number}", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
@@ -86,14 +85,6 @@ class Spectrum(LayerFeatures):
                 getattr(self, f"means{number}").append(means.flatten())
                 getattr(self, f"scatter{number}").add_(scatter)
                 getattr(self, f"alignment{number}").append(alignment(views[layer][:, 0], views[layer][:, 1]))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
-        if self.views and not self.index:
-            for number in range(len(self.widths)):
-                for name in ("means", "alignment"):
-                    getattr(self, f"{name}{number}").append(torch.empty(0, dtype=torch.float64, device=self.device))
-        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Float[Tensor, " L"]]:
         """Each metric of each layer, float64; NaN where it cannot be computed.
