@@ -15,6 +15,7 @@ import torch.distributed as dist
 import wandb
 from torch import Tensor, nn
 
+from ssl_geometry.data.plan import cores as usable_cores
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.geometry import exact
 from ssl_geometry.geometry.gram import gram_vector
@@ -67,7 +68,7 @@ def python() -> Iterator[Finding]:
 
 def cores() -> Iterator[Finding]:
     """Cores that this process may use."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mine = usable_cores()
     few = mine < 4 and torch.cuda.is_available()
     to_do = "few for feeding a GPU with images: ask SLURM for --cpus-per-task=8" if few else ""
     yield Finding("cores", f"{mine} of {os.cpu_count()}, {torch.get_num_threads()} threads of torch", to_do)

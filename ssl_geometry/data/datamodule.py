@@ -15,7 +15,6 @@ images that follow each other for a random sample.
 import itertools
 import logging
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ssl_geometry.data.images import Images, data_option, digest, shuffled, stratified
 from ssl_geometry.data.loader import Batch, Loader
-from ssl_geometry.data.plan import BatchPlan, evenly, every_nth, shares, size_within
+from ssl_geometry.data.plan import BatchPlan, cores, evenly, every_nth, shares, size_within
 from ssl_geometry.data.sources import FIXED, load, torchvision_class
 from ssl_geometry.errors import UserError
 from ssl_geometry.ranges import Pixels, Seed, at_least, between, check_arguments
@@ -395,8 +394,7 @@ class DataModule(L.LightningDataModule):
     @property
     def _cores(self) -> int:
         """Cores for each process of this node."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // (self.trainer.num_devices if self.trainer else 1))
+        return max(1, cores() // (self.trainer.num_devices if self.trainer else 1))
 
     @property
     def _device(self) -> torch.device:

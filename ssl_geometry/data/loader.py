@@ -1,9 +1,4 @@
-"""Batches of one process, in order: which rows each batch holds, and what reads them.
-
-Global batch b of epoch e holds the same images in the same order for any number of processes: the order is a pure
-function of (seed, epoch), and each process takes its slice. Evaluation never pads or repeats: process r of R takes the
-batches r, r + R, … of the one list.
-"""
+"""Batches of one process, in order, read from memory or by worker processes."""
 
 import logging
 from collections.abc import Iterator

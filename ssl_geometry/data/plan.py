@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,11 @@ from torch import Tensor
 from ssl_geometry.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def size_within(option: str, asked: int | None, usual: int, most: int, there: str) -> int:

@@ -6,7 +6,6 @@ depend neither on the number of processes nor on who measures.
 
 import itertools
 import multiprocessing as mp
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from numbers import Integral
@@ -23,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_geometry.data.images import Images, digest, resize, shuffled, stratified, to_rgb
 from ssl_geometry.data.loader import Loader
-from ssl_geometry.data.plan import BatchPlan, every_nth, size_within
+from ssl_geometry.data.plan import BatchPlan, cores, every_nth, size_within
 from ssl_geometry.data.sources import FIXED
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.processes import this_process
@@ -250,10 +249,9 @@ def _read(
     targets = _targets(dataset)
     order = shuffled(len(dataset), FIXED) if targets is None else stratified(targets, FIXED)
     rows = order[:count]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # where workers are not forked, they run a script that has no `if __name__ == "__main__"` again
     are_forked = (mp.get_start_method(allow_none=True) or mp.get_all_start_methods()[0]) == "fork"
-    workers = min(8, cores - 1) if count > FEW and are_forked else 0
+    workers = min(8, cores() - 1) if count > FEW and are_forked else 0
     loader = DataLoader(
         _Chosen(dataset, rows.tolist(), image_size),
         batch_size=64,
