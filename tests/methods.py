@@ -25,7 +25,10 @@ DIGITS = [{"crop": {"scale": [0.5, 1.0]}}, {"color": COLORS}, {"gray": {"p": 0.2
 TRAINED = {"backbone": "tests.methods.tiny", "width": 1.0, "optimizer": "adamw", "lr": 4e-3, "warmup_epochs": 1}
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "SimCLR": {"model": {"temperature": 0.2, "output_dim": 64, "views": [{"augment": DIGITS}]}},
-    "Supervised": {"model": {"num_classes": None, "views": [{"augment": {"pad_crop": {"padding": 2}}}]}},
+    "Supervised": {
+        "model": {"num_classes": None, "lr": 4e-2, "views": [{"augment": "color"}]},
+        "data": {"batch_size": 64},
+    },
 }
 """Class to options of a training of two seconds on coloured digits that beats its initialisation: model, data, trainer.
 
