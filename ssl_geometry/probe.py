@@ -128,12 +128,12 @@ def _report(
     """Tables and figure of the networks that were measured."""
     out, data = options.out, options.data
     frame = frame[frame["model"].isin(groups)]
-    judged = "mean average precision" if data.multi_label else "accuracy"
+    measure_name = "mean average precision" if data.multi_label else "accuracy"
     protocol_line = summary(data, options)
-    text = tables(frame, groups, protocol_of, out, protocol_line, judged, balanced=_is_balanced(data))
+    text = tables(frame, groups, protocol_of, out, protocol_line, measure_name, balanced=_is_balanced(data))
     console.print(f"{text}\n{protocol_line}", markup=False)
     if "layers" in options.evaluations:
-        console.print(f"     figure  {draw(frame, groups, out / 'figures', judged)}")
+        console.print(f"     figure  {draw(frame, groups, out / 'figures', measure_name)}")
     console.print(f"    records  {out / 'records'}")
     console.print(f"     tables  {out / 'tables.md'}, {out / 'tables.tex'}")
 
@@ -190,7 +190,7 @@ def _remove_results(out: Path) -> None:
 def _is_balanced(data: DataModule) -> bool:
     loader = data.loader("test")
     labels = loader.images.labels[loader.sampler.rows]
-    if data.multi_label:  # judged class by class already
+    if data.multi_label:  # mAP is a mean over classes already
         return True
     counts = labels[labels >= 0].bincount()
     return int(counts.max()) <= UNBALANCED * int(counts[counts > 0].min())

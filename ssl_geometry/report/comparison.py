@@ -16,7 +16,7 @@ KINDS = ("semantic", "policy")
 
 
 def draw(frame: pd.DataFrame, groups: Mapping[str, str], training_views: Sequence[str], out: Path) -> list[Path]:
-    """All figures as PNG and PDF; of the views that networks were trained on, the first measured one has a panel."""
+    """Draw all figures, as PNG and PDF; the first measured training view has a panel."""
     figures = {}
     pairs = frame[frame["model_other"].notna()]
     for (a, b), rows in pairs.groupby(["model", "model_other"], sort=False):
@@ -41,11 +41,11 @@ def draw_training(models: Mapping[str, str], out: Path) -> list[Path]:
     """Manifold graph metrics over the training of the runs that measured them (``--neighbors.every_n_epochs``).
 
     Args:
-        models: network to where it came from, a run directory or anything else.
+        models: network to its source, a run directory or anything else.
         out: folder of the figure.
 
     Returns:
-        The PNG file, or nothing where fewer than one run measured them more than once.
+        The PNG file; none if no run measured them more than once.
     """
     frames = []
     for name, path in models.items():

@@ -34,15 +34,15 @@ def cka_curves(rows: Rows, against: Literal["depth", "epoch"]) -> Figure:
 
 
 def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | None = None) -> Figure:
-    """One number of each layer, over training.
+    """One metric of each layer, over training.
 
     Args:
         rows: records of one metric of one network, one row per layer and epoch.
         against: "depth" draws one line per epoch over the network's depth, "epoch" one line per layer over the epochs.
-        title: written above; by default says which metric, view and network.
+        title: by default, metric, view and network.
 
     Returns:
-        A figure, lines coloured by what is not on the horizontal axis.
+        A figure; the colour of a line is its epoch, or its depth.
 
     Raises:
         ValueError: no rows.
@@ -75,14 +75,14 @@ def layer_curves(rows: Rows, against: Literal["depth", "epoch"], title: str | No
 
 
 def training_curves(rows: Rows, metrics: Sequence[str], views: Sequence[str], layer: str, title: str) -> Figure:
-    """Numbers of one layer of several networks over their training: a line a network, with its error band.
+    """Metrics of one layer over training: one line per network, with its error band.
 
     Args:
         rows: records of the networks.
-        metrics: one column of panels each.
-        views: one row of panels each.
-        layer: which layer.
-        title: written above.
+        metrics: one column of panels per metric.
+        views: one row of panels per view.
+        layer: name of the layer.
+        title: of the figure.
 
     Returns:
         A figure.
@@ -120,21 +120,21 @@ def compare_curves(
     label: str = "CKA (unbiased)",
     levels: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Numbers of each layer of several networks over depth; networks of one group (seeds of a method) give a band.
+    """A metric of several networks over depth; networks of one group (seeds of a method) are drawn as a band.
 
     The panels of figures 3 and 5 of Grigg et al. 2021.
 
     Args:
-        panels: title of each panel, and its rows: one row a network and layer.
+        panels: title of each panel, and its rows: one row per network and layer.
         groups: network to group.
-        title: written above.
-        label: what the vertical axis shows.
+        title: of the figure.
+        label: of the vertical axis.
         levels: named values without layers, drawn as dotted lines.
 
     Returns:
-        A figure: a line per group (the mean), a band from the lowest to the highest network; a single network's band is
-        its error bar, cut off where the catalogue says. Layers of :func:`is_drawn` and of heads, which are hollow;
-        stages of a ResNet are shaded in turn.
+        A figure: per group a line (the mean) and a band from the lowest to the highest network; the band of a single
+        network is its error bar, clipped to the limits of the catalogue. It shows layers of :func:`is_drawn`, and heads
+        with hollow points; every other stage of a ResNet is shaded.
 
     Raises:
         ValueError: a panel without rows.
@@ -192,13 +192,13 @@ def compare_curves(
 
 
 def _heights(values: pd.Series, low: pd.Series, high: pd.Series, metric: str) -> list[float]:
-    """What a vertical axis shows of curves: their values, and their error bars to where the catalogue cuts them off."""
+    """Values that the vertical axis must include: the curves, and their error bars within the catalogue's limits."""
     known, (bottom, top) = values.dropna().tolist(), described(metric).bars or (-np.inf, np.inf)
     return [*known, *pd.concat([low, high]).clip(min(bottom, *known, top), max(bottom, *known, top))]
 
 
 def _around(heights: Sequence[float]) -> tuple[float, float]:
-    """The ends of an axis that shows these, as on the report page: from 0 if they lie near; above is room for names."""
+    """Limits of an axis that includes these, as on the report page: from 0 if it is near, with a margin at the top."""
     finite = [height for height in heights if np.isfinite(height)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if 0 < low < high / 2:

@@ -16,14 +16,14 @@ DOTS = "white dots: for each layer (row) the most similar layer of the other net
 
 
 def cka_heatmap(rows: Rows) -> Figure:
-    """The map of CKA between the layers of two networks, both axes from the first layer to the last.
+    """Heat map of CKA between the layers of two networks, from the first layer to the last.
 
     Args:
         rows: records of one metric for one pair of networks at one epoch.
 
     Returns:
-        A figure. Cells that could not be computed are hatched grey. On a map of two networks a white dot marks, for
-        each layer on the vertical axis, the most similar layer of the other.
+        A figure. Cells that could not be computed are hatched grey. For two networks, a white dot marks the most
+        similar layer of the other network for each layer on the vertical axis.
 
     Raises:
         ValueError: no rows, or rows of several epochs or pairs.
@@ -46,7 +46,7 @@ def cka_heatmap(rows: Rows) -> Figure:
 
 
 def draw_map(axes: Axes, frame: pd.DataFrame, dots: bool) -> AxesImage:
-    """The values of all pairs of layers on axes, with a dot on the largest of each row if ``dots``."""
+    """Draw the values of all pairs of layers, with a dot on the largest of each row if ``dots``."""
     table = frame.pivot(index="layer", columns="layer_other", values="value")
     table = table.loc[
         frame.drop_duplicates("layer").sort_values("depth", kind="stable")["layer"],
@@ -66,7 +66,7 @@ def draw_map(axes: Axes, frame: pd.DataFrame, dots: bool) -> AxesImage:
 
 
 def _draw_values(axes: Axes, values: np.ndarray) -> AxesImage:
-    """Colours from 0, or the lowest value below it, to 1; what could not be computed is grey."""
+    """Draw values on a scale from 0, or the smallest negative value, to 1; missing values are grey."""
     axes.set_facecolor("0.8")
     axes.spines[:].set_visible(False)
     lowest = float(np.nanmin(values, initial=0.0))
@@ -74,14 +74,14 @@ def _draw_values(axes: Axes, values: np.ndarray) -> AxesImage:
 
 
 def view_heatmap(rows: Rows) -> Figure:
-    """The invariance of every layer to every augmentation.
+    """Heat map of the invariance of each layer to each augmentation.
 
     Args:
         rows: records of metric ``invariance`` of one network at one epoch.
 
     Returns:
-        A figure: layers from below to above, augmentations from left to right in the order of the rows. Views of one
-        protocol are the same images under several names: one column.
+        A figure: layers from bottom to top, augmentations from left to right in the order of the rows. Views with the
+        same protocol are the same images under several names, and share a column.
     """
     first = first_row(rows)
     frame = pd.DataFrame(rows)

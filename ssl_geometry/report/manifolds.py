@@ -13,14 +13,14 @@ from ssl_geometry.report.style import STYLE, Rows, first_row, when_measured
 
 
 def manifold_violins(rows: Rows, metric: str) -> Figure:
-    """How one number of the manifold around each image is distributed, layer by layer, a panel a kind of manifold.
+    """Distribution over images of a manifold graph metric, per layer; one panel per kind of manifold.
 
     Args:
         rows: records of one network at one epoch, with the quantiles of the metric.
         metric: neighbors, diameter, affinity, ...
 
     Returns:
-        A figure: violins drawn through the quantiles, a white dot at the median, a bar from quarter to quarter.
+        A figure: violins from the quantiles, with a white dot at the median and a bar between the quartiles.
     """
     frame = pd.DataFrame(rows)
     frame = frame[frame["metric"] == f"{metric}_quantile"]
@@ -63,9 +63,9 @@ def neighbor_figure(tiles: Sequence[tuple[np.ndarray, str, bool]], columns: int,
     """Images in a grid, some framed: each query and its neighbours.
 
     Args:
-        tiles: (H,W,3) uint8, what stands above it, and whether it is framed, row by row.
-        columns: images in a row.
-        title: written above.
+        tiles: row by row, image (H,W,3) uint8, its title, and whether it is framed.
+        columns: images per row.
+        title: of the figure.
 
     Returns:
         A figure.

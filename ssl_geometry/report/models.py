@@ -1,4 +1,4 @@
-"""Figures of many models side by side: a tree, a map, what goes with what, profiles over depth, predictions."""
+"""Figures of many models: dendrogram, map, correlations, profiles over depth, predictions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +15,15 @@ from ssl_geometry.records.catalogue import described
 from ssl_geometry.report.style import STYLE
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-"""After Okabe & Ito: told apart by colour-blind readers; families beyond them share colours, not markers."""
+"""After Okabe & Ito, safe for colour-blind readers; further families share colours, but not markers."""
 MARKERS = "osD^vPX*"
 COLLAPSE = (("mean_cosine", "clean"), ("diameter", "semantic"), ("rankme", "clean"))
-"""What shows a collapse, by metric and view."""
+"""Metrics and views that show a collapse."""
 DASHES = ("-", "--", ":", "-.")
 
 
 def family_styles(families: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each family, in the order in which they come."""
+    """Colour and marker of each family, in order of first use."""
     names = dict.fromkeys(families.values())
     return {
         name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)]}
@@ -35,7 +35,7 @@ def model_tree(merges: np.ndarray, names: Sequence[str], families: Mapping[str, 
     """A dendrogram of models.
 
     Returns:
-        A figure; the nearer to their names two models are joined, the more alike they are.
+        A figure; the closer to their names two models are joined, the more similar they are.
     """
     styles = family_styles(families)
     with mpl.rc_context(STYLE):
@@ -72,7 +72,7 @@ def model_map(
         explained: share of the variance along each component.
         labels: cluster of each model, written next to its name.
         families: model to family.
-        title: written above.
+        title: of the figure.
     """
     styles = family_styles(families)
     with mpl.rc_context(STYLE):
@@ -93,7 +93,7 @@ def model_map(
 
 
 def _place_names(axes: Any, place: np.ndarray, texts: Sequence[str]) -> None:
-    """Names right of their points, moved down where they would cover another one."""
+    """Names to the right of their points, moved down to avoid overlaps."""
     height = np.ptp(axes.get_ylim()) * 0.042
     width = np.ptp(axes.get_xlim()) * 0.017
     taken: list[tuple[float, float, float]] = []
@@ -132,14 +132,14 @@ def correlation_map(table: pd.DataFrame, n: int, title: str) -> Figure:
 def depth_profiles(
     frame: pd.DataFrame, rows: Sequence[str], metrics: Sequence[str], families: Mapping[str, str], title: str
 ) -> Figure:
-    """Metrics over the depth of every model: a row of panels a kind of manifold, a column a metric.
+    """Metrics of every model over depth: one row of panels per kind of manifold, one column per metric.
 
     Args:
         frame: records of one epoch per model.
         rows: views (kinds of manifold).
         metrics: names.
-        families: model to family, which gives colour and marker; its models differ by their dashes.
-        title: written above.
+        families: model to family, which determines colour and marker; models of a family differ by their dashes.
+        title: of the figure.
     """
     styles = family_styles(families)
     with mpl.rc_context(STYLE):
@@ -158,7 +158,7 @@ def depth_profiles(
 
 
 def collapse_curves(frame: pd.DataFrame, families: Mapping[str, str], title: str) -> Figure:
-    """How far features are collapsed, over depth: mean cosine, semantic diameter, RankMe."""
+    """Collapse of features over depth: mean cosine, semantic diameter, RankMe."""
     styles = family_styles(families)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.2, 3.6))
@@ -177,12 +177,12 @@ def collapse_curves(frame: pd.DataFrame, families: Mapping[str, str], title: str
 
 
 def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles: Mapping[str, str]) -> Figure:
-    """What a task gave against what was predicted of each model, a panel a task.
+    """Measured against predicted results of each model, one panel per task.
 
     Args:
         frame: columns task, model (the first of a recipe), value, predicted (each from the other recipes alone).
         families: model to family.
-        titles: task to what stands above its panel.
+        titles: task to the title of its panel.
     """
     styles = family_styles(families)
     with mpl.rc_context(STYLE):
@@ -190,7 +190,9 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
         rows = -(-len(titles) // columns)
         figure = Figure(figsize=(1.9 + 3.0 * columns, 0.5 + 3.0 * rows))
         panels = figure.subplots(rows, columns, squeeze=False).flat
-        for (task, title), axes in zip(titles.items(), panels, strict=False):  # takes no panel after the last title
+        for (task, title), axes in zip(
+            titles.items(), panels, strict=False
+        ):  # leaves the remaining panels in the iterator
             shown = frame[frame["task"] == task]
             for row in shown.to_dict("records"):
                 axes.plot(row["predicted"], row["value"], markersize=5, **styles[families[row["model"]]])
@@ -199,7 +201,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
             axes.set_title(title, fontsize=7)
             axes.set_xlabel("predicted without the recipe", fontsize=7)
             axes.set_ylabel("measured", fontsize=7)
-        for axes in panels:  # what is left of the grid
+        for axes in panels:  # unused panels
             axes.set_axis_off()
         used = {name: styles[name] for name in dict.fromkeys(families[model] for model in frame["model"])}
         _family_legend(figure, used)
@@ -207,7 +209,7 @@ def prediction_scatter(frame: pd.DataFrame, families: Mapping[str, str], titles:
 
 
 def collapse_over_training(frame: pd.DataFrame, layer: str, title: str) -> Figure:
-    """Mean cosine, semantic diameter and RankMe of one layer while networks learn, as far as they were measured."""
+    """Mean cosine, semantic diameter and RankMe of one layer over training, where they were measured."""
     frame = frame[frame["layer"] == layer]
     lines = {key: part for key, part in frame.groupby(["metric", "view"]) if key in COLLAPSE}
     shown = [key for key in COLLAPSE if key in lines]

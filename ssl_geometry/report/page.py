@@ -1,9 +1,9 @@
-"""Records as one HTML page that needs nothing else: no server, no network, no installed viewer.
+"""Records as one self-contained HTML page: no server, no network, no installed viewer.
 
-The numbers travel in the page as columns of numbers, compressed; the page's own script (``web/``) unpacks and draws
-them. A page never measures: what it shows are rows of the records, ``config.yaml``, ``run.json`` and the texts of the
-protocols. The script is a few hundred lines of ours, as a plotting library to be put into every page is half of its
-allowed size, draws no map by keyboard, and is harder to keep from the network.
+The page holds the numbers as compressed columns, and a script (``web/``) that unpacks and draws them. A page never
+measures: it shows rows of the records, ``config.yaml``, ``run.json`` and the texts of the protocols. It has its own
+plotting script of a few hundred lines, because a plotting library would take half of the allowed size of the page, has
+no keyboard access to heat maps, and is harder to keep offline.
 """
 
 import base64
@@ -26,24 +26,24 @@ from ssl_geometry.report.runs import RunRecords, first_choice, labels, natural
 logger = logging.getLogger(__name__)
 SERIES = ["model", "model_other", "metric", "view", "split", "protocol"]
 PLACE = ["layer", "depth", "layer_other", "depth_other"]
-MOMENT = ["epoch", "step"]
+TIME = ["epoch", "step"]
 EXACT, ROUNDED = 8, 3
-"""Bytes of a number: all of a float64, or the upper ones of a float32, which keep four significant digits."""
-FEWER_MOMENTS = (64, 32, 16, 8, 4, 2)
+"""Bytes per number: a float64, or the upper three of a float32, which keep four significant digits."""
+FEWER = (64, 32, 16, 8, 4, 2)
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("data.js", "draw.js", "sections.js", "main.js")
 
 
-def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = None) -> bytes:
-    """Records as the page's script reads them: a header as JSON, then columns of numbers; compressed.
+def pack(runs: Sequence[RunRecords], width: int = EXACT, measurements: int | None = None) -> bytes:
+    """Records in the format of the page's script: a JSON header, then columns of numbers; compressed.
 
-    A row is a *series* (which run, model, metric, view, ...), a *place* (which layers), a *moment* (epoch and step),
-    and its numbers. Rows of a series lie together, so only the other two have a column.
+    A row has a *series* (run, model, metric, view, ...), a *place* (layers), a *time* (epoch and step) and its numbers.
+    Rows of a series are adjacent, so only place and time have a column.
 
     Args:
-        runs: what is shown, in any order; the page has them in the natural order of their names.
-        width: bytes of each number: :data:`EXACT` or :data:`ROUNDED`.
-        moments: of each metric of a run, show so many, evenly spaced, the first and the last among them; None: all.
+        runs: the runs, in any order; the page sorts them by name.
+        width: bytes per number: :data:`EXACT` or :data:`ROUNDED`.
+        measurements: number of measurements per metric and run, evenly spaced, with the first and the last; None: all.
 
     Returns:
         Gzip of: length of the header (uint32), header, columns.
@@ -54,19 +54,19 @@ def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = N
     places, times, frames = _Numbered(), _Numbered(), []
     series: list[list[Any]] = []
     for number, run in enumerate(runs):
-        frame = run.frame if moments is None else thin(run.frame, moments)
+        frame = run.frame if measurements is None else thin(run.frame, measurements)
         ids = frame.groupby(SERIES, dropna=False, sort=False).ngroup()
         frame = frame.assign(series=ids + len(series))
         series += [[number, *keys] for keys in _plain(frame.drop_duplicates("series")[SERIES])]
-        for name, columns, numbered in (("place", PLACE, places), ("moment", MOMENT, times)):
+        for name, columns, numbered in (("place", PLACE, places), ("time", TIME, times)):
             ids = frame.groupby(columns, dropna=False, sort=False).ngroup()
             distinct = [numbered.of(row) for row in _plain(frame.loc[~ids.duplicated(), columns])]
             frame[name] = np.array(distinct, dtype=np.uint32)[ids.to_numpy()]
-        frames.append(frame[["series", "place", "moment", "n", "value", "low", "high"]])
+        frames.append(frame[["series", "place", "time", "n", "value", "low", "high"]])
     rows = pd.concat(frames, ignore_index=True).sort_values("series", kind="stable")
     cells = {
         "place": rows["place"].to_numpy(np.uint32).view(np.uint8).reshape(-1, 4),
-        "moment": rows["moment"].to_numpy(np.uint32).view(np.uint8).reshape(-1, 4),
+        "time": rows["time"].to_numpy(np.uint32).view(np.uint8).reshape(-1, 4),
         "n": rows["n"].fillna(-1).to_numpy(np.int32).view(np.uint8).reshape(-1, 4),
         **{name: number_bytes(rows[name].to_numpy(np.float64), width) for name in ("value", "low", "high")},
     }
@@ -83,19 +83,21 @@ def pack(runs: Sequence[RunRecords], width: int = EXACT, moments: int | None = N
         "series": series,
         "ends": np.cumsum(np.bincount(rows["series"], minlength=len(series))).tolist(),
         "places": places.rows,
-        "moments": times.rows,
+        "times": times.rows,
         "columns": {name: column.shape[1] for name, column in cells.items()},
         "rows": len(rows),
         "rounded": width != EXACT,
-        "thinned": moments,
+        "thinned": measurements,
     }
     text = json.dumps(_without_nan(header), separators=(",", ":"), default=str).encode()
-    planes = b"".join(column.T.tobytes() for column in cells.values())  # equal bytes together: that compresses
+    planes = b"".join(
+        column.T.tobytes() for column in cells.values()
+    )  # grouping bytes of equal significance compresses better
     return gzip.compress(len(text).to_bytes(4, "little") + text + planes, 6, mtime=0)
 
 
 class _Numbered:
-    """Distinct rows, numbered as they come."""
+    """Distinct rows, numbered in the order of their first use."""
 
     def __init__(self) -> None:
         self.rows: list[list[Any]] = []
@@ -109,13 +111,13 @@ class _Numbered:
 
 
 def _plain(frame: pd.DataFrame) -> list[list[Any]]:
-    """Rows as JSON has them: numbers that are whole as such, and null for what is not there."""
+    """Rows for JSON: integers where possible, and null for missing values."""
     rows = [[None if pd.isna(value) else value for value in row] for row in frame.itertuples(index=False)]
     return [[int(value) if isinstance(value, float) and value.is_integer() else value for value in row] for row in rows]
 
 
 def _without_nan(value: Any) -> Any:
-    """As JSON: it has no NaN and no infinity."""
+    """The value for JSON, which has no NaN and no infinity."""
     if isinstance(value, Mapping):
         return {str(key): _without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -127,8 +129,8 @@ def _described(run: RunRecords, label: str) -> dict[str, Any]:
     return {"label": label, "config": run.config, "facts": run.facts}
 
 
-def thin(frame: pd.DataFrame, moments: int) -> pd.DataFrame:
-    """The rows of so many moments of each metric, evenly spaced, the first and the last among them.
+def thin(frame: pd.DataFrame, measurements: int) -> pd.DataFrame:
+    """The rows of a number of measurements of each metric, evenly spaced, with the first and the last.
 
     Example:
         >>> frame = pd.DataFrame({"metric": "cka", "epoch": range(9), "step": range(9)})
@@ -137,17 +139,17 @@ def thin(frame: pd.DataFrame, moments: int) -> pd.DataFrame:
     """
     kept = np.zeros(len(frame), dtype=bool)
     for rows in frame.groupby("metric", sort=False).indices.values():
-        ranks = frame.iloc[rows].groupby(MOMENT, dropna=False).ngroup().to_numpy()
-        kept[rows] = np.isin(ranks, np.linspace(0, ranks.max(), moments).round().astype(int))
+        ranks = frame.iloc[rows].groupby(TIME, dropna=False).ngroup().to_numpy()
+        kept[rows] = np.isin(ranks, np.linspace(0, ranks.max(), measurements).round().astype(int))
     return frame[kept]
 
 
 def number_bytes(numbers: np.ndarray, width: int) -> np.ndarray:
-    """Numbers as bytes, the lowest first.
+    """Numbers as bytes, little-endian.
 
     Args:
         numbers: (N,) float64.
-        width: 8 keeps them as they are; 3 rounds them to the upper 24 bits of a float32, a relative error of at most
+        width: 8 for exact numbers; 3 rounds them to the upper 24 bits of a float32, with a relative error of at most
             2**-16 (1.6e-5) for numbers between 1e-38 and 3e38.
 
     Returns:
@@ -165,13 +167,13 @@ def number_bytes(numbers: np.ndarray, width: int) -> np.ndarray:
     return rounded.astype("<u4").view(np.uint8).reshape(-1, 4)[:, 1:]
 
 
-def smallest_loss(runs: Sequence[RunRecords], limit: float, say: Callable[[str], None]) -> bytes:
-    """The records packed with as little left out as fits.
+def smallest_loss(runs: Sequence[RunRecords], limit: float, report: Callable[[str], None]) -> bytes:
+    """Pack the records with the smallest loss that fits into the limit.
 
     Args:
-        runs: what is shown.
-        limit: of the page, in bytes.
-        say: called with what has to be left out.
+        runs: the runs.
+        limit: largest size of the page, in bytes.
+        report: called with a message if numbers are rounded or measurements left out.
 
     Returns:
         See :func:`pack`.
@@ -180,25 +182,25 @@ def smallest_loss(runs: Sequence[RunRecords], limit: float, say: Callable[[str],
         UserError: the limit is too small for these runs.
     """
     room = (limit - sum((WEB / name).stat().st_size for name in ("page.html", "page.css", *SCRIPTS))) * 3 / 4
-    for width, moments in ((EXACT, None), (ROUNDED, None), *((ROUNDED, count) for count in FEWER_MOMENTS)):
-        packed = pack(runs, width, moments)
+    for width, measurements in ((EXACT, None), (ROUNDED, None), *((ROUNDED, count) for count in FEWER)):
+        packed = pack(runs, width, measurements)
         if len(packed) <= room:
             if width == ROUNDED:
-                few = f", and {moments} measurements of each metric are shown" if moments else ""
-                say(f"to stay below {limit / 1e6:g} MB, numbers are rounded to 4 significant digits{few}")
+                few = f", and {measurements} measurements of each metric are shown" if measurements else ""
+                report(f"to stay below {limit / 1e6:g} MB, numbers are rounded to 4 significant digits{few}")
             return packed
-    raise UserError(f"--max_mb {limit / 1e6:g}: {len(runs)} run(s) do not fit; name fewer, or allow more")
+    raise UserError(f"--max_mb {limit / 1e6:g}: {len(runs)} run(s) do not fit; give fewer runs, or a larger limit")
 
 
 def render(packed: bytes, version: str = "") -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
         packed: see :func:`pack`.
-        version: of the records; a page that has one is served, and asks its server for newer ones.
+        version: of the records, for a page that is served and polls its server for newer ones.
 
     Returns:
-        HTML. Its policy allows no script but its own, and no network but, where it is served, its own server.
+        HTML. Its content security policy allows only its own script and, if it is served, connections to its server.
     """
     script = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
     style = (WEB / "page.css").read_text(encoding="utf-8")
@@ -222,10 +224,10 @@ def render(packed: bytes, version: str = "") -> str:
 
 
 def write_page(path: str | Path, page: str) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page, completely or not at all.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the file cannot be written.
     """
     try:
         write_text(Path(path), page)

@@ -12,20 +12,19 @@ from ssl_geometry.report.style import BLOCK, STYLE, Rows, first_row, is_drawn
 
 
 def pair_panels(cka: Rows, knn: Rows, null: Rows = ()) -> Figure:
-    """Two networks layer by layer: maps of all, residual (odd) and post-residual (even) layers, and how alike they
-    are.
+    """Two networks layer by layer: maps of all, residual (odd) and post-residual (even) layers, and curves over depth.
 
     The panels of figures 1, 2 and 4 of Grigg et al. 2021, with the overlap of nearest neighbours below the CKA.
 
     Args:
         cka: records of metric ``cka`` of one pair of networks.
         knn: records of metric ``mutual_knn`` of the same pair.
-        null: records of metric ``max_cka_null`` of the same pair, drawn below the curve of the most similar layer.
+        null: records of metric ``max_cka_null`` of the same pair, the baseline of the curve of the most similar layer.
 
     Returns:
         A figure of two rows. In the maps a white dot marks, for each layer on the vertical axis, the most similar
-        layer of the other network; the curves show the similarity to the layer at the same place (*diag*) and to the
-        most similar layer (*max*); see :func:`is_drawn` for which layers.
+        layer of the other network; the curves show the similarity to the matched layer (*diag*) and to the most similar
+        layer (*max*), for the layers of :func:`is_drawn`.
     """
     first = first_row(cka)
     with mpl.rc_context(STYLE):
@@ -44,7 +43,7 @@ def pair_panels(cka: Rows, knn: Rows, null: Rows = ()) -> Figure:
                 is_drawn(frame["layer"], frame["model"]) & is_drawn(frame["layer_other"], frame["model_other"])
             ]
             lines = diag_and_max(shown)
-            for name, style in SAME_AND_LARGEST.items():  # the same layer is often the most similar one: both are seen
+            for name, style in SAME_AND_LARGEST.items():  # the two often coincide: the wider line stays visible
                 panels[3].plot(lines[name].index, lines[name].to_numpy(), label=name, **style)
             if label == "CKA" and len(null):
                 chance = pd.DataFrame(null)
@@ -71,7 +70,7 @@ SAME_AND_LARGEST: dict[str, dict[str, Any]] = {
 
 
 def _parity(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Rows of all, odd (residual) and even (post-residual) layers; names as the taps give them."""
+    """Rows of all, odd (residual) and even (post-residual) layers."""
 
     def odd(names: pd.Series) -> pd.Series:
         return names.str.endswith(".residual")
@@ -87,13 +86,13 @@ def _parity(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def diag_and_max(rows: Rows) -> dict[str, pd.Series]:
-    """For each layer of the first network, over its depth: the value at the layer in the same place, and the largest.
+    """For each layer of the first network, over its depth: the value at the matched layer, and the largest.
 
     Args:
-        rows: records of one pair of networks. The same place is the same name, else the nearest depth.
+        rows: records of one pair of networks. Layers match by name, else by the nearest depth.
 
     Returns:
-        Two series indexed by depth, of the layers that there are.
+        Two series indexed by depth.
     """
     frame = pd.DataFrame(rows)
     frame = frame.assign(

@@ -1,4 +1,4 @@
-"""Tables and figure of what was learned from frozen networks, from the records alone."""
+"""Tables and figure of the evaluations of frozen networks, from the records alone."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ssl_geometry.report.style import save_figure
 from ssl_geometry.report.tables import latex, markdown, seed_table
 
 PIXELS = "raw pixels"
-"""The baseline that has no layers."""
+"""The baseline without a network."""
 FIGURE = "linear_probes"
 
 
@@ -23,26 +23,26 @@ def tables(
     protocol_of: Mapping[str, Mapping[str, Protocol]],
     out: Path,
     protocol_line: str,
-    judged: str = "accuracy",
+    measure: str = "accuracy",
     balanced: bool = True,
 ) -> str:
     """The tables of a probe from its records, as Markdown and LaTeX, each with its protocols.
 
     Args:
         frame: the records.
-        groups: network to the name that was given for it.
+        groups: network to its name in the table.
         protocol_of: network to evaluation to protocol.
         out: folder of ``tables.md`` and ``tables.tex``.
-        protocol_line: the protocol in one line, which stands under each table.
-        judged: what the numbers are.
-        balanced: whether the classes are of one size; if not, there are tables of the mean over classes.
+        protocol_line: the protocol in one line, written below each table.
+        measure: name of the measure, such as accuracy.
+        balanced: whether classes are balanced; otherwise there are additional tables of the mean over classes.
 
     Returns:
         The tables of pooled features, in Markdown.
     """
     n = int(frame["n"].iloc[0])
     images = f"in percent on {n:,} test images; mean and standard deviation over networks"
-    kinds = {"": judged} if balanced else {"": judged, "_mean_per_class": f"mean per-class {judged}"}
+    kinds = {"": measure} if balanced else {"": measure, "_mean_per_class": f"mean per-class {measure}"}
     on_pooled, on_layers = [], []
     for suffix, what in kinds.items():
         mine = frame[frame["metric"].str.endswith(suffix)]
@@ -85,7 +85,7 @@ def _place(metric: str) -> int:
 
 
 def _title(metric: str) -> str:
-    """The column of a metric; empty for what is in the records alone."""
+    """Title of a metric's column; empty for metrics that are not in the tables."""
     fixed = {
         "linear_eval": "linear",
         "linear_eval_augmented": "linear, augmented",
@@ -96,7 +96,7 @@ def _title(metric: str) -> str:
         r"knn(\d+)": "{}-NN",
         r"knn(\d+)_majority": "{}-NN, majority",
         r"labels_([^_]+)": "{} labels",
-        r"labels_([^_]+)_sd": "{} labels, deviation over draws",
+        r"labels_([^_]+)_sd": "{} labels, standard deviation over draws",
         r"finetune_([^_]+)": "fine-tuned, {} labels",
     }.items():
         if match := re.fullmatch(pattern, metric):
@@ -104,7 +104,7 @@ def _title(metric: str) -> str:
     return fixed.get(metric, "")
 
 
-def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: str = "accuracy") -> Path:
+def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, measure: str = "accuracy") -> Path:
     """Accuracy against depth, figure 3 left of Grigg et al. 2021, as PNG and PDF."""
     rows = frame[frame["metric"] == "logistic_probe"]
     curves = rows[rows["model"] != PIXELS]
@@ -112,7 +112,7 @@ def draw(frame: pd.DataFrame, groups: Mapping[str, str], folder: Path, judged: s
     figure = compare_curves(
         {f"Logistic regression on pooled features, {int(frame['n'].iloc[0]):,} test images": curves},
         {name: group for name, group in groups.items() if name != PIXELS},
-        label=judged,
+        label=measure,
         levels={} if pixels.empty else {PIXELS: float(pixels.iloc[0])},
     )
     return save_figure(figure, folder / FIGURE)

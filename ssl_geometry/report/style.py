@@ -1,4 +1,4 @@
-"""What figures share: style, names of layers, titles, and how they are kept."""
+"""Common parts of figures: style, layer names, titles, saving."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,18 @@ STYLE: Any = {
 }
 MANY_LAYERS = 24
 TITLE_WIDTH = 60
-"""Letters that stand above a figure of curves."""
+"""Characters per line of a title above curves."""
 MANIFOLDS = ("neighbors", "diameter", "affinity", "affinity_random", "angle", "angle_random")
-"""Numbers whose view names a kind of manifold."""
+"""Metrics whose view is a kind of manifold."""
 BLOCK = r"layer\d+\.\d+|blocks\.\d+"  # names of post-residual layers, as the taps give them
 HEAD = r"head(\..+)?"
 STAGE = r"layer(\d+)\."
 LETTER = 0.055
-"""Width of a letter of 7 points, in inches."""
+"""Width of a character in 7 points, in inches."""
 
 
 def is_drawn(layers: pd.Series, models: pd.Series) -> pd.Series:
-    """Whether curves over depth show each layer: block outputs; of a network with none of them, all but its head.
+    """Which layers curves over depth show: block outputs; for networks without blocks, all layers but the head.
 
     Args:
         layers: names of layers.
@@ -52,11 +52,11 @@ def is_drawn(layers: pd.Series, models: pd.Series) -> pd.Series:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Keep a figure as PNG and PDF.
+    """Save a figure as PNG and PDF.
 
     Args:
-        figure: to keep.
-        path: without a suffix; its folder is made.
+        figure: to save.
+        path: without a suffix; its folder is created.
 
     Returns:
         The PNG.
@@ -69,15 +69,15 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def layer_ticks(axis: Any, names: list[str], rotation: float = 0) -> None:
-    """Names of layers on an axis, every so many where there are many."""
+    """Layer names on an axis; of many layers, every n-th."""
     step = -(-len(names) // MANY_LAYERS)
     axis.set_ticks(range(0, len(names), step), names[::step], rotation=rotation, fontsize=6)
 
 
 def places_of(frame: pd.DataFrame) -> pd.Series:
-    """Where layers stand on a shared axis: backbones of the same layers line up, heads of any length come after.
+    """Positions of layers on a shared axis: by layer for backbones with the same layers, otherwise by depth.
 
-    Backbones of different layers are put on the axis by depth.
+    Heads of any length follow the backbones.
     """
     head = frame["layer"].str.startswith("head")
     backbones = frame[~head].drop_duplicates(["model", "layer"]).groupby("model")["layer"].apply(tuple)
@@ -90,7 +90,7 @@ def places_of(frame: pd.DataFrame) -> pd.Series:
 
 
 def mark_stages(axes: Axes, frame: pd.DataFrame) -> None:
-    """Block groups and head of the network with the most layers."""
+    """Mark the block groups and the head of the network with the most layers."""
     longest = frame["model"].value_counts().index[0]
     layers = frame[frame["model"] == longest].drop_duplicates("layer")
     marks = layers["layer"].str.extract(STAGE)[0].radd("BG").fillna(layers["layer"].str.extract("^(head)")[0])
@@ -103,7 +103,7 @@ def mark_stages(axes: Axes, frame: pd.DataFrame) -> None:
 
 
 def first_row(rows: Rows) -> Any:
-    """The first record, of which titles take the names; there must be one."""
+    """The first record, from which titles take names; raises if there is none."""
     frame = pd.DataFrame(rows)
     if frame.empty:
         raise ValueError("no rows to draw")
@@ -111,18 +111,18 @@ def first_row(rows: Rows) -> Any:
 
 
 def when_measured(row: Any) -> str:
-    """The epoch of a network in training, or that was trained here; of any other there is none to name."""
+    """The epoch of a network that is or was trained here; empty for others."""
     return f"epoch {row['epoch']}, " if pd.notna(row["step"]) or row["epoch"] else ""
 
 
 def what_is_shown(frame: pd.DataFrame) -> str:
-    """Of what the numbers are, for titles: images, views, manifolds."""
-    row, n = frame.iloc[0], int(frame["n"].max())  # rows know how many images had a value
+    """Metric, view or manifold, model and number of images, for titles."""
+    row, n = frame.iloc[0], int(frame["n"].max())  # n of a row counts images with a value
     kind = "manifolds" if row["metric"] in MANIFOLDS else "views"
     seen = "" if row["view"] in (None, "clean") else f", {row['view']} {kind}"
     return f"{described(row['metric']).label}{seen}\n{row['model']}, {n} images"
 
 
 def wrapped(title: str) -> str:
-    """A title in lines that fit above curves."""
+    """A title, wrapped to the width of a figure of curves."""
     return "\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, TITLE_WIDTH))

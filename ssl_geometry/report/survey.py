@@ -18,12 +18,12 @@ STATISTICS = ("mean", "std", "median")
 
 
 def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Sequence[str]) -> pd.DataFrame:
-    """The manifold graph metrics of every model: one row a model, columns (manifold, metric, statistic).
+    """Manifold graph metrics of all models: one row per model, columns (manifold, metric, statistic).
 
     Args:
         frame: records of a survey.
-        layer: model to the layer that is looked at, the encoder's last; in the order of the rows.
-        manifolds: kinds, in the order of the columns. What was not measured, or has no value, is NaN.
+        layer: model to its layer in the table, the last of the encoder; in the order of the rows.
+        manifolds: kinds of manifolds, in the order of the columns. Missing values are NaN.
 
     Example:
         >>> common = {"model": "a", "layer": "pooled", "view": "crop"}
@@ -51,7 +51,7 @@ def metric_table(frame: pd.DataFrame, layer: Mapping[str, str], manifolds: Seque
 
 
 def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The same as text, a table a metric, a column a manifold: mean ± spread over images (median)."""
+    """The table as text: per metric a table with one column per manifold, mean ± standard deviation (median)."""
     tables = {}
     for metric in MANIFOLD_METRICS:
         part, form = table.xs(metric, axis=1, level="metric"), ("{:.1f}" if metric == "neighbors" else "{:.3f}").format
@@ -64,7 +64,7 @@ def readable(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Path, note: str) -> Path:
-    """Numbers as Parquet, and their texts, by title, as Markdown and LaTeX; the Markdown."""
+    """Write numbers as Parquet, and their texts by title as Markdown and LaTeX; return the Markdown file."""
     flat = table.set_axis([" ".join(key) if isinstance(key, tuple) else str(key) for key in table.columns], axis=1)
     write_whole(path.with_suffix(".parquet"), flat.to_parquet)
     pages = "\n".join(f"# {title}\n\n{note}\n\n{markdown(text)}\n" for title, text in texts.items())
@@ -74,7 +74,7 @@ def write_table(table: pd.DataFrame, texts: Mapping[str, pd.DataFrame], path: Pa
 
 
 def collapse_in_training(models: Mapping[str, str]) -> dict[str, Figure]:
-    """Of the runs among the specifications that measured spectra while they learned: the collapse over training."""
+    """The figure of collapse over training, for the runs among the models that measured spectra during training."""
     parts = []
     for name, spec in models.items():
         if (Path(spec) / "records").is_dir():

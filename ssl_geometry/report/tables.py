@@ -1,4 +1,4 @@
-"""Tables made from records, as Markdown and LaTeX. A table never computes but means and deviations over seeds."""
+"""Tables from records, as Markdown and LaTeX. A table only computes means and standard deviations over seeds."""
 
 import re
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ import pandas as pd
 
 
 def seed_table(frame: pd.DataFrame, columns: Mapping[str, str], groups: Mapping[str, str]) -> pd.DataFrame:
-    """One row a group of networks, one column a metric: the mean in percent, with the standard deviation over seeds.
+    """One row per group of networks, one column per metric: mean in percent and standard deviation over seeds.
 
     Args:
-        frame: records, one row a network and metric.
+        frame: records, one row per network and metric.
         columns: metric to the title of its column, in the order of the columns; metrics without records are left out.
         groups: network to group, in the order of the rows.
 
@@ -31,8 +31,8 @@ def seed_table(frame: pd.DataFrame, columns: Mapping[str, str], groups: Mapping[
         if rows.empty:
             continue
         for group, values in (100 * rows["value"]).groupby(rows["model"].map(groups)):
-            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
-            table.loc[f"{group} ({seeds[group]})", title] = f"{values.mean():.1f}{spread}"
+            deviation = f" ± {values.std():.1f}" if len(values) > 1 else ""
+            table.loc[f"{group} ({seeds[group]})", title] = f"{values.mean():.1f}{deviation}"
     return table.fillna("")
 
 

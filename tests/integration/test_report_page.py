@@ -197,7 +197,7 @@ def test_names_that_are_html_are_text(browser: Any, page: Path) -> None:
     for name in SECTIONS:
         reader.section(name)
     assert reader.page.locator("img").count() == 0
-    assert reader.page.title() == "Geometry of layers: report"
+    assert reader.page.title() == "Layer geometry: report"
     assert EVIL in reader.page.locator("#runs").inner_text()
     reader.section("cka").locator("summary").first.click()
     assert "</script><script>alert(1)" in reader.page.locator("#cka pre").inner_text()
@@ -229,16 +229,16 @@ def test_a_figure_is_read_by_keyboard(browser: Any, page: Path) -> None:
     figure.focus()
     for key in ("ArrowUp", "ArrowUp", "ArrowRight"):
         figure.press(key)
-    said = reader.page.locator("#said").inner_text()
+    announced = reader.page.locator("#announced").inner_text()
     (value,) = (
         row["value"]
         for row in RecordStore(page.parent / "one" / "records").read().to_dict("records")
         if (row["metric"], row["epoch"], row["model_other"], row["layer"], row["layer_other"])
         == ("cka", 2, "init", "layer1", "layer1")
     )
-    assert "layer1 × layer1" in said
-    assert f"{value:.4g}" in said
-    assert "n = 257" in said
+    assert "layer1 × layer1" in announced
+    assert f"{value:.4g}" in announced
+    assert "n = 257" in announced
 
 
 @in_a_browser

@@ -1,4 +1,4 @@
-"""The numbers in a page are those of the records; what cannot be shown is said in one line."""
+"""The numbers in a page are those of the records; what cannot be shown is reported in one line."""
 
 import base64
 import gzip
@@ -64,14 +64,14 @@ def unpack(packed: bytes) -> tuple[dict[str, Any], pd.DataFrame]:
         at += planes.size
         cell = np.zeros((header["rows"], 4 if width == 3 else width), np.uint8)
         cell[:, -width:] = planes.T
-        kind = {"n": "<i4", "place": "<u4", "moment": "<u4"}.get(name, "<f8" if width == 8 else "<f4")
+        kind = {"n": "<i4", "place": "<u4", "time": "<u4"}.get(name, "<f8" if width == 8 else "<f4")
         columns[name] = np.ascontiguousarray(cell).view(kind).reshape(-1)
     series = np.repeat(np.arange(len(header["series"])), np.diff([0, *header["ends"]]))
     rows = []
     for i, number in enumerate(series):
         run, model, other, metric, view, split, protocol = header["series"][number]
         layer, depth, layer_other, depth_other = header["places"][columns["place"][i]]
-        epoch, step = header["moments"][columns["moment"][i]]
+        epoch, step = header["times"][columns["time"][i]]
         rows.append(
             {
                 "run": header["runs"][run]["label"], "model": model, "model_other": other, "metric": metric,
@@ -161,22 +161,22 @@ def test_the_page_holds_what_was_packed_and_may_load_nothing(tmp_path: Path) -> 
     assert "alert(1)" not in page, "texts of users are in the packed data alone"
 
 
-def test_many_runs_stay_below_the_limit_and_the_page_says_what_was_left_out(tmp_path: Path) -> None:
+def test_many_runs_stay_below_the_limit_and_the_page_reports_what_was_left_out(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / f"run{seed}", epochs=4, seed=seed)) for seed in range(10)]
-    said: list[str] = []
+    messages: list[str] = []
     limit = len(render(b"")) + 2e4
-    packed = smallest_loss(runs, limit, said.append)
+    packed = smallest_loss(runs, limit, messages.append)
     assert len(render(packed)) <= limit
     header, shown = unpack(packed)
     assert header["rounded"]
     assert header["thinned"] == 2
-    assert said == [
+    assert messages == [
         f"to stay below {limit / 1e6:g} MB, numbers are rounded to 4 significant digits, "
         "and 2 measurements of each metric are shown"
     ]
     assert sorted(shown["epoch"].unique()) == [0, 3]
     with pytest.raises(UserError, match=r"--max_mb .*: 1 run\(s\) do not fit"):
-        smallest_loss(runs[:1], len(render(b"")) + 1000, said.append)
+        smallest_loss(runs[:1], len(render(b"")) + 1000, messages.append)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 "use strict";
-// Records as the builder packed them, and how to choose among them. A row is a number `i` below `report.rows`.
+// Unpacks the records and selects rows. A row is an index `i` below `report.rows`.
 
 class Report {
   static async read(packed) {
@@ -46,7 +46,7 @@ class Report {
 
   row(i, series) {
     const [layer, depth, layerOther, depthOther] = this.places[this.place[i]];
-    const [epoch, step] = this.moments[this.moment[i]];
+    const [epoch, step] = this.times[this.time[i]];
     return { series, layer, depth, layerOther, depthOther, epoch, step, value: this.value[i], low: this.low[i],
       high: this.high[i], n: this.n[i] < 0 ? null : this.n[i] };
   }
@@ -54,7 +54,7 @@ class Report {
   epochs(series) {
     const found = new Set();
     for (const one of series) {
-      for (let i = one.from; i < one.to; i++) found.add(this.moments[this.moment[i]][0] ?? 0);
+      for (let i = one.from; i < one.to; i++) found.add(this.times[this.time[i]][0] ?? 0);
     }
     return [...found].sort((a, b) => a - b);
   }
@@ -63,7 +63,7 @@ class Report {
   upTo(series, epoch) {
     let last = -Infinity;
     for (let i = series.from; i < series.to; i++) {
-      const here = this.moments[this.moment[i]][0] ?? 0;
+      const here = this.times[this.time[i]][0] ?? 0;
       if (here <= epoch && here > last) last = here;
     }
     return [...this.of([series])].filter((row) => (row.epoch ?? 0) === last);
@@ -103,7 +103,7 @@ class Report {
   }
 }
 
-// A column came as planes of bytes, the lowest first; three bytes are the upper ones of a float32.
+// A column is stored as planes of bytes, the lowest first; with three bytes, they are the upper ones of a float32.
 function numbers(planes, width, rows, name) {
   const cell = width === 3 ? 4 : width;
   const bytes = new Uint8Array(cell * rows);
@@ -111,7 +111,7 @@ function numbers(planes, width, rows, name) {
     const from = k * rows, to = k + cell - width;
     for (let i = 0; i < rows; i++) bytes[i * cell + to] = planes[from + i];
   }
-  const kind = { place: Uint32Array, moment: Uint32Array, n: Int32Array }[name] ?? (cell === 8 ? Float64Array : Float32Array);
+  const kind = { place: Uint32Array, time: Uint32Array, n: Int32Array }[name] ?? (cell === 8 ? Float64Array : Float32Array);
   return new kind(bytes.buffer);
 }
 

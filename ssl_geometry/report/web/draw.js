@@ -1,11 +1,11 @@
-// Figures as SVG: maps and lines, read with the mouse or with the arrow keys.
+// Figures as SVG: heat maps and line charts, with values on hover or by the arrow keys.
 
 const VIRIDIS = ["#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6dcd59", "#b4de2c", "#fde725"]
   .map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const SVG = "http://www.w3.org/2000/svg";
 
-// Elements are made, never parsed: a name with tags in it is text.
+// Elements are created, never parsed, so that tags in names are plain text.
 function make(tag, attributes = {}, ...children) {
   const element = SVG_TAGS.has(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -29,7 +29,7 @@ function isDark() {
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-// The part of the scale that lines are told from the background by.
+// The part of the colour scale that contrasts with the background.
 const ordered = (share) => viridis(isDark() ? 0.25 + 0.75 * share : 0.82 * share);
 
 function show(value) {
@@ -48,9 +48,9 @@ function ticks(low, high, count, whole = false) {
   return found;
 }
 
-// Points are rows of {x, y, text}; the arrow keys walk along and across them, the mouse finds the nearest.
+// Adds tooltips to rows of points {x, y, text}: the arrow keys move between points, the mouse selects the nearest.
 function readable(svg, rows, size) {
-  const tip = document.getElementById("tip"), said = document.getElementById("said");
+  const tip = document.getElementById("tip"), announced = document.getElementById("announced");
   const cursor = make("rect", { class: "cursor", width: size[0], height: size[1], visibility: "hidden" });
   svg.append(cursor);
   let at = null;
@@ -61,7 +61,7 @@ function readable(svg, rows, size) {
     cursor.setAttribute("y", point.y - size[1] / 2);
     cursor.setAttribute("visibility", "visible");
     tip.textContent = point.text();
-    if (spoken) said.textContent = tip.textContent;
+    if (spoken) announced.textContent = tip.textContent;
     tip.hidden = false;
     const box = svg.getBoundingClientRect(), view = svg.viewBox.baseVal;
     const scale = Math.min(box.width / view.width, box.height / view.height);
@@ -96,14 +96,14 @@ function readable(svg, rows, size) {
 
 function frame(width, height, title) {
   return make("svg", { viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img",
-    "aria-label": `${title}. Arrow keys read the values.` });
+    "aria-label": `${title}. Use the arrow keys to read values.` });
 }
 
 function label(x, y, text, attributes = {}) {
   return make("text", { x, y, "text-anchor": "middle", ...attributes }, text);
 }
 
-// A scale of colours at the right edge.
+// A colour bar at the right edge.
 function colorbar(svg, x, top, height, low, high, color, title, whole) {
   for (let i = 0; i < 60; i++) {
     svg.append(make("rect", { x, y: top + height - (i + 1) * height / 60, width: 10, height: height / 60 + 0.6, fill: color(i / 59) }));
@@ -116,7 +116,7 @@ function colorbar(svg, x, top, height, low, high, color, title, whole) {
   svg.append(label(0, 0, title, { class: "small", transform: `translate(${x + 48},${top + height / 2}) rotate(90)` }));
 }
 
-// {title, rows, cols, value(r, c), text(r, c), xlabel, ylabel, clabel, dots}: the first row lies below.
+// {title, rows, cols, value(r, c), text(r, c), xlabel, ylabel, clabel, dots}: the first row is at the bottom.
 function heatMap({ title, rows, cols, value, text, xlabel, ylabel, clabel, dots }) {
   const longest = (names) => Math.max(...names.map((name) => name.length));
   const left = 26 + Math.min(120, 5 * longest(rows)), bottom = 24 + Math.min(110, 4.9 * longest(cols));
@@ -172,9 +172,9 @@ const MARKS = [
 ];
 
 // {title, lines, xlabel, ylabel, whole, scale}: a line is {name, points: [{x, value, low, high, text}]} with `place`, its
-// number among named lines, or `share`, its place on an ordered scale; `scale` is {label, low, high} for the
-// latter, whose bands are not drawn; `domain` is the least that the horizontal axis shows, `range` the most that a band
-// makes the vertical one show.
+// index among named lines, or `share`, its position on an ordered scale. `scale` is {label, low, high} for the latter,
+// whose bands are not drawn. `domain` is the smallest range of the horizontal axis; `range` limits how far bands extend
+// the vertical one.
 function lineChart({ title, lines, xlabel, ylabel, whole, scale, domain, range = [-Infinity, Infinity] }) {
   const left = 52, top = 10, width = scale ? 320 : 380, height = 215, bottom = 40;
   const svg = frame(left + width + (scale ? 66 : 14), top + height + bottom, title);

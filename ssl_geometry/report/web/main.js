@@ -1,4 +1,4 @@
-// The page: runs to choose from, sections, colours, and news from a server.
+// The page: selection of runs, sections, colours, and updates from a server.
 
 class Page {
   constructor(report) {
@@ -12,7 +12,7 @@ class Page {
       }
     }, { rootMargin: "400px" });
     this.cards = new Map();
-    this.heights = new Map();  // of figures as they were drawn, so that a page built anew keeps its place
+    this.heights = new Map();  // of figures as they were drawn, so that a rebuilt page keeps its scroll position
     this.take(report);
   }
 
@@ -39,10 +39,10 @@ class Page {
     for (const card of this.cards.values()) this.heights.set(card.title, card.element.offsetHeight);
     this.watcher.disconnect();
     this.cards.clear();
-    document.getElementById("about").textContent = `${report.runs.length} run${report.runs.length > 1 ? "s" : ""}, ${report.rows.toLocaleString("en")} numbers, `
-      + `${Object.keys(report.protocols).length} protocols. Everything shown is a row of the records; nothing is measured here.`;
-    const warnings = [report.rounded ? "numbers are rounded to 4 significant digits" : "", report.thinned ? `at most ${report.thinned} measurements of each metric are shown, the first and the last among them` : ""].filter(Boolean);
-    const warning = warnings.length ? make("p", { class: "warning", id: "left-out" }, `To keep this page small, ${warnings.join(", and ")}. The run directories hold every number in full.`) : null;
+    document.getElementById("about").textContent = `${report.runs.length} run${report.runs.length > 1 ? "s" : ""}, ${report.rows.toLocaleString("en")} values, `
+      + `${Object.keys(report.protocols).length} protocols. All values are rows of the records; this page measures nothing.`;
+    const warnings = [report.rounded ? "numbers are rounded to 4 significant digits" : "", report.thinned ? `at most ${report.thinned} measurements of each metric are shown, including the first and the last` : ""].filter(Boolean);
+    const warning = warnings.length ? make("p", { class: "warning", id: "left-out" }, `To keep this page small, ${warnings.join(", and ")}. The run directories have all values in full precision.`) : null;
     this.bodies = new Map();
     this.names = unique(this.shown.map((one) => one.name));
     const sections = [...SECTIONS, { id: "configs", title: "Configurations" }].filter(({ id }) => id === "configs" || this.of(id).length);
@@ -76,7 +76,7 @@ class Page {
     if (focused) document.getElementById(focused)?.focus({ preventScroll: true });
   }
 
-  // A row per run: what it is, how far it came, and its last numbers.
+  // One row per run: its method, progress and final results.
   summary() {
     const { report } = this;
     const facts = report.runs.map((run, number) => this.facts(run, number));
@@ -89,7 +89,7 @@ class Page {
     const every = (text, labels) => make("button", { type: "button", onclick: () => { this.chosen = new Set(labels); this.build(); } }, text);
     return make("section", { id: "runs", "aria-label": "Runs" }, make("h2", {}, "Runs"),
       make("div", { class: "controls" }, every("Show all", report.runs.map((run) => run.label)), every("Show none", []),
-        make("span", {}, `${this.chosen.size} of ${report.runs.length} shown in the figures${report.chosen.length < report.runs.length ? "; at first the latest run of each recipe (runs that differ only by seed are one)" : ""}`)),
+        make("span", {}, `${this.chosen.size} of ${report.runs.length} shown in the figures${report.chosen.length < report.runs.length ? "; initially the latest run of each recipe (runs that differ only by their seed are one recipe)" : ""}`)),
       make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "table of runs" }, make("table", {},
         make("thead", {}, make("tr", {}, ...["show", "run", ...names].map((name) => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...report.runs.map((run, number) => make("tr", {}, make("td", {}, choose(number)), make("th", { scope: "row" }, run.label),
@@ -121,7 +121,7 @@ class Page {
     return found;
   }
 
-  // Options of the runs side by side; by default those that differ.
+  // Options of the runs; by default those that differ.
   configs(body) {
     const runs = this.report.runs.filter((run) => this.chosen.has(run.label));
     const state = (this.state.configs ??= { all: runs.length < 2 });
@@ -158,7 +158,7 @@ function themes(page) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 }
 
-// On paper every figure is drawn, near the window or not, and in light colours.
+// Printing draws every figure, visible or not, in light colours.
 function printing(page) {
   const root = document.documentElement;
   let theme = null;
@@ -179,7 +179,7 @@ function printing(page) {
   matchMedia("print").addEventListener("change", (event) => (event.matches ? before() : after()));
 }
 
-// Ask the server whether the records changed; take them without losing the place.
+// Poll the server for new records, and show them without moving the page.
 function listen(page, version) {
   const status = document.getElementById("live"), wait = 2000;
   const ask = async () => {

@@ -3,13 +3,13 @@
 const SECTIONS = [
   { id: "training", title: "Training and evaluation", about: "Logged while training: over optimiser steps." },
   { id: "cka", title: "Centred kernel alignment",
-    about: "How alike the layers of two networks are, 0 to 1 (an unbiased estimate can be a little below 0). White dots: the most similar layer of the other network." },
-  { id: "invariance", title: "Invariance to augmentations, and classes",
+    about: "Similarity of the layers of two networks, 0 to 1 (an unbiased estimate can be slightly below 0). White dots: the most similar layer of the other network." },
+  { id: "invariance", title: "Invariance to augmentations, and class structure",
     about: "CKA of a layer under two augmented views of the same images, by augmentation; and its CKA with the labels." },
-  { id: "probes", title: "Probes", about: "Accuracy of classifiers on the frozen features of each layer, as shares of 1." },
-  { id: "neighbors", title: "Neighbourhoods and manifolds", about: "Neighbourhoods found by NNK: means over images with a 95 % band, by kind of manifold." },
-  { id: "spectra", title: "Spectra", about: "Rank, decay and spread of each layer's features." },
-  { id: "other", title: "Other measurements", about: "Everything else that the records hold." },
+  { id: "probes", title: "Probes", about: "Accuracy of classifiers on the frozen features of each layer." },
+  { id: "neighbors", title: "Neighbourhoods and manifolds", about: "NNK neighbourhoods: means over images with 95 % bands, by kind of manifold." },
+  { id: "spectra", title: "Spectra", about: "Rank, decay and uniformity of each layer's features." },
+  { id: "other", title: "Other measurements", about: "All other records." },
 ];
 let METRICS = {};  // label with its unit, section, and limits of error bars of each metric: the builder's catalogue
 const named = (metric) => METRICS[metric]?.label ?? metric;
@@ -22,7 +22,7 @@ const images = (rows) => {
   return n.length ? `n = ${n.length > 1 ? `${n[0].toLocaleString("en")} to ` : ""}${n.at(-1).toLocaleString("en")}` : "n not recorded";
 };
 
-function says(row, more = "") {
+function describe(row, more = "") {
   const bar = Number.isFinite(row.low) && Number.isFinite(row.high) ? ` [${show(row.low)}, ${show(row.high)}]` : "";
   const layers = row.layerOther !== null ? `${row.layer} × ${row.layerOther}` : row.layer ?? "";
   const when = row.epoch === null ? "" : `epoch ${row.epoch}`;
@@ -76,12 +76,12 @@ function mapFigure(report, series, epoch) {
   const title = `${named(metric)}: ${name}${paired ? ` and ${against}` : ""}`;
   const when = rows[0]?.epoch;
   return { title, note: `${when === null ? "" : `epoch ${when}, `}${images(rows)}`, svg: heatMap({ title, rows: down, cols: across,
-    value: (r, c) => cell(r, c)?.value ?? NaN, text: (r, c) => (cell(r, c) ? says(cell(r, c), paired ? "" : across[c]) : "not measured"), dots: paired && other !== model && metric !== "nnk_jaccard",
+    value: (r, c) => cell(r, c)?.value ?? NaN, text: (r, c) => (cell(r, c) ? describe(cell(r, c), paired ? "" : across[c]) : "not measured"), dots: paired && other !== model && metric !== "nnk_jaccard",
     xlabel: paired ? (against === "itself" ? "layer" : `layer of ${against}`) : "augmentation of both views", ylabel: "layer", clabel: named(metric) }) };
 }
 
-// Of pairs of layers, each layer and its twin: the layer of the same name, else of the nearest depth.
-function twins(rows) {
+// Of pairs of layers, each layer with its match: the layer of the same name, else of the nearest depth.
+function matchedLayers(rows) {
   if (!rows.length || rows[0].layerOther === null) return rows;
   const best = new Map();
   for (const row of rows) {
@@ -91,12 +91,12 @@ function twins(rows) {
   return [...best.values()].map((found) => found.row);
 }
 
-const onDepth = (row, i) => ({ x: row.depth ?? i, value: row.value, low: row.low, high: row.high, text: () => says(row) });
+const onDepth = (row, i) => ({ x: row.depth ?? i, value: row.value, low: row.low, high: row.high, text: () => describe(row) });
 const byDepth = (a, b) => (a.depth ?? 0) - (b.depth ?? 0);
 
-// Runs side by side at an epoch: a line each, with its band.
+// Runs compared at one epoch: one line per run, with its band.
 function comparedFigure(report, series, epoch) {
-  const lines = series.map((one) => ({ name: one.label, place: one.place, rows: twins(report.upTo(one, epoch)).sort(byDepth) }));
+  const lines = series.map((one) => ({ name: one.label, place: one.place, rows: matchedLayers(report.upTo(one, epoch)).sort(byDepth) }));
   const rows = lines.flatMap((line) => line.rows), barred = rows.some((row) => Number.isFinite(row.low));
   const epochs = unique(rows.map((row) => row.epoch)).filter((e) => e !== null);
   for (const line of lines) line.points = line.rows.map(onDepth);
@@ -104,9 +104,9 @@ function comparedFigure(report, series, epoch) {
     svg: lineChart({ title: `${named(series[0].metric)} against depth`, lines, domain: [0, 1], range: METRICS[series[0].metric].bars ?? undefined, xlabel: DEPTH, ylabel: named(series[0].metric) }) };
 }
 
-// One run over its training: a line an epoch over depth, or a line a layer over epochs.
+// One run during training: one line per epoch over depth, or one line per layer over epochs.
 function trainingFigure(report, one, against, epoch) {
-  const rows = twins([...report.of([one])]), along = against === "depth" ? (row) => row.depth ?? 0 : (row) => row.epoch ?? 0;
+  const rows = matchedLayers([...report.of([one])]), along = against === "depth" ? (row) => row.depth ?? 0 : (row) => row.epoch ?? 0;
   const across = against === "depth" ? (row) => row.epoch ?? 0 : (row) => row.depth ?? 0;
   const groups = new Map();
   for (const row of rows) {
@@ -122,8 +122,8 @@ function trainingFigure(report, one, against, epoch) {
     svg: lineChart({ title: `${named(one.metric)} of ${one.label}`, lines, scale, whole: against !== "depth", domain: against === "depth" ? [0, 1] : undefined, xlabel: against === "depth" ? DEPTH : "epoch", ylabel: named(one.metric) }) };
 }
 
-// How a number is distributed over images, from its quantiles: the median, and what lies around it.
-function spreadFigure(report, series, epoch) {
+// The distribution of a metric over images: its median and quartiles.
+function distributionFigure(report, series, epoch) {
   const lines = series.map((one) => {
     const layers = new Map();
     for (const row of report.upTo(one, epoch)) layers.set(row.layer, [...(layers.get(row.layer) ?? []), row]);
@@ -136,14 +136,14 @@ function spreadFigure(report, series, epoch) {
   });
   const metric = series[0].metric.replace(/_quantile$/, "");
   return { lines, note: `median; band: the middle half of the images; ${images(lines.flatMap((line) => line.points))}`,
-    svg: lineChart({ title: `Spread of ${named(metric)}`, lines, domain: [0, 1], xlabel: DEPTH, ylabel: named(metric) }) };
+    svg: lineChart({ title: `Distribution of ${named(metric)} over images`, lines, domain: [0, 1], xlabel: DEPTH, ylabel: named(metric) }) };
 }
 
-// Numbers without layers, over training.
+// Metrics without layers, over training.
 function scalarFigure(report, series) {
   const steps = series.every((one) => report.row(one.from, one).step !== null);
   const lines = series.map((one) => ({ name: one.label, place: one.place, points: [...report.of([one])].map((row) => ({ ...onDepth(row), x: (steps ? row.step : row.epoch) ?? 0,
-    text: () => says(row, steps ? `step ${row.step}` : "") })).sort((a, b) => a.x - b.x) }));
+    text: () => describe(row, steps ? `step ${row.step}` : "") })).sort((a, b) => a.x - b.x) }));
   return { lines, note: lines.every((line) => line.points.length === 1) ? "one value per run" : "",
     svg: lineChart({ title: named(series[0].metric), lines, whole: true, xlabel: steps ? "optimiser step" : "epoch", ylabel: named(series[0].metric) }) };
 }
@@ -168,7 +168,7 @@ function chooser(text, id, options, chosen, change) {
   return make("label", { for: id }, text, select);
 }
 
-// Runs, and the views and partners of a run, that share a figure get a line each; alone in it, a run keeps its colour.
+// Runs, views and partners that share a figure get one line each; a run that is alone in it keeps its colour.
 function placed(page, series) {
   const alone = unique(series.map((one) => one.name)).length === series.length;
   const views = unique(series.map((one) => one.view)).length > 1, others = unique(series.map((one) => one.other)).length > 1;
@@ -199,7 +199,7 @@ function fillSection(page, section, body, all) {
   if (state.run === undefined) state.run = runs.length > 2 && maps + curves > MANY_FIGURES ? runs[0] : "";
   if (!runs.includes(state.run)) state.run = "";
   const single = (one) => !state.run || one.name === state.run || one.partner === state.run;  // a pair is of both
-  if (metrics.length > 1) controls.append(chooser("measure", `${section.id}-metric`, metrics.map((metric) => [metric, named(metric)]), state.metric, (value) => { state.metric = value; again(); }));
+  if (metrics.length > 1) controls.append(chooser("metric", `${section.id}-metric`, metrics.map((metric) => [metric, named(metric)]), state.metric, (value) => { state.metric = value; again(); }));
   if (choices.length > 1) controls.append(chooser(paired ? "curves: compared with" : "view", `${section.id}-choice`, groups, state.choice, (value) => { state.choice = value; again(); }));
   if (runs.length > 1) controls.append(chooser("maps and training of", `${section.id}-run`, [["", "every run"], ...runs.map((name) => [name, name])], state.run, (value) => { state.run = value; again(); }));
   const epoch = () => epochs[state.epoch ?? epochs.length - 1] ?? 0;
@@ -207,14 +207,14 @@ function fillSection(page, section, body, all) {
   if (epochs.length > 1) {
     const output = make("output", { for: `${section.id}-epoch` });
     const slider = make("input", { type: "range", id: `${section.id}-epoch`, min: 0, max: epochs.length - 1, step: 1 });
-    const tell = () => { output.textContent = `epoch ${epoch()}`; slider.setAttribute("aria-valuetext", output.textContent); };
+    const showEpoch = () => { output.textContent = `epoch ${epoch()}`; slider.setAttribute("aria-valuetext", output.textContent); };
     slider.value = state.epoch ?? epochs.length - 1;
     slider.addEventListener("input", () => {
       state.epoch = Number(slider.value) === epochs.length - 1 ? null : Number(slider.value);  // the end: follow a run that goes on
-      tell();
+      showEpoch();
       cards.forEach((card) => card.refresh());
     });
-    tell();
+    showEpoch();
     controls.append(make("label", { class: "epochs", for: slider.id }, "epoch", slider), output);
   }
   const shown = placed(page, ofMetric.filter((one) => !(paired && one.against === "itself") && (!state.choice || key(one) === state.choice)));
@@ -225,11 +225,11 @@ function fillSection(page, section, body, all) {
       if (mine.length > 1) add(`${named(state.metric)}: ${name}`, mine, () => mapFigure(report, mine, epoch()));
     }
   }
-  const chosen = !state.choice ? "" : paired ? ` with ${state.choice}` : choices.length > 1 ? `, ${state.choice}` : "";  // with whom is always said
+  const chosen = !state.choice ? "" : paired ? ` with ${state.choice}` : choices.length > 1 ? `, ${state.choice}` : "";  // the partner is always named
   const what = `${named(state.metric)}${chosen}`;
   if (shown.length) add(`${what}: against depth`, shown, () => comparedFigure(report, shown, epoch()));
-  const spread = placed(page, layered.filter((one) => one.metric === `${state.metric}_quantile` && (!state.choice || key(one) === state.choice)));
-  if (spread.length) add(`${what}: spread over images`, spread, () => spreadFigure(report, spread, epoch()));
+  const distribution = placed(page, layered.filter((one) => one.metric === `${state.metric}_quantile` && (!state.choice || key(one) === state.choice)));
+  if (distribution.length) add(`${what}: distribution over images`, distribution, () => distributionFigure(report, distribution, epoch()));
   for (const one of shown.filter(single)) {
     if (report.epochs([one]).length < 2) continue;
     const who = `${named(one.metric)}: ${one.label}${chosen}`;
@@ -242,5 +242,5 @@ function fillSection(page, section, body, all) {
     if (series.some((one) => one.to - one.from > 1)) add(named(metric), series, () => scalarFigure(report, series));
     else numbers.push(...series);
   }
-  if (numbers.length) add("Single numbers", numbers, () => tableFigure(report, numbers));
+  if (numbers.length) add("Single values", numbers, () => tableFigure(report, numbers));
 }
