@@ -214,6 +214,11 @@ def _class_problem(option: str, path: str, reason: str) -> str:
     return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.{example}"
 
 
+def in_words(error: OSError) -> str:
+    """The file that an error of the system is about, where it names one, and the reason."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+
+
 def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | None, interrupted: str) -> None:
     """Run a command: a user's mistake is one line and exit code 2; ``--debug`` shows the traceback.
 
@@ -238,8 +243,7 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
     except OSError as error:
         if "--debug" in args or error.errno not in OF_THE_MACHINE:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         sys.exit(ExitCode.MISTAKE)
     except Interrupted as stop:
         if str(stop):

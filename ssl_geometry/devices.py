@@ -265,11 +265,12 @@ def less_memory(error: BaseException, trainer: L.Trainer, continued: str) -> str
 
 
 @contextmanager
-def memory_for_measuring(options: Any) -> Iterator[None]:
+def memory_for_measuring(options: Any, network: str | None = None) -> Iterator[None]:
     """Say in one line what to lower where memory runs out in ``compare``, ``probe`` or ``survey``.
 
     Args:
         options: of the command, with its data module.
+        network: that is measured.
 
     Raises:
         UserError: memory is full.
@@ -278,16 +279,18 @@ def memory_for_measuring(options: Any) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if words := out_of_memory(error):
-            raise UserError(f"out of memory while measuring ({words}): {less_to_measure(options)}") from error
+            measuring = f"measuring {network}" if network else "measuring"
+            raise UserError(f"out of memory while {measuring} ({words}): {less_to_measure(options)}") from error
         raise
 
 
 def less_to_measure(options: Any) -> str:
     """The options of a command that measures networks which need less memory, with their values."""
     elsewhere = f", or measure on --device cpu instead of {options.device}" if options.device != "cpu" else ""
-    return (
-        f"lower --data.eval_batch_size {options.data.eval_batch_size}, or name fewer {options.layers_option}{elsewhere}"
-    )
+    lower = f"lower --data.eval_batch_size {options.data.eval_batch_size}"
+    if getattr(options, "train_images", None):
+        lower += f" or --train_images {options.train_images}"
+    return f"{lower}, or name fewer {options.layers_option}{elsewhere}"
 
 
 MOST_OF_FREE = 0.9

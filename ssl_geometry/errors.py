@@ -3,7 +3,7 @@
 Who raises what: ``geometry/`` and ``metrics/`` know numbers alone and raise ``ValueError`` (``KeyError`` for a name
 that is not there), whether a caller or the data is at fault. All others raise :class:`UserError` for what options,
 files or data can have caused. Who hands data to a metric adds what the user knows it by: the epoch
-(``callbacks/monitor.py``) or the network (``networks.py``, ``probe.py``); ``failures.py`` ends a run with the line.
+(``callbacks/monitor.py``) or the network (``launching.py``); ``failures.py`` ends a run with the line.
 """
 
 import difflib

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from ssl_geometry.cli import OF_THE_MACHINE, in_words
 from ssl_geometry.devices import check_torchrun, memory_for_measuring
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
 from ssl_geometry.measure.processes import agreeing, is_agreed
@@ -108,7 +109,7 @@ def together(options: Any, network: str | None = None) -> Iterator[None]:
     Raises:
         UserError: a mistake in any of them, or memory that is full.
     """
-    with agreeing(), memory_for_measuring(options), naming(network) if network else nullcontext():
+    with agreeing(), memory_for_measuring(options, network), naming(network) if network else nullcontext():
         yield
 
 
@@ -117,7 +118,7 @@ def naming(network: str) -> Iterator[None]:
     """What metrics cannot compute of a network, such as features that are not finite, is one line that names it.
 
     Raises:
-        UserError: in place of a metric's ``ValueError``.
+        UserError: in place of a metric's ``ValueError``; or of a full disk and its like, with the file.
     """
     try:
         yield
@@ -125,6 +126,10 @@ def naming(network: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(f"--models {network}: {error}") from error
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        raise UserError(in_words(error)) from error
 
 
 def by_turns(do: Callable[[], T], options: Any, fabric: L.Fabric) -> T:

@@ -28,7 +28,7 @@ from ssl_geometry.measure.probes import probe_protocol, probe_rows
 from ssl_geometry.measure.processes import alone, is_agreed, this_process
 from ssl_geometry.methods import Method
 from ssl_geometry.methods.raw_pixels import PIXEL_SIDE, RawPixels
-from ssl_geometry.probe_features import agreeing_about, extract
+from ssl_geometry.probe_features import extract
 from ssl_geometry.probe_options import check, evaluations, parse
 from ssl_geometry.progress import progress_bar
 from ssl_geometry.records import Protocol, RecordStore
@@ -95,7 +95,7 @@ def probe(args: Sequence[str]) -> Path:
         for name in list(networks):
             model = networks.pop(name)  # one network at a time on the device
             try:
-                with agreeing_about(name, options):
+                with together(options, name):
                     model.method.to(options.device)
                     protocol_of[name] = measure(model, store, options, progress, console)
             except (UserError, Interrupted) as error:

@@ -1,8 +1,7 @@
 """Features that ``probe`` trains on: one pass over clean images, and where they are kept."""
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ssl_geometry.cli import OF_THE_MACHINE
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory, out_of_memory
+from ssl_geometry.devices import MOST_OF_FREE, as_size, free_memory
 from ssl_geometry.errors import UserError
 from ssl_geometry.geometry.classification import check_features
 from ssl_geometry.geometry.logistic import converged_probes_bytes
+from ssl_geometry.launching import together
 from ssl_geometry.measure.engine import layer_widths, measure_together
 from ssl_geometry.measure.features import Features
 from ssl_geometry.measure.frozen import POOLED, FrozenFeatures
 from ssl_geometry.measure.measurement import Occasion
-from ssl_geometry.measure.processes import agreeing, is_agreed, of_each, this_process
+from ssl_geometry.measure.processes import agreeing, of_each, this_process
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.networks import chosen_layers
 from ssl_geometry.runs.networks import Loaded
+
+LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
 
 
 def extract(model: Loaded, options: Any, progress: Any, console: Console) -> FrozenFeatures:
@@ -39,14 +40,14 @@ def extract(model: Loaded, options: Any, progress: Any, console: Console) -> Fro
     wanted = [POOLED] if isinstance(method, RawPixels) else [*chosen_layers(method.network, options), POOLED]
     subject = Subject.of(method, name)
     layers = subject.layers(wanted, option=options.layers_option)
-    with agreeing_about(name, options):
+    with together(options, name):
         widths = layer_widths(subject, layers, data.image_shape)
     folder = kept_where(name, widths, options, console)
     features = Features(widths, {"bank": options.train_images, "test": None}, folder=folder)
     batches = sum(len(data.loader(*part)) for part in (("bank", options.train_images), ("test", None)))
     task = progress.add_task(f"{name}: features", total=batches)
     occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
-    measure_together([features], occasion, lambda: progress.advance(task), lambda: agreeing_about(name, options))
+    measure_together([features], occasion, lambda: progress.advance(task), lambda: together(options, name))
     train, test = features.of("bank"), features.of("test")
     for layer in layers:
         check_features(f"layer {layer}", train[layer])
@@ -55,7 +56,7 @@ def extract(model: Loaded, options: Any, progress: Any, console: Console) -> Fro
         known(data, *part) for part in (("bank", options.train_images), ("test", None))
     )
     labels, index, test_labels = (values.to(options.device) for values in (labels, index, test_labels))
-    depths, agree = subject.depths(layers), partial(agreeing_about, name, options)
+    depths, agree = subject.depths(layers), partial(together, options, name)
     asked = options.train_images
     return FrozenFeatures(occasion, depths, train, labels, index, test, test_labels, asked, folder, agree, method)
 
@@ -106,36 +107,3 @@ def kept_where(name: str, widths: Mapping[str, int], options: Any, console: Cons
             message = f"{as_size(free)} of memory are free, so in files in {options.out}, removed at the end"
             console.print(f"        kept  {name}: {kept}, {as_size(stored)}; {message}")
     return options.out if is_short else None
-
-
-LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
-
-
-@contextmanager
-def agreeing_about(name: str, options: Any) -> Iterator[None]:
-    """A part of what is done about a network, which all processes come to the end of, or none of them.
-
-    Raises:
-        UserError: why the network was not measured.
-    """
-    with agreeing():
-        try:
-            yield
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:
-            if is_agreed(error):
-                raise
-            raise UserError(_reason(name, error, options)) from error
-
-
-def _reason(name: str, error: Exception, options: Any) -> str:
-    """Why a network was not measured; an error of the program is none."""
-    if isinstance(error, UserError):
-        return str(error)
-    if out_of_memory(error):
-        batch = f"lower --data.eval_batch_size {options.data.eval_batch_size}"
-        return f"--models {name}: the memory of {options.device} is full; {batch}, {LESS_MEMORY}"
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    if isinstance(error, ValueError):  # features or labels that no classifier can learn from
-        return f"--models {name}: {error}"
-    raise error

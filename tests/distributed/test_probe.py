@@ -102,7 +102,7 @@ def test_files_give_the_rows_of_memory(ranks: Ranks, by_one: Path, tmp_path: Pat
         (["--evaluations=layer"], None, [2, 2], "error: --evaluations layer"),
         (["--models=nowhere/x"], None, [2, 2], "error: --models"),
         ([], (1, "update", UserError("image 7: cut short")), [2, 2], "error: image 7: cut short"),
-        ([], (1, "update", torch.OutOfMemoryError("x")), [2, 2], "error: --models a: the memory of cpu is full"),
+        ([], (1, "update", torch.OutOfMemoryError("x")), [2, 2], "error: out of memory while measuring a (x)"),
         ([], (0, "step", ValueError("too few")), [2, 2], "error: --models a: too few"),
         ([], (0, "step", TypeError("a fault")), [1, 1], "TypeError: a fault"),
         ([], (0, "update", OSError(28, "No space left on device", "x")), [2, 2], "error: x: No space left on device"),

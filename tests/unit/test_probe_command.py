@@ -21,6 +21,7 @@ from ssl_geometry.data.images import Images, stratified
 from ssl_geometry.devices import left_in_control_groups
 from ssl_geometry.errors import UserError
 from ssl_geometry.finetuning import LabelledImages
+from ssl_geometry.launching import together
 from ssl_geometry.measure import Occasion, Subject
 from ssl_geometry.measure.frozen import (
     POOLED,
@@ -35,7 +36,6 @@ from ssl_geometry.measure.probes import Probes, check_images, highest_decay, pro
 from ssl_geometry.methods.raw_pixels import RawPixels
 from ssl_geometry.metrics import ProbeBank
 from ssl_geometry.models.layers import layer_names
-from ssl_geometry.probe_features import _reason
 
 CLASSES, N, WIDTH = 5, 600, 20
 
@@ -279,15 +279,32 @@ def test_memory_that_a_container_or_a_job_leaves(tmp_path: Path) -> None:
     assert left_in_control_groups(tmp_path / "none", mounted) == math.inf
 
 
-def test_why_a_network_was_not_measured() -> None:
-    options = SimpleNamespace(device="cuda:0", data=SimpleNamespace(eval_batch_size=256))
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("… can't allocate memory: you tried")):
-        text = _reason("a", error, options)
-        assert "--models a: the memory of cuda:0 is full; lower --data.eval_batch_size 256, set fewer images" in text
-    assert _reason("a", ValueError("all 9 images are of class 0"), options) == "--models a: all 9 images are of class 0"
-    assert _reason("a", UserError("--layers x"), options) == "--layers x"
-    with pytest.raises(RuntimeError, match="else"):
-        _reason("a", RuntimeError("something else"), options)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "out of memory while measuring a .*: lower --data.eval_",
+        ),
+        (
+            RuntimeError("… can't allocate memory: you tried"),
+            ".* 256 or --train_images 90, or name fewer --probes.",
+        ),
+        (ValueError("all 9 images are of class 0"), "--models a: all 9 images are of class 0"),
+        (UserError("--layers x"), "--layers x"),
+        (OSError(28, "No space left on device", "x"), "x: No space left on device"),
+    ],
+)
+def test_why_a_network_was_not_measured(error: Exception, line: str) -> None:
+    data = SimpleNamespace(eval_batch_size=256)
+    options = SimpleNamespace(device="cuda:0", data=data, layers_option="--probes.layers", train_images=90)
+    with pytest.raises(UserError, match=f"^{line}"), together(options, "a"):
+        raise error
+
+
+def test_a_fault_of_the_program_is_no_reason() -> None:
+    with pytest.raises(RuntimeError, match="else"), together(SimpleNamespace(), "a"):
+        raise RuntimeError("something else")
 
 
 def test_a_network_without_weights_has_layers() -> None:
