@@ -38,11 +38,14 @@ class Parser(ArgumentParser):
     """Reports a mistake in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what was wrong and what was meant, and exit with code 2."""
+        """What was wrong and what was meant, as all mistakes.
+
+        Raises:
+            UserError: always; with ``--debug``, the parser's own error.
+        """
         if self.exit_on_error is False or "--debug" in sys.argv:
             super().error(message, ex)
-        print(f"error: {self.one_line(message)}", file=sys.stderr)
-        sys.exit(ExitCode.MISTAKE)
+        raise UserError(self.one_line(message)) from ex
 
     def one_line(self, message: str) -> str:
         """A parser's message without the list of types that it tried."""

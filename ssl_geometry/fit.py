@@ -32,6 +32,7 @@ from ssl_geometry.config_files import config_of_resumed, expand_bases
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, as_options
 from ssl_geometry.failures import explain
 from ssl_geometry.fit_cli import FitCLI
+from ssl_geometry.launching import said_once
 from ssl_geometry.runs.run import Run
 
 
@@ -43,11 +44,7 @@ def fit(args: Sequence[str]) -> Run:
         UserError: a mistake in the options, the data, or a run that cannot go on.
     """
     others = multiprocessing.active_children()
-    try:
-        _check_seeds(args)
-        cli = FitCLI(expand_bases([*config_of_resumed(args), *args]))
-    except ValueError as error:  # jsonargparse wraps what a constructor says
-        raise mistake_behind(error) or error from None
+    cli = _begin(args)
     exit_code: int = ExitCode.FAULT
     is_run = True
     try:
@@ -86,6 +83,16 @@ def fit(args: Sequence[str]) -> Run:
         cli.run.release()
     print_summary(cli.run, cli.trainer, results)
     return cli.run
+
+
+@said_once
+def _begin(args: Sequence[str]) -> FitCLI:
+    """Read the command line, and open the run."""
+    try:
+        _check_seeds(args)
+        return FitCLI(expand_bases([*config_of_resumed(args), *args]))
+    except ValueError as error:  # jsonargparse wraps what a constructor says
+        raise mistake_behind(error) or error from None
 
 
 def _check_seeds(args: Sequence[str]) -> None:

@@ -83,9 +83,11 @@ def _speak_and_end(observer: _ChildProcessObserver) -> None:
 
 
 def said_once(command: Callable[P, T]) -> Callable[P, T]:
-    """A command whose mistakes all of its processes find: the first one says so, and all end with its code.
+    """A command whose mistakes all of its processes find: the first one reports it, and all end with its code.
 
-    Before the processes meet, each reads the same command line; afterwards they agree (:func:`together`).
+    Before the processes meet, each reads the same command line. The others give the first one time to speak, with which
+    srun and torchrun end them; what it has not found, such as a node without a GPU, they report themselves. Afterwards
+    the processes agree (:func:`together`).
     """
 
     @wraps(command)
@@ -94,9 +96,10 @@ def said_once(command: Callable[P, T]) -> Callable[P, T]:
             return command(*args, **kwargs)
         except UserError as error:
             if getattr(rank_zero_only, "rank", 0):
-                if processes_started() > 1 and not is_agreed(error):
+                if is_agreed(error):
+                    raise Interrupted("", ExitCode.MISTAKE) from error
+                if processes_started() > 1:
                     time.sleep(HEARD_SECONDS)
-                raise Interrupted("", ExitCode.MISTAKE) from error
             raise
 
     return run

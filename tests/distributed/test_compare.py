@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from ssl_geometry import compare
 from ssl_geometry.cli import run_command
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError
+from ssl_geometry.fit import fit
 from ssl_geometry.launching import by_turns, together
 from ssl_geometry.measure import Neighborhoods
 from ssl_geometry.measure.processes import agreeing
@@ -136,8 +138,18 @@ def test_what_one_process_cannot_read_ends_all(ranks: Ranks, tmp_path: Path, com
     assert {out + err for _, out, err in others} == {""}
 
 
-@pytest.mark.parametrize("command", [compare.compare, survey, probe])
-def test_before_the_processes_meet_the_first_one_speaks(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        (compare.compare, IMAGES),
+        (survey, IMAGES),
+        (probe, IMAGES),
+        (fit, ["--model=ssl_geometry.methods.SimCLR", "--trainer.accelerator=cpu", "--trainer.devices=1"]),
+    ],
+)
+def test_before_the_processes_meet_the_first_one_speaks(
+    command: Any, args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And is not ended by torchrun before: the others end later."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
@@ -146,11 +158,26 @@ def test_before_the_processes_meet_the_first_one_speaks(command: Any, monkeypatc
     found = []
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
-        found.append((ended(command, IMAGES), list(waited)))
-    line = "torchrun has started 2 processes on each of 1 node(s); set --devices 2 --num_nodes 1\n"
-    assert found[0][0] == (2, "", f"error: --devices 1 and --num_nodes 1: {line}")
-    assert found[1][0] == (2, "", "")
+        found.append((ended(command, args), list(waited)))
+    for code, out, err in (found[0][0], found[1][0]):  # what the first one has not found, the other reports
+        assert (code, out) == (2, "")
+        assert re.fullmatch(r"error: --(trainer\.)?devices .* torchrun has started 2 processes on .* 1 node.*\n", err)
     assert [len(waits) for _, waits in found] == [0, 1]
+
+
+@pytest.mark.parametrize("option", ["--model=no.Class", "--data.batch_size=many", "--data.speed=9"])
+def test_mistakes_of_the_command_line_wait_for_the_first_process(
+    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a parser too."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        code, _, err = ended(fit, ["--model=ssl_geometry.methods.SimCLR", f"--runs={tmp_path}", option])
+        assert (code, err.count("error:"), len(waited)) == (2, 1, rank)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
