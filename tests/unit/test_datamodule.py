@@ -22,6 +22,8 @@ from ssl_geometry.data import datamodule
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.plan import evenly, every_nth, shares
 from ssl_geometry.errors import UserError
+from tests.training import quiet_trainer
+from tests.unit.test_datasets import message
 
 REAL_IMAGES = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
@@ -47,13 +49,6 @@ def epoch(data, number):
     loader = data.train_dataloader()
     loader.sampler.set_epoch(number)
     return indices(loader)
-
-
-def message(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -480,15 +475,7 @@ class Recorder(L.LightningModule):
 
 
 def fit(module, checkpoint=None, **options):
-    trainer = L.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet_trainer(max_epochs=3)
     options = {"batch_size": 256, "measure_size": 64} | options
     trainer.fit(module, datamodule=DataModule("digits", **options), ckpt_path=checkpoint)
     return module

@@ -14,6 +14,7 @@ from ssl_geometry.callbacks import EvaluateAtStart, FlushRecords, LogEveryEpoch,
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.records import read_records
+from tests.training import quiet_trainer
 
 
 @pytest.mark.parametrize(
@@ -41,14 +42,7 @@ def test_validation_is_in_the_chosen_precision_and_says_so(
     torch.manual_seed(0)
     method = Watched(backbone="resnet10", width=0.25, image_size=16, eval_precision=chosen)
     data = DataModule("digits", limit_train=200, limit_test=50, measure_size=50, batch_size=50)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision=precision,  # type: ignore[arg-type]
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet_trainer(precision=precision)
 
     def note(module: nn.Module, inputs: object, output: Tensor) -> None:
         seen[split].append(output.dtype)
@@ -77,17 +71,12 @@ def trained(
     torch.manual_seed(0)
     method = Supervised(backbone="resnet10", width=0.125, image_size=8, warmup_epochs=0)
     data = DataModule("digits", image_size=8, limit_train=60, limit_test=20, measure_size=20, batch_size=27)
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_epochs=2,
         check_val_every_n_epoch=every,
         num_sanity_val_steps=0,
         logger=RecordsLogger(folder),
         callbacks=[FlushRecords(), *callbacks],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         log_every_n_steps=log_every,
     )
     trainer.fit(method, data, ckpt_path=resume)

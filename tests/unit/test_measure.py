@@ -36,6 +36,7 @@ from ssl_geometry.measure.requests import Reduced
 from ssl_geometry.methods import Method, SimCLR, Supervised
 from ssl_geometry.metrics.probe_bank import ProbeBank
 from ssl_geometry.records import Protocol, read_records, record
+from tests.training import quiet_trainer
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 0.25, "image_size": 16}
 
@@ -68,17 +69,12 @@ def run(
     **options: Any,
 ) -> L.Trainer:
     data = DataModule("digits", limit_train=128, measure_size=100, eval_batch_size=40, batch_size=64)
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
         default_root_dir=tmp_path,
         callbacks=[*callbacks, GeometryMonitor(measurements)],
         logger=logger or False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
-        accelerator="cpu",
-        use_distributed_sampler=False,
         **{"limit_val_batches": 0, **options},
     )
     trainer.fit(method or SimCLR(**SMALL), data)

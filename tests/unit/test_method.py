@@ -17,6 +17,7 @@ from ssl_geometry.methods import Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
 from ssl_geometry.runs.networks import load_method
 from tests.methods import RESNET, build, by_hand, images
+from tests.training import quiet_trainer
 
 BATCH = images(4)
 
@@ -110,16 +111,7 @@ def train(method: Method, folder: Path, **options: Any) -> L.Trainer:
     data = DataModule(
         dataset="digits", image_size=16, limit_train=64, limit_test=16, measure_size=16, batch_size=16, val_fraction=0
     )
-    trainer = L.Trainer(
-        **{"max_epochs": 1, **options},
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = quiet_trainer(default_root_dir=folder, limit_val_batches=0, **options)
     trainer.fit(method, datamodule=data)
     return trainer
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import PIL.Image
 import pytest
 import torch
@@ -20,6 +19,7 @@ from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.probe import summary
 from ssl_geometry.probe_options import USUAL, _check_data
 from ssl_geometry.survey_options import report_small_classes
+from tests.training import quiet_trainer
 
 SMALL: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 8}
 
@@ -158,14 +158,7 @@ def test_two_images_without_a_test_folder(tmp_path: Path) -> None:
 
 def test_a_run_on_fewer_images_than_vote(caplog: pytest.LogCaptureFixture) -> None:
     method, data = SimCLR(**SMALL), DataModule("digits", image_size=8, limit_train=12, limit_test=8, val_fraction=0.0)
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet_trainer()
     trainer.fit(method, data)
     for _ in range(2):
         (results,) = trainer.test(method, data, verbose=False)
