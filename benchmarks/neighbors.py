@@ -111,7 +111,7 @@ def monitor(args: argparse.Namespace) -> None:
         def on_train_batch_end(self, *_: object) -> None:
             self.training = time.perf_counter() - self.started
 
-    class Pictures(DataModule):
+    class TinyImages(DataModule):
         def _read(self):
             from ssl_geometry.data.images import Images
 
@@ -128,7 +128,7 @@ def monitor(args: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     measured, clock = GeometryMonitor([Neighborhoods(every_n_epochs=1)]), Clock()
-    data = Pictures("random", batch_size=256, measure_size=args.images)
+    data = TinyImages("random", batch_size=256, measure_size=args.images)
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -141,11 +141,11 @@ def monitor(args: argparse.Namespace) -> None:
         use_distributed_sampler=False,
     )
     trainer.fit(SimCLR(backbone="resnet18", width=args.width, optimizer="sgd", channels_last=False), data)
-    moment = measured.seconds / 2
+    seconds = measured.seconds / 2
     epoch = clock.training * 50_000 / args.epoch
     layers = ", ".join(dict.fromkeys(row["layer"] for row in measured.curves))
-    print(f"ResNet-18 x {args.width}, {args.images} images, 5 settings x 10 copies, layers {layers}:")
-    print(f"one moment {moment:.1f} s, one epoch of SimCLR on 50,000 images {epoch:.1f} s: {moment / epoch:.0%}")
+    print(f"ResNet-18 x {args.width}, {args.images} images, 5 settings x 10 views, layers {layers}:")
+    print(f"one measurement {seconds:.1f} s, one epoch of SimCLR on 50,000 images {epoch:.1f} s: {seconds / epoch:.0%}")
 
 
 def main() -> None:

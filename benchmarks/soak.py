@@ -1,8 +1,8 @@
-"""An hour or more of short trainings that are killed at random moments: does each end as one that was left alone?
+"""An hour or more of short trainings that are killed at random times: does each end as one that was left alone?
 
     python benchmarks/soak.py --hours 1
 
-Each training is started as a user starts it, struck at a random moment by SIGKILL, SIGUSR1 or SIGTERM (the first
+Each training is started as a user starts it, struck at a random time by SIGKILL, SIGUSR1 or SIGTERM (the first
 process alone, or all, with data workers and W&B's), started again with --resume auto, and so on until it ends. Its
 weights must then be bit-identical to those of an undisturbed run, and its records the same rows. Prints a table, and
 stops at the first difference, an exit code that the strike does not explain, or a process that is left.

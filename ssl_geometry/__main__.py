@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from runpy import run_module
 
-from ssl_geometry.errors import ExitCode, nearest
+from ssl_geometry.errors import ExitCode, did_you_mean
 
 COMMANDS = ("fit", "compare", "probe", "survey", "report", "zoo", "doctor")
 USAGE = "usage: ssl-geometry COMMAND [--option VALUE ...]   (--help shows the options of a command)"
@@ -28,7 +28,7 @@ def main() -> None:
     elif command in ("-h", "--help"):
         print(USAGE, "", *(f"  {name:<8} {summary(name)}" for name in COMMANDS), sep="\n")
     else:
-        print(f"error: no command {command!r}; {nearest(command, COMMANDS)}", file=sys.stderr)
+        print(f"error: no command {command!r}; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
         sys.exit(ExitCode.MISTAKE)
 
 

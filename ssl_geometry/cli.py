@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, did_you_mean
 from ssl_geometry.ranges import check_arguments, check_value, expected, imported, parameters, range_of
 
 TYPES = {
@@ -51,7 +51,7 @@ class Parser(ArgumentParser):
         """A parser's message without the list of types that it tried."""
         if found := re.search(r"unrecognized arguments: (--[\w.-]+)", message):
             known = [f"--{action.dest}" for action in self._actions]
-            return f"unknown option {found[1]!r}; {nearest(found[1], known)} (see --help)"
+            return f"unknown option {found[1]!r}; {did_you_mean(found[1], known)} (see --help)"
         if found := re.search(r"unrecognized arguments: (\S+)", message):
             return f"{found[1]!r} belongs to no option; a flag such as --overwrite takes no value (see --help)"
         return one_line(message, {action.dest: annotation(action) for action in self._actions})
@@ -164,7 +164,7 @@ def one_line(message: str, hints: Mapping[str, Any]) -> str:
         group = option.rpartition(".")[0]
         owner = imported(paths[-1]) if paths else None
         known = [f"{group}.{name}" for name in parameters(owner)] if owner else [f"--{name}" for name in hints]
-        return f"unknown option '{option}.{nested[1]}'; {nearest(f'{group}.{nested[1]}', known, n=1)} (see --help)"
+        return f"unknown option '{option}.{nested[1]}'; {did_you_mean(f'{group}.{nested[1]}', known, n=1)} (see --help)"
     words = expected(hint) if hint is not None and range_of(hint) else _types(inner)
     is_list = any(re.search(r"Expected a <class '.*(list|Sequence)'>", line) for line in inner)
     if is_list and "," in value and "[" not in value:
@@ -204,15 +204,14 @@ def _class_problem(option: str, path: str, reason: str) -> str:
     """A class that cannot be imported, or that does not take an option."""
     owner = imported(path)
     if owner and (found := re.search(r"Option '([\w.]+)' is not accepted", reason)):
-        return (
-            f"unknown option '{option}.{found[1]}'; {nearest(found[1], parameters(owner))} (see {option}.help {path})"
-        )
+        known = did_you_mean(found[1], parameters(owner))
+        return f"unknown option '{option}.{found[1]}'; {known} (see {option}.help {path})"
     module_name, _, name = path.rpartition(".")
     with suppress(ImportError, ValueError):
         module = importlib.import_module(module_name)
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         if owner is None:
-            return f"{option} {path}: {module_name} has no {name}; {nearest(name, classes)}"
+            return f"{option} {path}: {module_name} has no {name}; {did_you_mean(name, classes)}"
     example = "measure.CKA" if option == "--measurements" else "methods.SimCLR"
     return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.{example}"
 

@@ -3,10 +3,10 @@
     python -m ssl_geometry.compare --models simclr=runs/cifar10/simclr supervised=runs/cifar10/supervised
     python -m ssl_geometry.compare --models a=RUN,RUN,RUN b=RUN untrained=random --cka.layers blocks --devices 4
 
-Protocol: every network sees the same measurement images, and the same augmented copies of them; evaluation mode,
-float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices; the overlap of nearest neighbours stands
-next to it, because CKA alone can be moved by a few outlying images. The numbers are those of the monitors of ``fit``,
-with the same protocol hash, on any number of processes: these share the images, and the first one does all the rest.
+Protocol: every network sees the same measurement images and the same augmented views of them, in evaluation mode and
+float32. Unbiased minibatch CKA with jackknife error bars over Gram matrices, and the overlap of nearest neighbours,
+because a few outliers can dominate CKA. The numbers are those of the monitors of ``fit``, with the same protocol hash,
+for any number of processes: these share the images, and the first one does everything else.
 """
 
 import shutil
@@ -53,7 +53,7 @@ from ssl_geometry.runs.networks import Loaded, load_networks, split_seeds
 from ssl_geometry.runs.resume import recipe
 
 CANDIDATES = 50
-"""Nearest images of which NNK chooses, where neighbours are shown."""
+"""Nearest images that NNK selects from, for the figures of neighbours."""
 SOURCES: Sources = {
     "cka.layers": {"cka.layers": unchanged, "invariance.layers": unchanged},
     "cka.gram_size": {"cka.gram_size": unchanged, "invariance.gram_size": unchanged},
@@ -61,7 +61,7 @@ SOURCES: Sources = {
 }
 """Options of the monitors that measured the same."""
 NEIGHBORS = 10
-"""Nearest images that mutual kNN compares, unless others are asked for."""
+"""Default number of neighbours of mutual kNN."""
 LONGEST_GROUP = 40
 """Characters of the names of several networks in a legend."""
 MOST_PERMUTATIONS = 10_000  # each keeps a number per pair of layers: 0.1 GB for two ResNet-50s
@@ -70,10 +70,10 @@ SHOWN = 10
 
 
 def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
-    """Where what is kept of the networks goes, and a line that says how much it is.
+    """Decide where Gram vectors and features are stored, and report their size.
 
     Returns:
-        The folder for files of it where it does not fit into memory, else None; the line.
+        The folder for their files if they do not fit into memory, else None; and one line for the user.
     """
     n, pairs = (
         options.data.measure_size,
@@ -99,7 +99,7 @@ def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | 
 def measure_network(
     model: Loaded, kept: Kept, options: Any, store: RecordStore, fabric: L.Fabric, progress: Progress
 ) -> Network:
-    """One pass over this process's share of the images: what the first one keeps of a network, and its records."""
+    """Measure one network in a pass over this process's share of the images, and write its records."""
     name, method = model.name, model.method
     names, data = chosen_layers(method.network, options), options.data
     subject = Subject.of(method, name)
@@ -121,7 +121,7 @@ def measure_network(
         subject.depths(names),
         kept.vectors,
         kept.neighbors,
-        (kept.neighbors < 0).flatten(1).all(1),  # no image has any
+        (kept.neighbors < 0).flatten(1).all(1),  # no image has neighbours
         pd.DataFrame(found.rows).assign(deviations=list(errors.cpu().numpy())),
         kept.features,
     )
@@ -219,21 +219,21 @@ def parse(args: Sequence[str]) -> Any:
         "--permutations",
         type=Annotated[int, between(0, MOST_PERMUTATIONS)],
         default=200,
-        help="permutations of the images that say what the most similar layer reads by chance; 0 leaves it out",
+        help="permutations of the images for the null of the most similar layer; 0 leaves it out",
     )
     parser.add_argument(
         "--k",
         type=Annotated[int, at_least(1)] | None,
-        help=f"neighbours that mutual kNN compares (default: {NEIGHBORS}, or all others where there are fewer images)",
+        help=f"neighbours in mutual kNN (default: {NEIGHBORS}, or all others where there are fewer images)",
     )
     parser.add_argument(
-        "--invariance.views", type=list[str], default=list(VIEWS), help="augmentations whose invariance is measured"
+        "--invariance.views", type=list[str], default=list(VIEWS), help="augmentations to measure invariance to"
     )
     parser.add_argument(
         "--show_neighbors",
         type=Annotated[int, at_least(0)] | list[Annotated[int, at_least(0)]],
         default=[],
-        help="numbers of measurement images whose neighbours are shown, all k nearest next to those that NNK keeps",
+        help="indices of measurement images whose neighbours are shown: the nearest ones, and those that NNK selects",
     )
     options = parse_networks(parser, "compare", args, "cka", "all", SOURCES)
     options.gram_size, options.views = options.cka.gram_size, list(dict.fromkeys(options.invariance.views))
@@ -243,7 +243,7 @@ def parse(args: Sequence[str]) -> Any:
 
 
 def _hold_to_images(options: Any, n: int) -> None:
-    """Options that count images, when their number is known."""
+    """Check options that depend on the number of images."""
     for number in options.show_neighbors:
         if number >= n:
             raise UserError(f"--show_neighbors {number}: expected 0 to {n - 1}, the numbers of the measurement images")

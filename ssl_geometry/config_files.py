@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.runs.run import config_of, run_of
 
 
@@ -71,7 +71,7 @@ class UniqueKeys(yaml.SafeLoader):
 def _base_of(path: Path) -> Path | None:
     if not path.is_file():
         siblings = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"--config {path}: no such file; {nearest(str(path), siblings)}")
+        raise UserError(f"--config {path}: no such file; {did_you_mean(str(path), siblings)}")
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=UniqueKeys)

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.runs.slurm import processes_started, this_task
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def check_devices(accelerator: Any, devices: Any) -> None:
     """
     known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
     if isinstance(accelerator, str) and accelerator not in known:
-        raise UserError(f"--trainer.accelerator {accelerator}: {nearest(accelerator, known)}")
+        raise UserError(f"--trainer.accelerator {accelerator}: {did_you_mean(accelerator, known)}")
     gpus = torch.cuda.device_count()
     if accelerator == "cuda" and not gpus:
         raise UserError("--trainer.accelerator cuda: torch finds no GPU here; use auto or cpu")
@@ -121,11 +121,11 @@ def check_devices(accelerator: Any, devices: Any) -> None:
 
 
 def check_nodes(nodes: int, option: str) -> None:
-    """Refuse several nodes where nothing has started a process on each: this one would wait for the others for ever.
+    """Refuse several nodes unless a launcher has started processes on each: this one would wait forever.
 
     Args:
         nodes: how many.
-        option: that says so.
+        option: the option as typed.
 
     Raises:
         UserError: outside of ``srun`` and torchrun.
@@ -140,13 +140,13 @@ def check_nodes(nodes: int, option: str) -> None:
 
 
 def check_torchrun(accelerator: Any, devices: Any, nodes: int, prefix: str) -> None:
-    """Refuse other numbers than torchrun has started: its processes would each do the whole work, in one folder.
+    """Refuse numbers that differ from torchrun's: each of its processes would do all the work, in the same folder.
 
     Args:
         accelerator: ``--trainer.accelerator`` as plain data; "cpu" or "cuda" of other commands.
         devices: of each node, as plain data that :func:`check_devices` lets pass.
         nodes: how many.
-        prefix: of the options that say so, such as ``--trainer.``.
+        prefix: of the options, such as ``--trainer.``.
 
     Raises:
         UserError: with the options that fit.
@@ -182,7 +182,7 @@ class ManyDevices(L.Callback):
 
 
 def too_many(processes: int, nodes: int, batch_size: int, images: int, pixels: int) -> str:
-    """What to say where fewer processes would do as well.
+    """The warning if fewer processes would be as fast.
 
     Args:
         processes: of the run.

@@ -1,4 +1,4 @@
-"""Is this machine ready? Each line says fine, or what to do.
+"""Check whether this machine is ready; each line reports one check, with the fix if it fails.
 
 python -m ssl_geometry.doctor
 srun --nodes=1 --gpus-per-node=1 python -m ssl_geometry.doctor --data.root data/imagenet     # on a node of the cluster
@@ -21,7 +21,10 @@ def examine(args: Sequence[str]) -> None:
     Raises:
         Interrupted: with code 1, where something is to be done.
     """
-    parser = Parser(prog=PROGRAM, description="Is this machine ready? Each line says fine, or what to do.")
+    parser = Parser(
+        prog=PROGRAM,
+        description="Check whether this machine is ready: one line per check, with the fix if it fails.",
+    )
     parser.add_argument("--runs", type=str, default="runs", help="folder that runs will be written to")
     parser.add_argument("--data.root", type=str, default="data", help="folder of the images")
     parser.add_argument("--skip_parity", action="store_true", help="do not compare two processes with one (10 s)")

@@ -26,24 +26,24 @@ class UserError(ValueError):
 
 
 class ExitCode(IntEnum):
-    """What the commands exit with; docs/reliability.md says what to do about each."""
+    """Exit codes of the commands; docs/reliability.md explains what to do about each."""
 
     DONE = 0
-    """All was done; or the run was saved, and SLURM runs its job again."""
+    """Finished; or the run was saved, and SLURM will run its job again."""
     FAULT = 1
-    """An error that nobody foresaw, with its traceback; or `doctor` or `zoo check` found something to do."""
+    """An unexpected error, with its traceback; or `doctor` or `zoo check` found a problem."""
     MISTAKE = 2
-    """One line says what was wrong and what to do; nothing is done again by itself."""
+    """One line states the mistake and the fix; nothing is retried."""
     RESUMABLE = 75
-    """The run was saved, and nobody runs it again: start it with `--resume`."""
+    """The run was saved but is not requeued: start it again with `--resume`."""
     INTERRUPTED = 130
     """Ctrl-C."""
     TERMINATED = 143
-    """SIGTERM; the run was saved where there was time."""
+    """SIGTERM; the run was saved if there was time."""
 
 
 class Interrupted(Exception):
-    """A signal stopped the work after it was saved; what to do next is the message.
+    """A signal stopped the work after it was saved; the message states what to do next.
 
     Args:
         message: one line.
@@ -56,7 +56,7 @@ class Interrupted(Exception):
 
 
 def as_options(command: Callable[P, R]) -> Callable[P, R]:
-    """A command, whose messages name its options."""
+    """Decorate a command so that messages name its options."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -70,7 +70,7 @@ def as_options(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def argument(name: str, group: str, owner: str) -> str:
-    """An argument of a class, as the user typed it: an option in a command, an argument in a script.
+    """An argument of a class as the user typed it: an option in a command, an argument in a script.
 
     Args:
         name: of the argument.
@@ -94,30 +94,30 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def nearest(name: str, known: Iterable[str], n: int = 3, otherwise: str | None = None) -> str:
-    """The known names most like ``name``, as text for an error message.
+def did_you_mean(name: str, known: Iterable[str], n: int = 3, otherwise: str | None = None) -> str:
+    """The known names most similar to ``name``, as text for an error message.
 
     Args:
         name: what the user wrote.
         known: the valid names.
         n: how many to offer.
-        otherwise: what to say where none is alike; None lists the first valid names.
+        otherwise: what to say if none is similar; None lists the first valid names.
 
     Returns:
         ``"did you mean 'a', 'b'?"``, or ``otherwise``.
 
     Example:
-        >>> nearest("cifra10", ["cifar10", "cifar100", "svhn"])
+        >>> did_you_mean("cifra10", ["cifar10", "cifar100", "svhn"])
         "did you mean 'cifar10', 'cifar100'?"
-        >>> nearest("x", ["cifar10", "svhn"])
+        >>> did_you_mean("x", ["cifar10", "svhn"])
         "known: 'cifar10', 'svhn'"
     """
     known = list(known)
     if not known:
         return "there is none"
-    alike = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
-    if alike:
-        return f"did you mean {', '.join(map(repr, alike))}?"
+    matches = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
+    if matches:
+        return f"did you mean {', '.join(map(repr, matches))}?"
     if otherwise is not None:
         return otherwise
     shown = ", ".join(map(repr, known[:12]))

@@ -18,7 +18,7 @@ from ssl_geometry.runs.run import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.runs.slurm import requeue, this_task
 
 LOST = r"Connection (closed|reset)|Broken pipe|NCCL.*(remote process|closed)|Timed out waiting"
-"""In what torch says where another process is gone."""
+"""In torch's messages about lost processes."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Faults of the disk, whose error may name no file."""
 GRACE_SECONDS = 20
@@ -26,7 +26,7 @@ NEWLINE = "\n"
 
 
 def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> BaseException:
-    """What to tell the user, and SLURM.
+    """Turn an error of training into a message for the user, and an exit code for SLURM.
 
     Args:
         error: what stopped training.
@@ -35,7 +35,7 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         checkpoint_at_start: time of the last checkpoint when this process began, in nanoseconds; None for none.
 
     Returns:
-        A :class:`UserError` or :class:`Interrupted` with one line; the error itself where nothing is known about it.
+        A :class:`UserError` or :class:`Interrupted` with one line; the error itself if it is unexpected.
     """
     words = str(error)
     if isinstance(error, Interrupted):
@@ -84,7 +84,7 @@ def _lost(error: BaseException, run: Run, checkpoint_at_start: int | None) -> Ex
 
 
 def report_lost(process: str, run: Run, trainer: L.Trainer, checkpoint_at_start: int | None) -> int:
-    """Say at once that a process was lost, from a thread: the main one may never come to it.
+    """Report immediately, from a thread, that a process was lost: the main thread may be blocked.
 
     Returns:
         The exit code that follows.
@@ -98,7 +98,7 @@ def report_lost(process: str, run: Run, trainer: L.Trainer, checkpoint_at_start:
 
 
 def _interrupted(stop: Interrupted, run: Run) -> Interrupted:
-    """What a signal leads to; the first process speaks and acts for all."""
+    """The consequence of a signal; the first process reports and acts for all."""
     if not is_first_process():
         return Interrupted("", ExitCode.DONE)
     message = f"{stop}; the last checkpoint is {run.last_checkpoint}" if run.last_checkpoint.exists() else str(stop)
@@ -110,7 +110,7 @@ def _interrupted(stop: Interrupted, run: Run) -> Interrupted:
 
 
 def _again(message: str, run: Run) -> Interrupted:
-    """Put the job back into SLURM's queue, once for all of its processes, or say how to continue."""
+    """Requeue the job in SLURM, once for all of its processes, or report how to continue."""
     task = this_task()
     if not task:
         return Interrupted(_how_to_continue(message, run), ExitCode.RESUMABLE)
@@ -131,15 +131,15 @@ def _how_to_continue(message: str, run: Run) -> str:
 
 
 def end_with_parent() -> None:
-    """End this process soon after the one that started it, even while it waits for processes that never came."""
+    """End this process soon after its parent, even while it waits for processes that never start."""
     parent = int(os.environ.get(PARENT_VARIABLE, "0"))
-    if not parent:  # started by srun or torchrun, which see to it
+    if not parent:  # srun and torchrun do this themselves
         return
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        time.sleep(GRACE_SECONDS)  # where training is under way, it ends by itself and says more
+        time.sleep(GRACE_SECONDS)  # training that has begun ends by itself, with more information
         print("error: the process that started this one has ended", file=sys.stderr)
         os._exit(ExitCode.MISTAKE)
 

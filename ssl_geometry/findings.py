@@ -1,12 +1,12 @@
-"""The findings of Grigg et al. 2021 as contrasts of measured numbers, and what these decide: see docs/cka.md.
+"""The findings of Grigg et al. 2021 as contrasts of measured numbers, and their verdicts: see docs/cka.md.
 
 Every contrast is a weighted sum of rows: means over networks (or pairs of networks) and layers, minus other such means.
-So its error over images follows from the rows' own jackknife deviations, block by block, with all that both sides have
-in common; and no layer is chosen by its value: a largest one has no such interval.
+Its error over images therefore follows from the jackknife deviations of the rows, block by block, including what both
+sides share. No layer is selected by its value, since a maximum has no such interval.
 
-With one network of each kind all of this is about these networks. As soon as one kind has several runs it is about
-methods, and a single network says nothing of how far the next one of its kind would differ: what rests on it has no
-interval. (Another method's spread cannot stand in: it need not be alike, and most contrasts have no counterpart there.)
+With one network of each kind, verdicts are about these networks. As soon as one kind has several runs, they are about
+methods; a single network gives no estimate of the variance between runs, so contrasts with it have no interval.
+(Another method's variance cannot replace it: it may differ, and most contrasts have no counterpart there.)
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -48,13 +48,13 @@ class Mean(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A sum of means that a claim says is positive."""
+    """A sum of means that a claim states to be positive."""
 
     claim: str
     says: str
     parts: Mapping[str, Mean]
     baseline: str = ""
-    """What the networks that the claim names are held against; without it the difference is left out."""
+    """The baseline of the networks that the claim names; without it the difference is left out."""
     margin: float = 0.0
     """Added to the sum."""
 
@@ -78,7 +78,7 @@ def findings(
     labels: Mapping[str, bool | None],
     architectures: Mapping[str, Hashable] | None = None,
 ) -> pd.DataFrame:
-    """What the records decide about the findings of Grigg et al. 2021, for each self-supervised method.
+    """Verdicts on the findings of Grigg et al. 2021, for each self-supervised method.
 
     Args:
         frame: the records of a comparison, with a column ``deviations``: for each row the jackknife deviations over
@@ -90,7 +90,7 @@ def findings(
             have the same.
 
     Returns:
-        One row a contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken
+        One row per contrast: claim, contrast, numbers, effect, its 95 % interval (low, high), over what that is taken
         (and whether more images, or more runs of which kind of network, are needed for there to be one), the baseline,
         and the verdict on the claim. Claims whose networks or layers are not there are left out.
     """
@@ -143,11 +143,11 @@ def _decided(rows: "_Rows", plans: list[_Plan]) -> pd.DataFrame:
             needed = ["images (two Gram matrices at least)"] if few else []
             needed += ["runs of " + " and of ".join(single)] if single else []
             overs.append(f"{over}; needs more {', and more '.join(needed)}" if needed else over)
-        held = ", ".join(dict.fromkeys(one.baseline for one in plan.contrasts if one.baseline and one.parts))
+        baselines = ", ".join(dict.fromkeys(one.baseline for one in plan.contrasts if one.baseline and one.parts))
         decided = verdict(contrasts)
         for one, contrast, over in zip(plan.contrasts, contrasts, overs, strict=True):
             numbers = ", ".join(f"{name} {float(part.of(rows.values)):.3f}" for name, part in one.parts.items())
-            cells = (one.claim, one.says, numbers, contrast.value, *interval(contrast), over, held, decided)
+            cells = (one.claim, one.says, numbers, contrast.value, *interval(contrast), over, baselines, decided)
             found.append(dict(zip(COLUMNS, cells, strict=True)))
     return pd.DataFrame(found, columns=COLUMNS)
 
@@ -190,7 +190,7 @@ class _Rows:
             self.deviations = np.stack(frame["deviations"].tolist())
 
     def teams(self, method: str) -> dict[str, list[str]]:
-        """The groups of runs that stand for something larger."""
+        """The groups of runs over which intervals are taken."""
         trained = {method: self.of_method[method], SUPERVISED: self.supervised}
         kinds = dict.fromkeys(self.architectures[name] for names in trained.values() for name in names)
         blank = {kind: [name for name in self._untrained if self.architectures[name] == kind] for kind in kinds}
@@ -203,7 +203,7 @@ class _Rows:
         return found if kinds == {self.architectures[name] for name in found} else []
 
     def networks(self, one: Difference) -> set[str]:
-        """Whose numbers enter a difference; those that only lend their views do not."""
+        """Networks whose numbers enter a difference, not those that only contribute their views."""
         rows = np.concatenate([np.zeros(0, int), *(part.rows for part in one.parts.values())])
         return set(self.names[rows].ravel())
 
@@ -214,7 +214,7 @@ class _Rows:
         return Mean(rows, 1 / (layers[network] * max(1, len(layers))), factor)
 
     def differences(self, method: str, run: str | None = None) -> list[Difference]:
-        """All that the claims say of a method, the same list whatever was measured; without one run."""
+        """All differences of the claims about a method, always in the same order; optionally without one run."""
         frame = self.frame
         stays = (frame["model"] != run) & (frame["model_other"] != run) if run else pd.Series(True, frame.index)
         ours, theirs = self.of_method[method], self.supervised
@@ -230,7 +230,7 @@ class _Rows:
             return cka & (one != other) & ((one.isin(a) & other.isin(b)) | (one.isin(b) & other.isin(a)))
 
         def same(where: pd.Series, factor: float) -> Mean:
-            """Pairs of runs of one method, every method alike; without one run, two must be left."""
+            """Mean over pairs of runs of one method, with equal weights of methods; at least two runs must be left."""
             means = [self.mean(between(runs, runs) & where) for runs in repeated]
             rows, weights = (np.concatenate([[], *(mean[i] for mean in means)]) for i in (0, 1))
             return Mean(rows.astype(int), weights / max(1, len(means)), factor)

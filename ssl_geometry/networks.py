@@ -27,7 +27,7 @@ LONGEST = 80
 MODELS = (
     "networks, each NAME=SPEC or SPEC. SPEC: a run directory or a checkpoint; a published checkpoint by name, such as "
     "byol (python -m ssl_geometry.zoo list), or byol:FILE where its file was downloaded by hand; torchvision:NAME or "
-    "timm:NAME with their weights; random[:SEED], an untrained twin of the first; random:ARCH[@PIXELS][:SEED], an "
+    "timm:NAME with their weights; random[:SEED], the first network untrained; random:ARCH[@PIXELS][:SEED], an "
     "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.geometry.prediction import leave_one_out, predictive_r2, rank_correlation, unit_means
 from ssl_geometry.records import read_records
 from ssl_geometry.runs.networks import Loaded
@@ -38,7 +38,7 @@ def recipes_of(networks: Mapping[str, Loaded], named: Mapping[str, str]) -> dict
         itself = model.method.recipe if model.epochs is not None else f"{UNTRAINED} {model.architecture}"
         known[name] = named.get(name) or named.get(model.given) or (model.given if model.given != name else itself)
     if strange := [name for name in named if name not in known and name not in {m.given for m in networks.values()}]:
-        raise UserError(f"--recipes.{strange[0]}: no such model; {nearest(strange[0], known)}")
+        raise UserError(f"--recipes.{strange[0]}: no such model; {did_you_mean(strange[0], known)}")
     first = {recipe: name for name, recipe in reversed(known.items())}
     return {name: first[recipe] for name, recipe in known.items()}
 
@@ -76,7 +76,9 @@ def read_targets(sources: Sequence[str], models: Mapping[str, str], recipes: Map
                 reason = error.strerror if isinstance(error, OSError) else first_line(error)
                 raise UserError(f"--targets {source}: cannot be read as a table ({reason})") from error
         if missing := [name for name in ("task", "dataset", "model", "value") if name not in frame]:
-            raise UserError(f"--targets {source}: no column {missing[0]!r}; {nearest(missing[0], list(frame.columns))}")
+            raise UserError(
+                f"--targets {source}: no column {missing[0]!r}; {did_you_mean(missing[0], list(frame.columns))}"
+            )
         if "metric" in frame and not path.is_dir():  # two metrics of a data set are two tasks, never averaged
             several = frame.groupby(["task", "dataset"])["metric"].transform("nunique") > 1
             frame["task"] = frame["task"].where(~several, frame["task"] + " (" + frame["metric"] + ")")
@@ -142,11 +144,11 @@ def predict(
             }
         complete_columns = np.isfinite(x).all(0)
         if complete_columns.any():
-            guess = leave_one_out(x, y)
-            row["ridge Q2"] = predictive_r2(guess, y)
+            predicted = leave_one_out(x, y)
+            row["ridge Q2"] = predictive_r2(predicted, y)
             predicted += [
                 {"task": title, "model": model, "value": value, "predicted": g}
-                for model, value, g in zip(dict.fromkeys(units), y, guess, strict=True)
+                for model, value, g in zip(dict.fromkeys(units), y, predicted, strict=True)
             ]
         accuracy = unit_means(np.array([[baseline.get(model, np.nan)] for model in of_models.index]), units)
         base = rank_correlation(accuracy, y)  # side by side with the metrics on the same recipes, or not at all

@@ -10,7 +10,7 @@ from rich.console import Console
 from ssl_geometry.data.datamodule import BANK_SIZE, DataModule
 from ssl_geometry.data.images import stratified
 from ssl_geometry.data.plan import size_within
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.finetuning import FineTuning
 from ssl_geometry.measure.frozen import (
     RATES,
@@ -142,7 +142,7 @@ def parse(args: Sequence[str]) -> Any:
         options.evaluations = [options.evaluations]
     for name in options.evaluations:
         if name not in EVALUATIONS:
-            raise UserError(f"--evaluations {name}: {nearest(name, EVALUATIONS)}")
+            raise UserError(f"--evaluations {name}: {did_you_mean(name, EVALUATIONS)}")
     if options.linear_weight_decay > highest_decay(max(RATES)):
         raise UserError(
             f"--linear_weight_decay {options.linear_weight_decay}: expected 0 to {highest_decay(max(RATES)):.2g}, up "

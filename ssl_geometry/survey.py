@@ -1,4 +1,4 @@
-"""Many models side by side: manifold graph metrics, which models are alike, and what predicts how they transfer.
+"""Survey many models: manifold graph metrics, which models are similar, and what predicts their transfer.
 
     python -m ssl_geometry.survey --models simclr=runs/c10/simclr swav dino-vits16 random:resnet50 --data.dataset PATH
     python -m ssl_geometry.survey --models ... --neighbors.settings [policy] --targets published

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS
 from ssl_geometry.networks import Sources, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import at_least
@@ -33,8 +33,8 @@ def parse(args: Sequence[str]) -> Any:
     """
     parser = networks_parser(
         "survey",
-        "Measure the manifolds of many models, and say which models are alike and what predicts how they transfer. "
-        "Started again, the same command goes on with the models that are missing.",
+        "Measure the manifolds of many models, which models are similar, and what predicts their transfer. The same "
+        "command continues with the missing models when it is started again.",
         "neighbors",
         layers="stages and pooled features; heads differ, and published models have none",
         several=True,
@@ -43,13 +43,13 @@ def parse(args: Sequence[str]) -> Any:
         "--neighbors.settings",
         type=list[str],
         default=list(SETTINGS),
-        help="manifolds of augmented views of an image, next to those of images of a class: policy (the views of "
+        help="manifolds of augmented views of an image, in addition to those of a class: policy (the views of "
         "SimCLR), crop, color, rotate, translate",
     )
     parser.add_argument(
         "--neighbors.k",
         type=Annotated[int, at_least(LEAST_CANDIDATES)] | None,
-        help=f"nearest images of which NNK chooses (default: {CANDIDATES}, or all others where there are fewer)",
+        help=f"nearest images that NNK selects from (default: {CANDIDATES}, or all others where there are fewer)",
     )
     parser.add_argument(
         "--neighbors.copies", type=Annotated[int, at_least(3)], default=10, help="augmented views of each image"
@@ -58,11 +58,9 @@ def parse(args: Sequence[str]) -> Any:
         "--spectrum.copies",
         type=Annotated[int, at_least(2, also=0)],
         default=10,
-        help="augmented views of each image that LiDAR compares; 0 leaves LiDAR and alignment out",
+        help="augmented views of each image for LiDAR; 0 leaves LiDAR and alignment out",
     )
-    parser.add_argument(
-        "--clusters", type=Annotated[int, at_least(2)], default=3, help="groups that the models are cut into"
-    )
+    parser.add_argument("--clusters", type=Annotated[int, at_least(2)], default=3, help="number of clusters of models")
     parser.add_argument(
         "--targets",
         type=list[str],
@@ -74,14 +72,14 @@ def parse(args: Sequence[str]) -> Any:
         "--recipes",
         type=dict | list | str,  # what is no dictionary is reported in one line
         default={},
-        help="model to the name of its recipe, such as {a: x, b: x}, for models that do not tell by themselves; models "
-        "of one recipe count once where something is predicted",
+        help="model to the name of its recipe, such as {a: x, b: x}, where it cannot be inferred; models "
+        "of one recipe are averaged in predictions",
     )
     options = parse_networks(parser, "survey", args, "neighbors", LAYERS, SOURCES, NOTES)
     options.recipes = _named_recipes(options.recipes)
     for name in options.neighbors.settings:
         if name not in SETTINGS:
-            raise UserError(f"--neighbors.settings {name}: {nearest(name, SETTINGS)}")
+            raise UserError(f"--neighbors.settings {name}: {did_you_mean(name, SETTINGS)}")
     options.manifolds = [SEMANTIC, *options.neighbors.settings]
     return options
 

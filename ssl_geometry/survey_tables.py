@@ -1,4 +1,4 @@
-"""Tables and figures of ``survey``, from its records: metrics, which models are alike, what predicts transfer."""
+"""Tables and figures of ``survey``, from its records: metrics, which models are similar, what predicts transfer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +102,7 @@ def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[s
 def _alike(
     table: pd.DataFrame, families: Mapping[str, str], n: int, clusters: int, folder: Path
 ) -> tuple[list[Path], dict[str, Figure]]:
-    """Which models are alike: table and figures."""
+    """Table and figures of which models are similar."""
     found = group(table.to_numpy(), clusters)
     place = pd.DataFrame(found.place, index=table.index, columns=["PC1", "PC2"])
     place.insert(0, "cluster", found.labels)
@@ -113,7 +113,7 @@ def _alike(
         f"Ward's clusters of {len(table)} models on {used} standardised metrics, and their first two principal "
         f"components ({found.explained[0]:.0%} and {found.explained[1]:.0%} of the variance)."
     )
-    made = [write_table(place, {"Which models are alike": text}, folder / "map", note)]
+    made = [write_table(place, {"Which models are similar": text}, folder / "map", note)]
     title = f"{len(table)} models by {used} manifold graph metrics, {n:,} images"
     return made, {
         "tree": model_tree(found.merges, list(table.index), families, title),
@@ -122,7 +122,7 @@ def _alike(
 
 
 def _together(table: pd.DataFrame, recipes: Mapping[str, str], folder: Path) -> tuple[list[Path], dict[str, Figure]]:
-    """Which metrics say the same over recipes: table and figure."""
+    """Table and figure of correlated metrics over recipes."""
     means = table.xs("mean", axis=1, level="statistic")
     of_recipes = unit_means(means.to_numpy(), [recipes[model] for model in table.index])
     correlation = pd.DataFrame(of_recipes, columns=means.columns.map(" ".join))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssl_geometry.cli import Parser, run_command
-from ssl_geometry.errors import ExitCode, Interrupted, UserError, nearest
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, did_you_mean
 from ssl_geometry.models.zoo import TABLE, Checkpoint, cache_folder, cached, fetch
 
 PROGRAM = "python -m ssl_geometry.zoo"
@@ -72,7 +72,7 @@ def run(args: Sequence[str]) -> None:
     options = parser.parse_args(list(args))
     for name in options.names:
         if name not in TABLE:
-            raise UserError(f"{options.action} {name}: {nearest(name, TABLE)}")
+            raise UserError(f"{options.action} {name}: {did_you_mean(name, TABLE)}")
     rows = [TABLE[name] for name in options.names or TABLE]
     console, wrong = Console(highlight=False, soft_wrap=True), 0
     if options.action == "list":
@@ -81,7 +81,7 @@ def run(args: Sequence[str]) -> None:
         return
     if options.action == "fetch":
         if not options.names:
-            raise UserError(f"fetch: name the checkpoints, such as fetch byol; {nearest('', TABLE)}")
+            raise UserError(f"fetch: name the checkpoints, such as fetch byol; {did_you_mean('', TABLE)}")
         for row in rows:
             console.print(f"{row.name}  {fetch(row)}")
         return

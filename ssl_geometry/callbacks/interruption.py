@@ -29,18 +29,18 @@ class LostProcess(Exception):
 class StopOnSignal(L.Callback):
     """Watches for SIGUSR1 (SLURM's warning before the time limit) and SIGTERM (a preemption, a cancelled job).
 
-    The handler only remembers the signal. After each step the processes exchange what they know (a signal, a bad loss;
-    on the first, that a checkpoint is overdue) in one reduction of few numbers over a CPU group of their own, which is
-    read one step later: nobody waits for it, nor for the device, and all save or stop after the same step. That
-    reduction also fails within seconds where a process has died, so that the others do not hang. Lightning's own
-    exchange, a broadcast that the host waits for in every step, is switched off.
+    The handler only stores the signal. After each step the processes exchange their state (a signal, a non-finite loss;
+    on the first, an overdue checkpoint) in one reduction of a few numbers over a separate CPU group, which is read one
+    step later: neither the host nor the device waits, and all processes save or stop after the same step. The reduction
+    also fails within seconds if a process has died, so that the others do not hang. Lightning's own exchange, a
+    broadcast that the host waits for in every step, is switched off.
 
-    It saves before the next step begins: by then the figures of the last one are logged, and so no checkpoint is ahead
-    of the records.
+    Checkpoints are saved before the next step begins, when the values of the last step are logged, so that no
+    checkpoint is ahead of the records.
 
     Args:
-        last: the checkpoint to save, after a signal and where it is overdue.
-        losses: whose finding is shared with the other processes, so that all stop.
+        last: the checkpoint to save after a signal, or when it is overdue.
+        losses: detects non-finite losses; its result is shared, so that all processes stop.
     """
 
     def __init__(self, last: LastCheckpoint, losses: StopOnNaN | None = None) -> None:
@@ -48,12 +48,12 @@ class StopOnSignal(L.Callback):
         self.losses = losses
         self.signal = 0
         self.stopped: Interrupted | None = None
-        """Set where the run ended by something else after a signal: what to say instead."""
+        """The reason to report if the run ended with another error after a signal."""
         self._process = os.getpid()
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
-        self._told = self._stopping = 0
+        self._signalled = self._stopping = 0
         self._overdue = False
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             for number in SIGNALS:
@@ -65,7 +65,7 @@ class StopOnSignal(L.Callback):
             self.signal = number
 
     def restore(self) -> None:
-        """Put back the handlers that were there before."""
+        """Restore the previous signal handlers."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -86,15 +86,15 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look whether to stop or to save after this step; gradients that are summed up are no step yet."""
-        told, bad, save = self._agreed()
+        """Check whether to stop or save after this step; accumulated gradients do not count as a step."""
+        signalled, bad, save = self._agreed()
         if bad and self.losses is not None:
             self.losses.stop(trainer)
-        self._told = self._told or told
+        self._signalled = self._signalled or signalled
         self._overdue = self._overdue or save == self.last.saves + 1  # else it was asked for before the last save
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._stopping = self._told
-            self.last.wanted, self._overdue = self._overdue or self._told > 0, False
+            self._stopping = self._signalled
+            self.last.wanted, self._overdue = self._overdue or self._signalled > 0, False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -103,18 +103,18 @@ class StopOnSignal(L.Callback):
         if self.last.wanted and batch_idx:
             with _without_the_batch(trainer):
                 self.last.save(trainer)
-        self._stop_if_told()
+        self._stop_if_signalled()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """A data worker that ends after a signal ends the run as the signal would; saved, if that was between steps."""
-        told = self._stopping or self.signal
-        if not told:
+        """Treat a DataLoader worker that died after a signal like the signal; save if this is between two steps."""
+        signalled = self._stopping or self.signal
+        if not signalled:
             return
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's raises wherever it finds a dead worker, here too
         if not data_worker_died(exception):
             return
-        self.stopped = _stop(told)
+        self.stopped = _stop(signalled)
         progress = trainer.fit_loop.epoch_loop.batch_progress
         waiting = any(frame.name == Loader._batches.__name__ for frame in traceback.extract_tb(exception.__traceback__))
         between = trainer.training and progress.current.completed == progress.current.ready > 0
@@ -123,9 +123,9 @@ class StopOnSignal(L.Callback):
             self.last.save(trainer)
 
     def on_test_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Stop; training is over, and its last checkpoint is there."""
+        """Stop; training is over and its last checkpoint is saved."""
         self._stopping = self._stopping or self._agreed()[0]
-        self._stop_if_told()
+        self._stop_if_signalled()
 
     def _agreed(self) -> list[int]:
         """What some process knew before the last step: a signal, a bad loss (1), which save is overdue; 0 for none."""
@@ -143,7 +143,7 @@ class StopOnSignal(L.Callback):
             raise LostProcess from error
         return earlier[1].tolist()
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_signalled(self) -> None:
         if self._stopping:
             raise _stop(self._stopping)
 
@@ -168,7 +168,7 @@ def _stop(number: int) -> Interrupted:
 
 
 def data_worker_died(error: BaseException) -> bool:
-    """Whether an error says that a data worker has ended."""
+    """Whether an error reports that a DataLoader worker died."""
     frames = traceback.extract_tb(error.__traceback__)
     reading = isinstance(error, ConnectionError) and any("torch/utils/data" in frame.filename for frame in frames)
     return reading or bool(re.search("DataLoader worker|Pin memory thread", str(error)))

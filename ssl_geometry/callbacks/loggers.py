@@ -108,7 +108,7 @@ class ResumableWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """What a method of a user's own says of itself, next to the configuration."""
+        """Hyper-parameters that a user's own method logs, in addition to the configuration."""
         self._carefully(super().log_hyperparams, params)
 
     def finish(self, exit_code: int) -> None:
@@ -182,7 +182,7 @@ def _wandb(run: Run, config: dict[str, Any], project: str) -> ResumableWandbLogg
     if not is_first_process():
         return ResumableWandbLogger(run.directory)
     options = wandb_options(run.directory, config, {**run.facts, "wandb_id": identity}, project)
-    os.environ.setdefault("WANDB_SILENT", "true")  # what it would print is said here, or stands in run.json
+    os.environ.setdefault("WANDB_SILENT", "true")  # its messages are printed here, or are in run.json
     settings = wandb.Settings(init_timeout=TIMEOUT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
     for mode in (None, "offline"):  # neither a missing key nor a server that is away may stop training
         try:

@@ -56,7 +56,7 @@ class GeometryMonitor(L.Callback):
         heads: attribute paths of modules that read the network's features, measured under these names.
         clean: how the network sees an image: a :class:`View`, or a transform from a PIL image to a tensor (random views
             then cannot be measured). Methods of this package know it.
-        every_n_epochs: for measurements that do not say: at the start, after every n-th epoch and after the last one.
+        every_n_epochs: default of the measurements: at the start, after every n-th epoch and after the last one.
         name: of the network where several are monitored, such as ``"teacher"``: in the rows, in the names of curves
             (``cka/teacher/to_init/…``) and of figures. None takes the run's.
 
@@ -300,7 +300,7 @@ class GeometryMonitor(L.Callback):
     def _reference(self, cka: CKA, module: Any) -> Subject:
         loaded = load_method(str(cka.reference), option=cka.option("reference"))
         name = loaded.name
-        if name in (INITIAL, self._subject.name):  # the names tell the networks of the records apart
+        if name in (INITIAL, self._subject.name):  # names distinguish networks in the records
             name += "-reference"
         return Subject.of(loaded.method.to(self._subject.device), name)
 

@@ -38,20 +38,20 @@ class Status(IntEnum):
     """How a process ended, and which."""
 
     OVER = 0
-    """Well, or as all of them agreed to."""
+    """Finished, or stopped as agreed."""
     FAILED = 1
-    """By an error, which it prints itself; perhaps the same that all have."""
+    """Ended with an error, which it prints itself; the other processes may have the same."""
     DIED = 2
-    """Without a word: killed, crashed, or its node is gone."""
+    """Ended silently: killed, crashed, or its node is gone."""
 
 
 class WatchProcesses(L.Callback):
     """Ends this process soon after another one of the run has died.
 
     Args:
-        report: called in a thread when a process was lost, with words such as "process 3 of 8 has ended"; says so to
-            the user and to SLURM, and returns this process's exit code.
-        grace_seconds: how long the main thread then has to end by itself.
+        report: called in a thread when a process was lost, with a message such as "process 3 of 8 has ended"; reports
+            it to the user and to SLURM, and returns this process's exit code.
+        grace_seconds: time for the main thread to end by itself.
     """
 
     def __init__(self, report: Callable[[str], int], grace_seconds: float = GRACE_SECONDS) -> None:
@@ -64,7 +64,7 @@ class WatchProcesses(L.Callback):
         self._code: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Connect the processes, once; Lightning's own observer, which kills without a word, is not needed then."""
+        """Connect the processes, once; this replaces Lightning's own observer, which kills without a message."""
         if trainer.world_size == 1 or self._connections:
             return
         problem = "another one could not connect"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from ssl_geometry.data.images import Files, Images, Items, data_option, resize, stratified
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 
 logger = logging.getLogger(__name__)
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN"}
@@ -75,7 +75,7 @@ def load(
     if Path(dataset).is_dir() or os.sep in dataset or dataset.startswith("."):
         return _folder(Path(dataset), data_option("dataset"), image_size)
     raise UserError(
-        f"{data_option('dataset')} {dataset}: neither a known data set ({nearest(dataset, NAMES)}), "
+        f"{data_option('dataset')} {dataset}: neither a known data set ({did_you_mean(dataset, NAMES)}), "
         f"nor torchvision.datasets.<Class>, nor an existing image folder"
     )
 
@@ -180,7 +180,7 @@ def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str
         raise UserError(f"{option} {path / LIST}: cannot be read as a table ({first_line(error)})") from error
     classes = [str(name) for name in table.columns if name != "file"]
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise UserError(f"{option} {path / LIST}: the column {twice[0]!r} stands there twice; keep one")
+        raise UserError(f"{option} {path / LIST}: the column {twice[0]!r} is there twice; keep one")
     if "file" not in table or not classes or not table[classes].isin([0, 1]).all(axis=None):
         raise UserError(f"{option} {path / LIST}: expected a column `file` and a column of 0 and 1 for each class")
     names = table["file"]
@@ -188,7 +188,7 @@ def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str
         raise UserError(f"{option} {path / LIST}: {outside[0]} lies outside {path}; files are named from that folder")
     names = names.map(os.path.normpath)  # ./0.png and 0.png/ are 0.png
     if names.duplicated().any():
-        raise UserError(f"{option} {path / LIST}: {names[names.duplicated()].iloc[0]} stands there twice; keep one row")
+        raise UserError(f"{option} {path / LIST}: {names[names.duplicated()].iloc[0]} is there twice; keep one row")
     missing = [name for name in names if not os.path.isfile(path / name)]  # False of a name that no system takes
     if missing or table.empty:
         first = [f"{name[:60]}…" if len(name) > 60 else name for name in missing[:1]]
@@ -209,7 +209,7 @@ def _torchvision(
     if name not in torchvision.datasets.__all__:
         raise UserError(
             f"{data_option('dataset')} torchvision.datasets.{name}: no such class; "
-            f"{nearest(name, torchvision.datasets.__all__)}"
+            f"{did_you_mean(name, torchvision.datasets.__all__)}"
         )
     kind = getattr(torchvision.datasets, name)
     parameters = _parameters(kind)

@@ -28,7 +28,7 @@ from ssl_geometry.data.geometric import Crop
 from ssl_geometry.data.operation import Op, Params
 from ssl_geometry.data.photometric import Blur
 from ssl_geometry.data.random_numbers import PER_NUMBER, PER_SAMPLE, hashed, stream_key
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 
 Augment = str | dict[str, Any] | list[Any]
 """How views are made, as plain data: an operation or a policy, ``{name: {option: value}}``, or a list of these."""
@@ -156,7 +156,7 @@ def _parse(augment: Augment, size: int) -> list[Op]:
     for name, options in augment.items():
         options = {} if options is None else options
         if name not in OPS and name not in POLICIES:
-            known = nearest(str(name), [*OPS, *POLICIES])
+            known = did_you_mean(str(name), [*OPS, *POLICIES])
             raise UserError(f"augment: no operation or policy is called {name!r}; {known}")
         if not isinstance(options, dict):
             raise UserError(
@@ -164,7 +164,9 @@ def _parse(augment: Augment, size: int) -> list[Op]:
             )
         for option in options:
             if option not in _options(name):
-                raise UserError(f"augment: {name} has no option {option!r}; {nearest(str(option), _options(name))}")
+                raise UserError(
+                    f"augment: {name} has no option {option!r}; {did_you_mean(str(option), _options(name))}"
+                )
         try:
             ops += [OPS[name](size, **options)] if name in OPS else _parse(POLICIES[name](**options), size)
         except TypeError as error:
@@ -400,7 +402,7 @@ def _normalization(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     """Mean and standard deviation of each channel."""
     if isinstance(normalize, str):
         if normalize not in NORMALIZE:
-            raise UserError(f"normalize is {normalize!r}; {nearest(normalize, NORMALIZE)}")
+            raise UserError(f"normalize is {normalize!r}; {did_you_mean(normalize, NORMALIZE)}")
         return NORMALIZE[normalize]
     try:
         mean, std = (tuple(float(value) for value in values) for values in normalize)

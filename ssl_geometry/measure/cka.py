@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 logger.addFilter(is_of_the_first)
 
 FEW_GRAMS, SMALLER = 3, 16
-"""So many Gram matrices give intervals that say little; the size that is proposed instead."""
+"""Up to this number of Gram matrices, intervals are too wide to be useful; the size that the warning proposes."""
 INITIAL = "init"
 """Name of the initialisation in the records."""
 GramSize = Annotated[int, at_least(MIN_GRAM_SIZE)]
@@ -40,21 +40,21 @@ GramSize = Annotated[int, at_least(MIN_GRAM_SIZE)]
 
 @dataclass
 class FrozenReference:
-    """A network that does not learn: its layers, and the Gram vectors of each batch on the host, a row per layer."""
+    """A frozen reference: its layers, and the Gram vectors of each batch on the host, one row per layer."""
 
     name: str
     depths: dict[str, float]
     vectors: dict[int, Tensor]
     images: str = ""
-    """Which images in which batches: a resumed run may look at others."""
+    """The images and batches, which may differ in a resumed run."""
 
     @property
     def columns(self) -> list[str]:
-        """Its layers, named apart from those of the network that it is compared with."""
+        """Its layers, with names distinct from those of the compared network."""
         return [f"{self.name}/{layer}" for layer in self.depths]
 
     def batch(self, number: int, device: torch.device) -> dict[str, Tensor]:
-        """Column to Gram vector, on a device by one copy."""
+        """Column to Gram vector, moved to the device in one copy."""
         return dict(zip(self.columns, self.vectors[number].to(device), strict=True))
 
 
@@ -65,7 +65,7 @@ class CKA(Measurement):
         layers: which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         gram_size: images in a Gram matrix, at least 4; the cost grows with it.
-        reference: a run directory or a checkpoint to compare with as well, such as the supervised twin.
+        reference: a run directory or a checkpoint to compare with, such as the supervised counterpart.
     """
 
     group = "cka"
@@ -84,16 +84,16 @@ class CKA(Measurement):
         self._may_lack_initial = False  # without another line
 
     def prepare(self, subject: Subject, images: ImageSource) -> None:
-        """Intervals of few Gram matrices are warned of."""
+        """Warn if there are few Gram matrices."""
         warn_of_few(images, self.gram_size, self.option("gram_size"))
 
     def add_reference(self, reference: Subject, images: ImageSource, like: Subject) -> None:
-        """Measure a network once, and compare with it from now on.
+        """Measure a frozen reference once, and compare with it from now on.
 
         Args:
-            reference: the network, on its device, named as it is to stand in the records.
-            images: that all networks see.
-            like: the network that it is compared with.
+            reference: the network, on its device, under its name in the records.
+            images: the measurement images.
+            like: the network that is compared with it.
         """
         request = Request(self.chosen(reference), GramVector(self.gram_size))
         frozen = FrozenReference(reference.name, reference.depths(request.layers), {})
@@ -101,10 +101,10 @@ class CKA(Measurement):
         with measuring(reference.network):
             for count, (_, reduced) in enumerate(forward_pass(reference, images.loader("measure"), [request])):
                 frozen.vectors[count * world_size + rank] = torch.stack(list(reduced[request].values())).cpu()
-        self.frozen[frozen.name] = frozen  # each process has the batches that it will see again
+        self.frozen[frozen.name] = frozen  # each process keeps the batches that it will see again
         unmatched = set(self.chosen(like)) - set(frozen.depths)
         if any(not layer.startswith("head") for layer in unmatched):
-            logger.info(f"{reference.name} is of another architecture: curves compare layers of nearest depth")
+            logger.info(f"{reference.name} has another architecture: curves compare layers of the nearest depth")
 
     def requests(self, subject: Subject) -> Sequence[Request]:
         """The Gram vector of every layer, clean images."""
@@ -113,7 +113,7 @@ class CKA(Measurement):
         return [self._request]
 
     def begin(self, occasion: Occasion) -> None:
-        """Fresh sums; before the first step, the initialisation begins to be kept."""
+        """Reset the metrics; before the first step, start storing the initialisation."""
         self._keep_initial = occasion.is_initialisation
         self._images = data = occasion.images
         images = f"{data.measure_ids}, batches of {data.eval_batch_size}, Gram matrices of {self.gram_size}"
@@ -121,7 +121,7 @@ class CKA(Measurement):
             self.frozen[INITIAL] = FrozenReference(INITIAL, self._depths, {}, images)
         elif INITIAL in self.frozen and self.frozen[INITIAL].images != images:
             logger.info(
-                "the measurement images, their batches or gram_size are others than at the start: CKA with the "
+                "the measurement images, their batches or gram_size have changed since the start: CKA with the "
                 "initialisation ends here"
             )
             del self.frozen[INITIAL]
@@ -137,13 +137,13 @@ class CKA(Measurement):
         }
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
-        """All pairs of layers of two networks by one matrix product."""
+        """Add one batch: all pairs of layers of two networks by one matrix product."""
         rows = reduced[self._request]
         if self._keep_initial:
             self.frozen[INITIAL].vectors[batch_number] = torch.stack(list(rows.values())).cpu()
         gram = first_gram(batch_number, self._images, self.gram_size)
         self._itself.update(rows, first_gram=gram)
-        for name, metric in self._others.items():  # one product for each: the same bits whatever it is compared with
+        for name, metric in self._others.items():  # one product per network, so that bits do not depend on the others
             metric.update(rows, self.frozen[name].batch(batch_number, batch["index"].device), gram)
 
     def finish(self, occasion: Occasion) -> Measured:
@@ -163,7 +163,7 @@ class CKA(Measurement):
         return {} if initial is None else {INITIAL: vars(initial)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on comparing with the initialisation."""
+        """Restore the initialisation."""
         if INITIAL in state:
             self.frozen[INITIAL] = FrozenReference(**state[INITIAL])
 

@@ -1,11 +1,11 @@
 """The measuring engine: measurements that are due together share ONE pass over the images.
 
-Each says what it needs (images, views, layers, reductions); the network runs once per batch and view, and every
-measurement gets its part. Live and offline run this code.
+Each requests what it needs (images, views, layers, reductions); the network runs once per batch and view, and every
+measurement receives its part. Live and offline measurements run this code.
 
 The network is measured in evaluation mode (batch norm with its running statistics), in float32 whatever the precision
-of training, on images in a fixed random order, split over processes by whole batches. Nothing of the network changes:
-modes, weights and random number streams are left as they were found.
+of training, on images in a fixed random order, distributed over processes by whole batches. A measurement does not
+change the network: modes, weights and random number streams are restored.
 """
 
 from collections import defaultdict
@@ -36,23 +36,23 @@ def measure_together(
         measurements: prepared ones.
         occasion: what is measured, on which images, and when.
         advance: called after every batch of this process.
-        together: what the pass runs in, such as :func:`ssl_geometry.measure.processes.agreeing`: a process that fails
-            in it comes to nothing that the others wait for.
+        together: context of the pass, such as :func:`ssl_geometry.measure.processes.agreeing`, in which an error of one
+            process becomes an error of all.
 
     Returns:
-        What each of them found, the same on every process.
+        The rows of each measurement, the same on every process.
     """
     return Pass(measurements, occasion).finish(advance, together)
 
 
 Part = tuple[Split, int | None]
-"""A set of images: the first so many of a split, or all."""
+"""A set of images: the first n of a split, or all."""
 
 
 class Pass:
-    """The pass of :func:`measure_together`, whose parts may be run one by one while the network stays as it is.
+    """The pass of :func:`measure_together`, whose parts can be run one by one while the network does not change.
 
-    A measurement begins with the first part that it asks for: of a pass that is given up, the others know nothing.
+    A measurement begins with the first part that it requests, so an abandoned pass does not affect the others.
 
     Args:
         measurements: prepared ones.

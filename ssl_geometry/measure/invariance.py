@@ -1,4 +1,4 @@
-"""How far each layer ignores augmentations, and how far its similarities follow the classes.
+"""Invariance of each layer to augmentations, and its similarity to the classes.
 
 Protocol: the CKA of a layer with itself under two augmented views of the same measurement images (Grigg et al. 2021,
 figures 3 and 5), for the method's own policy, the standard policies, and each augmentation alone (that split is

@@ -1,4 +1,4 @@
-"""What a measurement is: what it needs of every batch, what it is measured on, and what it returns."""
+"""The interface of measurements: what they request of every batch, the images they see, and the rows they return."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ Layers = str | list[str]
 
 
 class ImageSource(Interface):
-    """Where measurements get their images: :class:`MeasurementImages`, or a data module of this package."""
+    """The source of images of measurements: :class:`MeasurementImages`, or a data module of this package."""
 
     num_classes: int
     num_test: int
@@ -28,16 +28,16 @@ class ImageSource(Interface):
     eval_batch_size: int
     image_shape: tuple[int, ...]
     size_option: str
-    """What says how many images are measured on, for messages."""
+    """The option for the number of measurement images, for messages."""
     batch_option: str
-    """What says how many images are in a batch, for messages."""
+    """The option for the batch size, for messages."""
 
     def loader(self, split: Any, images: int | None = None) -> Any:
         """Batches of this process: ``image`` uint8 (B, 3, H, W), ``label`` (B,) or (B, C), ``index`` (B,)."""
 
     @property
     def origin(self) -> str:
-        """Where the images come from, for messages."""
+        """The origin of the images, for messages."""
 
     @property
     def measure_ids(self) -> str:
@@ -45,26 +45,26 @@ class ImageSource(Interface):
 
     @property
     def measure_sizes(self) -> Int64[Tensor, " C"] | None:
-        """Measurement images of each class, drawn class by class; None where they were not."""
+        """Number of measurement images of each class, if they were drawn class by class; otherwise None."""
 
     @property
     def trained_on(self) -> dict[str, Any]:
-        """Which labelled training images classifiers learn from, for protocols."""
+        """The training images of classifiers, for protocols."""
 
     def tested(self, split: Any) -> dict[str, Any]:
-        """Which images classifiers are tested on, for protocols."""
+        """The test images of classifiers, for protocols."""
 
 
 @dataclass(frozen=True)
 class Occasion:
-    """What is measured, on which images, and when.
+    """The network, the images and the time of a measurement.
 
     Args:
         subject: the network.
-        images: that it sees.
-        run: that the rows belong to.
+        images: the images.
+        run: id of the run that the rows belong to.
         epoch: completed epochs.
-        step: completed optimiser steps; None where the network is not in training.
+        step: completed optimiser steps; None if the network is not in training.
     """
 
     subject: Subject
@@ -75,36 +75,36 @@ class Occasion:
 
     @property
     def is_initialisation(self) -> bool:
-        """Whether training is about to begin."""
+        """Whether this is the measurement before training."""
         return self.step == 0
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What all rows share."""
+        """Columns that all rows share."""
         name = self.subject.name
         return {"run": self.run, "model": name, "split": "measure", "epoch": self.epoch, "step": self.step}
 
 
 @dataclass
 class Measured:
-    """Rows of one measurement, made by :func:`ssl_geometry.records.record`, and how the numbers came about."""
+    """Rows of one measurement, made by :func:`ssl_geometry.records.record`, and their protocols."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     protocols: list[Protocol] = field(default_factory=list)
 
 
 class Measurement:
-    """Base of what is measured: says what it needs, gets it batch by batch, and returns rows.
+    """Base class of measurements: requests what it needs, receives it batch by batch, and returns rows.
 
     Args:
-        every_n_epochs: while training, measure at the start, after every n-th epoch and after the last one; 0 is never,
-            None leaves it to the monitor.
+        every_n_epochs: during training, measure at the start, after every n-th epoch and after the last one; 0 is
+            never, None takes the monitor's.
     """
 
     group: ClassVar[str] = ""
     """Name of its options (``cka`` for ``--cka.layers``) and of its part of the records; by default the class's."""
     default_layers: ClassVar[str | Sequence[str]] = "all"
-    """Layers where none are chosen, as far as the network has them."""
+    """Layers by default, where the network has them."""
     layers: Layers | None = None
 
     def __init__(self, every_n_epochs: Epochs | None = None) -> None:
@@ -113,26 +113,26 @@ class Measurement:
 
     @classmethod
     def option(cls, name: str) -> str:
-        """An argument of it, as the user typed it: ``--cka.layers`` in a command, ``CKA.layers`` in a script."""
+        """An argument as the user typed it: ``--cka.layers`` in a command, ``CKA.layers`` in a script."""
         return argument(name, cls.group, cls.__name__)
 
     def chosen(self, subject: Subject) -> tuple[str, ...]:
-        """Names of the layers that are measured of a network.
+        """Names of the measured layers of a network.
 
         Raises:
-            UserError: layers that it does not have, with the option.
+            UserError: unknown layers, with the option.
         """
         return subject.layers(self.layers, self.default_layers, self.option("layers"))
 
     def check(self, subject: Subject) -> None:
-        """Refuse what means nothing for this network, before images are read.
+        """Refuse options that do not fit this network, before images are read.
 
         Raises:
-            UserError: with the option, or a device without float64, in which numbers are summed.
+            UserError: with the option; also for a device without float64, which sums need.
         """
         if subject.device.type == "mps":
             fix = "--trainer.accelerator cpu" if AS_OPTIONS.get() else "network.cpu(), or Trainer(accelerator='cpu')"
-            raise UserError(f"the network is on mps, which has no float64, in which numbers are summed; use {fix}")
+            raise UserError(f"the network is on mps, which has no float64; measurements need it, so use {fix}")
         if self.layers is not None:
             self.chosen(subject)
 
@@ -140,39 +140,39 @@ class Measurement:
         """Called once, before the first pass."""
 
     def requests(self, subject: Subject) -> Sequence[Request]:
-        """What it needs of every batch; asked before each pass."""
+        """What it needs of every batch; called before each pass."""
         raise NotImplementedError
 
     def begin(self, occasion: Occasion) -> None:
-        """A pass starts: forget the last one."""
+        """Reset the state at the start of a pass."""
 
     def update(self, batch_number: int, reduced: Reduced, batch: Mapping[str, Tensor]) -> None:
-        """One batch of the pass.
+        """Process one batch.
 
         Args:
-            batch_number: its place in its split, over all processes.
+            batch_number: index of the batch in its split, over all processes.
             reduced: for each of its requests of that split, layer to reduced output.
             batch: the images, labels and indices.
         """
         raise NotImplementedError
 
     def finish(self, occasion: Occasion) -> Measured:
-        """The pass is over: the rows. Called on every process (metrics are reduced here)."""
+        """Return the rows at the end of a pass; called on every process, as metrics are reduced here."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot measure again, as plain data."""
+        """State that a resumed run cannot measure again, as plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the checkpoint left."""
+        """Restore the state."""
 
 
 def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement]:
-    """The measurements that a script asked for: one, or several.
+    """Check the measurements of a script, and return them as a list.
 
     Args:
-        measurements: as they were given.
+        measurements: one or several.
 
     Raises:
         UserError: a class in place of a measurement, something else, or one twice.
@@ -189,17 +189,17 @@ def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement
         if not isinstance(item, Measurement):
             raise UserError(f"measurements: {item!r} is no measurement, such as CKA()")
         if type(item).requests is Measurement.requests:
-            raise UserError(f"measurements: {type(item).__name__} asks for nothing; it needs a method requests()")
+            raise UserError(f"measurements: {type(item).__name__} requests nothing; implement its method requests()")
     if twice := [item for number, item in enumerate(listed) if any(item is other for other in listed[:number])]:
-        raise UserError(f"measurements: one {type(twice[0]).__name__} stands there twice; make another")
+        raise UserError(f"measurements: the same {type(twice[0]).__name__} is listed twice; create a second one")
     return listed
 
 
 def check_source(images: Any) -> None:
-    """Refuse what measurements get no images from.
+    """Refuse objects that are not a source of images.
 
     Raises:
-        UserError: with what to give.
+        UserError: with the fix.
     """
     if images is None:
         raise UserError("images: give images=MeasurementImages.from_dataset(…)")

@@ -1,7 +1,7 @@
-"""Every pair of layers of two networks: CKA with error bars, the overlap of nearest neighbours, and what chance gives.
+"""Every pair of layers of two networks: CKA with error bars, overlap of nearest neighbours, and the permutation null.
 
-Measured of each network on its own: Gram vectors and neighbours of each layer. Pairs are compared from these, so that
-one network at a time is on the device.
+Each network is measured on its own: Gram vectors and neighbours of each layer. Pairs are compared from these, so that
+only one network at a time is on the device.
 """
 
 import re
@@ -28,37 +28,37 @@ from ssl_geometry.records import Protocol, record
 from ssl_geometry.report.style import BLOCK
 
 SEED, CHANCE = 0, 0.95
-"""Of the permutations, and the quantile of theirs that a search over layers is held against."""
+"""Seed of the permutations, and the quantile of the null that a search over layers is compared with."""
 
 
 @dataclass
 class Network:
-    """One network of the comparison, and what is kept of it: no activations, no weights."""
+    """One network of the comparison: its Gram vectors, neighbours and records, but no activations or weights."""
 
     name: str
     learns_from_labels: bool | None
-    """None where that is not known, or it was not trained."""
+    """None if unknown or untrained."""
     epoch: int | None
-    """Completed epochs; None was not trained."""
+    """Completed epochs; None if untrained."""
     architecture: str
     depths: dict[str, float]
     vectors: list[Tensor]
     """For each batch, the Gram vectors of the layers, (L, P)."""
     neighbors: Tensor
     """Of each layer and image, the k nearest images, (L, N, k)."""
-    alike: Tensor
-    """Layers whose direction does not vary, (L,): they have no neighbours."""
+    degenerate: Tensor
+    """Which layers are degenerate, (L,): their directions do not vary, so they have no neighbours."""
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
     """The records of its invariance and class CKA, and their jackknife deviations over blocks of images."""
     features: Tensor | None = None
-    """Of the last layer of the backbone, (N, D), where neighbours are to be shown."""
+    """Features of the last layer of the backbone, (N, D), if neighbours are to be shown."""
 
 
 class Kept(Measurement):
-    """What pairs of networks are compared by, of clean images: the Gram vectors and the neighbours of each layer.
+    """Gram vectors and neighbours of each layer on clean images, from which pairs of networks are compared.
 
-    Each process keeps those of its images. At the end the first one has the Gram vectors of all, and the features one
-    layer after another.
+    Each process stores those of its images. At the end the first one gathers the Gram vectors of all, and the features
+    layer by layer.
 
     Args:
         widths: layer to its pooled features.
@@ -83,7 +83,7 @@ class Kept(Measurement):
         return [self._clean, self._pooled]
 
     def begin(self, occasion: Occasion) -> None:
-        """Room for this process's images."""
+        """Allocate storage for this process's images."""
         images = occasion.images
         whole, rest = divmod(images.measure_size, images.eval_batch_size)
         batches = [images.eval_batch_size] * whole + [rest] * bool(rest)
@@ -102,7 +102,7 @@ class Kept(Measurement):
             self._features[layer].put(batch_number, value)
 
     def finish(self, occasion: Occasion) -> Measured:
-        """What the first process needs; pairs have rows, a single network has none."""
+        """Gather on the first process; rows come from pairs of networks."""
         vectors = self._vectors.on_first()
         del self._vectors
         if vectors is not None:
@@ -121,7 +121,7 @@ class Kept(Measurement):
 
 
 def gram_pairs(images: int, batch: int, gram_size: int) -> int:
-    """Pairs of images in all Gram matrices of images in batches: the numbers that a layer keeps.
+    """Pairs of images in all Gram matrices: how many numbers are stored per layer.
 
     Example:
         >>> gram_pairs(130, 128, 64), gram_pairs(140, 128, 64)
@@ -142,8 +142,8 @@ def compare_pair(
         run: that the rows belong to.
         gram_size: images in a Gram matrix.
         k: neighbours that were kept.
-        permutations: of the images, for what the most similar layer reads by chance; 0 leaves it out, and so does a
-            network next to itself.
+        permutations: of the images, for the null of the most similar layer; 0, or a network compared with itself,
+            leaves it out.
 
     Returns:
         Rows and protocols; and the rows of CKA with their jackknife deviations over blocks of images.
@@ -155,7 +155,7 @@ def compare_pair(
             {f"a/{layer}": row for layer, row in zip(a.depths, x, strict=True)},
             {f"b/{layer}": row for layer, row in zip(b.depths, y, strict=True)},
         )
-    undefined = a.alike[:, None] | b.alike
+    undefined = a.degenerate[:, None] | b.degenerate
     overlap = mutual_knn(a.neighbors, b.neighbors).masked_fill(undefined, torch.nan)
     alike = f"no neighbours where directions are within {DEGENERATE} roundings"
     metric = f"mutual kNN, k={k}, {NEAREST}, pooled features; {alike}"
@@ -195,7 +195,7 @@ def compare_pair(
 def against_chance(
     a: Network, b: Network, values: Float[Tensor, "L M"], null: Float[Tensor, "R L M"], **common: Any
 ) -> list[dict[str, Any]]:
-    """The most similar layer of the other network for each layer, and what permuted images give such a search.
+    """The most similar layer of the other network for each layer, and the same search on permuted images.
 
     Args:
         a: whose layers are the rows.
@@ -205,8 +205,8 @@ def against_chance(
         common: what all records share.
 
     Returns:
-        For each layer of ``a`` three records: ``max_cka``, with the layer that has it; ``max_cka_null``, which one
-        search in twenty exceeds when images are permuted; ``max_cka_p``, how often it reads as much as here.
+        For each layer of ``a`` three records: ``max_cka``, with the most similar layer; ``max_cka_null``, the 95 %
+        quantile of the search on permuted images; ``max_cka_p``, its permutation p-value.
     """
     blocks = torch.tensor([bool(re.fullmatch(BLOCK, layer)) for layer in b.depths])
     rows: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.methods.base import Batch, Method
 from ssl_geometry.models import RESNETS, vit_names, why_unknown
 from ssl_geometry.models.zoo import TABLE, fetch, load_checkpoint, load_strictly
@@ -113,7 +113,7 @@ def from_torchvision(name: str) -> Published:
     """
     known = [name for name in torchvision.models.list_models(torchvision.models) if name in RESNETS]
     if name not in known:
-        raise UserError(f"torchvision:{name}: {nearest(name, known)}")
+        raise UserError(f"torchvision:{name}: {did_you_mean(name, known)}")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.models.evaluating import evaluating
 from ssl_geometry.models.resnet import RESNETS, ResNet, Stem
 from ssl_geometry.models.vit import build_vit, vit_names
@@ -140,4 +140,4 @@ def why_unknown(name: str, known: Iterable[str]) -> str:
     architecture = name.partition(".")[0]
     if timm.is_model(architecture) and architecture not in {*RESNETS, *vit_names()}:
         return f"timm has it, but only {resnets} and {transformers} are supported, see docs/zoo.md"
-    return nearest(name, known, otherwise=f"expected one of the {resnets} or of {transformers}, see docs/zoo.md")
+    return did_you_mean(name, known, otherwise=f"expected one of the {resnets} or of {transformers}, see docs/zoo.md")

@@ -26,7 +26,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.models.evaluating import evaluating
 
 HEAD_STEP = 0.1
@@ -80,7 +80,7 @@ def layer_names(
             usable = [preset for preset, names in presets.items() if names]
             raise UserError(
                 f"{option}={pattern!r} matches no layer of {type(unwrapped(model)).__name__}; "
-                f"{nearest(pattern, [*usable, *named])} (presets: {', '.join(usable)})"
+                f"{did_you_mean(pattern, [*usable, *named])} (presets: {', '.join(usable)})"
             )
         chosen.update(found)
     return [name for name in named if name in chosen]
@@ -165,7 +165,7 @@ def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
     for name in names:
         module = named.get(name.partition(":")[0])
         if module is None:
-            raise UserError(f"{name!r} is no layer of {type(unwrapped(model)).__name__}; {nearest(name, named)}")
+            raise UserError(f"{name!r} is no layer of {type(unwrapped(model)).__name__}; {did_you_mean(name, named)}")
         at = position[id(module)]
         in_head = bool(head) and at >= head[0]
         place = np.interp(at, head, after) if in_head else np.interp(at, backbone, np.linspace(0, 1, len(backbone)))

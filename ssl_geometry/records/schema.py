@@ -1,4 +1,4 @@
-"""One row a number, and the protocol that says how the number came about."""
+"""The schema of records, one row per number, and the protocols of the numbers."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def record(**fields: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that changes a number, and a short hash of it that stands next to the number.
+    """Everything that affects a number, and a short hash that is stored with the number.
 
     Args:
         what: plain data: layers, pooling, batch-norm mode, estimator, views, sample ids, seeds, versions, ...

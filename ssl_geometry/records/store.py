@@ -142,7 +142,7 @@ def read_records(*runs: str | Path, strict: bool = False) -> pd.DataFrame:
         strict: refuse to read at all where a part is damaged; else it is left out, with a warning that names it.
 
     Returns:
-        One row a number, with the columns of :data:`ssl_geometry.records.SCHEMA`.
+        One row per number, with the columns of :data:`ssl_geometry.records.SCHEMA`.
 
     Raises:
         FileNotFoundError: a run without records.

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.records import RecordStore
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ def read_run(path: str | Path, empty: bool = False, strict: bool = False) -> Run
     directory = Path(path)
     if not directory.is_dir():
         others = [str(other.parent) for other in directory.parent.glob("*/records")]
-        raise UserError(f"RUN {path}: no such run; {nearest(str(path), others)}")
+        raise UserError(f"RUN {path}: no such run; {did_you_mean(str(path), others)}")
     if not empty and not any(directory.glob("records/**/*.parquet")):
         below = [str(other.parent) for other in directory.glob("*/records")]
-        hint = nearest(str(path), below) if below else "runs and comparisons write them under records/"
+        hint = did_you_mean(str(path), below) if below else "runs and comparisons write them under records/"
         raise UserError(f"RUN {path}: no records here; {hint}")
     run = _read(directory, fingerprint(directory), strict)
     if not empty and run.frame.empty:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ssl_geometry.errors import UserError, first_line, nearest
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.files import write_text
 from ssl_geometry.records import RecordStore
 from ssl_geometry.records.lock import holder, lock, unlock
@@ -274,7 +274,9 @@ def _described(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         others = [str(other.parent) for other in directory.parent.glob("*/run.json")]
-        raise UserError(f"RUN {directory}: {error.filename} is missing; {nearest(str(directory), others)}") from None
+        raise UserError(
+            f"RUN {directory}: {error.filename} is missing; {did_you_mean(str(directory), others)}"
+        ) from None
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"RUN {directory}: config.yaml or run.json cannot be read ({error})") from error
     for name, content in {"run.json": facts, "config.yaml": config}.items():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.methods import Method
 from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo, untrained
 from ssl_geometry.models.zoo import TABLE
@@ -157,7 +157,7 @@ def load_networks(models: Sequence[str]) -> dict[str, Loaded]:
     Args:
         models: ``NAME=SPEC`` or ``SPEC``. SPEC is a run or a checkpoint; the name of a published checkpoint (``byol``),
             or ``byol:FILE`` where its file was downloaded by hand; ``torchvision:NAME`` or ``timm:NAME``; ``random``
-            or ``random:SEED``, an untrained twin of the first network; or ``random:ARCH``, an untrained network, with
+            or ``random:SEED``, an untrained copy of the first network; or ``random:ARCH``, an untrained network, with
             ``@PIXELS`` and ``:SEED`` or without. Several with commas between them are seeds of one recipe.
 
     Returns:
@@ -168,7 +168,7 @@ def load_networks(models: Sequence[str]) -> dict[str, Loaded]:
             published file that is not what it should be, or one network under two names.
     """
     named, given = split_seeds(models)
-    loaded = {name: _load(spec) for name, spec in named.items() if not _is_twin(spec)}
+    loaded = {name: _load(spec) for name, spec in named.items() if not _is_untrained_copy(spec)}
     if not loaded:
         raise UserError(
             "--models: at least one run or checkpoint; an untrained network takes its architecture from the first (or "
@@ -205,7 +205,7 @@ def _same_weights(a: Method, b: Method) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def _is_twin(spec: str) -> bool:
+def _is_untrained_copy(spec: str) -> bool:
     return re.fullmatch(r"random(:-?\d+)?", spec) is not None
 
 
@@ -223,8 +223,8 @@ def _load(spec: str) -> tuple[Method, int | None]:
         network = load_method(spec, "--models")
         return network.method, network.epochs
     raise UserError(
-        f"--models {spec}: no such run or checkpoint, and no published one; {nearest(kind, TABLE)} (--help lists what "
-        "stands for SPEC in NAME=SPEC, where a run is NAME=PATH)"
+        f"--models {spec}: no such run or checkpoint, and no published one; {did_you_mean(kind, TABLE)} (--help lists "
+        "the forms of SPEC in NAME=SPEC; a run is NAME=PATH)"
     )
 
 

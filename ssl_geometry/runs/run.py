@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from ssl_geometry.errors import UserError, nearest
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.files import write_text
 from ssl_geometry.records.lock import unlock
 from ssl_geometry.runs.resume import well_formed
@@ -96,7 +96,7 @@ def run_of(path: Path) -> Path:
             around = [path.parent.parent, path.parent, *path.parent.glob("*/")]
             runs = [str(other) for other in around if (other / "config.yaml").is_file()]
             known = [*map(str, path.parent.glob("*.ckpt")), *runs]
-            raise UserError(f"--resume {path}: no run or checkpoint here; {nearest(str(path), known)}")
+            raise UserError(f"--resume {path}: no run or checkpoint here; {did_you_mean(str(path), known)}")
         return path
     if path.parent.name != "checkpoints":
         raise UserError(f"--resume {path}: not inside a run directory (expected RUN/checkpoints/NAME.ckpt)")

@@ -26,7 +26,7 @@ def test_a_machine_that_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "runs").exists(), "it only looks"
 
 
-def test_a_parity_that_is_broken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parity_that_is_broken_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     true = machine._numbers
     monkeypatch.setattr(
         machine, "_numbers", lambda rank, world: [[value + 1 for value in row] for row in true(rank, world)]

@@ -38,7 +38,7 @@ SIDE = 32
 CLEAN = View("none", size=SIDE, normalize="cifar10")
 
 
-class Pictures(Dataset):
+class TinyImages(Dataset):
     """PIL images of three classes that differ in colour, with names."""
 
     def __init__(self, n: int = 60, transform: Any = None, labels: bool = True) -> None:
@@ -63,7 +63,7 @@ TO_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.
 
 def loader(batch_size: int = 16) -> DataLoader:
     """(views, label, name) tuples."""
-    return DataLoader(Pictures(48, lambda image: [TO_TENSOR(image), TO_TENSOR(image)]), batch_size, drop_last=True)
+    return DataLoader(TinyImages(48, lambda image: [TO_TENSOR(image), TO_TENSOR(image)]), batch_size, drop_last=True)
 
 
 def small_convnet() -> nn.Sequential:
@@ -132,7 +132,7 @@ def rows(root: Path, run: str = "version_0") -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def images() -> MeasurementImages:
-    return MeasurementImages.from_dataset(Pictures(), n=48, train=Pictures(90), n_train=90, batch_size=16)
+    return MeasurementImages.from_dataset(TinyImages(), n=48, train=TinyImages(90), n_train=90, batch_size=16)
 
 
 def everything() -> list[Measurement]:
@@ -300,7 +300,7 @@ def test_networks_of_timm(tmp_path: Path, images: MeasurementImages, name: str) 
 
 
 def test_without_labels_what_needs_them_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = MeasurementImages.from_dataset(Pictures(labels=False), batch_size=16)
+    images = MeasurementImages.from_dataset(TinyImages(labels=False), batch_size=16)
     trainer(tmp_path, GeometryMonitor(everything(), images, clean=CLEAN), max_epochs=1).fit(TwoViews(), loader())
     metrics = set(rows(tmp_path)["metric"])
     assert {"cka", "invariance", "two_nn", "rankme", "lidar"} <= metrics
@@ -313,7 +313,7 @@ def test_without_labels_what_needs_them_is_left_out(tmp_path: Path, caplog: pyte
 
 
 def test_figures_of_images_without_labels_are_drawn(tmp_path: Path) -> None:
-    images = MeasurementImages.from_dataset(Pictures(labels=False), batch_size=16)
+    images = MeasurementImages.from_dataset(TinyImages(labels=False), batch_size=16)
     found = measure(small_convnet(), images, [Neighborhoods(k=10, settings=["crop"], copies=3)], clean=CLEAN)
     assert set(found.draw()) >= {"neighbors/neighbors", "neighbors/diameter"}
 
@@ -387,15 +387,15 @@ def test_mistakes_name_the_argument(
 @pytest.mark.parametrize(
     ("dataset", "options", "words"),
     [
-        (Pictures(4, TO_TENSOR), {}, "is a torch.float32 tensor (3, 32, 32), expected a PIL image or uint8: give the"),
+        (TinyImages(4, TO_TENSOR), {}, "is a torch.float32 tensor (3, 32, 32), expected a PIL image or uint8: give"),
         ([np.zeros((3, 8, 9), np.uint8)], {}, "is a uint8 array (3, 8, 9), expected a PIL image or uint8: a tensor is"),
         ([{"image": 0}], {}, "is dict, expected a PIL image or uint8: give a data set whose items are images"),
         ([], {}, "list has no images"),
-        (Pictures(4), {"n": -3}, "n -3: expected a whole number of at least 1"),
-        (DataLoader(Pictures(4)), {}, "DataLoader is no map-style data set, whose items have numbers; give its"),
+        (TinyImages(4), {"n": -3}, "n -3: expected a whole number of at least 1"),
+        (DataLoader(TinyImages(4)), {}, "DataLoader is no map-style data set, whose items have numbers; give its"),
         ([torch.zeros(3, 8, side, dtype=torch.uint8) for side in (8, 9)], {}, "image_size: images of list differ"),
-        (Pictures(4), {"n": 5}, "n 5: Pictures has 4 images; set at most 4, or None for as many as fit"),
-        (Pictures(4), {"train": Pictures(4, labels=False)}, "train=Pictures: its items have no labels"),
+        (TinyImages(4), {"n": 5}, "n 5: TinyImages has 4 images; set at most 4, or None for as many as fit"),
+        (TinyImages(4), {"train": TinyImages(4, labels=False)}, "train=TinyImages: its items have no labels"),
     ],
 )  # fmt: skip
 def test_images_that_cannot_be_measured(dataset: Any, options: dict[str, Any], words: str) -> None:
@@ -505,7 +505,7 @@ def test_labels_of_items_are_read_with_their_images() -> None:
     """Once each, whatever kind of integer they are; not those of all other items."""
     read: list[int] = []
 
-    class Counting(Pictures):
+    class Counting(TinyImages):
         def __getitem__(self, i: int) -> Any:
             read.append(i)
             image, label, _ = super().__getitem__(i)

@@ -16,20 +16,20 @@ from ssl_geometry.callbacks import GeometryMonitor
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure import CKA, Measured, Measurement, MeasurementImages, Occasion, Request, Spectrum, pooled
 from ssl_geometry.records import record
-from tests.integration.test_any_project import CLEAN, Pictures, TwoViews, loader, rows, small_convnet, trainer
+from tests.integration.test_any_project import CLEAN, TinyImages, TwoViews, loader, rows, small_convnet, trainer
 
 WHOLE = "expected a whole number of at least 0"
 
 
 @pytest.fixture(scope="module")
 def images() -> MeasurementImages:
-    return MeasurementImages.from_dataset(Pictures(), n=24, batch_size=12)
+    return MeasurementImages.from_dataset(TinyImages(), n=24, batch_size=12)
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"measurements": 2 * [CKA()]}, "measurements: one CKA stands there twice; make another"),
+        ({"measurements": 2 * [CKA()]}, "measurements: the same CKA is listed twice; create a second one"),
         ({"network": 3}, "network is int, expected an attribute path, such as 'student.backbone', or a function"),
         ({"network": nn.Linear(2, 2)}, "network is Linear, expected an attribute path"),
         ({"network": lambda module: None}, "network is NoneType, expected a torch module"),

@@ -83,7 +83,7 @@ class TestARunLeaves:
         assert 0 <= facts["results"]["test/acc"] <= 1
         assert facts["versions"]["torch"] == torch.__version__
 
-    def test_records_of_every_moment(self, runs: Path) -> None:
+    def test_records_of_every_measurement(self, runs: Path) -> None:
         records = read_records(runs / "simclr")
         cka = records[records["metric"] == "cka"]
         assert sorted(cka["epoch"].unique()) == [0, 1, 2]

@@ -101,7 +101,7 @@ def protocols(folder: Path, metric: str) -> list[dict[str, Any]]:
     return [protocol for protocol in found if protocol["metric"] == metric]
 
 
-def test_a_protocol_says_what_was_classified_and_what_was_learnt_from(runs: Path, tmp_path: Path) -> None:
+def test_a_protocol_says_what_was_classified_and_what_was_trained_on(runs: Path, tmp_path: Path) -> None:
     models = [f"small={runs / 'supervised'}", "large=random:resnet10@32"]
     more = ["--data.measure_size=64", "--evaluations=knn", "--k=[5]", "--device=cpu"]
     out = probe(["--models", *models, f"--out={tmp_path / 'o'}", *more])
@@ -124,7 +124,7 @@ def test_a_protocol_says_what_was_classified_and_what_was_learnt_from(runs: Path
     assert online["selection"].endswith("summed since the last moment")
 
 
-def test_fine_tuning_is_judged_by_the_network_that_learnt(
+def test_fine_tuning_is_evaluated_with_the_network_that_learned(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned: list[Supervised] = []

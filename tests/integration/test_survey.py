@@ -522,7 +522,7 @@ def test_many_models_have_a_folder_of_a_name_that_a_disk_takes() -> None:
     assert out != survey_options.parse(["--models", *names[:-1], "--data.dataset=digits"]).out
 
 
-def test_a_damaged_part_is_told(runs: Path, tmp_path: Path) -> None:
+def test_a_damaged_part_is_reported(runs: Path, tmp_path: Path) -> None:
     arguments = ["--models", f"simclr={runs / 'simclr'}", f"--out={tmp_path}", *SMALL, "--neighbors.layers=pooled"]
     survey([*arguments, "--neighbors.settings=[]"])
     (tmp_path / "records" / "models" / "simclr.parquet").write_bytes(b"PAR1, then nothing")

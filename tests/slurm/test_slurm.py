@@ -347,7 +347,7 @@ def test_two_nodes_share_the_images_of_commands_that_measure(
         np.testing.assert_allclose(frames[0]["value"], frames[1]["value"], rtol=1e-9, atol=1e-12)
 
 
-def test_a_job_that_is_started_without_srun_is_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_that_is_started_without_srun_is_reported(cluster: Cluster, tmp_path: Path) -> None:
     args = options(cluster.directory / "wrong")
     with cluster.notes():
         job = cluster.wrap(f"python -m ssl_geometry.fit {shlex.join(args)}", "--nodes=2", "--ntasks=2")

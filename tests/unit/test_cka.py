@@ -386,7 +386,7 @@ def test_a_wide_rbf_kernel_tends_to_the_linear_one() -> None:
     assert float(cka(x, y, kernel="rbf")) != pytest.approx(float(cka(x, y)), abs=1e-2)
 
 
-def test_wrong_options_are_told() -> None:
+def test_wrong_options_are_reported() -> None:
     x = torch.randn(8, 4)
     for call, message in (
         (lambda: gram_vector(x, features="mean"), "features must be .* got 'mean'"),  # type: ignore[arg-type]

@@ -404,7 +404,7 @@ def test_a_batch_size_that_nobody_asked_for_shrinks_to_the_images(world_size, ba
         (219, 200, None),
     ],
 )
-def test_batches_that_leave_out_many_images_are_told_in_one_line(caplog, images, batch_size, line):
+def test_batches_that_leave_out_many_images_are_reported_in_one_line(caplog, images, batch_size, line):
     data = digits(batch_size=batch_size, limit_train=images)
     caplog.clear()
     data.train_dataloader()

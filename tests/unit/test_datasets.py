@@ -382,7 +382,7 @@ def break_folder(folder, how):
         ("unknown class", "test/zebra"),
     ],
 )
-def test_a_wrong_folder_is_told_in_one_line(folder, how, expected):
+def test_a_wrong_folder_is_reported_in_one_line(folder, how, expected):
     path = break_folder(folder, how)
     text = message(load, str(path))
     assert expected in text
@@ -523,13 +523,13 @@ def test_images_of_several_classes_are_listed(several):
         ("file,cat\n0.png,2\n", "0 and 1"),
         ("file,cat\nno.png,1\n", "no.png"),
         ("file,bird,dog\n0.png,1,0\n", "columns"),
-        ("file,cat,cat\n0.png,1,0\n", "the column 'cat' stands there twice"),
+        ("file,cat,cat\n0.png,1,0\n", "the column 'cat' is there twice"),
         ("file,cat,dog\n../train/0.png,1,0\n", "../train/0.png lies outside"),
         ("file,cat,dog\nsub/../../train/0.png,1,0\n", "sub/../../train/0.png lies outside"),
         ("file,cat,dog\n/etc/hostname,1,0\n", "/etc/hostname lies outside"),
-        ("file,cat,dog\n0.png,1,0\n0.png,0,1\n", "0.png stands there twice"),
-        ("file,cat,dog\n0.png,1,0\n./0.png,0,1\n", "0.png stands there twice"),
-        ("file,cat,dog\n0.png,1,0\n0.png/,0,1\n", "0.png stands there twice"),
+        ("file,cat,dog\n0.png,1,0\n0.png,0,1\n", "0.png is there twice"),
+        ("file,cat,dog\n0.png,1,0\n./0.png,0,1\n", "0.png is there twice"),
+        ("file,cat,dog\n0.png,1,0\n0.png/,0,1\n", "0.png is there twice"),
         (
             f"file,cat,dog\n{'x' * 5_000},1,0\n",
             f"DataModule.dataset {{}}/test/labels.csv: 1 of 1 images are not there: ['{'x' * 60}…']",
@@ -537,6 +537,6 @@ def test_images_of_several_classes_are_listed(several):
         ("", "cannot be read as a table"),
     ],
 )
-def test_a_list_that_does_not_fit_is_told(several, content, words):
+def test_a_list_that_does_not_fit_is_reported(several, content, words):
     (several / "test" / "labels.csv").write_text(content)
     assert words.replace("{}", str(several)) in message(load, str(several))

@@ -56,7 +56,7 @@ def test_copies_do_no_harm_and_a_point_has_no_dimension() -> None:
     assert levina_bickel(collapsed).isnan()
 
 
-def test_too_few_neighbours_are_told() -> None:
+def test_too_few_neighbours_are_reported() -> None:
     with pytest.raises(ValueError, match="two neighbours"):
         two_nn(torch.ones(5, 1))
     with pytest.raises(ValueError, match="three neighbours"):

@@ -15,7 +15,7 @@ def lines(capsys: pytest.CaptureFixture[str], *more: str) -> str:
 
 
 @pytest.mark.slow
-def test_what_is_to_do_is_told(
+def test_what_is_to_do_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "version", lambda package: {"lightning": "2.6.3"}.get(package, "1.0"))
@@ -62,7 +62,7 @@ def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unset OPENBLAS_CORETYPE=Prescott" in finding.to_do
 
 
-def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 

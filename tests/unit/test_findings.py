@@ -247,7 +247,7 @@ def test_every_run_is_seen_under_its_own_views() -> None:
     assert row["effect"] == pytest.approx((0.6 + 0.8) / 2 - (0.5 + 0.3) / 2)
 
 
-def test_methods_are_judged_each_by_themselves_and_unknown_ones_not_at_all() -> None:
+def test_methods_are_evaluated_separately_and_unknown_ones_not_at_all() -> None:
     groups = {"s": "SimCLR", "v": "VICReg", "t": "Supervised", "x": "timm"}
     table = judge(records(groups), groups)
     assert len(table["claim"].unique()) == 12

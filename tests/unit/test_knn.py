@@ -232,7 +232,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changed", "words"), BAD)
-def test_what_cannot_be_classified_is_told(changed: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_classified_is_reported(changed: dict[str, Any], words: str) -> None:
     given = {"queries": torch.randn(5, 3), "bank": torch.randn(12, 3), "labels": torch.arange(12) % 4, "k": 3}
     given |= changed
     with pytest.raises(ValueError, match=words):
@@ -244,7 +244,7 @@ def test_what_cannot_be_classified_is_told(changed: dict[str, Any], words: str) 
         metric.compute()
 
 
-def test_banks_and_queries_that_are_none_are_told() -> None:
+def test_banks_and_queries_that_are_none_are_reported() -> None:
     with pytest.raises(ValueError, match="k=20 neighbours need 1 <= k <= 0"):
         knn_predict(torch.randn(2, 3), torch.empty(0, 3), torch.empty(0, dtype=torch.long), 2)
     with pytest.raises(ValueError, match="labels from 0 to 5: expected 0 to 4"):

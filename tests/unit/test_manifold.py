@@ -321,7 +321,7 @@ def test_of_equal_images_the_first_stands_for_all_and_is_no_candidate_of_its_dup
     assert bool((same_class_ids(features, torch.arange(20) % 2, 3) == -1).all())
 
 
-def test_same_class_candidates_are_told_apart_where_cosines_round_to_one() -> None:
+def test_same_class_candidates_are_distinguished_where_cosines_round_to_one() -> None:
     x = (1 + 1e-5 * np.random.default_rng(0).standard_normal((200, 64))).astype(np.float32)
     ids = same_class_ids(torch.from_numpy(x), torch.zeros(200, dtype=torch.long), 5).numpy()
     apart = np.square(unit(x.astype(np.float64))[:, None] - unit(x.astype(np.float64))).sum(2)

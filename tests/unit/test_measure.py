@@ -103,7 +103,7 @@ def test_measurements_due_together_share_one_pass(tmp_path: Path) -> None:
     ],
 )
 @as_options
-def test_layers_that_do_not_exist_are_told_with_their_option(measurement: type[Measurement], option: str) -> None:
+def test_layers_that_do_not_exist_are_reported_with_their_option(measurement: type[Measurement], option: str) -> None:
     with pytest.raises(UserError, match=f"^--{option}.layers='layer9' matches no layer of SimCLR; did you mean"):
         measurement(layers=["pooled", "layer9"]).requests(Subject.of(SimCLR(**SMALL)))  # type: ignore[call-arg]
 

@@ -251,9 +251,12 @@ REFERENCE = Subject(network(), CLEAN, name="other")
     [
         ({"network": None}, "network is NoneType, expected a torch module"),
         ({"network": torch.relu}, "network is builtin_function_or_method, expected a torch module"),
-        ({"measurements": [Measurement()]}, "measurements: Measurement asks for nothing; it needs a method requests()"),
+        (
+            {"measurements": [Measurement()]},
+            "measurements: Measurement requests nothing; implement its method requests()",
+        ),
         ({"measurements": ["cka"]}, "measurements: 'cka' is no measurement, such as CKA()"),
-        ({"measurements": 2 * [CKA()]}, "measurements: one CKA stands there twice; make another"),
+        ({"measurements": 2 * [CKA()]}, "measurements: the same CKA is listed twice; create a second one"),
         ({"measurements": [CKA(reference="x")]}, "CKA.reference: monitors of training read it; give measure(…, ref"),
         ({"clean": "imagenet"}, "clean 'imagenet': expected View('none', size=…, normalize=…), or the evaluation"),
         ({"references": [network()]}, "references: expected a list of networks, such as [Subject("),

@@ -142,7 +142,7 @@ def test_nothing_is_downloaded(monkeypatch):
         ({"backbone": "vit_tiny_patch16_224", "image_size": 8}, "image_size=8.*multiple of 16"),
     ],
 )
-def test_mistakes_are_told_in_one_line(options, message):
+def test_mistakes_are_reported_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         build_backbone(**options)
     assert "\n" not in str(error.value)

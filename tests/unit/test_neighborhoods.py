@@ -53,7 +53,7 @@ def test_after_a_reset_layers_may_have_other_widths() -> None:
         metric.reset()
 
 
-def test_an_image_fed_twice_is_told() -> None:
+def test_an_image_fed_twice_is_reported() -> None:
     metric = Neighborhoods(["a"], k=5)
     metric.update({"a": normal(60, 4)}, LABELS, index=torch.arange(60))
     metric.update({"a": normal(1, 4)}, LABELS[:1], index=torch.tensor([7]))
@@ -62,7 +62,7 @@ def test_an_image_fed_twice_is_told() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_features_that_are_not_finite_are_told_with_their_layer(bad: float) -> None:
+def test_features_that_are_not_finite_are_reported_with_their_layer(bad: float) -> None:
     features = normal(60, 4)
     features[3, 1] = bad
     with pytest.raises(ValueError, match=r"^layer layer: .*1 of 60 vectors are not finite"):

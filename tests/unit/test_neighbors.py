@@ -59,7 +59,7 @@ def test_inner_products_with_a_bank(n: int, m: int, width: int, seed: int) -> No
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5])
-def test_neighbours_of_a_collapsed_network_are_told_apart(spread: float) -> None:
+def test_neighbours_of_a_collapsed_network_are_distinguished(spread: float) -> None:
     """Directions that hardly differ: in float32 every cosine is 1."""
     points = 1 + spread * cloud(200, 32, 0)
     exact = F.normalize(points.double(), dim=1)
@@ -72,7 +72,7 @@ def test_neighbours_of_a_collapsed_network_are_told_apart(spread: float) -> None
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_neighbours_in_classes_that_collapsed_are_told_apart(spread: float, metric: str) -> None:
+def test_neighbours_in_classes_that_collapsed_are_distinguished(spread: float, metric: str) -> None:
     """Ten tight classes far from each other: their mean is near to none of them."""
     points = cloud(10, 32, 0)[torch.arange(600) % 10] + spread * cloud(600, 32, 1)
     exact = F.normalize(points.double(), dim=1) if metric == "cosine" else points.double()
@@ -330,6 +330,6 @@ def test_a_cuda_device_finds_the_same(metric: str) -> None:
         (torch.ones(4, 2), {"k": 1, "bank": torch.tensor([[1.0, torch.inf]])}, "bank: 1 of 1 vectors are not finite"),
     ],
 )
-def test_bad_input_is_told(points: torch.Tensor, options: dict, words: str) -> None:
+def test_bad_input_is_reported(points: torch.Tensor, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         nearest(points, **options)

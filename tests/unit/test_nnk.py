@@ -107,7 +107,7 @@ def test_float32_features_on_a_manifold_find_the_neighbours_of_float64(d: int, k
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
-def test_directions_whose_cosines_round_to_one_are_told_apart(spread: float) -> None:
+def test_directions_whose_cosines_round_to_one_are_distinguished(spread: float) -> None:
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((40 * 31, 6)) @ rng.standard_normal((6, 64)) + 0.1 * rng.standard_normal((40 * 31, 64))
     x = (1 + spread * latent).astype(np.float32).reshape(40, 31, 64)
@@ -193,7 +193,7 @@ def test_what_rounding_alone_tells_apart_is_unknown_and_warned_of() -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
-def test_near_candidates_beside_far_ones_are_told_apart(spread: float) -> None:
+def test_near_candidates_beside_far_ones_are_distinguished(spread: float) -> None:
     """Classes that collapse onto their means, and lists that hold images of several."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 6

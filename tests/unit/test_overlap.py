@@ -186,7 +186,7 @@ def test_a_layer_without_neighbours_is_nan_and_named(flat: Tensor) -> None:
     assert overlap.isnan().tolist() == [[True, False], [True, True]]
 
 
-def test_an_image_fed_twice_is_told() -> None:
+def test_an_image_fed_twice_is_reported() -> None:
     metric = MutualKNN(["a"])
     metric.update({"a": torch.randn(20, 3)}, index=torch.arange(20))
     metric.update({"a": torch.randn(1, 3)}, index=torch.tensor([13]))
@@ -194,14 +194,14 @@ def test_an_image_fed_twice_is_told() -> None:
         metric.compute()
 
 
-def test_too_few_images_are_told() -> None:
+def test_too_few_images_are_reported() -> None:
     metric = MutualKNN(["a"], k=10)
     metric.update({"a": torch.randn(10, 3)}, index=torch.arange(10))
     with pytest.raises(ValueError, match="k=10 neighbours need more than 10 images, got 10"):
         metric.compute()
 
 
-def test_a_layer_with_other_images_than_the_index_is_told() -> None:
+def test_a_layer_with_other_images_than_the_index_is_reported() -> None:
     with pytest.raises(ValueError, match="layer b has 4 images, the index 2"):
         MutualKNN(["a", "b"]).update({"a": torch.randn(2, 3), "b": torch.randn(4, 3)}, index=torch.arange(2))
 

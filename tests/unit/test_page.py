@@ -300,7 +300,7 @@ def test_nothing_is_sent_where_wandb_is_switched_off(tmp_path: Path, monkeypatch
         ),
     ],
 )
-def test_what_was_sent_is_told(
+def test_what_was_sent_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sent: Sent, words: str
 ) -> None:
     monkeypatch.setattr("ssl_geometry.report.upload.upload", lambda *_: sent)

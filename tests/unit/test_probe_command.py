@@ -144,7 +144,7 @@ def test_few_labels_are_logistic_regression_of_each_draw(subject: FrozenFeatures
     assert "sd" not in found["labels_100%"], "there is one way to take all"
 
 
-def test_every_class_is_held_out_and_learnt_from() -> None:
+def test_every_class_is_held_out_and_trained_on() -> None:
     labels = torch.tensor([0] * 900 + [1] * 80 + [2] * 20)
     for draw in range(20):
         drawn = labels[stratified(labels, draw)[:100]]

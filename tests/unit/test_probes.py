@@ -544,7 +544,7 @@ def test_the_validation_split_is_a_tenth_in_any_order() -> None:
         (torch.randn(4, 2), torch.arange(3), 3, "features of 4 images, labels of 3"),
     ],
 )
-def test_bad_input_is_told(x: Tensor, labels: Tensor, classes: int, words: str) -> None:
+def test_bad_input_is_reported(x: Tensor, labels: Tensor, classes: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         logistic_regression({"l": x}, labels, classes)
 

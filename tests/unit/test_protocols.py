@@ -118,7 +118,7 @@ def test_a_constant_that_changes_numbers_is_in_the_protocol(
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
-def test_the_choice_of_hyperparameters_is_told_with_its_constants() -> None:
+def test_the_choice_of_hyperparameters_is_reported_with_its_constants() -> None:
     assert all(word in frozen.SOLVER for word in ("3e-06", "2000"))
     assert "0.99" in frozen.STATISTICS
     assert "100 training images" in frozen.FEW_SELECTION

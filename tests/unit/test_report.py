@@ -45,7 +45,7 @@ def test_a_map_of_nothing_but_nan_is_still_drawn(tmp_path: Path) -> None:
     cka_heatmap(frame).savefig(tmp_path / "map.png")
 
 
-def test_a_map_needs_one_pair_and_one_moment() -> None:
+def test_a_map_needs_one_pair_and_one_epoch() -> None:
     with pytest.raises(ValueError, match="select one"):
         cka_heatmap(rows() + rows(epoch=4))
     with pytest.raises(ValueError, match="select one"):

@@ -857,7 +857,7 @@ def test_a_checkpoint_names_only_methods(tmp_path: Path, method: dict[str, Any],
         load_method(tmp_path / "x.ckpt", "--cka.reference")
 
 
-def test_a_foreign_checkpoint_is_told_from_ours(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_distinguished_from_ours(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="not a checkpoint of ssl_geometry"):
         load_method(tmp_path / "x.ckpt", "--cka.reference")

@@ -79,7 +79,7 @@ def test_jobs_and_steps_that_run_at_the_same_time_meet_at_other_ports() -> None:
         (STEP, {"devices": 8}, "--trainer.devices 8"),
     ],
 )
-def test_what_does_not_fit_is_told(environment: dict[str, str], trainer: dict[str, int], words: str) -> None:
+def test_what_does_not_fit_is_reported(environment: dict[str, str], trainer: dict[str, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         trainer_options(this_task(environment), trainer)  # type: ignore[arg-type]
 

@@ -223,7 +223,7 @@ def test_views_that_are_not_asked_for_and_single_views_are_refused() -> None:
         Spectrum({"a": 4}, views=1)
 
 
-def test_an_image_fed_twice_is_told() -> None:
+def test_an_image_fed_twice_is_reported() -> None:
     spectrum = Spectrum({"a": 4}, views=0)
     spectrum.update({"a": normal(6, 4)}, None, torch.arange(6))
     spectrum.update({"a": normal(1, 4)}, None, torch.tensor([3]))

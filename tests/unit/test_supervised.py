@@ -61,7 +61,7 @@ def test_the_classifier_is_the_same_whatever_random_numbers_processes_have_drawn
     assert not torch.equal(heads[0], heads[2])
 
 
-def test_untrained_twins_have_classifiers_of_their_own() -> None:
+def test_untrained_networks_have_classifiers_of_their_own() -> None:
     heads = []
     for seed in (0, 1):
         torch.manual_seed(seed)

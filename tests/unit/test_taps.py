@@ -204,7 +204,7 @@ def test_a_module_that_does_not_run_is_refused_by_its_option():
         ([], "chooses no layer"),
     ],
 )
-def test_unknown_layers_are_told_in_one_line(layers, message):
+def test_unknown_layers_are_reported_in_one_line(layers, message):
     with pytest.raises(UserError, match=message) as error:
         Taps(small_resnet(), layers)
     assert "\n" not in str(error.value)

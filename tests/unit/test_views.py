@@ -535,14 +535,14 @@ def test_simclr_strength_scales_the_jitter():
         ({"center_crop": 1.2}, "center_crop is 1.2, expected a share of the side"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message):
+def test_mistakes_are_reported_in_one_line(arguments, message):
     with pytest.raises(UserError) as error:
         View(**({"size": 16} | arguments))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_wrong_images_are_told():
+def test_wrong_images_are_reported():
     view = View("supervised", size=8)
     with pytest.raises(UserError, match="images are float32, expected uint8"):
         view(torch.zeros(1, 3, 8, 8), torch.arange(1), **AT)
