@@ -144,11 +144,11 @@ def predict(
             }
         complete_columns = np.isfinite(x).all(0)
         if complete_columns.any():
-            predicted = leave_one_out(x, y)
-            row["ridge Q2"] = predictive_r2(predicted, y)
+            estimates = leave_one_out(x, y)
+            row["ridge Q2"] = predictive_r2(estimates, y)
             predicted += [
                 {"task": title, "model": model, "value": value, "predicted": g}
-                for model, value, g in zip(dict.fromkeys(units), y, predicted, strict=True)
+                for model, value, g in zip(dict.fromkeys(units), y, estimates, strict=True)
             ]
         accuracy = unit_means(np.array([[baseline.get(model, np.nan)] for model in of_models.index]), units)
         base = rank_correlation(accuracy, y)  # side by side with the metrics on the same recipes, or not at all

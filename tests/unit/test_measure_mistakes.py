@@ -327,5 +327,5 @@ def test_a_gpu_without_float64(images: MeasurementImages, measurement: Measureme
     """That of an Apple computer, which Lightning takes of itself."""
     net: Any = nn.Flatten()
     net.device = torch.device("mps")
-    with pytest.raises(UserError, match=r"^the network is on mps, which has no float64, .* use network\.cpu\(\), or"):
+    with pytest.raises(UserError, match=r"^the network is on mps, which has no float64; .* use network\.cpu\(\), or"):
         measure(net, images, [measurement], clean=CLEAN)
