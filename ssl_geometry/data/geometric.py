@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_geometry.data.operation import Op, Params, Sometimes, per_image
+from ssl_geometry.data.operation import Limits, Op, Params, Sometimes, per_image
 
 
 def _shift(
@@ -41,13 +41,10 @@ class Crop(Op):
     name = "crop"
     n = 22
     attempts: ClassVar[int] = 10
+    ranges: ClassVar[Limits] = {"scale": 1, "ratio": math.inf}
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    def __post_init__(self) -> None:
-        self._check_range("scale", 1)
-        self._check_range("ratio", math.inf)
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``area`` (B,10) and ``ratio`` (B,10) of each attempt; ``top``, ``left``: share of the free space."""
@@ -133,6 +130,7 @@ class PadCrop(Op):
     padding: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ok = isinstance(self.padding, int) and self.padding >= 0
         self._check("padding", ok, "a whole number of pixels, 0 or more")
 
@@ -158,10 +156,6 @@ class Flip(Sometimes):
     name = "flip"
     n = 1
 
-    def sample(self, u: Float[Tensor, "B n"]) -> Params:
-        """``flip``: bool."""
-        return {"flip": self.acts(u)}
-
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``horizontal_flip``."""
         return torch.lerp(images, images.flip(-1), per_image(params["flip"].float()))
@@ -179,13 +173,10 @@ class Rotate(Sometimes):
 
     name = "rotate"
     n = 2
+    numbers: ClassVar[Limits] = {"p": 1, "degrees": 180}
 
     p: float = 1.0
     degrees: float = 30.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_number("degrees", 180)
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``angle`` in degrees, counter-clockwise."""
@@ -217,13 +208,10 @@ class Translate(Sometimes):
 
     name = "translate"
     n = 3
+    numbers: ClassVar[Limits] = {"p": 1, "fraction": 1}
 
     p: float = 1.0
     fraction: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_number("fraction", 1)
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``down``, ``right``: shares of the side."""

@@ -5,6 +5,7 @@ parameters; one that skips an image (``p``) acts with its identity parameters: s
 and nothing waits for the device.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ssl_geometry.errors import UserError
 
+Limits = Mapping[str, float]
+"""Option to the largest value that it takes."""
 Params = dict[str, Tensor]
 """Parameters of one operation: name -> tensor with one row an image."""
 
@@ -33,8 +36,21 @@ class Op:
     name: ClassVar[str]
     n: ClassVar[int]
     """How many random numbers an image takes."""
+    numbers: ClassVar[Limits] = {}
+    """Options that are a number from 0 to this."""
+    ranges: ClassVar[Limits] = {}
+    """Options that are two numbers, low and high, above 0 and up to this."""
 
     size: int
+
+    def __post_init__(self) -> None:
+        for option, most in self.numbers.items():
+            value = getattr(self, option)
+            self._check(option, isinstance(value, int | float) and 0 <= value <= most, f"a number in [0, {most}]")
+        for option, most in self.ranges.items():
+            value = getattr(self, option)
+            ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+            self._check(option, ok and 0 < value[0] <= value[1] <= most, f"[low, high] in (0, {most}]")
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """Random numbers -> parameters, one row an image. They do not depend on the images' size."""
@@ -54,24 +70,18 @@ class Op:
         if not ok:
             raise UserError(f"augment: {self.name}.{option} is {getattr(self, option)!r}, expected {expected}")
 
-    def _check_number(self, option: str, most: float) -> None:
-        value = getattr(self, option)
-        self._check(option, isinstance(value, int | float) and 0 <= value <= most, f"a number in [0, {most}]")
-
-    def _check_range(self, option: str, most: float) -> None:
-        value = getattr(self, option)
-        ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
-        self._check(option, ok and 0 < value[0] <= value[1] <= most, f"[low, high] in (0, {most}]")
-
 
 @dataclass(frozen=True)
 class Sometimes(Op):
     """An operation that skips an image with probability 1 - ``p``: its first random number decides."""
 
+    numbers: ClassVar[Limits] = {"p": 1}
+
     p: float = 0.5
 
-    def __post_init__(self) -> None:
-        self._check_number("p", 1)
+    def sample(self, u: Float[Tensor, "B n"]) -> Params:
+        """Whether it acts alone, under the name of the operation: bool."""
+        return {self.name: self.acts(u)}
 
     def acts(self, u: Float[Tensor, "B n"]) -> Bool[Tensor, " B"]:
         """Which images it does not skip."""

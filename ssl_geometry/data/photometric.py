@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_geometry.data.operation import Params, Sometimes, per_image
+from ssl_geometry.data.operation import Limits, Params, Sometimes, per_image
 
 
 def _luma(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
@@ -31,10 +31,6 @@ class Gray(Sometimes):
 
     p: float = 0.2
 
-    def sample(self, u: Float[Tensor, "B n"]) -> Params:
-        """``gray``: bool."""
-        return {"gray": self.acts(u)}
-
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``rgb_to_grayscale`` with three channels."""
         return torch.lerp(images, _luma(images), per_image(params["gray"].float()))
@@ -52,17 +48,10 @@ class Solarize(Sometimes):
 
     name = "solarize"
     n = 1
+    numbers: ClassVar[Limits] = {"p": 1, "threshold": 1}
 
     p: float = 0.2
     threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_number("threshold", 1)
-
-    def sample(self, u: Float[Tensor, "B n"]) -> Params:
-        """``solarize``: bool."""
-        return {"solarize": self.acts(u)}
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 H W"]:
         """As ``solarize``."""
@@ -86,18 +75,19 @@ class Color(Sometimes):
     name = "color"
     n = 9
     HUE: ClassVar[int] = 3
+    numbers: ClassVar[Limits] = {
+        "p": 1,
+        "brightness": math.inf,
+        "contrast": math.inf,
+        "saturation": math.inf,
+        "hue": 0.5,
+    }
 
     p: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("brightness", "contrast", "saturation"):
-            self._check_number(option, math.inf)
-        self._check_number("hue", 0.5)
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
         """``brightness``, ``contrast``, ``saturation``: factors; ``hue``: turns; ``order`` (B,4) of the four."""
@@ -175,6 +165,7 @@ class Blur(Sometimes):
 
     name = "blur"
     n = 2
+    ranges: ClassVar[Limits] = {"sigma": math.inf}
 
     p: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
@@ -182,7 +173,6 @@ class Blur(Sometimes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_range("sigma", math.inf)
         fits = self.kernel is None or (
             isinstance(self.kernel, int) and self.kernel % 2 and 0 < self.kernel < 2 * self.size
         )
