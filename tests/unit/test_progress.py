@@ -8,6 +8,10 @@ import pytest
 from rich.console import Console
 
 from ssl_geometry import progress
+from ssl_geometry.callbacks import FitProgress
+from ssl_geometry.data.datamodule import DataModule
+from ssl_geometry.methods import SimCLR
+from tests.training import quiet_trainer
 
 ROOT = Path(progress.__file__).parent
 
@@ -47,3 +51,12 @@ def test_of_several_processes_the_others_are_silent(capsys: pytest.CaptureFixtur
         bar.advance(bar.add_task("reading", total=1))
         bar.console.print("a line")
     assert capsys.readouterr() == ("", "")
+
+
+def test_training_shows_steps_and_how_many_images_a_second_they_are() -> None:
+    bar, text = FitProgress(refresh_seconds=0), StringIO()
+    bar._console = Console(file=text, force_terminal=True, width=160, color_system=None)
+    data = DataModule("digits", image_size=8, limit_train=64, limit_test=8, batch_size=16, val_fraction=0.0)
+    method = SimCLR(backbone="resnet10", width=1 / 16, image_size=8, warmup_epochs=0)
+    quiet_trainer(callbacks=[bar], enable_progress_bar=True, limit_val_batches=0).fit(method, data)
+    assert re.search(r"epoch 1/1 ━+ 4/4 .*[\d.]+/s .*\d:\d\d:\d\d .*images/s", text.getvalue())
