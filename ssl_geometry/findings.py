@@ -241,60 +241,55 @@ class _Rows:
         pair, fresh = between(ours, theirs), between(both, self.untrained(both))
         middle, last, branch = at("middle"), at("last"), at("middle", "branch")
         runs, chance = "runs of one method", "untrained networks"
+        mean = self.mean
+        found: list[Difference] = []
+
+        def add(says: str, parts: Mapping[str, Mean], baseline: str = "", margin: float = 0.0) -> None:
+            found.append(Difference(claim, says, parts, baseline, margin))
 
         claim = f"{method} and supervised: intermediate representations are similar, and diverge in the last layers"
-        found = [
-            Difference(
-                claim,
-                "intermediate blocks: more similar than to untrained networks",
-                {"both": self.mean(pair & middle), "to untrained": self.mean(fresh & middle, -1)},
-                chance,
-            ),
-            Difference(
-                claim,
-                "intermediate blocks: at least half as similar as runs of one method",
-                {"both": self.mean(pair & middle), runs: same(middle, -0.5)},
-                runs,
-            ),
-            Difference(
-                claim,
-                "last blocks: less similar than intermediate ones",
-                {"intermediate": self.mean(pair & middle), "last": self.mean(pair & last, -1)},
-            ),
-            Difference(
-                claim,
-                "from intermediate to last blocks: they fall further apart than runs of one method",
-                {
-                    "intermediate": self.mean(pair & middle),
-                    "last": self.mean(pair & last, -1),
-                    f"{runs}, intermediate": same(middle, -1),
-                    f"{runs}, last": same(last, 1),
-                },
-                runs,
-            ),
-        ]
+        add(
+            "intermediate blocks: more similar than to untrained networks",
+            {"both": mean(pair & middle), "to untrained": mean(fresh & middle, -1)},
+            chance,
+        )
+        add(
+            "intermediate blocks: at least half as similar as runs of one method",
+            {"both": mean(pair & middle), runs: same(middle, -0.5)},
+            runs,
+        )
+        add(
+            "last blocks: less similar than intermediate ones",
+            {"intermediate": mean(pair & middle), "last": mean(pair & last, -1)},
+        )
+        add(
+            "from intermediate to last blocks: they fall further apart than runs of one method",
+            {
+                "intermediate": mean(pair & middle),
+                "last": mean(pair & last, -1),
+                f"{runs}, intermediate": same(middle, -1),
+                f"{runs}, last": same(last, 1),
+            },
+            runs,
+        )
         if not self.untrained(both) and not repeated:
-            found.append(Difference(claim, NO_LEVEL, {}, NO_LEVEL, np.nan))
+            add(NO_LEVEL, {}, NO_LEVEL, np.nan)
 
         claim = f"{method} and supervised: they become similar by dissimilar means"
-        found += [
-            Difference(
-                claim,
-                "intermediate blocks: residual branches are less similar than outputs",
-                {"outputs": self.mean(pair & middle), "branches": self.mean(pair & branch, -1)},
-            ),
-            Difference(
-                claim,
-                "intermediate blocks: the gap between outputs and branches is wider than between runs of one method",
-                {
-                    "outputs": self.mean(pair & middle),
-                    "branches": self.mean(pair & branch, -1),
-                    f"{runs}, outputs": same(middle, -1),
-                    f"{runs}, branches": same(branch, 1),
-                },
-                runs,
-            ),
-        ]
+        add(
+            "intermediate blocks: residual branches are less similar than outputs",
+            {"outputs": mean(pair & middle), "branches": mean(pair & branch, -1)},
+        )
+        add(
+            "intermediate blocks: the gap between outputs and branches is wider than between runs of one method",
+            {
+                "outputs": mean(pair & middle),
+                "branches": mean(pair & branch, -1),
+                f"{runs}, outputs": same(middle, -1),
+                f"{runs}, branches": same(branch, 1),
+            },
+            runs,
+        )
 
         kept = [views_of(name) for name in ours if name != run]
         own = invariance & frame["view"].isin(kept)  # every network under the views of all runs of the method
@@ -303,69 +298,50 @@ class _Rows:
         our_blank, their_blank = (frame["model"].isin(self.untrained(names)) for names in (ours, theirs))
         deepest = frame["deepest"]
         claim = f"{method}: its last layer fits augmentation invariance"
-        found += [
-            Difference(
-                claim,
-                f"last layer: more invariant to the views of {method} than a supervised network's",
-                {method: self.mean(itself & deepest), "supervised": self.mean(own & their & deepest, -1)},
-            ),
-            Difference(
-                claim,
-                f"last layer: more invariant to the views of {method} than an untrained network's",
-                {method: self.mean(itself & deepest), UNTRAINED: self.mean(own & our_blank & deepest, -1)},
-                chance,
-            ),
-        ]
+        add(
+            f"last layer: more invariant to the views of {method} than a supervised network's",
+            {method: mean(itself & deepest), "supervised": mean(own & their & deepest, -1)},
+        )
+        add(
+            f"last layer: more invariant to the views of {method} than an untrained network's",
+            {method: mean(itself & deepest), UNTRAINED: mean(own & our_blank & deepest, -1)},
+            chance,
+        )
 
         claim = f"supervised: its last layers fit the classes (next to {method})"
-        found += [
-            Difference(
-                claim,
-                f"last blocks: nearer to the classes than those of {method}",
-                {"supervised": self.mean(classes & their & last), method: self.mean(classes & us & last, -1)},
-            ),
-            Difference(
-                claim,
-                "last blocks: nearer to the classes than those of an untrained network",
-                {
-                    "supervised": self.mean(classes & their & last),
-                    UNTRAINED: self.mean(classes & their_blank & last, -1),
-                },
-                chance,
-            ),
-        ]
+        add(
+            f"last blocks: nearer to the classes than those of {method}",
+            {"supervised": mean(classes & their & last), method: mean(classes & us & last, -1)},
+        )
+        add(
+            "last blocks: nearer to the classes than those of an untrained network",
+            {"supervised": mean(classes & their & last), UNTRAINED: mean(classes & their_blank & last, -1)},
+            chance,
+        )
 
         claim = f"{method}: it fits the classes implicitly in intermediate layers"
-        found += [
-            Difference(
-                claim,
-                "intermediate blocks: nearer to the classes than the first ones",
-                {"intermediate": self.mean(classes & us & middle), "first": self.mean(classes & us & at("first"), -1)},
-            ),
-            Difference(
-                claim,
-                "intermediate blocks: nearer to the classes than those of an untrained network",
-                {method: self.mean(classes & us & middle), UNTRAINED: self.mean(classes & our_blank & middle, -1)},
-                chance,
-            ),
-        ]
+        add(
+            "intermediate blocks: nearer to the classes than the first ones",
+            {"intermediate": mean(classes & us & middle), "first": mean(classes & us & at("first"), -1)},
+        )
+        add(
+            "intermediate blocks: nearer to the classes than those of an untrained network",
+            {method: mean(classes & us & middle), UNTRAINED: mean(classes & our_blank & middle, -1)},
+            chance,
+        )
 
         claim = f"supervised: it does not become invariant to the augmentations of {method}"
-        found += [
-            Difference(
-                claim,
-                f"from first to last blocks: invariance grows by less than {GAIN}",
-                {"first": self.mean(own & their & at("first")), "last": self.mean(own & their & last, -1)},
-                margin=GAIN,
-            ),
-            Difference(
-                claim,
-                f"last blocks: less than {GAIN} more invariant than an untrained network's",
-                {UNTRAINED: self.mean(own & their_blank & last), "supervised": self.mean(own & their & last, -1)},
-                chance,
-                GAIN,
-            ),
-        ]
+        add(
+            f"from first to last blocks: invariance grows by less than {GAIN}",
+            {"first": mean(own & their & at("first")), "last": mean(own & their & last, -1)},
+            margin=GAIN,
+        )
+        add(
+            f"last blocks: less than {GAIN} more invariant than an untrained network's",
+            {UNTRAINED: mean(own & their_blank & last), "supervised": mean(own & their & last, -1)},
+            chance,
+            GAIN,
+        )
         return found
 
 
