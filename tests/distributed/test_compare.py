@@ -165,9 +165,17 @@ def test_before_the_processes_meet_the_first_one_speaks(
     assert [len(waits) for _, waits in found] == [0, 1]
 
 
-@pytest.mark.parametrize("option", ["--model=no.Class", "--data.batch_size=many", "--data.speed=9"])
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        (fit, ["--model=no.Class"]),
+        (fit, ["--model=ssl_geometry.methods.SimCLR", "--data.batch_size=many"]),
+        (fit, ["--model=ssl_geometry.methods.SimCLR", "--data.speed=9"]),
+        (probe, [*IMAGES, "--evaluations=layer"]),
+    ],
+)
 def test_mistakes_of_the_command_line_wait_for_the_first_process(
-    option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Any, args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a parser too."""
     waited: list[float] = []
@@ -176,7 +184,7 @@ def test_mistakes_of_the_command_line_wait_for_the_first_process(
         monkeypatch.setenv(name, value)
     for rank in (0, 1):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
-        code, _, err = ended(fit, ["--model=ssl_geometry.methods.SimCLR", f"--runs={tmp_path}", option])
+        code, _, err = ended(command, args)
         assert (code, err.count("error:"), len(waited)) == (2, 1, rank)
 
 

@@ -99,7 +99,6 @@ def test_files_give_the_rows_of_memory(ranks: Ranks, by_one: Path, tmp_path: Pat
     ("args", "broken", "codes", "line"),
     [
         (["--probes.layers=layer9"], None, [2, 2], "error: --probes.layers='layer9' matches no layer"),
-        (["--evaluations=layer"], None, [2, 2], "error: --evaluations layer"),
         (["--models=nowhere/x"], None, [2, 2], "error: --models"),
         ([], (1, "update", UserError("image 7: cut short")), [2, 2], "error: image 7: cut short"),
         ([], (1, "update", torch.OutOfMemoryError("x")), [2, 2], "error: out of memory while measuring a (x)"),
