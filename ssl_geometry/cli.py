@@ -227,7 +227,7 @@ def run_command(command: Callable[[Sequence[str]], Any], args: Sequence[str] | N
     Args:
         command: takes the command line.
         args: the command line; None takes the process's.
-        interrupted: what to say to Ctrl-C.
+        interrupted: message after Ctrl-C.
     """
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):
@@ -276,7 +276,7 @@ def _is_first() -> bool:
 
 
 def _quiet() -> None:
-    """Show what this package says; of Lightning and torch, warnings that a user can act on."""
+    """Show messages of this package, and those warnings of Lightning and torch that a user can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logger = logging.getLogger("ssl_geometry")
@@ -290,14 +290,14 @@ def _quiet() -> None:
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "The number of training batches .* is smaller than the logging interval",
         ".*does not have many workers",
-        "The `srun` command is available",  # ssl_geometry.runs.slurm says it where it matters
+        "The `srun` command is available",  # ssl_geometry.runs.slurm reports it where it matters
         "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def mistake_behind(error: BaseException | None) -> UserError | None:
-    """The user's mistake that caused an error, if there is one: parsers wrap what constructors say."""
+    """The user's mistake that caused an error, if there is one: parsers wrap errors of constructors."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error

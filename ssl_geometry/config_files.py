@@ -43,7 +43,7 @@ def expand_bases(args: Sequence[str]) -> list[str]:
                 raise UserError(f"--config {chain[-1]}: {base} starts from itself")
             chain.insert(0, base)
         for path in chain:
-            if path not in seen:  # a base that two files share must not undo what the first of them says
+            if path not in seen:  # a base shared by two files must not override the first of them
                 expanded += ["--config", str(path)]
                 seen.add(path)
     return expanded
@@ -101,7 +101,7 @@ def config_of_resumed(args: Sequence[str]) -> list[str]:
     directory = run_of(Path(paths[-1]).resolve())
     if config_of(directory) is None:
         raise UserError(
-            f"--resume {directory}: its config.yaml, which says how it was trained, is missing or damaged: put it "
+            f"--resume {directory}: its config.yaml, the options of the run, is missing or damaged: put it "
             "back, or start a new run"
         )
     return ["--config", str(directory / "config.yaml")]

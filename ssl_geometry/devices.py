@@ -266,7 +266,7 @@ def less_memory(error: BaseException, trainer: L.Trainer, continued: str) -> str
 
 @contextmanager
 def memory_for_measuring(options: Any, network: str | None = None) -> Iterator[None]:
-    """Say in one line what to lower where memory runs out in ``compare``, ``probe`` or ``survey``.
+    """Report in one line what to reduce if ``compare``, ``probe`` or ``survey`` runs out of memory.
 
     Args:
         options: of the command, with its data module.

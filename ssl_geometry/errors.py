@@ -101,7 +101,7 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3, otherwise: str | N
         name: what the user wrote.
         known: the valid names.
         n: how many to offer.
-        otherwise: what to say if none is similar; None lists the first valid names.
+        otherwise: text if none is similar; None lists the first valid names.
 
     Returns:
         ``"did you mean 'a', 'b'?"``, or ``otherwise``.

@@ -66,13 +66,15 @@ def fit(args: Sequence[str]) -> Run:
         else:
             explained = Interrupted("", reported)
         exit_code = getattr(explained, "code", exit_code)
-        is_run = explained is not error or cli.trainer.global_step > 0  # others say how to continue it
+        is_run = (
+            explained is not error or cli.trainer.global_step > 0
+        )  # other errors have a message about how to continue
         if explained is error:
             raise
         raise explained from error
     finally:
         for process in multiprocessing.active_children():
-            if process not in others:  # a data worker: torch waits five seconds for each that nobody has ended
+            if process not in others:  # a data worker: torch waits five seconds for each that is alive
                 process.terminate()
         for logger in cli.trainer.loggers:
             if isinstance(logger, ResumableWandbLogger):
@@ -91,7 +93,7 @@ def _begin(args: Sequence[str]) -> FitCLI:
     try:
         _check_seeds(args)
         return FitCLI(expand_bases([*config_of_resumed(args), *args]))
-    except ValueError as error:  # jsonargparse wraps what a constructor says
+    except ValueError as error:  # jsonargparse wraps errors of constructors
         raise mistake_behind(error) or error from None
 
 

@@ -85,15 +85,15 @@ TRAINER_RANGES = {
     "gradient_clip_val": Annotated[float, at_least(0)],
     "reload_dataloaders_every_n_epochs": Annotated[int, at_least(0)],
 }
-"""Of Lightning's options: in batches, epochs or steps, as their names say; a share of the batches where below 1."""
+"""Lightning's options in batches, epochs or steps; a share of the batches if below 1."""
 REFUSED = {"trainer.logger": "--loggers", "trainer.default_root_dir": "--runs, --experiment and --run_id"}
 """Lightning's options that others stand for."""
 ELSEWHERE = r"(?i)default|not specified|current session"
-"""In what Lightning says of options that are not given."""
+"""In Lightning's help texts of options without a default."""
 
 
 def in_short(text: str) -> str:
-    """What Lightning says of an option, without its defaults, which are not those here, and no more than two sentences.
+    """Lightning's help text of an option: at most two sentences, without its default, which is not the one here.
 
     Example:
         >>> in_short("How often to log within steps. Default: ``50``. Beside :class:`logging.Logger`. More. More.")
@@ -322,7 +322,7 @@ class FitCLI(LightningCLI):
         return [GeometryMonitor(measurements), *teachers]
 
     def _takes_all_devices(self) -> bool:
-        """Whether nobody has said how many devices are to be used: in a SLURM job, its tasks say so."""
+        """Whether the number of devices is not set; in a SLURM job, the tasks determine it."""
         return str(self.settings["trainer"]["devices"]) in ("auto", "-1") and this_task() is None
 
     def _measurements(self) -> list[Measurement]:

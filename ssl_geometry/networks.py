@@ -58,7 +58,7 @@ def networks_parser(command: str, description: str, group: str, layers: str, sev
     Args:
         command: its name, such as ``compare``.
         description: of what it does.
-        group: of the options that say which layers are measured, such as ``cka`` for ``--cka.layers``.
+        group: of the options for the measured layers, such as ``cka`` for ``--cka.layers``.
         layers: the default of these, for the help.
         several: processes may share the images.
     """
@@ -109,8 +109,8 @@ def parse_networks(
         parser: with all options of the command.
         command: its name.
         args: the command line.
-        group: of the options that say which layers are measured.
-        layers: default of these, where no run says otherwise.
+        group: of the options for the measured layers.
+        layers: their default, unless a run has other ones.
         sources: options of ``fit`` that decide the same numbers.
         own_results: the file in ``--out`` by which the command knows results that it goes on with; None for a command
             that starts from scratch.

@@ -15,20 +15,20 @@ from ssl_geometry.runs.networks import Loaded
 
 UNTRAINED = "untrained"
 LEAST_MODELS = 4
-"""Fewer are not mapped; fewer recipes are not correlated, nor predicted from each other."""
+"""Fewest models of a map, and fewest recipes of correlations and predictions."""
 PUBLISHED = Path(__file__).parent / "models" / "transfer_targets.csv"
 
 
 def recipes_of(networks: Mapping[str, Loaded], named: Mapping[str, str]) -> dict[str, str]:
-    """Which models are seeds or versions of one recipe, and count once where something is predicted.
+    """Which models are seeds or versions of one recipe, and count once in predictions.
 
     Args:
         networks: name to network.
         named: recipes of some models, or of the name that several were given.
 
     Returns:
-        Model to the first model of its recipe: what ``--recipes`` says; else models given as ``NAME=RUN,RUN`` are one
-        recipe; else what the network says of itself (:attr:`Method.recipe`; untrained networks by architecture).
+        Model to the first model of its recipe: that of ``--recipes``; else models given as ``NAME=RUN,RUN`` are one
+        recipe; else the recipe of the network itself (:attr:`Method.recipe`; untrained networks by architecture).
 
     Raises:
         UserError: a recipe of a model that is not there.
@@ -113,7 +113,7 @@ def predict(
         recipes: of :func:`recipes_of`.
 
     Returns:
-        One row a task and data set, and a mean over data sets where there are several; and the prediction of each
+        One row per task and data set, and a mean over data sets where there are several; and the prediction of each
         recipe (under the name of its first model) from the others. Tasks with fewer than four recipes are left out.
     """
     found, predicted = [], []
@@ -164,7 +164,7 @@ def predict(
 
 
 def task_text(tasks: pd.DataFrame) -> pd.DataFrame:
-    """The tasks of :func:`predict` as text, one row a task."""
+    """The tasks of :func:`predict` as text, one row per task."""
     text = pd.DataFrame(index=tasks["task"])
     for column in tasks.columns.drop("task"):
         digits = 4 if column.startswith("p") or column.endswith(" p") else 2

@@ -261,7 +261,7 @@ def imported(path: str) -> type | None:
         path: such as ``ssl_geometry.methods.SimCLR``.
     """
     module, _, name = path.rpartition(".")
-    with suppress(Exception):  # whatever a module does when it is imported; the parser has said it already
+    with suppress(Exception):  # any error of an import; the parser has reported it already
         found = getattr(importlib.import_module(module), name, None)
         return found if isinstance(found, type) else None
     return None
@@ -305,7 +305,7 @@ def _literals(hint: Any) -> list[str]:
 
 
 def _is_ours(hint: Any) -> bool:
-    """Whether an annotation says in words what is expected, and null is not."""
+    """Whether an annotation describes in words what is expected, and does not allow null."""
     return type(None) not in get_args(hint) and (hint in (bool, str) or bool(range_of(hint) or _literals(hint)))
 
 

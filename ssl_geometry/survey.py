@@ -135,7 +135,7 @@ def _room(options: Any) -> float:
 
 
 def _plan(networks: Mapping[str, Loaded], room: float, options: Any, console: Console) -> dict[str, list[list[str]]]:
-    """The groups of layers of every model; says how much they take."""
+    """The groups of layers of every model, with a message about their memory."""
     plans = {name: layer_groups(model, room, options) for name, model in networks.items()}
     largest = max(plans, key=lambda name: plans[name][1])
     line = f"kept of one model after another: at most {as_size(plans[largest][1])} of features of {largest}"
@@ -172,7 +172,7 @@ def survey(args: Sequence[str]) -> Path:
     by_turns(data.prepare_data, options, fabric)
     with together(options):
         recipes = recipes_of(networks, options.recipes)
-        if options.targets:  # tell mistakes
+        if options.targets:  # report mistakes early
             read_targets(options.targets, {name: _checkpoint(model) for name, model in networks.items()}, recipes)
         for model in networks.values():
             chosen_layers(model.method.network.backbone, options)
@@ -226,7 +226,7 @@ def survey(args: Sequence[str]) -> Path:
 
 
 def _facts(model: Loaded, data: DataModule, options: Any) -> dict[str, Any]:
-    """What decides whether the numbers of a model stand, and what tables say of it; as JSON gives it back."""
+    """What determines whether a model is up to date, and its description in tables; as plain JSON data."""
     method, source = model.method, _checkpoint(model)
     names, kind = chosen_layers(method.network.backbone, options), type(method.network.backbone).__name__
     facts = {

@@ -13,7 +13,7 @@ logger.addFilter(is_of_the_first)
 
 
 def usual_path(module: nn.Module) -> str:
-    """Where the network of a module is, unless an argument says so.
+    """The default location of the network in a module.
 
     Raises:
         UserError: it has several parts, and no forward of its own.

@@ -13,7 +13,7 @@ from ssl_geometry.progress import progress_bar
 
 
 class FitProgress(ProgressBar):
-    """A progress bar over the whole training; where the output is no terminal, a line an epoch.
+    """A progress bar over the whole training; without a terminal, one line per epoch.
 
     Args:
         refresh_seconds: least time between two updates; reading the loss waits for the device, so it is not done in

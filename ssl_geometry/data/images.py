@@ -249,7 +249,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Any image as 8-bit RGB: upright, 16 bits scaled to 8, transparency over white.
 
     Args:
-        image: of any PIL mode but 32-bit float, whose range nobody knows.
+        image: of any PIL mode except 32-bit float, whose range is unknown.
 
     Returns:
         The image in mode RGB.
@@ -346,7 +346,9 @@ def _in_threads(work: Callable[[int], T], rows: Sequence[int], threads: int, tit
     shown = False
     progress = progress_bar()
     task = progress.add_task(f"{title} images", total=len(rows))
-    chunks = [rows[i : i + 64] for i in range(0, len(rows), 64)]  # one an image costs small ones as much again
+    chunks = [
+        rows[i : i + 64] for i in range(0, len(rows), 64)
+    ]  # one task per image would double the time for small images
     with ThreadPoolExecutor(threads) as pool:
         try:
             for results in pool.map(lambda chunk: [work(row) for row in chunk], chunks):

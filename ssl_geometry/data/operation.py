@@ -17,7 +17,7 @@ from ssl_geometry.errors import UserError
 Limits = Mapping[str, float]
 """Option to the largest value that it takes."""
 Params = dict[str, Tensor]
-"""Parameters of one operation: name -> tensor with one row an image."""
+"""Parameters of one operation: name -> tensor with one row per image."""
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Op:
 
     name: ClassVar[str]
     n: ClassVar[int]
-    """How many random numbers an image takes."""
+    """Number of random numbers per image."""
     numbers: ClassVar[Limits] = {}
     """Options that are a number from 0 to this."""
     ranges: ClassVar[Limits] = {}
@@ -53,7 +53,7 @@ class Op:
             self._check(option, ok and 0 < value[0] <= value[1] <= most, f"[low, high] in (0, {most}]")
 
     def sample(self, u: Float[Tensor, "B n"]) -> Params:
-        """Random numbers -> parameters, one row an image. They do not depend on the images' size."""
+        """Random numbers -> parameters, one row per image, independent of the image size."""
         raise NotImplementedError
 
     def apply(self, images: Float[Tensor, "B 3 H W"], params: Params) -> Float[Tensor, "B 3 h w"]:

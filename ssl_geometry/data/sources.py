@@ -174,7 +174,7 @@ def _listed(path: Path, option: str, size: int | None) -> tuple[Images, list[str
     """The images of a folder that ``labels.csv`` names, each with as many classes as it shows."""
     try:
         with (path / LIST).open(newline="", encoding="utf-8-sig") as file:
-            columns = next(csv.reader(file), [])  # pandas renames the second of two that are alike
+            columns = next(csv.reader(file), [])  # pandas renames duplicates
         table = pd.read_csv(path / LIST, dtype={"file": str}, keep_default_na=False)
     except (OSError, ValueError) as error:  # empty, ragged, not UTF-8
         raise UserError(f"{option} {path / LIST}: cannot be read as a table ({first_line(error)})") from error

@@ -33,7 +33,7 @@ def first_rows(keys: Int64[Tensor, " N"], seen: Int64[Tensor, " S"] | None = Non
     """The first row of each key, in ascending order.
 
     Args:
-        keys: as of :func:`row_keys`.
+        keys: from :func:`row_keys`.
         seen: keys whose rows are left out.
 
     Example:

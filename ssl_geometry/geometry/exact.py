@@ -65,7 +65,7 @@ def kernels(machine: str, cpuinfo: str) -> str | None:
     than itself: with the OpenBLAS of FAISS's wheels (0.3.15) exact search on a Zen 5 takes 4.4 times as long.
 
     Args:
-        machine: architecture, as of :func:`platform.machine`.
+        machine: architecture, from :func:`platform.machine`.
         cpuinfo: text of /proc/cpuinfo.
 
     Returns:

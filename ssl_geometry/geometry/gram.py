@@ -1,16 +1,16 @@
-"""Gram matrices of images: centred so that nothing is lost, small ones laid end to end in one vector a layer and batch.
+"""Gram matrices of images, centred without cancellation; small ones are concatenated to one vector per layer and batch.
 
 A layer's activations on a batch become the strict upper triangles of its U-centred Gram matrices, one small matrix
-for each ``gram_size`` consecutive images. The images of a Gram matrix must be a random sample: shuffle them first.
-Sorted by class, or dealt out evenly, they bias every sum, and with fewer images than classes class CKA is 0/0.
+per ``gram_size`` consecutive images. The images of a Gram matrix must be a random sample: shuffle them first. Images
+sorted by class, or distributed evenly over classes, bias every sum, and with fewer images than classes class CKA is 0/0.
 
-Order of the steps, and why: the batch mean is subtracted from the features *before* the Gram matrix is formed,
-because in float32 a Gram matrix that is dominated by its mean loses what CKA measures (untrained and collapsed
-networks); then U-centring (Song et al. 2012; Székely & Rizzo 2014), whose inner product is n(n-3) times the unbiased
-HSIC; then products in float64. A U-centred matrix that is rounding alone counts as 0.
+Order of the steps: the batch mean is subtracted from the features *before* the Gram matrix is formed, because a float32
+Gram matrix that is dominated by its mean loses the variation that CKA measures (untrained and collapsed networks). Then
+follows U-centring (Song et al. 2012; Székely & Rizzo 2014), whose inner product is n(n-3) times the unbiased HSIC, and
+finally products in float64. A U-centred matrix of rounding alone counts as 0.
 
 Default protocol: flattened activations, linear kernel, 64 images in a Gram matrix. Pooling, a random projection, an
-RBF kernel and leaving out leading principal components are options; each gives another number.
+RBF kernel and dropping leading principal components are options; each gives a different number.
 """
 
 import math
@@ -27,12 +27,13 @@ Kernel = Literal["linear", "rbf"]
 MIN_GRAM_SIZE = 4
 """The unbiased HSIC divides by n(n-3): it needs four images."""
 DUST = 8
-"""A U-centred Gram matrix is 0 below so many roundings of its Gram matrix; what is exactly 0 leaves up to 2.3 of them
-(one active image in groups of 4 to 256, widths of 1 to 32,768, on a CPU), Gaussian features of width 32,768 45,000."""
+"""A U-centred Gram matrix of at most this many roundings of its Gram matrix counts as 0. An exact 0 gives up to 2.3 of
+them (one active image in groups of 4 to 256, widths of 1 to 32,768, on a CPU), Gaussian features of width 32,768 give
+45,000."""
 
 
 def u_center(gram: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
-    """U-centre Gram matrices: rows, columns and the whole sum to zero with the diagonal left out.
+    """U-centre Gram matrices: rows and columns sum to zero without the diagonal.
 
     Args:
         gram: symmetric matrices over n >= 4 images.
@@ -71,19 +72,19 @@ def gram_vector(
     bandwidth: float = 0.5,
     drop_top: int = 0,
 ) -> Float[Tensor, " P"]:
-    """One layer's activations on a batch as the vector that enters CKA.
+    """One layer's activations on a batch as a Gram vector, the input of CKA.
 
-    The batch is cut into groups of ``gram_size`` consecutive images, which must come in random order. Each group gives
-    the strict upper triangle of its U-centred Gram matrix. A shorter last group counts with its own number of pairs;
-    one of fewer than four images is left out, because no unbiased HSIC of it exists.
+    The batch is split into groups of ``gram_size`` consecutive images, which must come in random order. Each group gives
+    the strict upper triangle of its U-centred Gram matrix. A shorter last group has fewer pairs; one of fewer than four
+    images is left out, because it has no unbiased HSIC.
 
     Args:
         activations: any shape with images first, computed in float32 (float64 stays float64).
         gram_size: images in a Gram matrix. HSIC is unbiased for every size; cost grows with it.
-        features: "flatten" over all that follows the images; "pool" (see :func:`pool`); "project" the flattened
+        features: "flatten" all dimensions after the first; "pool" (see :func:`pool`); "project" the flattened
             activations to 1,024 dimensions (see :func:`project`).
         kernel: "linear", or "rbf": exp(-d²/2s²) with s = ``bandwidth`` times the median distance in the group, over
-            all n² pairs (an image and itself included).
+            all n² pairs (including those of an image with itself).
         bandwidth: of the RBF kernel, in median distances.
         drop_top: leading principal components of each group that are left out, before the kernel: how much of CKA
             rests on a few dominant directions.
@@ -132,7 +133,7 @@ def class_vector(labels: Int64[Tensor, " B"], num_classes: int, gram_size: int =
         gram_size: images in a Gram matrix, as for the layers it is compared with.
 
     Returns:
-        P values, as of :func:`gram_vector`; zero for a group of one class.
+        P values, as in :func:`gram_vector`; zero for a group of one class.
 
     Example:
         >>> labels = torch.arange(64) % 10
@@ -157,7 +158,7 @@ def class_weights(labels: Int64[Tensor, " B"], sizes: Int64[Tensor, " C"], gram_
         gram_size: images in a Gram matrix.
 
     Returns:
-        P values, as of :func:`gram_vector`: 1 for images of two classes.
+        P values, as in :func:`gram_vector`: 1 for images of two classes.
 
     Example:
         >>> class_weights(torch.tensor([0, 0, 1, 2]), sizes=torch.tensor([2, 2, 9])).square()
@@ -194,7 +195,7 @@ def gram_groups(vectors: Float[Tensor, "L P"], gram_size: int) -> list[Float[Ten
     """The Gram matrices in vectors of one batch: all whole ones, and the short last one.
 
     Args:
-        vectors: of L layers, as of :func:`gram_vector`.
+        vectors: of L layers, as in :func:`gram_vector`.
         gram_size: images in a Gram matrix, as the vectors were made.
 
     Returns:

@@ -1,6 +1,6 @@
 """The k nearest neighbours of every image, by FAISS: exact, or approximate with its measured recall.
 
-Protocol: the image itself and exact copies of it are no neighbours, and of equal points the first stands for all.
+Protocol: the image itself and exact duplicates of it are not neighbours; other duplicates count once.
 Cosine similarity is searched, and given, as the distance of unit vectors, and all points are moved by the mean of the
 queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours that
 float32 products cannot rank (classes collapsed onto their means) are ranked by float64 differences of the features as

@@ -12,8 +12,8 @@ Where all vectors are close together, kernel values agree in all digits but the 
 differ by. Under the cosine kernel it is therefore posed in the differences between a query and its candidates, and
 limits are relative to their size: features that vary by a millionth are solved as exactly as others.
 
-Candidates come as rows of the features, padded with -1; they are nearest images as a rule, but need not be. Beside a
-centred copy of the features, memory does not grow with their number.
+Candidates are rows of the features, padded with -1; usually the nearest images, but any others are allowed. Memory next
+to a centred copy of the features does not grow with their number.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def nnk(
             for queries whose candidates are too close for float32 cosines.
         chunk: queries at once in each thread; None for 256 on a CPU and 8,192 elsewhere, fewer for more than 64
             candidates.
-        tolerance: as of :func:`solve`.
+        tolerance: as in :func:`solve`.
 
     Returns:
         Weights, neighbours, error and residual of each query. A query without candidates has no neighbours. Under the
@@ -71,7 +71,7 @@ def nnk(
             under the cosine kernel, an unknown kernel, or kept cosines that cannot serve.
 
     Warns:
-        UserWarning: queries that miss the tolerance, or whose candidates rounding alone tells from them.
+        UserWarning: queries that miss the tolerance, or that differ from their candidates by rounding alone.
 
     References:
         Shekkizhar & Ortega, *Graph construction from data by non-negative kernel regression*, 2020.

@@ -361,7 +361,7 @@ def joined(parts: list[NNK], tolerance: float) -> NNK:
     lost = int(result.residual.isnan().sum())
     if lost:
         warnings.warn(
-            f"{lost} of {len(result.residual)} NNK problems are NaN: rounding alone tells candidates from queries",
+            f"{lost} of {len(result.residual)} NNK problems are NaN: candidates differ from queries by rounding alone",
             stacklevel=3,
         )
     missed = int((result.residual > tolerance).sum())

@@ -53,7 +53,7 @@ class _Chosen(Dataset):
                 label = int(others[0]) if others and _is_class(others[0]) else -1
                 unlabelled = label < 0  # as torchvision marks the unlabelled images of STL10
                 return F.pil_to_tensor(resize(to_rgb(pixels), self.image_size)), None if unlabelled else label
-        except (OSError, IndexError) as error:  # a damaged file; fewer images than the length says
+        except (OSError, IndexError) as error:  # a damaged file; fewer images than the length
             return UserError(f"{place} cannot be read ({type(error).__name__}: {first_line(error)})")
         found = type(image).__name__
         if isinstance(image, Tensor | np.ndarray):

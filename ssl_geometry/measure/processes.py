@@ -109,7 +109,7 @@ def agreeing() -> Iterator[None]:
 
     Raises:
         UserError: on the first process, where another made out a mistake.
-        RuntimeError: on the first process, where another failed in a way that nobody foresaw.
+        RuntimeError: on the first process, if another failed with an unexpected error.
         Interrupted: on the others, without words.
 
     Example:
@@ -128,7 +128,7 @@ def agreeing() -> Iterator[None]:
     # Of a disk or a memory that is full: the latter is explained outside of this block.
     is_mistake = isinstance(own, UserError | OSError | MemoryError | torch.OutOfMemoryError)
     words = None if own is None else (is_mistake, str(own) or type(own).__name__)
-    failed = [(rank, *told) for rank, told in enumerate(of_each(words)) if told is not None]
+    failed = [(rank, *failure) for rank, failure in enumerate(of_each(words)) if failure is not None]
     if not failed:
         return
     rank, mistake, reason = failed[0]
@@ -150,13 +150,13 @@ def is_agreed(error: BaseException | None) -> bool:
 
 
 def is_of_the_first(line: logging.LogRecord) -> bool:
-    """Filter of a logger: of what all processes find alike, the first one speaks for all."""
+    """Filter of a logger: only the first process logs messages that all have in common."""
     return this_process()[0] == 0
 
 
 @contextmanager
 def warned_once() -> Iterator[None]:
-    """Warnings of what all processes find alike come from the first one."""
+    """Only the first process shows warnings that all have in common."""
     rank, _ = this_process()
     with warnings.catch_warnings() if rank else nullcontext():
         if rank:

@@ -57,7 +57,7 @@ class BatchStorage:
     Args:
         sizes: elements of the tensor of each batch, over all processes; process r of R has the batches r, r + R, ….
         dtype: of the elements.
-        folder: as of :func:`on_host`.
+        folder: as in :func:`on_host`.
 
     Example:
         >>> storage = BatchStorage([4, 2])

@@ -47,7 +47,7 @@ class TransformView:
     def spec(self) -> dict[str, Any]:
         """The pipeline, for protocols: as text, and what it makes of a test image where the text holds an address.
 
-        A function, or an object without a ``__repr__``, does not say what it does, and its address differs from
+        The text of a function, or of an object without a ``__repr__``, is its address only, which differs from
         process to process.
         """
         text = repr(self.transform)
@@ -99,7 +99,7 @@ class _WithHeads(nn.Module):
                     place.add_module(last, head)
                 elif getattr(place, last, None) is not head:  # nothing is hung into a module of somebody else
                     raise KeyError(f"{'.'.join(parents)} is a head itself, without this part")
-            except (KeyError, TypeError) as error:  # torch's say why, too
+            except (KeyError, TypeError) as error:  # torch's errors give the reason, too
                 raise UserError(f"heads {name!r}: {error.args[0]}") from error
 
     def forward(self, images: Tensor) -> Tensor:
@@ -172,14 +172,14 @@ class Subject:
         Args:
             method: the method.
             name: of the network, in the records.
-            network: part of it, such as its teacher; None is what the method says (``--model.measured``).
+            network: part of it, such as its teacher; None for the method's own (``--model.measured``).
         """
         network = method.network if network is None else network
         return cls(network, method.clean_view, name=name, own=method.view, named_views=method.named_views)
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are; where it says it is, or on the CPU, for a network without any."""
+        """The device of its parameters; without any, its attribute ``device``, else the CPU."""
         itself = getattr(self.network, "device", torch.device("cpu"))
         return next((parameter.device for parameter in self.network.parameters()), itself)
 

@@ -1,9 +1,9 @@
 """CKA between layers, views and classes, accumulated over batches and ranks.
 
 The state is a matrix of sums for each of a few blocks of Gram matrices: it does not grow with the number of images,
-ranks add theirs up, and leaving out one block at a time gives an error bar. Images must come in random order: the ones
-of a Gram matrix are taken for a random sample. torchmetrics hands out a result of
-one number as a scalar: ``compute()`` of a single pair of layers has no dimensions.
+sums of ranks add up, and leaving out one block at a time gives an error bar. Images must come in random order, because
+those of a Gram matrix are treated as a random sample. torchmetrics returns results of one number as scalars:
+``compute()`` of a single pair of layers has no dimensions.
 """
 
 import math
@@ -21,31 +21,31 @@ from ssl_geometry.geometry.gram import class_vector, class_weights, gram_groups,
 from ssl_geometry.geometry.jackknife import deviations, interval, jackknife, standing
 
 FLAT = (
-    "no Gram matrix tells its images apart beyond rounding (a layer is constant, active for one image of each, or "
+    "no Gram matrix varies by more than rounding (a layer is constant, active for one image of each, or "
     "varies by less than 1e-19 in float32; of classes, no two images share one, or all do)"
 )
 INFINITE = "activations are not finite, or above 1e19, whose squares float32 does not hold"
 BLOCKS = 16
-"""Blocks that Gram matrices are dealt into in turn, for the error bar."""
+"""Number of blocks of the jackknife; Gram matrices are assigned to them cyclically."""
 FEW_PAIRS = 100
-"""Pairs of images of one class below which class CKA is only known to about a tenth."""
+"""With fewer pairs of images of one class, class CKA is only accurate to about 0.1."""
 RARE = 0.1
-"""Share of the largest class's images below which a class is named as one that few pairs are of."""
+"""Classes below this share of the largest class are named in the warning about few pairs."""
 LONELY = 0.1
-"""Share that classes of a single image may have in all pairs of one class: CKA then reads low by half of that share."""
+"""Largest share of same-class pairs that classes of a single image may have; CKA is low by half of that share."""
 
 
 class LayerwiseCKA(Metric):
-    """Unbiased minibatch CKA of every row layer with every column layer, by one matrix product a batch.
+    """Unbiased minibatch CKA of every row layer with every column layer, by one matrix product per batch.
 
-    Feed it Gram vectors (:func:`ssl_geometry.geometry.gram.gram_vector`), taken where the activations are, so that no
-    activation outlives its layer. Both networks must see the same images in the same batches.
+    It takes Gram vectors (:func:`ssl_geometry.geometry.gram.gram_vector`), computed inside the hooks so that activations
+    need not be stored. Both networks must see the same images in the same batches.
 
     Args:
         rows: names of the row layers.
         cols: names of the column layers; None compares the row layers with themselves.
-        gram_size: images in a Gram matrix, as the vectors were made.
-        blocks: number of blocks that Gram matrices are dealt into in turn, for the error bar.
+        gram_size: images in a Gram matrix, as in the vectors.
+        blocks: number of blocks of the jackknife, to which Gram matrices are assigned cyclically.
 
     Raises:
         KeyError: a batch lacks one of the layers.
@@ -106,8 +106,8 @@ class LayerwiseCKA(Metric):
         Args:
             x: the Gram vector of each row layer.
             y: the Gram vector of each column layer; None takes them from ``x``.
-            first_gram: Gram matrices in the batches before, over all ranks, which makes the standard error the same for
-                any number of ranks; None counts those of this rank.
+            first_gram: number of Gram matrices in earlier batches, over all ranks, so that the standard error is the
+                same for any number of ranks; None counts those of this rank.
         """
         number = self._grams if first_gram is None else first_gram
         rows = torch.stack([x[name] for name in self.rows]).double()
@@ -131,15 +131,15 @@ class LayerwiseCKA(Metric):
         self._grams = number
 
     def compute(self) -> Float[Tensor, "L M"]:
-        """The matrix of CKA, float64; NaN (with a warning that names layers and reason) where there is none."""
+        """The matrix of CKA, float64; NaN, with a warning that names layers and reason, where it is undefined."""
         return self._shown(self._cka(self.cols or []))
 
     def _shown(self, matrices: Float[Tensor, "... L M"]) -> Tensor:
-        """Of all pairs of layers, those that the metric is about."""
+        """The pairs of layers of this metric."""
         return matrices
 
     def _cka(self, named: Sequence[str]) -> Float[Tensor, "L M"]:
-        """The matrix; of its columns those that a warning is to name are given."""
+        """The matrix; ``named`` are the columns that warnings can name."""
         rows, cols = self.rows_self.sum(0), self.cols_self.sum(0)
         owns = [*zip(self.rows, rows.tolist(), strict=True)]
         owns += zip(named, cols.tolist(), strict=False)
@@ -159,12 +159,12 @@ class LayerwiseCKA(Metric):
             return self._jackknife()[1]
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "L M"], Float[Tensor, "L M"]]:
-        """Both ends of the error bar of :meth:`compute` over the choice of images.
+        """The confidence interval of :meth:`compute` over the choice of images.
 
         Student's t on the jackknife, see :func:`ssl_geometry.geometry.jackknife.interval`. Every rank must call it.
 
         Args:
-            level: how often the bar is to cover the truth.
+            level: confidence level.
         """
         with self.sync_context():
             return interval(*self._jackknife(), int(standing(self.weights).sum()), level)
@@ -174,7 +174,7 @@ class LayerwiseCKA(Metric):
         return self._shown(value), self._shown(error)
 
     def deviations(self) -> Float[Tensor, "K L M"]:
-        """What each of K blocks of Gram matrices contributes to :meth:`standard_error`; every rank must call it.
+        """The contribution of each of K blocks of Gram matrices to :meth:`standard_error`; every rank must call it.
 
         Metrics that saw the same images in the same batches have the same blocks: the deviations of a difference of
         their results are the differences of theirs, and its standard error the root of the sum of their squares.
@@ -184,15 +184,15 @@ class LayerwiseCKA(Metric):
 
 
 class InvarianceCKA(LayerwiseCKA):
-    """CKA of each layer with itself when the same images are seen under another augmentation: 1 is invariant.
+    """CKA of each layer with itself under two augmented views of the same images: 1 is invariant.
 
-    Gram vectors of one draw of the augmentation are the rows, of another the columns, in the same order of the images.
-    Results are those of each layer, (L,).
+    Gram vectors of one view are the rows, those of the other the columns, with the images in the same order. Results
+    are per layer, (L,).
 
     Args:
         layers: names of the layers.
-        gram_size: as of :class:`LayerwiseCKA`.
-        blocks: as of :class:`LayerwiseCKA`.
+        gram_size: as in :class:`LayerwiseCKA`.
+        blocks: as in :class:`LayerwiseCKA`.
 
     References:
         Grigg et al., *Do self-supervised and supervised methods learn similar visual representations?*, 2021.
@@ -214,19 +214,19 @@ class InvarianceCKA(LayerwiseCKA):
 
 
 class ClassCKA(LayerwiseCKA):
-    """CKA of each layer with the one-hot classes: 1 where every class is a point, all equally far apart.
+    """CKA of each layer with the one-hot classes: 1 if every class is a point, with equal distances between classes.
 
-    To have classes as one more column of a larger matrix, feed :func:`ssl_geometry.geometry.gram.class_vector` to
+    To add the classes as a column of a larger matrix, pass :func:`ssl_geometry.geometry.gram.class_vector` to
     :class:`LayerwiseCKA`.
 
     Args:
         layers: names of the layers.
         num_classes: number of classes.
-        gram_size: as of :class:`LayerwiseCKA`. A Gram matrix of n images holds n(n - 1)/2C pairs of images of one of C
-            classes, which carry the number: for many classes take it larger.
-        blocks: as of :class:`LayerwiseCKA`.
-        sizes: images of each class in all that is measured, where they were drawn class by class (see
-            :func:`ssl_geometry.geometry.gram.class_weights`); None where they are a random sample.
+        gram_size: as in :class:`LayerwiseCKA`. A Gram matrix of n images has n(n - 1)/2C same-class pairs of each of C
+            classes, on which class CKA rests: use a larger size for many classes.
+        blocks: as in :class:`LayerwiseCKA`.
+        sizes: number of images of each class, if they were drawn class by class (see
+            :func:`ssl_geometry.geometry.gram.class_weights`); None for a random sample.
 
     References:
         Grigg et al., *Do self-supervised and supervised methods learn similar visual representations?*, 2021.
@@ -266,7 +266,7 @@ class ClassCKA(LayerwiseCKA):
         Args:
             x: the Gram vector of each layer.
             labels: class of each image.
-            first_gram: as of :meth:`LayerwiseCKA.update`.
+            first_gram: as in :meth:`LayerwiseCKA.update`.
         """
         classes = class_vector(labels, self.num_classes, self.gram_size)
         self.pairs += same_class_pairs(labels, self.num_classes, self.gram_size)
@@ -278,8 +278,8 @@ class ClassCKA(LayerwiseCKA):
         super().update(x, {"classes": classes}, first_gram)
 
     def compute(self) -> Float[Tensor, " L"]:
-        """CKA of each layer with the classes, float64; NaN where there is none; a warning where few pairs carry it."""
-        alone, pairs = self._alone, self._telling_pairs()
+        """CKA of each layer with the classes, float64; NaN where undefined; a warning where it rests on few pairs."""
+        alone, pairs = self._alone, self._decisive_pairs()
         no_classes = float(self.cols_self.sum()) == 0
         if alone:
             warnings.warn(
@@ -304,13 +304,13 @@ class ClassCKA(LayerwiseCKA):
         value = self._shown(self._cka(named=()))
         return torch.full_like(value, torch.nan) if alone else value
 
-    def _telling_pairs(self) -> int:
-        """Pairs that carry the number: where one class has most images, whose pairs are nearly all, those of others."""
+    def _decisive_pairs(self) -> int:
+        """Same-class pairs that determine class CKA: if one class has most images, those of the other classes."""
         others = self.images <= self.images.sum() / 2
         return int(self.pairs[others].sum())
 
     def _few_images(self) -> str:
-        """The classes that are rare next to the largest, named."""
+        """Text that names the rare classes."""
         images = self.images.tolist()
         total, largest = sum(images), max(images)
         if largest == total:
@@ -330,7 +330,7 @@ class ClassCKA(LayerwiseCKA):
 
     @property
     def _alone(self) -> int:
-        """Classes of a single image, where they are too many for a number."""
+        """Number of classes of a single image, if they are too many for class CKA to be defined; else 0."""
         if self.sizes is None:
             return 0
         alone = (self.sizes == 1).sum()

@@ -29,7 +29,7 @@ class KeptRows(Metric):
         self._empty[name] = torch.empty(0, *shape, dtype=dtype)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather over ranks; one without images joins in with empty tensors of a type that it could not guess."""
+        """Gather over ranks; a rank without images contributes empty tensors of the right type."""
         for name, empty in self._empty.items():
             if not getattr(self, name):
                 getattr(self, name).append(empty.to(self.device))

@@ -123,13 +123,13 @@ class Neighborhoods(LayerFeatures):
     def _measure(self, features: Tensor, labels: Tensor, rows: Int64[Tensor, " M"]) -> LayerNeighbors:
         """Neighbourhoods among the given rows, with the indices of all images; NaN where too few images are left."""
         n = len(features)
-        nobody = torch.full((n, self.k), -1, device=features.device)
+        nothing = torch.full((n, self.k), -1, device=features.device)
         unknown = torch.full((n,), torch.nan, dtype=torch.float64, device=features.device)
         if len(rows) < MIN_IMAGES:
-            statistics = dict.fromkeys(graph_statistics(nobody, labels), torch.nan)
+            statistics = dict.fromkeys(graph_statistics(nothing, labels), torch.nan)
             statistics |= {f"nnk_{name}": torch.nan for name in statistics}
             statistics |= dict.fromkeys(("two_nn", "levina_bickel", "nnk_residual"), torch.nan)
-            return LayerNeighbors(nobody, nobody, dict.fromkeys(MANIFOLD_METRICS, unknown), statistics, {})
+            return LayerNeighbors(nothing, nothing, dict.fromkeys(MANIFOLD_METRICS, unknown), statistics, {})
         features, labels = features[rows], labels[rows]
         k = min(self.k, len(rows) - 1)
         cosine, euclidean = nearest(features, k=k), nearest(features, k=min(k, DIMENSION_K), metric="l2")
@@ -147,7 +147,7 @@ class Neighborhoods(LayerFeatures):
         }
 
         def of_all(ids: Int64[Tensor, "M k"]) -> Int64[Tensor, "N K"]:
-            scattered = nobody.clone()
+            scattered = nothing.clone()
             scattered[rows, :k] = rows[ids].where(ids >= 0, -1)
             return scattered
 

@@ -1,10 +1,10 @@
 """Names, presets and depths of a network's layers.
 
-A name is the module's dotted path as it reads on the bare network: ``torch.compile``, DDP and a method's ``backbone``
-leave no trace in it. torchvision's ResNets and timm's vision transformers have further names: ``stem``, ``pooled``,
-and in a ResNet ``layer3.2.residual``, the branch of block ``layer3.2`` before the addition. Any other network is taken
-as the sequence of its child modules, in the order of their registration; a container, and a module that holds a stack
-of equal blocks (an encoder, a stage), is replaced by what it holds.
+A name is the module's dotted path in the bare network, without prefixes of ``torch.compile``, DDP or a method's
+``backbone``. torchvision's ResNets and timm's vision transformers have additional names: ``stem``, ``pooled``, and in a
+ResNet ``layer3.2.residual``, the branch of block ``layer3.2`` before the addition. Any other network is treated as the
+sequence of its child modules, in the order of their registration; a container, and a module that contains a stack of
+equal blocks (an encoder, a stage), is replaced by its children.
 
 Presets: ``post_residual`` (block outputs), ``residual``, ``blocks`` (both), ``stages`` (last block of each stage or
 stack, or of each quarter of a single stack, as of a transformer), ``head`` (every leaf of a method's ``head``), ``all``
@@ -30,7 +30,7 @@ from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.models.evaluating import evaluating
 
 HEAD_STEP = 0.1
-"""Depth from a leaf of a head to the next, the first one counted from the backbone's end at 1."""
+"""Difference in depth between consecutive leaves of a head, starting from the end of the backbone at 1."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -46,12 +46,11 @@ def layer_names(
         model: a network, or a method: a module with the submodules ``backbone`` and ``head``.
         layers: a preset, a name, a glob over all names (``"layer4.*"``; ``*`` matches dots too), or a list of these.
         option: where the user chose them, for the message.
-        example: makes an input of two images for the network; None where it is not known what it takes, unless the
-            network is a method.
+        example: creates an input of two images for the network; None for a method, or if the input is not known.
 
     Returns:
         The names. Modules that do not run on the example (a loss, a memory bank, a metric, an auxiliary classifier) are
-        no layers.
+        not layers.
 
     Raises:
         UserError: nothing chosen, or a preset, name or glob that matches no layer of this network.
@@ -87,7 +86,7 @@ def layer_names(
 
 
 def _that_run(model: nn.Module, named: dict[str, nn.Module], example: Callable[[], Tensor] | None) -> set[str]:
-    """The names whose modules run on an example, and give a row for each image; all where there is no example."""
+    """Names of the modules that run on an example and return a row for each image; all if there is no example."""
     method = unwrapped(model)
     view: Any = getattr(method, "clean_view", None)
     if example is None and view is None:  # Taps raise where a layer does not run
@@ -113,13 +112,13 @@ def _that_run(model: nn.Module, named: dict[str, nn.Module], example: Callable[[
 
 
 def present(model: nn.Module, layers: str | Sequence[str] | None, default: str | Sequence[str]) -> str | Sequence[str]:
-    """The layers that were asked for, or those of a default that the network has.
+    """The requested layers, or those of a default that the network has.
 
-    All, where the default has none of its backbone: a head alone does not stand for the network.
+    If the default contains no layer of the backbone, all layers: the head alone does not represent the network.
 
     Args:
         model: a network or a method.
-        layers: as of :func:`layer_names`; None was not asked for anything.
+        layers: as in :func:`layer_names`; None for the default.
         default: presets, names and globs.
 
     Example:
@@ -136,17 +135,16 @@ def present(model: nn.Module, layers: str | Sequence[str] | None, default: str |
 
 
 def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
-    """Relative depths of layers, on which networks of different depth share an axis.
+    """Relative depths of layers: a common axis for networks of different depth.
 
     Args:
         model: the network or method that has the layers.
         names: exact names; a later call of a module (``relu:1``) is as deep as the first.
 
     Returns:
-        The depth of each name. The L layers of ``all`` in the backbone lie at i / (L - 1), whatever head it has: 0 is
-        the first, 1 the last. The leaves of a head follow at 1.1, 1.2, ... The modules between two layers are spread
-        evenly over the gap; those before the first and after the last layer of the backbone (or head) are as deep as
-        that.
+        The depth of each name. The L layers of ``all`` in the backbone are at i / (L - 1), whatever its head: 0 is the
+        first, 1 the last. The leaves of a head follow at 1.1, 1.2, ... Modules between two layers are interpolated;
+        those before the first and after the last layer of the backbone (or head) have its depth.
 
     Raises:
         UserError: a name that no layer of this network has.
@@ -174,7 +172,7 @@ def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The network itself, of a method its backbone."""
+    """The network itself; for a method, its backbone."""
     outer = unwrapped(model)
     return unwrapped(dict(outer.named_children()).get("backbone", outer))
 
@@ -191,7 +189,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _post_order(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Each module after its children, as a forward usually ends them; a method's head comes last."""
+    """Modules in post-order, in which a forward pass usually finishes them; a method's head comes last."""
     module = unwrapped(module)
     for name, child in sorted(module.named_children(), key=lambda item: item[0] == "head"):
         yield from _post_order(child, path if name == "backbone" else f"{path}.{name}".lstrip("."))
@@ -199,7 +197,7 @@ def _post_order(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def named_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """All names that can be chosen with their modules, and the presets, both in forward order."""
+    """All layer names with their modules, and the presets, both in forward order."""
     outer = unwrapped(model)
     parts = dict(outer.named_children())
     net = backbone_of(outer)
@@ -252,7 +250,7 @@ def named_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list
 
 
 def _is_known(net: nn.Module) -> bool:
-    """Whether all presets of a network run, because its kind is known."""
+    """Whether the architecture is known, so that all presets run."""
     return isinstance(net, ResNet) or _is_vision_transformer(net)
 
 
@@ -267,7 +265,7 @@ def _quarters(blocks: Sequence[str]) -> list[str]:
 
 
 def _unrolled(module: nn.Module, path: str = "") -> Iterator[str]:
-    """The child modules of a network of no known kind; containers and stacks are replaced by what they hold."""
+    """The child modules of an unknown architecture; containers and stacks are replaced by their children."""
     for name, child in module.named_children():
         child, child_path = unwrapped(child), f"{path}.{name}".lstrip(".")
         if isinstance(child, CONTAINERS) or _holds_a_stack(child):
@@ -277,19 +275,19 @@ def _unrolled(module: nn.Module, path: str = "") -> Iterator[str]:
 
 
 def _holds_a_stack(module: nn.Module) -> bool:
-    """Whether a module is no block but runs blocks: an encoder, a stage, a network in a wrapper."""
+    """Whether a module contains a stack of blocks: an encoder, a stage, a wrapped network."""
     parts = [unwrapped(child) for child in module.children()]
     return any(_is_stack(part) if isinstance(part, CONTAINERS) else _holds_a_stack(part) for part in parts)
 
 
 def _is_stack(container: nn.Module) -> bool:
-    """Whether it has two blocks of one class."""
+    """Whether a container has two blocks of the same class."""
     kinds = [type(part) for _, part in _blocks(container)]
     return len(set(kinds)) < len(kinds)
 
 
 def _blocks(container: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The parts that are neither layers nor containers."""
+    """Children that have children themselves and are not containers."""
     parts = [(name, unwrapped(part)) for name, part in container.named_children()]
     return [(name, part) for name, part in parts if list(part.children()) and not isinstance(part, CONTAINERS)]
 

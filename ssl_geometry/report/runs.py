@@ -121,7 +121,7 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """Names of runs, with as many folders before them as tell them apart.
+    """Names of runs, with as many parent folders as make them unique.
 
     Example:
         >>> labels([Path("runs/a/simclr"), Path("runs/b/simclr"), Path("runs/b/supervised")])

@@ -40,7 +40,7 @@ def wandb_options(directory: Path, config: Mapping[str, Any], facts: Mapping[str
 
     Returns:
         Arguments of ``wandb.init``. Runs of an experiment are a group; the method is the job type and a tag, as are
-        backbone and data. The configuration is whole, and says at its top what runs are compared by.
+        backbone and data. The configuration is complete, with the values that runs are compared by at its top.
 
     Example:
         >>> config = {"model": {"class_path": "my.SimCLR", "init_args": {"backbone": "resnet18"}}}

@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def _disk_fault(error: BaseException | None) -> OSError | None:
-    """What the system said, where torch says that it found itself at another place in the file."""
+    """The system's error, if torch only reports a wrong position in the file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

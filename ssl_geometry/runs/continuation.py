@@ -111,11 +111,11 @@ def _instead_of(run: Run, damaged: Sequence[Path]) -> str:
 
 
 def _check_options(run: Run, config: Mapping[str, Any]) -> None:
-    """Refuse to go on with other options than the run's own, and say what a new length means."""
+    """Refuse options that differ from the run's own, and report the effect of a new length."""
     before = config_of(run.directory)
     if before is None:
         raise UserError(
-            f"--resume {run.directory}: its config.yaml, which says how it was trained, is missing or damaged: put "
+            f"--resume {run.directory}: its config.yaml, the options of the run, is missing or damaged: put "
             "it back, or start a new run"
         )
     if other := differences(before, config):
@@ -143,7 +143,7 @@ def _check_length(run: Run, config: Mapping[str, Any], reached: Progress) -> Non
 
 
 def this_job(task: Task | None) -> dict[str, Any] | None:
-    """Which start of which SLURM job this is; numbers are given away again, so that they alone do not tell."""
+    """Which start of which SLURM job this is; job numbers are reused, so they alone do not identify it."""
     if task is None:
         return None
     about = {name: os.environ.get(f"SLURM_{name.upper()}") for name in ("cluster_name", "submit_host", "submit_dir")}

@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        """As of ``--model.backbone``."""
+        """As in ``--model.backbone``."""
         return str(self.method.init_args.get("backbone"))
 
     @property
@@ -82,13 +82,13 @@ def split_seeds(models: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """``NAME=RUN,RUN`` as one network per run: seeds of one recipe.
 
     Args:
-        models: as of :func:`network_names`, a specification or several with commas between them.
+        models: as in :func:`network_names`, a specification or several with commas between them.
 
     Returns:
         Name to specification for each network, and for each the name that was given.
 
     Raises:
-        UserError: as of :func:`network_names`; a network twice under a name, or runs that differ beyond their seed.
+        UserError: as in :func:`network_names`; a network twice under a name, or runs that differ beyond their seed.
 
     Example:
         >>> split_seeds(["simclr=runs/a,runs/b", "byol"])
@@ -249,7 +249,7 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
     method = checkpoint.get("method")
     kinds = {"class_path": str, "init_args": dict}
     if not isinstance(method, dict) or not all(isinstance(method.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{option} {path}: not a checkpoint of ssl_geometry (it does not say which method it holds)")
+        raise UserError(f"{option} {path}: not a checkpoint of ssl_geometry (it does not name its method)")
     cls = _method_class(method["class_path"], file.parent.parent, f"{option} {path}")
     _check_backbone(method["init_args"].get("backbone"), file.parent.parent, f"{option} {path}")
     try:
@@ -268,7 +268,7 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
 
 
 def _shortened(reason: str) -> str:
-    """What torch says of weights, with the first three names of the parameters that it lists.
+    """Torch's error about weights, with the first three of the parameters that it lists.
 
     Example:
         >>> _shortened('Missing key(s) in state_dict: "a", "b", "c", "d", "e". ')
@@ -311,5 +311,5 @@ def _method_class(class_path: str, directory: Path, source: str) -> type[Method]
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise UserError(f"{source}: {imported} is no subclass of ssl_geometry.methods.Method")
     if imported != class_path and f"{cls.__module__}.{cls.__qualname__}" != class_path:
-        raise UserError(f"{source}: holds the method {class_path}, but the config.yaml of its run says {imported}")
+        raise UserError(f"{source}: holds the method {class_path}, but the config.yaml of its run names {imported}")
     return cls

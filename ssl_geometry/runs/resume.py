@@ -224,7 +224,7 @@ def check_network(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path
     """
     model, method = config.get("model") or {}, _method_of(checkpoint)
     expected, found = model.get("class_path"), method.get("class_path")
-    if not expected or not (found or _is_ours(expected)):  # a LightningModule does not say which it is
+    if not expected or not (found or _is_ours(expected)):  # a LightningModule does not name its class
         return
     other = []
     if str(found).rpartition(".")[2] != str(expected).rpartition(".")[2]:

@@ -53,7 +53,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` says."""
+        """The content of ``run.json``."""
         return facts_of(self.directory)
 
     @rank_zero_only
@@ -88,7 +88,7 @@ def run_of(path: Path) -> Path:
     """The directory of the run that ``--resume`` names, by itself or by a checkpoint.
 
     Raises:
-        UserError: neither is there; with the runs and checkpoints that are most alike.
+        UserError: neither exists; with the most similar runs and checkpoints.
     """
     if not path.is_file():
         run = Run(path)

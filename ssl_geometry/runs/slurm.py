@@ -1,4 +1,4 @@
-"""What SLURM says about this job, what to change where it does not fit, and how to have the job run again."""
+"""SLURM's description of this job, checks of the trainer against it, and requeueing."""
 
 import os
 import re
@@ -134,7 +134,7 @@ def trainer_options(task: Task, trainer: Mapping[str, Any]) -> dict[str, Any]:
             f"--ntasks-per-node={gpus}, or for fewer GPUs"
         )
     os.environ.setdefault("MASTER_PORT", str(task.port))
-    os.environ["SLURM_NTASKS_PER_NODE"] = str(task.tasks_per_node)  # Lightning wants it said; --ntasks does not say it
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(task.tasks_per_node)  # Lightning needs it, and --ntasks does not set it
     if nodes := os.environ.get("SLURM_STEP_NODELIST"):
         os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
     environment = SLURMEnvironment(auto_requeue=False)  # its handler saves in the middle of a step

@@ -183,7 +183,7 @@ def test_what_rounding_alone_tells_apart_is_unknown_and_warned_of() -> None:
     features = torch.cat([close_together(1e-7, torch.ones(64))[:40], torch.randn(60, 64)])
     distance = torch.cdist(*(2 * [torch.nn.functional.normalize(features.double(), dim=1)])) + 9 * torch.eye(100)
     with pytest.warns(
-        UserWarning, match="40 of 100 NNK problems are NaN: rounding alone tells candidates from queries"
+        UserWarning, match="40 of 100 NNK problems are NaN: candidates differ from queries by rounding alone"
     ):
         result = nnk(features, distance.topk(10, largest=False).indices)
     assert result.weights[:40].isnan().all()

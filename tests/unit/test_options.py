@@ -622,7 +622,7 @@ def test_wandb_takes_the_id_of_every_run(name: str) -> None:
         (["--resume={}/tyro/checkpoints/lost.ckpt"], "did you mean '{}/tyro/checkpoints/last.ckpt'"),
         (
             ["--resume={}/five"],
-            "--resume {}/five: its config.yaml, which says how it was trained, is missing or damaged",
+            "--resume {}/five: its config.yaml, the options of the run, is missing or damaged",
         ),
         (["--data.seed", "3"], "--data.seed: use --seed_everything"),
         (["--model.seed=3"], "--model.seed: use --seed_everything"),

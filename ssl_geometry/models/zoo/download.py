@@ -28,7 +28,7 @@ def cache_folder() -> Path:
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
-    return Path(home).expanduser() / "hub" / "ssl_geometry"  # what torch.hub.get_dir() says, without torch
+    return Path(home).expanduser() / "hub" / "ssl_geometry"  # the same as torch.hub.get_dir(), without torch
 
 
 def cached(checkpoint: Checkpoint) -> list[Path]:

@@ -122,7 +122,7 @@ class _DataUnpickler(pickle.Unpickler):
 
 
 def read_pickle(file: Path) -> Any:
-    """Read a pickle of arrays and containers; what it says is to be called is never called.
+    """Read a pickle of arrays and containers, without calling any code that it names.
 
     Args:
         file: the file.

@@ -15,7 +15,7 @@ class Checkpoint:
     Args:
         name: by which ``--models`` takes it.
         family: supervised, contrastive, non-contrastive or prototype.
-        epochs: of its training; None where its authors do not say.
+        epochs: of its training; None if its authors do not state them.
         top1: linear top-1 accuracy on ImageNet in percent, as its authors state it.
         urls: its files; several are parts of one checkpoint, the first is the one that is read.
         architecture: a name that :func:`ssl_geometry.models.build_backbone` takes.
