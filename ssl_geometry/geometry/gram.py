@@ -1,8 +1,9 @@
 """Gram matrices of images, centred without cancellation; small ones are concatenated to one vector per layer and batch.
 
 A layer's activations on a batch become the strict upper triangles of its U-centred Gram matrices, one small matrix
-per ``gram_size`` consecutive images. The images of a Gram matrix must be a random sample: shuffle them first. Images
-sorted by class, or distributed evenly over classes, bias every sum, and with fewer images than classes class CKA is 0/0.
+per ``gram_size`` consecutive images. The images of a Gram matrix must be a random sample: shuffle them first. If
+they are sorted by class, or evenly distributed over classes, every sum is biased, and with fewer images than classes
+class CKA is 0/0.
 
 Order of the steps: the batch mean is subtracted from the features *before* the Gram matrix is formed, because a float32
 Gram matrix that is dominated by its mean loses the variation that CKA measures (untrained and collapsed networks). Then
@@ -74,8 +75,8 @@ def gram_vector(
 ) -> Float[Tensor, " P"]:
     """One layer's activations on a batch as a Gram vector, the input of CKA.
 
-    The batch is split into groups of ``gram_size`` consecutive images, which must come in random order. Each group gives
-    the strict upper triangle of its U-centred Gram matrix. A shorter last group has fewer pairs; one of fewer than four
+    The batch is split into groups of ``gram_size`` consecutive images, which must come in random order. Each group
+    gives the strict upper triangle of its U-centred Gram matrix. A shorter last group has fewer pairs; one of fewer than four
     images is left out, because it has no unbiased HSIC.
 
     Args:

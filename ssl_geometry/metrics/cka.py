@@ -38,8 +38,8 @@ LONELY = 0.1
 class LayerwiseCKA(Metric):
     """Unbiased minibatch CKA of every row layer with every column layer, by one matrix product per batch.
 
-    It takes Gram vectors (:func:`ssl_geometry.geometry.gram.gram_vector`), computed inside the hooks so that activations
-    need not be stored. Both networks must see the same images in the same batches.
+    It takes Gram vectors (:func:`ssl_geometry.geometry.gram.gram_vector`), computed inside the hooks so that
+    activations need not be stored. Both networks must see the same images in the same batches.
 
     Args:
         rows: names of the row layers.
