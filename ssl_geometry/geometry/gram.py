@@ -76,8 +76,8 @@ def gram_vector(
     """One layer's activations on a batch as a Gram vector, the input of CKA.
 
     The batch is split into groups of ``gram_size`` consecutive images, which must come in random order. Each group
-    gives the strict upper triangle of its U-centred Gram matrix. A shorter last group has fewer pairs; one of fewer than four
-    images is left out, because it has no unbiased HSIC.
+    gives the strict upper triangle of its U-centred Gram matrix. A shorter last group has fewer pairs; one of fewer
+    than four images is left out, because it has no unbiased HSIC.
 
     Args:
         activations: any shape with images first, computed in float32 (float64 stays float64).
