@@ -70,13 +70,14 @@ def main() -> None:
         given = vars(options.model.init_args)
         module, _, name = options.model.class_path.rpartition(".")
         method = getattr(__import__(module, fromlist=[name]), name)(**given)
-        each = bytes_a_view(method, given["image_size"])
+        costs = [bytes_a_view(method, view.size) for view, numbers in method.training_views for _ in numbers]
+        each = sum(costs) / len(costs)
         batch = options.data["batch_size"]
         weights = sum(parameter.numel() for parameter in nn.Module.parameters(method))
         fixed = 4 * weights * (2 + STATES[given["optimizer"]])
-        activations = each * batch * method.num_views
+        activations = batch * sum(costs)
         print(
-            f"| {config.relative_to(CONFIGS)} | {batch:,} x {method.num_views} | {each / 2**20:.1f} | "
+            f"| {config.relative_to(CONFIGS)} | {batch:,} x {len(costs)} | {each / 2**20:.1f} | "
             f"{activations / GIB:.1f} | {fixed / GIB:.2f} | {(activations + fixed) / GIB:.1f} |"
         )
 

@@ -14,21 +14,37 @@ from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 
 RESNET: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size": 16, "warmup_epochs": 0}
 METHODS: dict[str, dict[str, Any]] = {
+    "BarlowTwins": {**RESNET, "hidden_dim": 16, "output_dim": 8},
+    "LeJEPA": {**RESNET, "hidden_dim": 16, "output_dim": 8, "directions": 16},
     "SimCLR": {**RESNET, "output_dim": 8},
+    "SimSiam": {**RESNET, "hidden_dim": 16, "output_dim": 8, "predictor_dim": 4},
     "Supervised": {**RESNET, "num_classes": 4},
+    "VICReg": {**RESNET, "hidden_dim": 16, "output_dim": 8},
 }
 """Class of :mod:`ssl_geometry.methods` to its options: a few thousand parameters, images of 16 pixels."""
 
 COLORS = {"p": 1.0, "brightness": 0.6, "contrast": 0.4, "saturation": 0.6, "hue": 0.3}
 DIGITS = [{"crop": {"scale": [0.5, 1.0]}}, {"color": COLORS}, {"gray": {"p": 0.2}}, {"solarize": {"p": 0.3}}]
 """An augmentation that leaves a digit what it is."""
+UNCROPPED = [{"augment": DIGITS[1:], "count": 2}]
+"""Two views in which a digit stays where it is: without negatives, a network needs more steps than there are else."""
+LONGER = {"data": {"batch_size": 64}, "trainer": {"max_epochs": 12, "check_val_every_n_epoch": 12}}
 TRAINED = {"backbone": "tests.methods.tiny", "width": 1.0, "optimizer": "adamw", "lr": 4e-3, "warmup_epochs": 1}
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
+    "BarlowTwins": LONGER | {"model": {"output_dim": 64, "views": UNCROPPED}},
+    "LeJEPA": LONGER
+    | {"model": {"hidden_dim": 256, "output_dim": 64, "directions": 64, "sigreg_weight": 0.005, "views": UNCROPPED}},
     "SimCLR": {"model": {"temperature": 0.2, "output_dim": 64, "views": [{"augment": DIGITS}]}},
+    "SimSiam": {
+        "model": {"layers": 1, "output_dim": 256, "predictor_dim": 256, "lr": 2e-3, "views": UNCROPPED},
+        "data": {"batch_size": 64},
+        "trainer": {"max_epochs": 16, "check_val_every_n_epoch": 16},
+    },
     "Supervised": {
         "model": {"num_classes": None, "lr": 4e-2, "views": [{"augment": "color"}]},
         "data": {"batch_size": 64},
     },
+    "VICReg": LONGER | {"model": {"hidden_dim": 64, "output_dim": 64, "views": UNCROPPED}},
 }
 """Class to options of a training of two seconds on coloured digits that beats its initialisation: model, data, trainer.
 

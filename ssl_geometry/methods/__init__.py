@@ -1,9 +1,13 @@
 """Methods: one LightningModule a file. Subclass :class:`Method` and give ``loss``."""
 
+from ssl_geometry.methods.barlow_twins import BarlowTwins
 from ssl_geometry.methods.base import Method
+from ssl_geometry.methods.lejepa import LeJEPA
 from ssl_geometry.methods.published import Published
 from ssl_geometry.methods.simclr import SimCLR
+from ssl_geometry.methods.simsiam import SimSiam
 from ssl_geometry.methods.supervised import Supervised
 from ssl_geometry.methods.teacher import Teacher
+from ssl_geometry.methods.vicreg import VICReg
 
-__all__ = ["Method", "Published", "SimCLR", "Supervised", "Teacher"]
+__all__ = ["BarlowTwins", "LeJEPA", "Method", "Published", "SimCLR", "SimSiam", "Supervised", "Teacher", "VICReg"]

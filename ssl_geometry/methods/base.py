@@ -406,7 +406,8 @@ class Method(L.LightningModule):
         def share(step: int) -> float:
             return cosine_warmup_schedule(min(step, steps), steps + 1, 1.0, end, warmup, 0.0)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        shares = [(lambda step: 1.0) if group.get("constant_lr") else share for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -415,7 +416,8 @@ class Method(L.LightningModule):
         Returns:
             Two groups: with the weight decay of the options, and without. Without are vectors and scalars (biases,
             normalisation), and what a module names itself by timm's convention, ``no_weight_decay()``: class tokens,
-            position embeddings, tables of relative positions.
+            position embeddings, tables of relative positions. A group may have options of the optimiser, and
+            ``lr_factor``, which multiplies its learning rate, or ``constant_lr``, which spares it the schedule.
         """
         spared = {
             f"{path}.{name}".lstrip(".")
@@ -439,7 +441,8 @@ class Method(L.LightningModule):
         Args:
             lr: learning rate, as the optimiser takes it.
         """
-        hparams, groups = self.hparams, self.parameter_groups()
+        hparams = self.hparams
+        groups = [{**group, "lr": lr * group.get("lr_factor", 1.0)} for group in self.parameter_groups()]
         match hparams["optimizer"]:
             case "lars":
                 return LARS(groups, lr=lr, momentum=hparams["momentum"])
