@@ -344,8 +344,8 @@ def gram_matrix(x: Float[Tensor, "G n D"], kernel: Kernel, bandwidth: float, dro
     resolution = 8 * torch.finfo(dtype).eps
     own = gram.diagonal(dim1=1, dim2=2)
     tiny = torch.finfo(dtype).tiny  # squares below it have lost their digits
-    spread = own.mean(1)
-    constant = spread.isfinite() & (spread <= (resolution**2 * level.flatten()).clamp_min(tiny))
+    variation = own.mean(1)
+    constant = variation.isfinite() & (variation <= (resolution**2 * level.flatten()).clamp_min(tiny))
     if drop_top < 0:
         raise ValueError(f"drop_top must be at least 0, got {drop_top}")
     if drop_top:

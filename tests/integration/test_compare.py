@@ -123,7 +123,7 @@ def test_one_figure_or_several_are_shown_each_once(given: list[str], numbers: li
 
 
 @pytest.mark.parametrize(("width", "more"), [(64, True), (2, False)])
-def test_a_figure_says_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
+def test_a_figure_states_how_many_neighbours_it_leaves_out(width: int, more: bool) -> None:
     features = torch.randn(80, width, generator=torch.Generator().manual_seed(0))
     network = Network("net", False, 1, "resnet10", {}, [], torch.empty(0), torch.empty(0), features=features)
     images = Images(torch.zeros(80, dtype=torch.long), torch.zeros(80, 3, 4, 4, dtype=torch.uint8))

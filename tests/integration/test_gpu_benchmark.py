@@ -93,7 +93,7 @@ def test_a_part_prints_its_rows(monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
     assert {(row["n"], row["what"]) for row in rows} >= {(32, "eigh"), (64, "rankme")}
 
 
-def test_a_part_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", started("--images=no/such/folder", "--inside", "--parts", "epochs"))
     with pytest.raises(UserError, match="no/such/folder"):
         gpu.main()

@@ -90,7 +90,7 @@ def test_two_copies_of_all_images_are_compared_by_their_nearest_images(runs: Pat
     assert all(name.startswith("neighbors/policy/mutual_knn/") for name in shown)
 
 
-def test_graphs_are_compared_with_the_last_moments_and_between_layers(runs: Path) -> None:
+def test_graphs_are_compared_with_the_last_measurement_and_between_layers(runs: Path) -> None:
     frame = read_records(runs / "simclr")
     kept = frame[frame["metric"] == "kept_since_last"]
     assert set(kept["epoch"]) == {1, 2}

@@ -101,7 +101,7 @@ def protocols(folder: Path, metric: str) -> list[dict[str, Any]]:
     return [protocol for protocol in found if protocol["metric"] == metric]
 
 
-def test_a_protocol_says_what_was_classified_and_what_was_trained_on(runs: Path, tmp_path: Path) -> None:
+def test_a_protocol_states_what_was_classified_and_what_was_trained_on(runs: Path, tmp_path: Path) -> None:
     models = [f"small={runs / 'supervised'}", "large=random:resnet10@32"]
     more = ["--data.measure_size=64", "--evaluations=knn", "--k=[5]", "--device=cpu"]
     out = probe(["--models", *models, f"--out={tmp_path / 'o'}", *more])

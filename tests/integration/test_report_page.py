@@ -110,7 +110,7 @@ def test_every_section_is_drawn_without_network_and_without_errors(
 
 
 @in_a_browser
-def test_overlap_of_views_stands_beside_the_manifolds_and_that_of_layers_beside_cka(
+def test_overlap_of_views_stands_next_to_the_manifolds_and_that_of_layers_next_to_cka(
     browser: Any, tmp_path: Path
 ) -> None:
     run = all_metrics(make_run(tmp_path / "one"))

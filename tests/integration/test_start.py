@@ -69,7 +69,7 @@ def test_without_torch(news: dict[str, list[str]], start: str, most: int, needed
 
 
 @pytest.mark.parametrize(("start", "most"), [("fit", 700), ("compare", 60), ("probe", 60), ("survey", 60)])
-def test_beside_torch_and_lightning(news: dict[str, list[str]], start: str, most: int) -> None:
+def test_next_to_torch_and_lightning(news: dict[str, list[str]], start: str, most: int) -> None:
     packages = {module.partition(".")[0] for module in news[f"{start} --help"]}
     assert not packages & {"faiss", "timm", "sklearn", "wandb", "tensorboard"}
     assert len(news[f"{start} --help"]) <= most, "more than the commands before it"

@@ -238,7 +238,7 @@ def test_a_run_that_a_process_is_at_is_left_alone(
     assert Run(later).facts["wandb_id"] is None
 
 
-def test_without_a_key_it_says_so(
+def test_without_a_key_it_reports_it(
     live: tuple[Path, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):

@@ -117,7 +117,7 @@ def test_invariant_to_scale_rotation_and_the_order_of_features(scale: float, see
     assert minibatch(x[:, torch.randperm(24, generator=generator)], y) == pytest.approx(expected, abs=1e-5)
 
 
-def test_independent_gaussians_are_near_zero_where_the_biased_estimate_says_one() -> None:
+def test_independent_gaussians_are_near_zero_where_the_biased_estimate_is_one() -> None:
     generator = torch.Generator().manual_seed(0)
     values = [minibatch(*torch.randn(2, 256, 4096, generator=generator)) for _ in range(8)]
     assert abs(np.mean(values)) < 0.02
@@ -163,7 +163,7 @@ def test_a_layer_with_one_active_image_is_nan_and_not_what_rounding_leaves(size:
 
 
 @pytest.mark.parametrize("size", [5, 48, 64, 100])
-def test_a_gram_matrix_without_two_images_of_a_class_says_nothing_of_classes(size: int) -> None:
+def test_a_gram_matrix_without_two_images_of_a_class_has_no_class_cka(size: int) -> None:
     assert not class_vector(torch.arange(size), size, size).any()
     assert class_vector(torch.arange(size) % (size - 1), size, size).any()
 
@@ -573,7 +573,7 @@ def test_gram_matrices_of_one_class_each_are_nan_and_named() -> None:
         ({0: 49, 1: 15}, 1, None),
     ],
 )
-def test_class_cka_beside_a_dominant_class_names_the_rare_ones(
+def test_class_cka_next_to_a_dominant_class_names_the_rare_ones(
     group: dict[int, int], groups: int, few: str | None
 ) -> None:
     labels = torch.cat([torch.full((images,), label) for label, images in group.items()])
@@ -632,7 +632,7 @@ def test_the_jackknife_agrees_with_leaving_blocks_out_one_by_one(blocks: int, em
     torch.testing.assert_close(value.squeeze(), metric.compute())
 
 
-def test_the_standard_error_is_the_spread_over_repetitions() -> None:
+def test_the_standard_error_is_the_standard_deviation_over_repetitions() -> None:
     generator = torch.Generator().manual_seed(0)
     repetitions, blocks, n = 400, 16, 32
     x = torch.randn(repetitions * blocks * n, 6, generator=generator)

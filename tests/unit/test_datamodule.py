@@ -417,7 +417,7 @@ def test_a_batch_size_that_nobody_gave_is_called_the_default(caplog):
     assert caplog.messages[-1].startswith("DataModule.batch_size 256 (default): incomplete batches are dropped")
 
 
-def test_training_says_once_how_many_images_there_are(caplog):
+def test_training_reports_once_how_many_images_there_are(caplog):
     caplog.set_level("INFO", "ssl_geometry")
     data = digits(limit_train=216, limit_test=150, val_fraction=0.1)
     data.setup()

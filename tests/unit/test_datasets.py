@@ -404,7 +404,7 @@ def test_missing_files_name_the_folder_and_the_option(tmp_path):
     assert "DataModule.download true" in text
 
 
-def test_a_failing_download_says_where_the_files_belong(tmp_path, monkeypatch):
+def test_a_failing_download_reports_where_the_files_belong(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 

@@ -28,7 +28,7 @@ from tests.training import quiet_trainer
     ],
 )
 @pytest.mark.parametrize("kind", [SimCLR, Supervised])
-def test_validation_is_in_the_chosen_precision_and_says_so(
+def test_validation_is_in_the_chosen_precision_and_named_after_it(
     kind: type[Method], precision: str, chosen: str, dtype: torch.dtype, suffix: str
 ) -> None:
     seen: dict[str, list[torch.dtype]] = {"val": [], "test": []}

@@ -386,7 +386,7 @@ def over(groups: Groups) -> dict[str, str]:
         ),
     ],
 )
-def test_a_single_run_beside_several_stands_for_no_method(groups: Groups, contrast: str, expected: str) -> None:
+def test_a_single_run_next_to_several_stands_for_no_method(groups: Groups, contrast: str, expected: str) -> None:
     assert over(groups)[contrast] == expected
 
 

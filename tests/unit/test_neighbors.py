@@ -267,7 +267,7 @@ def test_lists_shorter_than_k_are_filled_up() -> None:
 
 @pytest.mark.parametrize("duplicates", [False, True])
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])
-def test_an_approximate_search_says_how_good_it_is(index: str, duplicates: bool) -> None:
+def test_an_approximate_search_reports_its_recall(index: str, duplicates: bool) -> None:
     points = cloud(3000, 24, 5)  # without structure: hard for either
     found, exact = (nearest(points, k=2, index=kind, duplicates=duplicates) for kind in (index, "exact"))  # type: ignore[arg-type]
     recall = (found.ids[:, :, None] == exact.ids[:, None]).any(1).double().mean()

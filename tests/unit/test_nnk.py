@@ -179,7 +179,7 @@ def test_small_clusters_far_apart_are_solved_in_float64() -> None:
         np.testing.assert_allclose(result.weights[i], weights, atol=1e-6)
 
 
-def test_what_rounding_alone_tells_apart_is_unknown_and_warned_of() -> None:
+def test_what_rounding_alone_distinguishes_is_unknown_and_warned_of() -> None:
     features = torch.cat([close_together(1e-7, torch.ones(64))[:40], torch.randn(60, 64)])
     distance = torch.cdist(*(2 * [torch.nn.functional.normalize(features.double(), dim=1)])) + 9 * torch.eye(100)
     with pytest.warns(
@@ -193,7 +193,7 @@ def test_what_rounding_alone_tells_apart_is_unknown_and_warned_of() -> None:
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
-def test_near_candidates_beside_far_ones_are_distinguished(spread: float) -> None:
+def test_near_candidates_next_to_far_ones_are_distinguished(spread: float) -> None:
     """Classes that collapse onto their means, and lists that hold images of several."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 6
@@ -272,7 +272,7 @@ def test_other_kernels_are_solved_as_exactly(kernel: str) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-8, 1e8), aim=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
-def test_kernels_of_any_scale_are_solved_alike(scale: float, aim: float, seed: int) -> None:
+def test_kernels_of_any_scale_are_solved_equally(scale: float, aim: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(3, 20, 30, dtype=torch.float64, generator=generator)
     y = torch.rand(3, 30, 1, dtype=torch.float64, generator=generator)

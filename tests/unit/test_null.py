@@ -21,7 +21,7 @@ def vectors(network: list[torch.Tensor], gram_size: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("images", [64, 71])
-def test_a_draw_is_cka_with_the_images_of_each_gram_matrix_permuted_alike_in_all_layers(images):
+def test_a_draw_is_cka_with_the_images_of_each_gram_matrix_permuted_equally_in_all_layers(images):
     x, y = layers(images, 2, seed=0), layers(images, 3, seed=1)
     null = permuted_cka([vectors(x)], [vectors(y)], 16, draws=3)
     generator = torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ def test_the_null_does_not_depend_on_how_images_come_in_batches():
 
 
 @pytest.mark.slow
-def test_unrelated_networks_are_rejected_as_often_as_the_level_says_and_the_search_has_its_own_null():
+def test_unrelated_networks_are_rejected_as_often_as_the_level_states_and_the_search_has_its_own_null():
     repetitions, level = 300, 0.1
     rejected = torch.zeros(3)
     for seed in range(repetitions):

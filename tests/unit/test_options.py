@@ -478,7 +478,7 @@ ANY_NUMBER = {"fit": {"trainer.devices", "trainer.max_time"}}
 
 
 @pytest.mark.parametrize("command", ["fit", "compare", "probe", "survey"])
-def test_every_option_that_takes_a_number_says_in_its_help_which(
+def test_every_option_that_takes_a_number_states_its_range_in_its_help(
     cli: FitCLI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     parsers: list[Parser] = [cli.parser] if command == "fit" else []  # type: ignore[list-item]
@@ -629,7 +629,7 @@ def test_wandb_takes_the_id_of_every_run(name: str) -> None:
     ],
     ids=str,
 )
-def test_fit_says_what_is_missing(tmp_path: Path, args: list[str], words: str) -> None:
+def test_fit_reports_what_is_missing(tmp_path: Path, args: list[str], words: str) -> None:
     run = tmp_path / "tyro"
     (run / "checkpoints").mkdir(parents=True)
     run.joinpath("config.yaml").touch()

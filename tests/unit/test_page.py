@@ -196,7 +196,7 @@ def test_a_page_is_served_to_this_machine_by_its_own_names_alone(host: str, stat
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4, 5])
-def test_no_empty_panel_is_left_beside_predictions(tasks: int) -> None:
+def test_no_empty_panel_is_left_next_to_predictions(tasks: int) -> None:
     titles = {f"task {number}": f"task {number}" for number in range(tasks)}
     rows = [{"task": task, "model": "a", "value": 1.0, "predicted": 0.9} for task in titles]
     figure = prediction_scatter(pd.DataFrame(rows), {"a": "SimCLR"}, titles)

@@ -134,7 +134,7 @@ def test_it_comes_near_the_converged_classifier() -> None:
     assert expected > 0.8
 
 
-def test_an_image_that_overflowed_teaches_nothing() -> None:
+def test_an_image_that_overflowed_is_ignored() -> None:
     features, labels = problem(400, 6, 3, 6)
     bank, without = ProbeBank({"a": 6}, 3), ProbeBank({"a": 6}, 3)
     for part in torch.arange(400).split(50):
@@ -146,7 +146,7 @@ def test_an_image_that_overflowed_teaches_nothing() -> None:
     torch.testing.assert_close(bank.weight, without.weight, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_step_teaches_and_a_loaded_bank_goes_on() -> None:
+def test_the_first_step_trains_and_a_loaded_bank_continues() -> None:
     """Features far from 0, in float32."""
     features, labels = problem(1000, 6, 3, 7)
     features, index = features + 1e3, torch.arange(1000)

@@ -221,7 +221,7 @@ def digits(monkeypatch: pytest.MonkeyPatch, keep: Any) -> DataModule:
     return data
 
 
-def test_images_that_teach_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_no_classifier_can_be_fitted_to_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = digits(monkeypatch, lambda labels: labels)
     check_images(data, 100, "--train_images 100")
     with pytest.raises(UserError, match="--train_images 9: 9 labelled training images to learn from for 10 classes"):

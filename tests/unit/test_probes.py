@@ -362,7 +362,7 @@ def test_sums_of_parts_merge_to_those_of_the_whole(monkeypatch: pytest.MonkeyPat
         (torch.full((2, 1), torch.nan), 0.1, "not finite"),
     ],
 )
-def test_ridge_tells_what_it_cannot_solve(features: Tensor, l2: float, words: str) -> None:
+def test_ridge_reports_what_it_cannot_solve(features: Tensor, l2: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ridge(sufficient_statistics(features, torch.ones(len(features), 2)), [l2])
     with pytest.raises(ValueError, match="no regularisation strength"):
@@ -452,7 +452,7 @@ def test_of_equal_strengths_the_strongest_is_chosen() -> None:
     assert float(ridge_probe(*sums, x[validation], labels[validation]).l2[0]) == max(L2)
 
 
-def test_classes_that_no_held_out_image_shows_leave_the_choice_to_the_loss() -> None:
+def test_classes_that_are_missing_in_the_validation_split_leave_the_selection_to_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     x, validation = torch.randn(400, 4, generator=generator), torch.arange(400) < 40
     several = (x[:, :2] + 0.5 * torch.randn(400, 2, generator=generator) > 0.5).long()
@@ -623,7 +623,7 @@ def live(kind: type[RidgeProbe | LogisticProbe], images: int = 80, **changed: An
         ({"q": torch.empty(0, 4), "t": torch.empty(0, dtype=torch.long)}, "no test image"),
     ],
 )
-def test_live_probes_tell_what_cannot_be_learnt(
+def test_live_probes_report_what_cannot_be_learned(
     kind: type[RidgeProbe | LogisticProbe], changed: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):

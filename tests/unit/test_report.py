@@ -71,7 +71,7 @@ def test_curves_show_every_row_once(against: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("model", ["simclr", "resnet18-cifar10-simclr-2026-11-21-temperature-0.1-batch-1024-seed-3"])
-def test_titles_say_what_is_shown_of_how_many_images_and_fit(metric: str, view: str, says: str, model: str) -> None:
+def test_titles_state_what_is_shown_of_how_many_images_and_fit(metric: str, view: str, says: str, model: str) -> None:
     known = [
         record(model=model, metric=metric, view=view, layer=f"l{i}", depth=i, epoch=epoch, n=100 + i + epoch, value=0.5)
         for epoch in range(2)
@@ -133,7 +133,7 @@ def test_collapse_over_training_shows_what_was_measured_each_network_in_its_colo
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
 
 
-def test_a_colour_bar_stands_beside_several_lines_alone() -> None:
+def test_a_colour_bar_stands_next_to_several_lines_alone() -> None:
     assert [len(layer_curves(rankme(*epochs), "depth").axes) for epochs in ((4,), (4, 5))] == [1, 2]
 
 

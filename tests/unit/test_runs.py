@@ -320,7 +320,7 @@ def test_winding_back_sets_aside_what_came_later(tmp_path: Path) -> None:
     assert not (run.directory / "superseded" / "2").exists()
 
 
-def test_a_run_that_starts_anew_has_no_earlier_rows_and_loses_none(
+def test_a_run_that_starts_again_has_no_earlier_rows_and_loses_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = open_run(CONFIG, tmp_path, "e", run_id="a")

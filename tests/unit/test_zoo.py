@@ -195,13 +195,13 @@ def partial(checkpoint: Checkpoint, tmp_path: Path, content: bytes) -> Path:
     return path
 
 
-def test_a_server_without_ranges_sends_it_anew(server: Server, tmp_path: Path) -> None:
+def test_a_server_without_ranges_sends_it_again(server: Server, tmp_path: Path) -> None:
     checkpoint = row(server, "/no-ranges")
     partial(checkpoint, tmp_path, b"something else" * 1000)
     assert fetch(checkpoint).read_bytes() == CONTENT
 
 
-def test_a_partial_file_that_is_too_long_is_begun_anew(server: Server, tmp_path: Path) -> None:
+def test_a_partial_file_that_is_too_long_is_begun_again(server: Server, tmp_path: Path) -> None:
     checkpoint = row(server)
     partial(checkpoint, tmp_path, b"x" * (len(CONTENT) + 1))
     assert fetch(checkpoint).read_bytes() == CONTENT
