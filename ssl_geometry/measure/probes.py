@@ -302,9 +302,9 @@ class Probes(Measurement):
             learned = {**self.of_training}
             precision = learned.pop("precision")
             options = {
-                "network": "learnt from: training mode, batch norm with the statistics of each batch, precision "
-                f"{precision}; judged: evaluation mode, {subject.dtype}",
-                "selection": f"{SELECTION}, summed since the last moment",
+                "network": "trained on: training mode, batch norm with the statistics of each batch, precision "
+                f"{precision}; evaluated: evaluation mode, {subject.dtype}",
+                "selection": f"{SELECTION}, summed since the last measurement",
                 **learned,
                 "momentum": self.bank.momentum,
                 "statistics": STATISTICS,

@@ -119,9 +119,9 @@ def test_a_protocol_states_what_was_classified_and_what_was_trained_on(runs: Pat
     (online,) = protocols(runs / "supervised", "online_probe")
     assert (ridge["test images"]["split"], ridge["test images"]["n"]) == ("measure", 128)
     assert ridge["network"] == "evaluation mode, torch.float32"
-    assert online["network"].startswith("learnt from: training mode, batch norm with the statistics of each batch")
+    assert online["network"].startswith("trained on: training mode, batch norm with the statistics of each batch")
     assert "precision 32-true" in online["network"]
-    assert online["selection"].endswith("summed since the last moment")
+    assert online["selection"].endswith("summed since the last measurement")
 
 
 def test_fine_tuning_is_evaluated_with_the_network_that_learned(
