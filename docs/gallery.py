@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 TUTORIAL = ROOT / "docs" / "add-a-method.md"
-COMPARED = "runs/compare/vicreg-simclr-supervised-untrained"
+COMPARED = "runs/compare/hypersphere-simclr-supervised-untrained"
 FIGURES = {
     "cka_map_supervised": "runs/demo/simclr/figures/cka_map_supervised",
     "cka_epochs_init": "runs/demo/simclr/figures/cka_epochs_init",
@@ -20,9 +20,9 @@ FIGURES = {
     "demo_rankme_epochs": "runs/demo/simclr/figures/spectrum_rankme_epochs",
     "demo_probes_ridge_depth": "runs/demo/simclr/figures/probes_ridge_depth",
     "demo_neighbors": "runs/demo/simclr/figures/neighbors_neighbors",
-    "vicreg_cka_map_simclr": "runs/quickstart/vicreg/figures/cka_map_simclr",
-    "vicreg_layers_simclr": f"{COMPARED}/figures/layers_vicreg_simclr",
-    "vicreg_invariance_and_classes": f"{COMPARED}/figures/invariance_and_classes",
+    "hypersphere_cka_map_simclr": "runs/quickstart/hypersphere/figures/cka_map_simclr",
+    "hypersphere_layers_simclr": f"{COMPARED}/figures/layers_hypersphere_simclr",
+    "hypersphere_invariance_and_classes": f"{COMPARED}/figures/invariance_and_classes",
 }
 """Figure of the pages to where its command leaves it."""
 
@@ -53,7 +53,7 @@ def blocks(page: Path) -> Iterator[Block]:
 def main() -> None:
     """Run the tutorial's commands in full, next to the runs of ``make demo``, and copy all figures."""
     folder = ROOT / "runs" / "gallery"
-    for made in (folder, ROOT / "runs/quickstart/vicreg", ROOT / COMPARED):
+    for made in (folder, *(ROOT / "runs/quickstart" / name for name in ("hypersphere", "taught")), ROOT / COMPARED):
         shutil.rmtree(made, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("configs", "runs"):
