@@ -2,6 +2,7 @@
 
 from ssl_geometry.methods.barlow_twins import BarlowTwins
 from ssl_geometry.methods.base import Method
+from ssl_geometry.methods.dino import DINO
 from ssl_geometry.methods.lejepa import LeJEPA
 from ssl_geometry.methods.published import Published
 from ssl_geometry.methods.simclr import SimCLR
@@ -10,4 +11,15 @@ from ssl_geometry.methods.supervised import Supervised
 from ssl_geometry.methods.teacher import Teacher
 from ssl_geometry.methods.vicreg import VICReg
 
-__all__ = ["BarlowTwins", "LeJEPA", "Method", "Published", "SimCLR", "SimSiam", "Supervised", "Teacher", "VICReg"]
+__all__ = [
+    "DINO",
+    "BarlowTwins",
+    "LeJEPA",
+    "Method",
+    "Published",
+    "SimCLR",
+    "SimSiam",
+    "Supervised",
+    "Teacher",
+    "VICReg",
+]

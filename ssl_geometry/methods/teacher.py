@@ -1,6 +1,7 @@
 """The teacher of a method: a moving average of its student, which gives targets and takes no gradient."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -53,3 +54,23 @@ class Teacher(nn.Module):
         """
         theirs = [*student.backbone.parameters(), *student.head.parameters()]
         torch._foreach_lerp_(list(self.parameters()), theirs, 1 - momentum)
+
+
+def rising_momentum(start: float, progress: float) -> float:
+    """The momentum of a teacher that follows more and more slowly, along half a cosine.
+
+    Args:
+        start: at the beginning of the run.
+        progress: share of the run that is done, in [0, 1].
+
+    Returns:
+        From ``start`` to 1: ``1 - (1 - start) (cos(pi progress) + 1) / 2``.
+
+    References:
+        Grill et al., *Bootstrap your own latent*, 2020, section 3.2.
+
+    Example:
+        >>> rising_momentum(0.9, 0.0), rising_momentum(0.9, 0.5), rising_momentum(0.9, 1.0)
+        (0.9, 0.95, 1.0)
+    """
+    return 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
