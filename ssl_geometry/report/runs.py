@@ -1,4 +1,4 @@
-"""Run directories as the report page reads them: records, configuration and facts, and how runs are labelled."""
+"""What a run directory holds that a page shows, and what runs are called there."""
 
 import json
 import logging
