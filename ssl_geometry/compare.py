@@ -42,15 +42,15 @@ from ssl_geometry.measure.measurement import Occasion
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.measure.similarity import Kept, Network, compare_pair, gram_pairs
 from ssl_geometry.measure.subject import Subject
-from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import at_least, between
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.report.comparison import draw, draw_training
 from ssl_geometry.report.manifolds import neighbor_figure
 from ssl_geometry.report.style import save_figure
+from ssl_geometry.runs.compatibility import recipe
 from ssl_geometry.runs.networks import Loaded, load_networks, split_seeds
-from ssl_geometry.runs.resume import recipe
+from ssl_geometry.shared_options import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 
 CANDIDATES = 50
 """Nearest images that NNK selects from, for the figures of neighbours."""

@@ -23,8 +23,8 @@ from ssl_geometry.measure.measurement import Occasion
 from ssl_geometry.measure.processes import agreeing, of_each, this_process
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods.raw_pixels import RawPixels
-from ssl_geometry.networks import chosen_layers
 from ssl_geometry.runs.networks import Loaded
+from ssl_geometry.shared_options import chosen_layers
 
 LESS_MEMORY = "set fewer images, fewer --probes.layers (such as [stages]), or another --device"
 

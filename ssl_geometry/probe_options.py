@@ -24,9 +24,9 @@ from ssl_geometry.measure.frozen import (
 from ssl_geometry.measure.probes import LAYERS, check_images, highest_decay
 from ssl_geometry.measure.subject import Subject
 from ssl_geometry.methods.raw_pixels import RawPixels
-from ssl_geometry.networks import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import above, at_least, between
 from ssl_geometry.runs.networks import Loaded
+from ssl_geometry.shared_options import Sources, chosen_layers, networks_parser, parse_networks, unchanged
 
 logger = logging.getLogger(__name__)
 

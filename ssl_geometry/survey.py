@@ -36,12 +36,12 @@ from ssl_geometry.measure.neighbors import candidates, jaccard_records
 from ssl_geometry.measure.processes import of_each
 from ssl_geometry.methods import Method
 from ssl_geometry.models.zoo import TABLE
-from ssl_geometry.networks import chosen_layers
-from ssl_geometry.prediction import UNTRAINED, read_targets, recipes_of
 from ssl_geometry.progress import progress_bar
 from ssl_geometry.records import Protocol, RecordStore
 from ssl_geometry.runs.networks import Loaded, load_networks
+from ssl_geometry.shared_options import chosen_layers
 from ssl_geometry.survey_options import NOTES, parse, report_small_classes
+from ssl_geometry.survey_prediction import UNTRAINED, read_targets, recipes_of
 from ssl_geometry.survey_tables import report
 
 WORKING_BYTES = 24

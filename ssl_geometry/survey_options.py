@@ -8,8 +8,8 @@ from rich.console import Console
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.measure.neighbors import CANDIDATES, LEAST_CANDIDATES, SETTINGS
-from ssl_geometry.networks import Sources, networks_parser, parse_networks, unchanged
 from ssl_geometry.ranges import at_least
+from ssl_geometry.shared_options import Sources, networks_parser, parse_networks, unchanged
 
 SEMANTIC = "semantic"
 LAYERS = ("stages", "pooled")

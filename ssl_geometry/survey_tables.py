@@ -11,7 +11,6 @@ from rich.console import Console
 
 from ssl_geometry.files import write_whole
 from ssl_geometry.geometry.prediction import group, least_p, unit_means
-from ssl_geometry.prediction import LEAST_MODELS, predict, read_targets, task_text
 from ssl_geometry.records import RecordStore
 from ssl_geometry.report.models import (
     collapse_curves,
@@ -24,6 +23,7 @@ from ssl_geometry.report.models import (
 from ssl_geometry.report.style import save_figure
 from ssl_geometry.report.survey import MANIFOLD_METRICS, collapse_in_training, metric_table, readable, write_table
 from ssl_geometry.runs.networks import split_seeds
+from ssl_geometry.survey_prediction import LEAST_MODELS, predict, read_targets, task_text
 
 
 def report(out: Path, facts: Mapping[str, Mapping[str, Any]], recipes: Mapping[str, str], options: Any) -> list[Path]:

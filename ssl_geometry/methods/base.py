@@ -117,6 +117,8 @@ class Method(L.LightningModule):
     """Whether training reads the labels; None is unknown, and takes part in no verdict of ``compare``."""
     num_views: int | None = 1
     """Views of each image that the loss takes; None for any number."""
+    fewest_views = 1
+    """How many the loss takes at least, where it takes any number."""
     steps_show_images = True
     """Whether the backbone's forwards of training steps see whole views; online probes learn from them."""
     backbone: nn.Module
@@ -195,8 +197,8 @@ class Method(L.LightningModule):
             view = View(spec["augment"], **{**common, "size": spec.get("size", common["size"])})
             views.append((view, range(first, first + count)))
             first += count
-        if not first or self.num_views not in (None, first):
-            wanted = self.num_views or "at least 1"
+        if first < self.fewest_views or self.num_views not in (None, first):
+            wanted = self.num_views or f"at least {self.fewest_views}"
             raise UserError(f"--model.views: {first} of each image; {type(self).__name__} takes {wanted}")
         return views
 

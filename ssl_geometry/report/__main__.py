@@ -18,7 +18,7 @@ from ssl_geometry.cli import Parser, run_command
 from ssl_geometry.progress import progress_bar
 from ssl_geometry.ranges import above, between, check_project
 from ssl_geometry.report.page import render, smallest_loss, write_page
-from ssl_geometry.report.runs import RunRecords, fingerprint, read_run
+from ssl_geometry.report.run_records import RunRecords, fingerprint, read_run
 from ssl_geometry.report.serve import Server
 
 PROGRAM = "python -m ssl_geometry.report"

@@ -21,7 +21,7 @@ import pandas as pd
 from ssl_geometry.errors import UserError
 from ssl_geometry.files import write_text
 from ssl_geometry.records.catalogue import described
-from ssl_geometry.report.runs import RunRecords, first_choice, labels, natural
+from ssl_geometry.report.run_records import RunRecords, first_choice, labels, natural
 
 logger = logging.getLogger(__name__)
 SERIES = ["model", "model_other", "metric", "view", "split", "protocol"]

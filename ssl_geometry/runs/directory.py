@@ -20,8 +20,8 @@ from ssl_geometry import __version__
 from ssl_geometry.errors import UserError
 from ssl_geometry.ranges import check_name
 from ssl_geometry.records.lock import holder, lock, unlock
-from ssl_geometry.runs.continuation import continued, has_whole_checkpoint, this_job
-from ssl_geometry.runs.resume import differences
+from ssl_geometry.runs.compatibility import differences
+from ssl_geometry.runs.resuming import has_whole_checkpoint, resumed, this_job
 from ssl_geometry.runs.run import (
     DIRECTORY_VARIABLE,
     PARENT_VARIABLE,
@@ -94,7 +94,7 @@ def open_run(
         directory.mkdir(parents=True, exist_ok=True)
         _take(run, task)
         if resume:
-            run = continued(run, named, config, task, run_id)
+            run = resumed(run, named, config, task, run_id)
         run.write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         run.note(
             status="running",

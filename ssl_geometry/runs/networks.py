@@ -16,7 +16,7 @@ from ssl_geometry.methods.published import from_timm, from_torchvision, from_zoo
 from ssl_geometry.models.zoo import TABLE
 from ssl_geometry.ranges import Seed, check_name, check_value
 from ssl_geometry.runs.checkpoints import read_checkpoint
-from ssl_geometry.runs.resume import unlike
+from ssl_geometry.runs.compatibility import unlike
 from ssl_geometry.runs.run import Run, config_of
 
 

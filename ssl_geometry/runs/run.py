@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.files import write_text
 from ssl_geometry.records.lock import unlock
-from ssl_geometry.runs.resume import well_formed
+from ssl_geometry.runs.compatibility import well_formed
 
 DIRECTORY_VARIABLE, PARENT_VARIABLE = "SSL_GEOMETRY_RUN_DIR", "SSL_GEOMETRY_PARENT"
 """Set by the first process for those that it starts: the run directory, and its own number."""

@@ -67,6 +67,17 @@ def test_the_table_of_rooms_is_the_tree() -> None:
     assert sorted(listed) == sorted(files | folders)
 
 
+def test_where_a_change_goes_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("## Where a change goes")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!change|---).*$", table, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([\w./]+(?:\.\w+|/))`", row)}
+    assert len(rows) == 10
+    assert {"fit_cli.py", "data/loader.py", "metrics/", "wandb.md"} <= named
+    places = (ROOT / "ssl_geometry", ROOT / "docs", ROOT)
+    assert not [name for name in sorted(named) if not any((place / name).exists() for place in places)]
+
+
 def test_prose_is_wrapped_at_100_characters() -> None:
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     pages += [*(ROOT / "docs" / "studies").glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")]

@@ -18,12 +18,12 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.measure import Neighborhoods, Spectrum
 from ssl_geometry.measure.neighbors import SETTINGS
 from ssl_geometry.methods import Method, Published
-from ssl_geometry.prediction import PUBLISHED, predict, read_targets, recipes_of
 from ssl_geometry.probe import probe
 from ssl_geometry.records import read_records
 from ssl_geometry.report.survey import metric_table
 from ssl_geometry.runs.networks import Loaded, load_networks
 from ssl_geometry.survey import main, survey
+from ssl_geometry.survey_prediction import PUBLISHED, predict, read_targets, recipes_of
 from tests.processes import finish, start_ranks
 from tests.unit.test_datasets import pixels, save
 

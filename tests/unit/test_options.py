@@ -23,12 +23,12 @@ from ssl_geometry.fit import fit, print_summary
 from ssl_geometry.fit_cli import FitCLI
 from ssl_geometry.measure import CKA, Invariance, Spectrum, Subject
 from ssl_geometry.methods import SimCLR
-from ssl_geometry.networks import networks_parser
 from ssl_geometry.ranges import above, at_least, between, check_arguments, check_value
 from ssl_geometry.report.__main__ import report
 from ssl_geometry.report.upload import new_id
 from ssl_geometry.runs.directory import open_run
 from ssl_geometry.runs.run import Run
+from ssl_geometry.shared_options import networks_parser
 from ssl_geometry.zoo import run as checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

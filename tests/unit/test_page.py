@@ -19,7 +19,7 @@ from ssl_geometry.records import COLUMNS, Protocol, RecordStore, read_records, r
 from ssl_geometry.report.__main__ import main
 from ssl_geometry.report.models import prediction_scatter
 from ssl_geometry.report.page import EXACT, ROUNDED, pack, render, smallest_loss, write_page
-from ssl_geometry.report.runs import MOST_SHOWN, RunRecords, first_choice, read_run
+from ssl_geometry.report.run_records import MOST_SHOWN, RunRecords, first_choice, read_run
 from ssl_geometry.report.serve import Server
 from ssl_geometry.report.upload import Sent, upload
 

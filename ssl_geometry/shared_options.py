@@ -1,4 +1,4 @@
-"""Options of the commands that measure networks; their defaults are those that the runs were measured with."""
+"""Options that ``compare``, ``probe`` and ``survey`` share; defaults are those that the runs were measured with."""
 
 import hashlib
 import inspect

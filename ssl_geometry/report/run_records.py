@@ -1,4 +1,4 @@
-"""What a run directory holds that a page shows, and what runs are called there."""
+"""Run directories as the report page reads them: records, configuration and facts, and how runs are labelled."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What predicts how models transfer: manifold graph metrics against results on tasks, recipe by recipe."""
+"""For ``survey``: how well manifold graph metrics predict results on other tasks, recipe by recipe."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""A run is brought back to the checkpoint that it continues from, if its options and that checkpoint allow it."""
+"""Resume a run: choose the checkpoint, check that the options fit it, and set later files and records aside.
+
+Which run ``--resume`` names is found in :mod:`ssl_geometry.runs.directory`; what fits is decided in
+:mod:`ssl_geometry.runs.compatibility`. Lightning then loads the checkpoint, with the ``state_dict`` of each part.
+"""
 
 import itertools
 import logging
@@ -12,15 +16,31 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.files import copy_whole
 from ssl_geometry.records.store import RecordStore
 from ssl_geometry.runs.checkpoints import read_checkpoint
-from ssl_geometry.runs.resume import Progress, check_network, differences, progress
+from ssl_geometry.runs.compatibility import Progress, check_network, differences, progress
 from ssl_geometry.runs.run import Run, config_of
 from ssl_geometry.runs.slurm import Task
 
 logger = logging.getLogger(__name__)
 
 
-def continued(run: Run, named: Path | None, config: Mapping[str, Any], task: Task | None, run_id: str | None) -> Run:
-    """Bring a run back to the checkpoint that it goes on from; the first process does so, and holds the lock."""
+def resumed(run: Run, named: Path | None, config: Mapping[str, Any], task: Task | None, run_id: str | None) -> Run:
+    """Bring a run directory back to its state at the checkpoint that training resumes from.
+
+    Only the first process calls this, while it holds the lock of the directory.
+
+    Args:
+        run: the run on disk.
+        named: what ``--resume`` named, a run directory or a checkpoint; None for ``auto``.
+        config: the options of this start.
+        task: the SLURM task of this process; None outside of SLURM.
+        run_id: what ``--run_id`` named.
+
+    Returns:
+        The run with its checkpoint and step; without one where training starts from scratch.
+
+    Raises:
+        UserError: no checkpoint can be resumed from, other options, or another SLURM job's run.
+    """
     last, facts, job = run.last_checkpoint, run.facts, this_job(task)
     candidates = run.checkpoints
     if named and named.is_file() and not (job and last.exists() and _is_later_start(job, facts.get("job"))):

@@ -1,4 +1,4 @@
-"""With what a run may be continued: the options that it was trained with, and a whole checkpoint of it."""
+"""Which options and which checkpoints a run can be resumed with, and which runs are seeds of one recipe."""
 
 import json
 import re

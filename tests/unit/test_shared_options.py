@@ -12,7 +12,7 @@ import pytest
 import yaml
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
-from ssl_geometry import compare, launching, networks, probe_options, survey_options
+from ssl_geometry import compare, launching, probe_options, shared_options, survey_options
 from ssl_geometry.errors import UserError
 
 LAYERS = ["stem", "pooled"]
@@ -63,7 +63,7 @@ def test_a_checkpoint_of_a_run_and_seeds_name_the_run(runs: Callable[..., list[s
     a, b = (spec.partition("=")[2] for spec in runs({}, {"cka": {"gram_size": 8}})[1:])
     options = compare.parse(["--models", f"x={a}/checkpoints/last.ckpt,{b}"])
     assert options.gram_size == 32
-    assert set(networks.run_configs(["--models", *options.models])) == {"x-1", "x-2"}
+    assert set(shared_options.run_configs(["--models", *options.models])) == {"x-1", "x-2"}
 
 
 def test_the_command_line_wins(runs: Callable[..., list[str]], caplog: pytest.LogCaptureFixture) -> None:
@@ -115,7 +115,7 @@ def test_what_runs_do_not_agree_on_is_one_line(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         options = module.parse(runs({}, change))
-    said = [record.getMessage() for record in caplog.records if record.name == "ssl_geometry.networks"]
+    said = [record.getMessage() for record in caplog.records if record.name == "ssl_geometry.shared_options"]
     assert all("the first is taken for all" in text for text in said)
     assert (any(text.startswith(line) for text in said) and line) or not (line or said), said
     assert options.data.limit_test == 300
