@@ -32,10 +32,10 @@ DIGITS = [{"crop": {"scale": [0.5, 1.0]}}, {"color": COLORS}, {"gray": {"p": 0.2
 UNCROPPED = [{"augment": DIGITS[1:], "count": 2}]
 """Two views in which a digit stays where it is: without negatives, a network needs more steps than there are else."""
 GLOBAL, LOCAL = {"crop": {"scale": [0.6, 1.0]}}, {"crop": {"scale": [0.2, 0.6]}}
-LONGER = {"data": {"batch_size": 64}, "trainer": {"max_epochs": 12, "check_val_every_n_epoch": 12}}
+LONGER = {"data": {"batch_size": 64}, "trainer": {"max_epochs": 8, "check_val_every_n_epoch": 8}}
 TRAINED = {"backbone": "tests.methods.tiny", "width": 1.0, "optimizer": "adamw", "lr": 4e-3, "warmup_epochs": 1}
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
-    "BarlowTwins": LONGER | {"model": {"output_dim": 64, "views": UNCROPPED}},
+    "BarlowTwins": LONGER | {"model": {"hidden_dim": 128, "output_dim": 64, "redundancy": 0.02, "views": UNCROPPED}},
     "DINO": {
         "model": {
             "backbone": "tests.methods.tiny_vit",
@@ -49,18 +49,15 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
         "trainer": {"max_epochs": 8, "check_val_every_n_epoch": 8},
     },
     "LeJEPA": LONGER
-    | {"model": {"hidden_dim": 256, "output_dim": 64, "directions": 64, "sigreg_weight": 0.005, "views": UNCROPPED}},
+    | {"model": {"hidden_dim": 512, "output_dim": 64, "directions": 64, "sigreg_weight": 0.01, "views": UNCROPPED}},
     "SimCLR": {"model": {"temperature": 0.2, "output_dim": 64, "views": [{"augment": DIGITS}]}},
-    "SimSiam": {
-        "model": {"layers": 1, "output_dim": 256, "predictor_dim": 256, "lr": 2e-3, "views": UNCROPPED},
-        "data": {"batch_size": 64},
-        "trainer": {"max_epochs": 16, "check_val_every_n_epoch": 16},
-    },
+    "SimSiam": LONGER
+    | {"model": {"layers": 1, "output_dim": 256, "predictor_dim": 256, "lr": 6e-3, "views": UNCROPPED}},
     "Supervised": {
         "model": {"num_classes": None, "lr": 4e-2, "views": [{"augment": "color"}]},
         "data": {"batch_size": 64},
     },
-    "VICReg": LONGER | {"model": {"hidden_dim": 64, "output_dim": 64, "views": UNCROPPED}},
+    "VICReg": {"model": {"hidden_dim": 64, "output_dim": 64, "views": UNCROPPED}},
 }
 """Class to options of a training of two seconds on coloured digits that beats its initialisation: model, data, trainer.
 
