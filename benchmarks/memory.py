@@ -4,7 +4,7 @@
 
 One step of each method is run on the CPU under bf16 autocast, with two sizes of batch; `saved_tensors_hooks` counts the
 bytes of distinct storages that the backward pass waits for, without those of parameters. The difference of the two is
-what one more view costs. To it come weights, gradients and the optimiser's states in float32. Allocator, cuDNN's
+what one more image costs. To it come weights, gradients and the optimiser's states in float32. Allocator, cuDNN's
 workspaces and the views themselves are not in it: an estimate, from below.
 """
 
@@ -17,6 +17,7 @@ from torch import nn
 from ssl_geometry.cli import Parser
 from ssl_geometry.config_files import expand_bases
 from ssl_geometry.methods import Method
+from ssl_geometry.methods.base import Batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FEW, MORE = 2, 4
@@ -25,8 +26,8 @@ STATES = {"lars": 1, "sgd": 1, "adamw": 2}
 """Tensors that an optimiser keeps for each weight."""
 
 
-def saved_bytes(method: Method, images: int, size: int) -> int:
-    """Bytes that the backward of one forward waits for, in distinct storages that are no parameters."""
+def saved_bytes(method: Method, images: int) -> int:
+    """Bytes that the backward of one step waits for, in distinct storages that are no parameters."""
     fixed = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
     seen: dict[int, int] = {}
 
@@ -36,17 +37,18 @@ def saved_bytes(method: Method, images: int, size: int) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    views = torch.rand(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+    views = [torch.rand(images, 3, view.size, view.size) for view, numbers in method.training_views for _ in numbers]
+    batch: Batch = {"image": views[0], "label": torch.zeros(images).long(), "index": torch.arange(images)}
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = method(views)
-    assert output.requires_grad  # it holds the graph, and so the storages, until here
+        outputs = method.outputs(views, batch)
+    assert any(output.requires_grad for output in outputs)  # they hold the graph, and so the storages, until here
     return sum(seen.values())
 
 
-def bytes_a_view(method: Method, size: int) -> int:
-    """What one more view of an image costs until the backward pass."""
+def bytes_an_image(method: Method) -> int:
+    """What the views of one more image cost until the backward pass."""
     method.train()
-    few, more = (saved_bytes(method, images, size) for images in (FEW, MORE))
+    few, more = (saved_bytes(method, images) for images in (FEW, MORE))
     return (more - few) // (MORE - FEW)
 
 
@@ -63,21 +65,22 @@ def options_of(config: Path) -> Any:
 
 
 def main() -> None:
-    print("| config | batch x views | MiB a view | activations, GiB | weights, gradients, optimiser, GiB | sum, GiB |")
+    print("| config | batch x views | MiB per view | activations, GiB | weights, gradients, states, GiB | sum, GiB |")
     print("|---|---|---|---|---|---|")
     for config in sorted(CONFIGS.glob("*_resnet*.yaml")) + sorted(CONFIGS.glob("quickstart/s*.yaml")):
         options = options_of(config)
         given = vars(options.model.init_args)
         module, _, name = options.model.class_path.rpartition(".")
         method = getattr(__import__(module, fromlist=[name]), name)(**given)
-        costs = [bytes_a_view(method, view.size) for view, numbers in method.training_views for _ in numbers]
-        each = sum(costs) / len(costs)
+        each, views = bytes_an_image(method), sum(len(numbers) for _, numbers in method.training_views)
         batch = options.data["batch_size"]
-        weights = sum(parameter.numel() for parameter in nn.Module.parameters(method))
-        fixed = 4 * weights * (2 + STATES[given["optimizer"]])
-        activations = batch * sum(costs)
+        parameters = list(nn.Module.parameters(method))
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        weights = sum(parameter.numel() for parameter in parameters)
+        fixed = 4 * (weights + trained * (1 + STATES[given["optimizer"]]))
+        activations = batch * each
         print(
-            f"| {config.relative_to(CONFIGS)} | {batch:,} x {len(costs)} | {each / 2**20:.1f} | "
+            f"| {config.relative_to(CONFIGS)} | {batch:,} x {views} | {each / views / 2**20:.1f} | "
             f"{activations / GIB:.1f} | {fixed / GIB:.2f} | {(activations + fixed) / GIB:.1f} |"
         )
 

@@ -16,11 +16,15 @@ RESNET: dict[str, Any] = {"backbone": "resnet10", "width": 1 / 16, "image_size":
 CROPS = [{"augment": "crop", "count": 2}, {"augment": ["crop", "flip"], "size": 8, "count": 2}]
 """Two global and two local crops."""
 METHODS: dict[str, dict[str, Any]] = {
+    "BYOL": {**RESNET, "hidden_dim": 16, "output_dim": 8},
     "BarlowTwins": {**RESNET, "hidden_dim": 16, "output_dim": 8},
     "DINO": {**RESNET, "hidden_dim": 16, "output_dim": 8, "freeze_prototypes_epochs": 0, "views": CROPS},
     "LeJEPA": {**RESNET, "hidden_dim": 16, "output_dim": 8, "directions": 16},
+    "MoCoV2": {**RESNET, "output_dim": 8, "queue_size": 20},
+    "MoCoV3": {**RESNET, "hidden_dim": 16, "output_dim": 8},
     "SimCLR": {**RESNET, "output_dim": 8},
     "SimSiam": {**RESNET, "hidden_dim": 16, "output_dim": 8, "predictor_dim": 4},
+    "SupCon": {**RESNET, "output_dim": 8},
     "Supervised": {**RESNET, "num_classes": 4},
     "VICReg": {**RESNET, "hidden_dim": 16, "output_dim": 8},
 }
@@ -33,8 +37,15 @@ UNCROPPED = [{"augment": DIGITS[1:], "count": 2}]
 """Two views in which a digit stays where it is: without negatives, a network needs more steps than there are else."""
 GLOBAL, LOCAL = {"crop": {"scale": [0.6, 1.0]}}, {"crop": {"scale": [0.2, 0.6]}}
 LONGER = {"data": {"batch_size": 64}, "trainer": {"max_epochs": 8, "check_val_every_n_epoch": 8}}
+COLORED = [{"augment": ["color", {"gray": {"p": 0.5}}]}]
+GRAY = [{"augment": [{"color": {"p": 1.0, "brightness": 0.4, "contrast": 0.4}}, {"gray": {"p": 1.0}}]}]
+"""Views for methods whose loss forgets colour more slowly than SimCLR's."""
 TRAINED = {"backbone": "tests.methods.tiny", "width": 1.0, "optimizer": "adamw", "lr": 4e-3, "warmup_epochs": 1}
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
+    "BYOL": {
+        "model": {"teacher_momentum": 0.99, "hidden_dim": 256, "output_dim": 128, "lr": 1.6e-2, "views": GRAY},
+        "data": {"batch_size": 64},
+    },
     "BarlowTwins": LONGER | {"model": {"hidden_dim": 128, "output_dim": 64, "redundancy": 0.02, "views": UNCROPPED}},
     "DINO": {
         "model": {
@@ -50,9 +61,15 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "LeJEPA": LONGER
     | {"model": {"hidden_dim": 512, "output_dim": 64, "directions": 64, "sigreg_weight": 0.01, "views": UNCROPPED}},
+    "MoCoV2": {"model": {"temperature": 0.2, "output_dim": 64, "queue_size": 500, "lr": 8e-3, "views": COLORED}},
+    "MoCoV3": {
+        "model": {"hidden_dim": 256, "output_dim": 128, "lr": 2e-2, "views": COLORED},
+        "data": {"batch_size": 64},
+    },
     "SimCLR": {"model": {"temperature": 0.2, "output_dim": 64, "views": [{"augment": DIGITS}]}},
     "SimSiam": LONGER
     | {"model": {"layers": 1, "output_dim": 256, "predictor_dim": 256, "lr": 6e-3, "views": UNCROPPED}},
+    "SupCon": {"model": {"temperature": 0.2, "output_dim": 64, "views": [{"augment": DIGITS}]}},
     "Supervised": {
         "model": {"num_classes": None, "lr": 4e-2, "views": [{"augment": "color"}]},
         "data": {"batch_size": 64},

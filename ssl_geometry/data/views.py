@@ -99,7 +99,7 @@ def byol(blur: float = 1.0, solarize: float = 0.0, scale: tuple[float, float] = 
     """One of the two views of BYOL, whose views are not made alike; Barlow Twins, VICReg, MoCo v3 and DINO share them.
 
     Args:
-        blur: probability of Gaussian blur: 1 for the first view, 0.1 for the second.
+        blur: probability of Gaussian blur: 1 for the first view, 0.1 for the second; on CIFAR 0.
         solarize: probability of solarisation: 0 for the first view, 0.2 for the second.
         scale: share of the image's area that a crop takes, low and high.
 
@@ -111,7 +111,11 @@ def byol(blur: float = 1.0, solarize: float = 0.0, scale: tuple[float, float] = 
     """
     color = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     ops: list[Any] = [{"crop": {"scale": scale}}, "flip", {"color": color}, {"gray": {"p": 0.2}}]
-    return [*ops, {"blur": {"p": blur}}, {"solarize": {"p": solarize}}]
+    if blur:
+        ops.append({"blur": {"p": blur}})
+    if solarize:
+        ops.append({"solarize": {"p": solarize}})
+    return ops
 
 
 def supervised(padding: int = 4) -> list[Any]:

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ssl_geometry.methods.gather import gathered
@@ -37,6 +37,24 @@ def nt_xent(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperatu
         >>> nt_xent(first, second, temperature=0.5)  # all at right angles: one of three others by chance
         tensor(1.0986)
     """
+    logits, own = similarities(first, second, temperature)
+    return F.cross_entropy(logits, own.roll(len(first)))
+
+
+def similarities(
+    first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperature: float
+) -> tuple[Float[Tensor, "2B 2WB"], Int64[Tensor, " 2B"]]:
+    """Cosine similarities over temperature of this process's views, first before second, to those of all W processes.
+
+    Args:
+        first: outputs of one view of each image, (B, D), not normalised.
+        second: outputs of the other view, (B, D).
+        temperature: tau, above 0.
+
+    Returns:
+        Logits, in float32 at least, minus infinity for a view and itself; and the column of each view itself:
+        ``own.roll(B)`` are those of the other views of the same images.
+    """
     with torch.autocast(first.device.type, enabled=False):
         views = torch.cat([first, second])
         views = views.to(torch.promote_types(views.dtype, torch.float32))
@@ -47,5 +65,4 @@ def nt_xent(first: Float[Tensor, "B D"], second: Float[Tensor, "B D"], temperatu
         logits = views @ gathered(views).T / temperature
         start = (dist.get_rank() if dist.is_initialized() else 0) * len(views)
         logits.diagonal(start).fill_(-torch.inf)
-        partner = torch.arange(start, start + len(views), device=views.device).roll(len(first))
-        return F.cross_entropy(logits, partner)
+        return logits, torch.arange(start, start + len(views), device=views.device)
