@@ -63,6 +63,5 @@ class BarlowTwins(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Biases and normalisation layers with a learning rate of their own, if there is one."""
         decayed, others = super().parameter_groups()
-        if self.bias_lr is None:
-            return [decayed, others]
-        return [decayed, {**others, "lr_factor": self.bias_lr / self.hparams["lr"]}]
+        lr = self.hparams["lr"]
+        return [decayed, others if self.bias_lr is None or not lr else {**others, "lr_factor": self.bias_lr / lr}]

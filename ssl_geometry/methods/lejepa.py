@@ -39,6 +39,7 @@ class LeJEPA(Method):
 
     learns_from_labels = False
     num_views = None
+    fewest_views = 2
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.views import ViewSpec
+from ssl_geometry.errors import UserError
 from ssl_geometry.methods import LeJEPA
 from ssl_geometry.methods.sigreg import random_directions, sigreg
 from tests.fake_cuda import FakeCuda
@@ -152,6 +153,11 @@ def test_the_centre_of_lejepa_is_that_of_the_global_views() -> None:
     method = by_hand(LeJEPA(**RESNET, views=views, sigreg_weight=0.0), 1)
     outputs = (torch.tensor([[0.0]]), torch.tensor([[2.0]]), torch.tensor([[4.0]]))
     assert float(method.loss(outputs, images(1))) == pytest.approx((1 + 1 + 9) / 3)
+
+
+def test_lejepa_takes_two_views_or_more() -> None:
+    with pytest.raises(UserError, match=r"--model\.views: 1 of each image; LeJEPA takes at least 2"):
+        build("LeJEPA", views=[ViewSpec(augment="crop")])
 
 
 def test_what_the_losses_make_of_a_collapse() -> None:
