@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ssl_geometry.errors import ExitCode, Interrupted, UserError, did_you_mean
@@ -34,8 +34,18 @@ OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.E
 """Files that may not be read or written, and disks that are full: no fault of the program."""
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Writes types in words, before lines are wrapped."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return types_in_words(super()._expand_help(action))
+
+
 class Parser(ArgumentParser):
     """Reports a mistake in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """What was wrong and what was meant, as all mistakes.
@@ -54,7 +64,9 @@ class Parser(ArgumentParser):
             return f"unknown option {found[1]!r}; {did_you_mean(found[1], known)} (see --help)"
         if found := re.search(r"unrecognized arguments: (\S+)", message):
             return f"{found[1]!r} belongs to no option; a flag such as --overwrite takes no value (see --help)"
-        return one_line(message, {action.dest: annotation(action) for action in self._actions})
+        line = one_line(message, {action.dest: annotation(action) for action in self._actions})
+        words = (f"--{action.dest} " for action in self._actions if not action.option_strings)
+        return line.removeprefix(next(filter(line.startswith, words), ""))
 
     def restrict(self, option: str, hint: Any) -> None:
         """Give an option of somebody else's class a range.
@@ -117,8 +129,8 @@ class Parser(ArgumentParser):
         return nested
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """With ranges as words, and lists and flags as they are typed."""
-        text = without_annotated(super().format_help(*args, **kwargs)).replace("[ITEM,...]", "'[ITEM, ...]'")
+        """With lists and flags as they are typed."""
+        text = super().format_help(*args, **kwargs).replace("[ITEM,...]", "'[ITEM, ...]'")
         return re.sub(r"\{true,false(,null)?\}", r"[\g<0>]", text)
 
 
@@ -172,9 +184,18 @@ def one_line(message: str, hints: Mapping[str, Any]) -> str:
     return f"{option} {value}: expected {words}" if words else f"{option}: {'; '.join(line for line in inner if line)}"
 
 
-def without_annotated(text: str) -> str:
-    """``--help`` with ``int, at least 1`` where the parser writes ``Annotated[int, at least 1]``."""
-    return re.sub(r"Annotated\[\s*(\w+),(\s+)([^\[\]]*?)\]", r"\1,\2\3", text)
+def types_in_words(text: str) -> str:
+    """The help of an option, with the types that the parser writes as Python in words.
+
+    Example:
+        >>> types_in_words("(type: Optional[Annotated[int, at least 1]], default: null)")
+        '(type: int, at least 1, or null, default: null)'
+        >>> types_in_words("(type: Union[list[Annotated[float, above 0]], Optional[str]])")
+        '(type: Union[list[float, above 0], str | null])'
+    """
+    text = re.sub(r"Optional\[Annotated\[(\w+), ([^\[\]]*)\]\]", r"\1, \2, or null", text)
+    text = re.sub(r"Annotated\[(\w+), ([^\[\]]*)\]", r"\1, \2", text)
+    return re.sub(r"Optional\[([\w.]+)\]", r"\1 | null", text)
 
 
 def _block(lines: list[str], indent: int) -> Iterator[str]:

@@ -214,7 +214,9 @@ def parse(args: Sequence[str]) -> Any:
         layers="all",
         several=True,
     )
-    parser.add_argument("--cka.gram_size", type=GramSize, default=64, help="images in a Gram matrix of CKA")
+    parser.add_argument(
+        "--cka.gram_size", type=GramSize, default=64, help="images per Gram matrix; the cost grows with it"
+    )
     parser.add_argument(
         "--permutations",
         type=Annotated[int, between(0, MOST_PERMUTATIONS)],
@@ -227,7 +229,10 @@ def parse(args: Sequence[str]) -> Any:
         help=f"neighbours in mutual kNN (default: {NEIGHBORS}, or all others where there are fewer images)",
     )
     parser.add_argument(
-        "--invariance.views", type=list[str], default=list(VIEWS), help="augmentations to measure invariance to"
+        "--invariance.views",
+        type=list[str],
+        default=list(VIEWS),
+        help="augmentations: own (each network's training views), policies (simclr, supervised) and single operations",
     )
     parser.add_argument(
         "--show_neighbors",

@@ -62,6 +62,11 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "sync_batchnorm": True,
 }
+TITLES = {
+    "model": "The method, a LightningModule; --model.help CLASS lists its options, such as --model.lr",
+    "trainer": "Options of Lightning's Trainer",
+}
+"""Titles in --help, in place of Lightning's."""
 MEASUREMENTS = {cls.group: cls for cls in (CKA, Invariance, Probes, Neighborhoods, Spectrum)}
 """Groups of options to what they measure."""
 EVERY_N_EPOCHS = {"cka": 1, "invariance": 0, "probes": 5, "neighbors": 0, "spectrum": 0}
@@ -175,13 +180,13 @@ class FitCLI(LightningCLI):
             "--save_every_n_minutes",
             type=Annotated[float, at_least(0)],
             default=5.0,
-            help="how many minutes of training a run that is killed may have to repeat (0: save after every epoch)",
+            help="minutes of training that a killed run repeats at most; 0 saves after every epoch",
         )
         parser.add_argument(
             "--keep_every_n_epochs",
             type=Annotated[int, at_least(0)],
             default=0,
-            help="keep a checkpoint for good every n epochs (0: the last one only)",
+            help="keep the checkpoint of every n-th epoch; 0 keeps the last one only",
         )
         parser.add_argument(
             "--loggers",
@@ -204,11 +209,16 @@ class FitCLI(LightningCLI):
             help="measurements of your own, subclasses of ssl_geometry.measure.Measurement: --measurements+ CLASS",
         )
         parser.add_lightning_class_args(L.Trainer, "trainer")
+        groups = parser.groups or {}
+        for name, title in TITLES.items():
+            groups[name].title = title
         parser.set_defaults({f"{group}.every_n_epochs": every for group, every in EVERY_N_EPOCHS.items()})
         for action in parser._actions:
             if action.dest.startswith("trainer."):
                 instead = REFUSED.get(action.dest)
                 action.help = f"refused: use {instead}" if instead else in_short(action.help or "")
+            elif action.dest == "model":
+                action.help = "the method: a class of ssl_geometry.methods, or the import path of your own"
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         assert isinstance(parser, Parser)
         for name, hint in TRAINER_RANGES.items():

@@ -31,6 +31,7 @@ MODELS = (
     "untrained network of that architecture. NAME=SPEC,SPEC,SPEC: seeds of one recipe"
 )
 """What ``--models`` takes."""
+LAYERS_HELP = "which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these"
 Convert = Callable[[Any], Any]
 Sources = Mapping[str, Mapping[str, Convert]]
 """Option of a command to the options of ``fit`` that decide the same numbers, and what makes such a value one of the
@@ -71,7 +72,7 @@ def networks_parser(command: str, description: str, group: str, layers: str, sev
     parser.add_argument(
         f"--{group}.layers",
         type=str | list[str] | None,
-        help=f"a preset, a name, a glob, or a list (default: as the first run was measured, else {layers})",
+        help=f"{LAYERS_HELP} (default: as the first run was measured, else {layers})",
     )
     parser.add_argument(
         "--device",
@@ -81,11 +82,13 @@ def networks_parser(command: str, description: str, group: str, layers: str, sev
     )
     if several:
         one = Annotated[int, at_least(1)]
-        parser.add_argument("--devices", type=one, default=1, help="processes of this node that share the images")
-        parser.add_argument("--num_nodes", type=one, default=1, help="nodes; under SLURM both follow from the job")
+        parser.add_argument("--devices", type=one, default=1, help="number of processes per node that share the images")
+        parser.add_argument(
+            "--num_nodes", type=one, default=1, help="number of nodes; a SLURM job sets it and --devices"
+        )
     parser.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the validation split, as of fit")
+    parser.add_argument("--seed_everything", type=Seed, default=0, help="seed of the validation split, as in fit")
     parser.add_class_arguments(DataModule, "data", fail_untyped=False)
     parser.link_arguments("seed_everything", "data.seed")
     return parser

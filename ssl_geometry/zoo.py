@@ -1,4 +1,4 @@
-"""Published checkpoints: which there are, which are here, and whether they are whole.
+"""List, fetch and check published checkpoints.
 
     python -m ssl_geometry.zoo list
     python -m ssl_geometry.zoo fetch byol swav
@@ -19,6 +19,8 @@ from ssl_geometry.errors import ExitCode, Interrupted, UserError, did_you_mean
 from ssl_geometry.models.zoo import TABLE, Checkpoint, cache_folder, cached, fetch
 
 PROGRAM = "python -m ssl_geometry.zoo"
+WIDTH = 200
+"""Characters of a line of the table at most: a narrow terminal wraps lines, but cuts no name."""
 
 
 def listing(rows: Sequence[Checkpoint]) -> Table:
@@ -64,17 +66,23 @@ def run(args: Sequence[str]) -> None:
         UserError: an unknown name, or a download that failed.
         Interrupted: with code 1, where a checkpoint is not as it should be.
     """
-    parser = Parser(prog=PROGRAM, description="Published checkpoints: which there are, and whether they are whole.")
-    parser.add_argument("action", type=Literal["list", "fetch", "check"], help="what to do")
-    parser.add_argument("names", type=str, nargs="*", help="of checkpoints; none are all (to check: all in the cache)")
-    parser.add_argument("--download", action="store_true", help="check: fetch what the cache lacks")
+    parser = Parser(prog=PROGRAM, description="List, fetch and check published checkpoints.")
+    parser.add_argument("action", type=Literal["list", "fetch", "check"], help="what to do with them")
+    parser.add_argument(
+        "names",
+        type=str,
+        nargs="*",
+        default=[],
+        help="names of checkpoints; without any, list shows all, and check those in the cache",
+    )
+    parser.add_argument("--download", action="store_true", help="with check: download what the cache lacks")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))
     for name in options.names:
         if name not in TABLE:
             raise UserError(f"{options.action} {name}: {did_you_mean(name, TABLE)}")
     rows = [TABLE[name] for name in options.names or TABLE]
-    console, wrong = Console(highlight=False, soft_wrap=True), 0
+    console, wrong = Console(highlight=False, soft_wrap=True, width=WIDTH), 0
     if options.action == "list":
         console.print(listing(rows))
         console.print(f"cache: {cache_folder()}")

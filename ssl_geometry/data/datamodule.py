@@ -53,22 +53,22 @@ class DataModule(L.LightningDataModule):
             becomes the test split; or, for images of several classes each, PATH/train/ and PATH/test/ with a
             labels.csv in each (columns `file` and, for each class, 0 or 1).
         root: folder of the downloaded files, or of ImageNet's train/ and val/. Not used by digits and image folders.
-        image_size: side in pixels; the shorter side is resized, the middle cut out. None keeps the images' own size
-            (16 for both kinds of digits, 256 for imagenet).
-        batch_size: training images in a step, over all processes together; None takes 256, or all where there are
+        image_size: side in pixels; the shorter side is resized, the middle cut out. By default the images' own size (16
+            for both kinds of digits, 256 for imagenet).
+        batch_size: training images in a step, over all processes together; by default 256, or all where there are
             fewer.
         eval_batch_size: images in a batch of validation, test and measurement, in each process.
         val_fraction: share of the training images that is kept for validation, with the classes in proportion. 0 trains
             on all of them.
-        measure_size: test images that every measurement looks at; the same ones in every run. None takes 2,048, or all
+        measure_size: test images that every measurement looks at; the same ones in every run. By default 2,048, or all
             where there are fewer.
         limit_train: train on this many images at most, with the classes in proportion.
         limit_test: use this many test images at most, with the classes in proportion.
         storage: device keeps all pixels in the memory of the training device, workers read images again in each epoch,
             auto chooses device for what is small: array data sets, and files that decode to at most 2 GiB, within a
             quarter of the free GPU memory.
-        num_workers: processes that read images, for each training process. None takes the cores that are left, at
-            most 8.
+        num_workers: processes that read images, for each training process. By default as many as cores are left,
+            at most 8.
         download: download missing files.
         on_error: what to do with an image that cannot be read. raise stops and names it; skip reads all images once
             before the start and leaves such ones out.

@@ -64,7 +64,7 @@ class CKA(Measurement):
     Args:
         layers: which layers: all, blocks, post_residual, residual, stages, head, names, globs, or a list of these.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        gram_size: images in a Gram matrix, at least 4; the cost grows with it.
+        gram_size: images per Gram matrix; the cost grows with it.
         reference: a run directory or a checkpoint to compare with, such as the supervised counterpart.
     """
 

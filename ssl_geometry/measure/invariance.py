@@ -29,7 +29,7 @@ class Invariance(Measurement):
     Args:
         layers: which layers, as for CKA.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        gram_size: images in a Gram matrix.
+        gram_size: images per Gram matrix; the cost grows with it.
         views: augmentations: own (the method's training views), policies (simclr, supervised) and single operations.
             By default all of them; own is left out where the training views are not known, as of any other module.
     """

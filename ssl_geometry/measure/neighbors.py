@@ -48,11 +48,11 @@ class Neighborhoods(Measurement):
     """Manifold graph metrics of each layer: neighbours, diameter, affinity, and how graphs change.
 
     Args:
-        layers: which layers, as for CKA. None takes stages, pooled features and head, as far as the network
-            has them.
+        layers: which layers, as for CKA; by default stages, pooled features and head, as far as the network has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
-        k: nearest images that NNK selects from; None takes 50, or all others where there are fewer.
-        settings: augmentation manifolds: policy (the views of SimCLR), crop, color, rotate, translate.
+        k: nearest images that NNK selects from; by default 50, or all others where there are fewer.
+        settings: manifolds of augmented views of an image, in addition to those of a class: policy (the views of
+            SimCLR), crop, color, rotate, translate.
         copies: augmented views of each image.
     """
 

@@ -109,8 +109,8 @@ class Probes(Measurement):
     """Linear probes on every layer: online ones that learn along with the network, and converged ones.
 
     Args:
-        layers: which layers, as for CKA. None takes block outputs, pooled features and head, where the
-            network has them.
+        layers: which layers, as for CKA; by default block outputs, pooled features and head, as far as the network
+            has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches probes off, the
             online ones included.
         online: train classifiers on the activations of the training steps (for single-label images in batches of this

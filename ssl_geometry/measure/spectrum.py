@@ -37,8 +37,7 @@ class Spectrum(Measurement):
     """RankMe, effective rank, participation ratio, alpha-ReQ, LiDAR, alignment, uniformity, mean cosine of each layer.
 
     Args:
-        layers: which layers, as for CKA. None takes stages, pooled features and head, as far as the network
-            has them.
+        layers: which layers, as for CKA; by default stages, pooled features and head, as far as the network has them.
         every_n_epochs: measure at the start, after every n-th epoch and after the last one; 0 switches it off.
         copies: augmented views of each image for LiDAR; 0 leaves LiDAR and alignment out.
     """

@@ -36,22 +36,31 @@ def report(args: Sequence[str]) -> Any:
         UserError: a run without records, or a place that cannot be written to.
     """
     parser = Parser(prog=PROGRAM, usage=USAGE, description=DESCRIPTION)
-    parser.add_argument("runs", metavar="RUN", type=str, nargs="+", help="run directory, or results of a comparison")
-    parser.add_argument("-o", "--out", type=str, default="report.html", help="where to write the page")
     parser.add_argument(
-        "--max_mb", type=Annotated[float, above(0)], default=10.0, help="size of the page at most, in MB"
+        "runs", metavar="RUN", type=str, nargs="+", help="run directory, or --out of compare, probe or survey"
+    )
+    parser.add_argument("-o", "--out", type=str, default="report.html", help="file to write the page to")
+    parser.add_argument(
+        "--max_mb",
+        type=Annotated[float, above(0)],
+        default=10.0,
+        help="largest size of the page, in MB; a larger one shows fewer digits or epochs",
     )
     parser.add_argument("--serve", action="store_true", help="serve the page, and refresh it as records are written")
     parser.add_argument(
-        "--port", type=Annotated[int, between(0, 65_535)], default=8000, help="port to serve it at (0: any free one)"
+        "--port", type=Annotated[int, between(0, 65_535)], default=8000, help="port to serve it at; 0 takes a free one"
     )
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="where to serve it; by default to this machine")
+    parser.add_argument(
+        "--host", type=str, default="127.0.0.1", help="address to serve it at; 127.0.0.1 is for this machine alone"
+    )
     parser.add_argument("--to_wandb", action="store_true", help="send what W&B does not have yet, instead of a page")
     parser.add_argument(
         "--wandb_project", type=str | None, help="W&B project, at most 128 characters (default: the run's own)"
     )
     parser.add_argument(
-        "--strict", action="store_true", help="refuse a run of which a part is damaged, instead of showing the rest"
+        "--strict",
+        action="store_true",
+        help="refuse a run whose records are partly damaged, instead of showing the rest",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(list(args))

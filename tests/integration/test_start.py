@@ -54,7 +54,7 @@ def news(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("start", "most", "needed"),
     [
-        ("list of commands", 20, set()),
+        ("list of commands", 30, set()),
         ("doctor --help", 400, {"jsonargparse", "rich"}),
         ("zoo list", 60, set()),
         ("report --help", 700, {"pandas", "pyarrow"}),
@@ -88,6 +88,10 @@ def test_every_command_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch
     mains = {path.stem for path in (ROOT / "ssl_geometry").glob("*.py") if "def main(" in path.read_text()}
     assert mains - {"__main__"} | {"report"} == set(COMMANDS)
     assert all(f"\n  {command} " in shown for command in COMMANDS)
+    monkeypatch.setenv("COLUMNS", "50")
+    main()
+    _, _, *entries = capsys.readouterr().out.splitlines()
+    assert max(map(len, entries)) <= 50
 
 
 def test_a_command_runs_as_with_python_m(

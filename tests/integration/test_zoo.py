@@ -491,7 +491,7 @@ def test_probe_takes_an_untrained_network_alone(tmp_path: Path) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SSL_GEOMETRY_CACHE", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "60")  # no name is cut
     return tmp_path
 
 
@@ -527,6 +527,7 @@ def test_the_command_lists_and_checks_the_cache(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["download"], ["error: download: expected one of list, fetch, check"]),
         (["fetch", "byoll"], ["byoll", "'byol'"]),
         (["fetch"], ["name the checkpoints"]),
         (["lst"], ["lst"]),

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -435,6 +436,23 @@ def test_help_shows_a_list_as_it_is_typed(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert "--invariance.views '[ITEM, ...]'" in text
     assert "[ITEM,...]" not in text
+
+
+def test_help_names_types_in_words_and_fills_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = networks_parser("compare", "", "cka", layers="all").format_help()
+    assert "(type: int, at least 2, or null, default: null)" in " ".join(text.split())
+    assert not re.search(r"Annotated|Optional", text)
+    paragraphs = re.findall(r"(?:^ {24}\S.*\n)+", text, re.MULTILINE)
+    assert len(paragraphs) > 10
+    for paragraph in paragraphs:
+        lines = [line.strip() for line in paragraph.splitlines()]
+        assert lines == textwrap.wrap(" ".join(lines), 120 - 2 - 24)
+
+
+def test_groups_of_fit_have_titles_in_words(cli: FitCLI) -> None:
+    titles = [group.title for group in cli.parser._action_groups]
+    assert not [title for title in titles if title and re.search("<|Customize", title)]
 
 
 def test_a_start_that_a_constructor_refuses_is_no_running_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
