@@ -26,6 +26,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "SimSiam": {**RESNET, "hidden_dim": 16, "output_dim": 8, "predictor_dim": 4},
     "SupCon": {**RESNET, "output_dim": 8},
     "Supervised": {**RESNET, "num_classes": 4},
+    "SwAV": {
+        **RESNET,
+        "hidden_dim": 16,
+        "output_dim": 8,
+        "num_prototypes": 6,
+        "freeze_prototypes_epochs": 0,
+        "queue_size": 30,
+        "queue_from_epoch": 0,
+        "views": CROPS,
+    },
     "VICReg": {**RESNET, "hidden_dim": 16, "output_dim": 8},
 }
 """Class of :mod:`ssl_geometry.methods` to its options: a few thousand parameters, images of 16 pixels."""
@@ -35,7 +45,9 @@ DIGITS = [{"crop": {"scale": [0.5, 1.0]}}, {"color": COLORS}, {"gray": {"p": 0.2
 """An augmentation that leaves a digit what it is."""
 UNCROPPED = [{"augment": DIGITS[1:], "count": 2}]
 """Two views in which a digit stays where it is: without negatives, a network needs more steps than there are else."""
-GLOBAL, LOCAL = {"crop": {"scale": [0.6, 1.0]}}, {"crop": {"scale": [0.2, 0.6]}}
+SHAPES: dict[str, Any] = {"backbone": "tests.methods.tiny_vit", "views": [{"augment": DIGITS[:1], "count": 2}]}
+UNCOLORED = {"data": {"dataset": "digits", "batch_size": 64}}
+"""Digits without colours, for which an untrained vision transformer has features worse than those of ``tiny``."""
 LONGER = {"data": {"batch_size": 64}, "trainer": {"max_epochs": 8, "check_val_every_n_epoch": 8}}
 COLORED = [{"augment": ["color", {"gray": {"p": 0.5}}]}]
 GRAY = [{"augment": [{"color": {"p": 1.0, "brightness": 0.4, "contrast": 0.4}}, {"gray": {"p": 1.0}}]}]
@@ -47,16 +59,9 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"batch_size": 64},
     },
     "BarlowTwins": LONGER | {"model": {"hidden_dim": 128, "output_dim": 64, "redundancy": 0.02, "views": UNCROPPED}},
-    "DINO": {
-        "model": {
-            "backbone": "tests.methods.tiny_vit",
-            "lr": 1e-2,
-            "teacher_momentum": 0.98,
-            "hidden_dim": 64,
-            "output_dim": 128,
-            "views": [{"augment": GLOBAL, "count": 2}, {"augment": LOCAL, "size": 8, "count": 2}],
-        },
-        "data": {"dataset": "digits", "batch_size": 64},
+    "DINO": UNCOLORED
+    | {
+        "model": {**SHAPES, "lr": 1e-2, "teacher_momentum": 0.98, "hidden_dim": 64, "output_dim": 128},
         "trainer": {"max_epochs": 8, "check_val_every_n_epoch": 8},
     },
     "LeJEPA": LONGER
@@ -74,6 +79,8 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"num_classes": None, "lr": 4e-2, "views": [{"augment": "color"}]},
         "data": {"batch_size": 64},
     },
+    "SwAV": UNCOLORED
+    | {"model": {**SHAPES, "epsilon": 0.03, "num_prototypes": 64, "queue_size": 256, "queue_from_epoch": 2}},
     "VICReg": {"model": {"hidden_dim": 64, "output_dim": 64, "views": UNCROPPED}},
 }
 """Class to options of a training of two seconds on coloured digits that beats its initialisation: model, data, trainer.

@@ -12,6 +12,7 @@ from ssl_geometry.methods.simclr import SimCLR
 from ssl_geometry.methods.simsiam import SimSiam
 from ssl_geometry.methods.supcon import SupCon
 from ssl_geometry.methods.supervised import Supervised
+from ssl_geometry.methods.swav import SwAV
 from ssl_geometry.methods.teacher import Teacher
 from ssl_geometry.methods.vicreg import VICReg
 
@@ -28,6 +29,7 @@ __all__ = [
     "SimSiam",
     "SupCon",
     "Supervised",
+    "SwAV",
     "Teacher",
     "VICReg",
 ]
