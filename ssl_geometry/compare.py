@@ -59,7 +59,7 @@ SOURCES: Sources = {
     "cka.gram_size": {"cka.gram_size": unchanged, "invariance.gram_size": unchanged},
     "invariance.views": {"invariance.views": list},
 }
-"""Options of the monitors that measured the same."""
+"""Option of this command to the options of ``fit`` that set its default."""
 NEIGHBORS = 10
 """Default number of neighbours of mutual kNN."""
 LONGEST_GROUP = 40
@@ -69,7 +69,7 @@ SHOWN = 10
 """Neighbours in a row of images."""
 
 
-def room(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
+def storage(widths: Mapping[str, Mapping[str, int]], options: Any) -> tuple[Path | None, str]:
     """Decide where Gram vectors and features are stored, and report their size.
 
     Returns:
@@ -103,7 +103,8 @@ def measure_network(
     name, method = model.name, model.method
     names, data = chosen_layers(method.network, options), options.data
     subject = Subject.of(method, name)
-    views = [view for view in options.views if view != "own" or method.view.ops]  # a published one's are not known
+    # the training views of published networks are not known
+    views = [view for view in options.views if view != "own" or method.view.ops]
     invariance = Invariance(names, gram_size=options.gram_size, views=views)
     task = progress.add_task(name, total=len(data.loader("measure")), visible=fabric.is_global_zero)
     occasion = Occasion(subject, data, options.out.name, model.epochs or 0)
@@ -142,11 +143,11 @@ def groups_of(networks: Mapping[str, Loaded]) -> dict[str, str]:
         its own.
 
     Raises:
-        UserError: a network by the name of what it is not, ``untrained`` or ``supervised``, which findings speak of.
+        UserError: a network named ``untrained`` or ``supervised`` that is not; the findings use these names.
     """
     members: dict[Hashable, list[str]] = defaultdict(list)
     for name, model in networks.items():
-        # versions of a published recipe are no seeds of it
+        # published checkpoints of one recipe are not its seeds: they may be versions
         trained = model.method.recipe, model.source, model.epochs, recipe(model.config or {})
         same = trained if model.epochs is not None else (UNTRAINED, model.architecture)
         members[model.given if model.given != name else same].append(name)
@@ -247,7 +248,7 @@ def parse(args: Sequence[str]) -> Any:
     return options
 
 
-def _hold_to_images(options: Any, n: int) -> None:
+def _check_against_images(options: Any, n: int) -> None:
     """Check options that depend on the number of images."""
     for number in options.show_neighbors:
         if number >= n:
@@ -279,13 +280,13 @@ def compare(args: Sequence[str]) -> Path:
     by_turns(data.prepare_data, options, fabric)
     with together(options):
         data.setup("test")
-        _hold_to_images(options, data.measure_size)
+        _check_against_images(options, data.measure_size)
         warn_of_few(data, options.gram_size, "--cka.gram_size")
         widths = {
             name: layer_widths(Subject.of(method, name), chosen_layers(method.network, options), data.image_shape)
             for name, method in ((model.name, model.method) for model in networks.values())
         }
-    folder, line = room(widths, options)
+    folder, line = storage(widths, options)
     store = RecordStore(options.out / "records")
     console.print(f"{data.measure_size} images of {data.dataset}")
     console.print(line)

@@ -68,7 +68,7 @@ TITLES = {
 }
 """Titles in --help, in place of Lightning's."""
 MEASUREMENTS = {cls.group: cls for cls in (CKA, Invariance, Probes, Neighborhoods, Spectrum)}
-"""Groups of options to what they measure."""
+"""Name of a group of options to the measurement that it configures."""
 EVERY_N_EPOCHS = {"cka": 1, "invariance": 0, "probes": 5, "neighbors": 0, "spectrum": 0}
 TRAINER_RANGES = {
     "num_nodes": Annotated[int, at_least(1)],
@@ -92,9 +92,9 @@ TRAINER_RANGES = {
 }
 """Lightning's options in batches, epochs or steps; a share of the batches if below 1."""
 REFUSED = {"trainer.logger": "--loggers", "trainer.default_root_dir": "--runs, --experiment and --run_id"}
-"""Lightning's options that others stand for."""
-ELSEWHERE = r"(?i)default|not specified|current session"
-"""In Lightning's help texts of options without a default."""
+"""Options of Lightning's Trainer that are refused, and the options to use instead."""
+STATES_A_DEFAULT = r"(?i)default|not specified|current session"
+"""Sentences of Lightning's help that state its own defaults, which are not those here."""
 
 
 def in_short(text: str) -> str:
@@ -105,7 +105,7 @@ def in_short(text: str) -> str:
         'How often to log within steps. Beside logging.Logger.'
     """
     plain = re.sub(r":\w+:`~?([^`]*)`|``([^`]*)``", r"\1\2", " ".join(text.split())).replace(" by default.", ".")
-    sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", plain) if not re.search(ELSEWHERE, sentence)]
+    sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", plain) if not re.search(STATES_A_DEFAULT, sentence)]
     return " ".join(sentences[:2])
 
 
@@ -138,7 +138,7 @@ class FitCLI(LightningCLI):
                 parser_kwargs={"prog": PROGRAM, "usage": USAGE, "description": DESCRIPTION, "default_env": False},
                 args=list(args),
             )
-        except BaseException:  # a mistake that only a constructor sees: nothing runs in the directory
+        except BaseException:  # a constructor found a mistake after the run was opened, so nothing trains in it
             if run := getattr(self, "run", None):
                 with suppress(OSError):
                     run.note(status="stopped")
@@ -147,7 +147,7 @@ class FitCLI(LightningCLI):
             raise
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed: a number, as it is the data's and the method's as well."""
+        """The seed, as a number alone (Lightning also takes true): the data and the method get it as well."""
         parser.add_argument(
             "--seed_everything",
             type=Seed,
@@ -246,7 +246,7 @@ class FitCLI(LightningCLI):
             end_with_parent()
 
     def _check_trainer(self, config: Mapping[str, Any]) -> None:
-        """What is wrong with several options together, or with this machine."""
+        """Refuse options that contradict each other, or that this machine cannot fulfil."""
         trainer = config["trainer"]
         check_strategy(trainer["strategy"])
         check_devices(trainer["accelerator"], trainer["devices"])
@@ -265,7 +265,7 @@ class FitCLI(LightningCLI):
             logger.warning(f"{fault}: the learning rate rises to the end, and never reaches its peak")
 
     def after_instantiate_classes(self) -> None:
-        """Hold the measurements to the method, before images are read."""
+        """Check the measurements against the method, before images are read."""
         for measurement in self._measurements() if isinstance(self.model, Method) else ():
             if measurement.every_n_epochs != 0:
                 measurement.check(Subject.of(self.model))
@@ -307,7 +307,7 @@ class FitCLI(LightningCLI):
             trainer["benchmark"] = not trainer["deterministic"]  # a step's shapes are always the same
         trainer["plugins"] = [*(trainer.get("plugins") or []), WholeCheckpointIO()]
         if trainer["sync_batchnorm"]:
-            trainer["sync_batchnorm"] = False  # of torch's, which waits for the device in every layer
+            trainer["sync_batchnorm"] = False  # torch's, which waits for the device in every layer
             trainer["plugins"].append(SyncBatchNormPlugin())
         if task := this_task():
             more = trainer_options(task, trainer)
@@ -325,7 +325,7 @@ class FitCLI(LightningCLI):
             raise UserError(f"--trainer: {first_line(error)}") from error
 
     def _monitors(self) -> list[GeometryMonitor]:
-        """One; and another for the teacher, where it is measured next to the student."""
+        """The monitor of the network; with ``--model.measured both``, another one of its teacher."""
         measurements = self._measurements()
         both = isinstance(self.model, Method) and self.model.hparams["measured"] == "both"
         teachers = [GeometryMonitor(copy.deepcopy(measurements), network="teacher", name="teacher")] if both else []

@@ -3,11 +3,11 @@
     python -m ssl_geometry.survey --models simclr=runs/c10/simclr swav dino-vits16 random:resnet50 --data.dataset PATH
     python -m ssl_geometry.survey --models ... --neighbors.settings [policy] --targets published
 
-Protocol: every model sees the same measurement images, and the same augmented copies of them (at its own size and
+Protocol: every model sees the same measurement images, and the same augmented views of them (at its own size and
 normalisation); evaluation mode, float32, features averaged over space; NNK neighbourhoods, solved exactly. One pass
-over the images per model, several where the features of all its layers do not fit into memory. Its numbers are written
-at its end: the same command, started again, goes on with the models that are missing. Settings, normalisation and
-aggregation are ours, after Cosentino et al. 2022.
+over the images per model, several where the features of all its layers do not fit into memory. The numbers of a model
+are written once it is measured: the same command, started again, continues with the missing models. Settings,
+normalisation and aggregation are ours, after Cosentino et al. 2022.
 """
 
 import json
@@ -89,12 +89,12 @@ def _measurements(layers: list[str], options: Any) -> tuple[Neighborhoods, Spect
     return neighborhoods, Spectrum(layers, copies=options.spectrum.copies)
 
 
-def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[str]], int]:
+def layer_groups(model: Loaded, memory: float, options: Any) -> tuple[list[list[str]], int]:
     """The layers of a model in groups whose features stay in memory together, each measured in a pass of its own.
 
     Args:
         model: its layers are those that the options ask for.
-        room: bytes that it may take.
+        memory: bytes that it may take.
         options: of the command.
 
     Returns:
@@ -107,17 +107,17 @@ def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[st
     widths = layer_widths(subject, subject.layers(layers, option=options.layers_option), options.data.image_shape)
     each = options.data.measure_size * sum(measurement.kept_bytes for measurement in _measurements(layers, options))
     widest = max(widths, key=widths.__getitem__)
-    room -= WORKING_BYTES * options.data.measure_size * widths[widest]
-    if each * widths[widest] > room:
+    memory -= WORKING_BYTES * options.data.measure_size * widths[widest]
+    if each * widths[widest] > memory:
         raise UserError(
             f"--data.measure_size {options.data.measure_size}: layer {widest} of {model.name} keeps "
-            f"{as_size(each * widths[widest])} of features, {as_size(max(room, 0))} may be taken on {options.device}; "
-            "measure fewer images, fewer --neighbors.settings, or on another --device"
+            f"{as_size(each * widths[widest])} of features, {as_size(max(memory, 0))} may be taken on "
+            f"{options.device}; measure fewer images, fewer --neighbors.settings, or on another --device"
         )
     groups: list[list[str]] = [[]]
     sizes = [0]
     for layer, width in widths.items():
-        if sizes[-1] + each * width > room:
+        if sizes[-1] + each * width > memory:
             groups.append([])
             sizes.append(0)
         groups[-1].append(layer)
@@ -125,7 +125,7 @@ def layer_groups(model: Loaded, room: float, options: Any) -> tuple[list[list[st
     return groups, max(sizes)
 
 
-def _room(options: Any) -> float:
+def _memory_per_process(options: Any) -> float:
     """Bytes that a model may take in each process; every process must call it, outside of :func:`together`."""
     found = of_each((platform.node(), free_memory(options.device)))
     free = min(free for _, free in found)
@@ -134,22 +134,22 @@ def _room(options: Any) -> float:
     return MOST_OF_FREE * free / min(len(found), 2)  # several hold their own features next to those of all
 
 
-def _plan(networks: Mapping[str, Loaded], room: float, options: Any, console: Console) -> dict[str, list[list[str]]]:
+def _plan(networks: Mapping[str, Loaded], memory: float, options: Any, console: Console) -> dict[str, list[list[str]]]:
     """The groups of layers of every model, with a message about their memory."""
-    plans = {name: layer_groups(model, room, options) for name, model in networks.items()}
+    plans = {name: layer_groups(model, memory, options) for name, model in networks.items()}
     largest = max(plans, key=lambda name: plans[name][1])
     line = f"kept of one model after another: at most {as_size(plans[largest][1])} of features of {largest}"
     console.print(line)
     for name, (groups, _) in plans.items():
         if len(groups) > 1:
             console.print(
-                f"{name}: {as_size(room)} of memory may be taken, so its layers are measured in {len(groups)} passes"
+                f"{name}: {as_size(memory)} of memory may be taken, so its layers are measured in {len(groups)} passes"
             )
     return {name: groups for name, (groups, _) in plans.items()}
 
 
 def fingerprint(method: nn.Module) -> str:
-    """Hash of all weights and buffers: a model that has changed is measured again."""
+    """Hash of all weights and buffers, by which a changed model is measured again."""
     return digest(part for name_and_value in method.state_dict().items() for part in name_and_value)
 
 
@@ -183,16 +183,16 @@ def survey(args: Sequence[str]) -> Path:
             )
         options.k = candidates("--neighbors.k", options.neighbors.k, data)
         report_small_classes(options, data, console)
-    room = _room(options)
+    memory = _memory_per_process(options)
     with together(options):
-        plans = _plan(networks, room, options, console)
+        plans = _plan(networks, memory, options, console)
     console.print(f"{data.measure_size:,} images of {data.dataset}, {len(networks)} models")
     store, notes = RecordStore(out / "records"), out / NOTES
     with together(options):
         if fabric.is_global_zero and options.overwrite:
             shutil.rmtree(store.directory, ignore_errors=True)
             notes.unlink(missing_ok=True)
-        if fabric.is_global_zero and not notes.exists():  # first of all: by this file it knows its own results
+        if fabric.is_global_zero and not notes.exists():  # before any result: by this file a survey recognises its own
             write_text(notes, "{}\n")
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     facts: dict[str, dict[str, Any]] = {}
@@ -249,7 +249,7 @@ def _checkpoint(model: Loaded) -> str:
 
 
 def _protocols(method: Method, data: DataModule, options: Any) -> list[Protocol]:
-    """All that changes a number but the weights."""
+    """The protocols of the measurements: all that changes a number, except for the weights."""
     subject, layers = Subject.of(method), chosen_layers(method.network.backbone, options)
     neighborhoods, spectrum = _measurements(layers, options)
     neighborhoods.k = options.k

@@ -18,7 +18,7 @@ SOURCES: Sources = {
     **{f"neighbors.{name}": {f"neighbors.{name}": unchanged} for name in ("k", "settings", "copies")},
     "spectrum.copies": {"spectrum.copies": unchanged},
 }
-"""Options of the monitors that measured the same."""
+"""Option of this command to the options of ``fit`` that set its default."""
 LEAST_OF_A_CLASS = 3
 """Images of a class with fewer have no two neighbours, and no manifold."""
 NOTES = "models.json"

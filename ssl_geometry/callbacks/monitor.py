@@ -25,7 +25,15 @@ from ssl_geometry.measure.cka import CKA, INITIAL
 from ssl_geometry.measure.engine import Part, Pass
 from ssl_geometry.measure.images import MeasurementImages
 from ssl_geometry.measure.invariance import Invariance
-from ssl_geometry.measure.measurement import Epochs, ImageSource, Measured, Measurement, Occasion, check_source, given
+from ssl_geometry.measure.measurement import (
+    Epochs,
+    ImageSource,
+    Measured,
+    Measurement,
+    Occasion,
+    check_measurements,
+    check_source,
+)
 from ssl_geometry.measure.neighbors import Neighborhoods
 from ssl_geometry.measure.probes import Probes
 from ssl_geometry.measure.processes import agreeing, is_of_the_first
@@ -86,13 +94,13 @@ class GeometryMonitor(L.Callback):
                 f"network is {type(network).__name__}, expected an attribute path, such as 'student.backbone', or a "
                 "function from the module to the network"
             )
-        self.measurements = given(measurements)
+        self.measurements = check_measurements(measurements)
         self.images, self.network, self.heads, self.clean = images, network, heads, clean
         self.every_n_epochs, self.name = every_n_epochs, name
         self.seconds = 0.0
-        self.curves: list[Row] = []  # of all measured epochs: what curves over epochs show
-        self._due: list[Measurement] = []  # that are measured in this training at all
-        self._shared: tuple[Pass, list[Tensor]] | None = None  # that validation has begun, with which weights
+        self.curves: list[Row] = []  # rows of all measured epochs that curves over epochs show
+        self._active: list[Measurement] = []  # measured in this training, due in this epoch or not
+        self._shared: tuple[Pass, list[Tensor]] | None = None  # that validation has begun, and the weights then
         self._records: RecordsLogger | None = None
         self._folder: str | None = None  # of records in the trainer's root directory
 
@@ -104,22 +112,23 @@ class GeometryMonitor(L.Callback):
     # -- when it measures ------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find network and images, and hold the measurements to them before hours of training."""
+        """Find network and images, and check the measurements against them before hours of training."""
         if trainer.global_step == 0:
-            self._due, self._shared, self._records = [], None, None  # of another training before
-        on = [measurement for measurement in self.measurements if self._every(measurement)]
-        if not on:
+            self._active, self._shared, self._records = [], None, None  # forget an earlier training of this monitor
+        switched_on = [measurement for measurement in self.measurements if self._every(measurement)]
+        if not switched_on:
             return
         shared = {id(item) for monitor in monitors(trainer) if monitor is not self for item in monitor.measurements}
-        if twice := [type(measurement).__name__ for measurement in on if id(measurement) in shared]:
+        if twice := [type(measurement).__name__ for measurement in switched_on if id(measurement) in shared]:
             raise UserError(f"measurements: one {twice[0]} is given to two monitors; give each its own")
         self._images = self._find_images(trainer)
-        self._due = self._without_what_labels_need(on)
+        self._active = self._possible(switched_on)
         self._prepare(self.subject(pl_module, self.name or run_name(trainer)), trainer, pl_module)
 
     def _prepare(self, subject: Subject, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check and prepare the measurements for a network, at the start and when the module has got another one."""
         self._subject, self._parameters = subject, list(subject.network.parameters())
-        for measurement in self._due:
+        for measurement in self._active:
             measurement.check(self._subject)
             measurement.prepare(self._subject, self._images)
             if isinstance(measurement, CKA) and measurement.reference is not None:
@@ -128,37 +137,37 @@ class GeometryMonitor(L.Callback):
                 if not pl_module.steps_show_images:
                     logger.info("online probes are left out: a training step shows the backbone no whole views")
                     continue
-                heard = [part for part in pl_module.training_views if part[0].size == pl_module.view.size]
-                learned = {  # of batches that have labels and indices, as those of the data module have
+                whole_views = [part for part in pl_module.training_views if part[0].size == pl_module.view.size]
+                learns_from = {  # of batches that have labels and indices, as those of the data module have
                     "precision": trainer.precision,
-                    "training views": [view.spec | {"count": len(numbers)} for view, numbers in heard],
+                    "training views": [view.spec | {"count": len(numbers)} for view, numbers in whole_views],
                     "batch": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
                 }
-                measurement.listen(self._subject, self._images, learned)
+                measurement.create_online(self._subject, self._images, learns_from)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the initialisation, which a resumed run has already; then hear the steps."""
+        """Measure the initialisation, unless the run is resumed; then attach online probes to the training steps."""
         if trainer.global_step == 0:
-            self.curves = []  # of another training before
+            self.curves = []  # forget an earlier training of this monitor
             self._measure(trainer, pl_module, 0)
         for probes in self._probes:
-            probes.hear(self._subject)
+            probes.attach(self._subject)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure where due; checkpoints are written after this, so they know of it."""
+        """Measure what is due. Checkpoints are written after this, so their state includes it."""
         self._measure(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Online probes hear the step's forward."""
+        """Capture the activations of this step for online probes."""
         for probes in self._probes:
             probes.step_starts()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """And learn from it; a network that took the place of another is heard from the next step on."""
-        if any(probes.silent for probes in self._probes):
-            self._follow(trainer, pl_module)
+        """Train online probes on this step; where the module has got another network, from the next step on."""
+        if any(probes.layers_not_run for probes in self._probes):
+            self._follow_network(trainer, pl_module)
         for probes in self._probes:
             probes.step_ends(batch)
 
@@ -169,7 +178,7 @@ class GeometryMonitor(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the network as it was, however training ended."""
         for probes in self._probes:
-            probes.stop_hearing()
+            probes.detach()
 
     def _every(self, measurement: Measurement) -> int:
         every = measurement.every_n_epochs
@@ -177,71 +186,73 @@ class GeometryMonitor(L.Callback):
 
     @property
     def _probes(self) -> list[Probes]:
-        return [measurement for measurement in self._due if isinstance(measurement, Probes)]
+        return [measurement for measurement in self._active if isinstance(measurement, Probes)]
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if not (due := self._due_at(trainer, epoch)):
             return
         started = time.perf_counter()
         found: list[Measured] = []
-        with _going_on(trainer, epoch, "nothing is measured", trainer.world_size == 1):
-            self._follow(trainer, pl_module)
+        with _training_continues(trainer, epoch, "nothing is measured", trainer.world_size == 1):
+            self._follow_network(trainer, pl_module)
             occasion = self._occasion(trainer, epoch)
-            with _one_line(epoch):
+            with _naming_epoch(epoch):
                 found = self._pass(due, occasion).finish(together=agreeing)
         if found and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             names = part_names(trainer)
             for measurement, measured in zip(due, found, strict=True):
-                with _going_on(trainer, epoch, f"{names[measurement]} is not kept whole", True):
+                with _training_continues(trainer, epoch, f"{names[measurement]} is not kept whole", True):
                     self.curves += curve_rows(measured.rows)
                     log(trainer, self._store(trainer), measured, self.curves, occasion, names[measurement])
         self.seconds += time.perf_counter() - started
 
-    def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A module may have got another network since it was last looked at."""
+    def _follow_network(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the network that the module has now, which may have been replaced since the last measurement."""
         subject = self.subject(pl_module, self._subject.name)
         if list(map(id, subject.network.parameters())) != list(map(id, self._parameters)):
             logger.info(f"{subject.name}: the module has another network than before, which is measured from now on")
             self._prepare(subject, trainer, pl_module)
             for probes in self._probes:
-                probes.hear(subject)
+                probes.attach(subject)
 
     def _due_at(self, trainer: L.Trainer, epoch: int) -> list[Measurement]:
         last = is_last(trainer, epoch)
-        return [measurement for measurement in self._due if epoch % self._every(measurement) == 0 or last]
+        return [measurement for measurement in self._active if epoch % self._every(measurement) == 0 or last]
 
     def _occasion(self, trainer: L.Trainer, epoch: int) -> Occasion:
         return Occasion(self._subject, self._images, run_name(trainer), epoch, trainer.global_step)
 
-    # -- the labelled training images, whose features validation needs as well -------------------------------------
+    # -- one pass over the labelled training images for probes and for the validation by nearest neighbours --------
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where measurements of this epoch need training images, validation runs that part of their pass."""
+        """If measurements of this epoch need training images, let validation run that part of their pass."""
         self._shared = None
-        if not (trainer.state.fn == "fit" and self._due and isinstance(pl_module, Method) and self._agrees(pl_module)):
+        if trainer.state.fn != "fit" or not self._active or not isinstance(pl_module, Method):
+            return
+        if not self._can_share(pl_module):
             return
         epoch = trainer.current_epoch + 1 if trainer.global_step else 0
         begun = Pass(self._due_at(trainer, epoch), self._occasion(trainer, epoch))
-        bank = [request for asked in begun.asked.values() for request in asked if request.split == "bank"]
+        bank = [request for requests in begun.requests.values() for request in requests if request.split == "bank"]
         if bank and all((request.view, request.draw) == ("clean", 0) for request in bank):
             part = bank[0].split, bank[0].images
             images = len(self._images.loader(*part).sampler.rows)
             pl_module.shared_bank = images, self._bank_features(pl_module, begun, part)
 
-    def _agrees(self, method: Method) -> bool:
+    def _can_share(self, method: Method) -> bool:
         """Whether validation computes the features that are measured."""
         same = self._subject.network is method.network and self._images is method.trainer.datamodule  # type: ignore[attr-defined]
         return same and method.hparams["eval_precision"] == "float32" and type(method).features is Method.features
 
     def _bank_features(self, method: Method, begun: Pass, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
-        """Run a part of the pass, once validation begins to take what the backbone gives, and the labels."""
+        """Run a part of the pass, and give validation the backbone's features and the labels of each batch."""
         started = time.perf_counter()
         outputs: list[Tensor] = []
         hook = method.network.backbone.register_forward_hook(
             lambda *call: outputs.append(call[-1].to(torch.float32, copy=True))
         )
         try:
-            with _one_line(begun.occasion.epoch):
+            with _naming_epoch(begun.occasion.epoch):
                 for batch in begun.run(part):
                     yield outputs.pop(), batch["label"]
         finally:
@@ -250,12 +261,13 @@ class GeometryMonitor(L.Callback):
         self.seconds += time.perf_counter() - started
 
     def _pass(self, due: list[Measurement], occasion: Occasion) -> Pass:
-        """The one that validation began, if its measurements, step and weights are these; else a new one."""
+        """The pass that validation has begun, if measurements, step and weights are still the same; else a new one."""
         shared, self._shared = self._shared, None
         if shared is not None:
             begun, weights = shared
-            same = list(begun.asked) == due and begun.occasion == occasion
-            if same and all(map(torch.equal, weights, _weights(occasion.subject.network))):  # not averaged ones
+            same = list(begun.requests) == due and begun.occasion == occasion
+            # weights differ where validation runs on averaged ones, as of a callback
+            if same and all(map(torch.equal, weights, _weights(occasion.subject.network))):
                 return begun
         return Pass(due, occasion)
 
@@ -284,18 +296,18 @@ class GeometryMonitor(L.Callback):
         check_source(images)
         return images
 
-    def _without_what_labels_need(self, on: Sequence[Measurement]) -> list[Measurement]:
-        """The measurements that the images allow; one line for what is left out."""
+    def _possible(self, measurements: Sequence[Measurement]) -> list[Measurement]:
+        """The measurements that the images allow; those that need labels are left out with a warning."""
         images = self._images
         can_probe = not isinstance(images, MeasurementImages) or images.has_training_images
-        if not can_probe and any(isinstance(measurement, Probes) for measurement in on):
+        if not can_probe and any(isinstance(measurement, Probes) for measurement in measurements):
             logger.warning("probes are left out: they need labelled training images (images: train=…)")
         without = {Invariance: "class CKA", Neighborhoods: "semantic manifolds and purity"}
-        kinds = [what for kind, what in without.items() if any(isinstance(measurement, kind) for measurement in on)]
+        kinds = [what for kind, what in without.items() if any(isinstance(item, kind) for item in measurements)]
         if kinds and not images.num_classes:
             verb = "is" if kinds == ["class CKA"] else "are"
             logger.warning(f"{', '.join(kinds)} {verb} left out: the measurement images have no labels")
-        return [measurement for measurement in on if can_probe or not isinstance(measurement, Probes)]
+        return [measurement for measurement in measurements if can_probe or not isinstance(measurement, Probes)]
 
     def _reference(self, cka: CKA, module: Any) -> Subject:
         loaded = load_method(str(cka.reference), option=cka.option("reference"))
@@ -318,12 +330,12 @@ class GeometryMonitor(L.Callback):
     # -- a resumed run ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, and what the measurements cannot measure again."""
+        """The curves so far, and the state that measurements cannot measure again."""
         states = {name: measurement.state_dict() for name, measurement in self._by_name().items()}
         return {"curves": self.curves, "measurements": states, "folder": self._folder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint left."""
+        """Restore the curves and the state of the measurements."""
         self.curves, self._folder = state_dict["curves"], state_dict.get("folder")
         for name, measurement in self._by_name().items():
             if state := state_dict["measurements"].get(name):
@@ -332,7 +344,7 @@ class GeometryMonitor(L.Callback):
     def _by_name(self) -> dict[str, Measurement]:
         counts: Counter[str] = Counter()
         names: dict[str, Measurement] = {}
-        for item in self.measurements:  # by kind: others may come and go
+        for item in self.measurements:  # numbered within its class, so that other classes may be added or removed
             kind = type(item).__name__
             names[f"{kind} {counts[kind]}"] = item
             counts[kind] += 1
@@ -340,21 +352,28 @@ class GeometryMonitor(L.Callback):
 
 
 @contextmanager
-def _one_line(epoch: int) -> Iterator[None]:
+def _naming_epoch(epoch: int) -> Iterator[None]:
+    """Report a metric's ``ValueError``, such as of features that are not finite, in one line with the epoch."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:  # features or labels that mean nothing
+    except ValueError as error:
         raise UserError(f"measured after {epoch} epochs: {error}") from error
 
 
 @contextmanager
-def _going_on(trainer: L.Trainer, epoch: int, lost: str, alone: bool) -> Iterator[None]:
-    """Training goes on where only measuring failed.
+def _training_continues(trainer: L.Trainer, epoch: int, lost: str, alone: bool) -> Iterator[None]:
+    """Turn an error while measuring into a warning, so that training continues.
 
-    Not at the start, where nothing is lost yet, nor in a run of ``fit``, which is resumed and measures again, nor where
-    other processes would wait.
+    The error is raised at the start, where no training is lost yet; in a run of ``fit``, which is resumed and measures
+    again; and where other processes would wait.
+
+    Args:
+        trainer: that trains.
+        epoch: completed epochs.
+        lost: what the error loses, for the warning.
+        alone: no other process would wait for this one.
     """
     try:
         yield
@@ -378,9 +397,9 @@ def monitors(trainer: L.Trainer) -> list[GeometryMonitor]:
 
 
 def part_names(trainer: L.Trainer) -> dict[Measurement, str]:
-    """Under what name the records of each measurement lie: its options' (``cka``), else its class's; each name once.
+    """The folder of each measurement's records: the name of its options (``cka``), else of its class; each name once.
 
-    All measurements of the trainer count, due or not, so that a name is the same in every epoch and after a resume.
+    Measurements are named whether due or not, so that a name is the same in every epoch and after a resume.
     """
     names: dict[Measurement, str] = {}
     for monitor in monitors(trainer):

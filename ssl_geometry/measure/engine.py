@@ -50,9 +50,10 @@ Part = tuple[Split, int | None]
 
 
 class Pass:
-    """The pass of :func:`measure_together`, whose parts can be run one by one while the network does not change.
+    """The pass of :func:`measure_together` in parts, which may run at different times if the network does not change.
 
-    A measurement begins with the first part that it requests, so an abandoned pass does not affect the others.
+    A measurement begins with the first part that it requests, so that an abandoned pass leaves those that have not
+    begun as they were.
 
     Args:
         measurements: prepared ones.
@@ -61,8 +62,8 @@ class Pass:
 
     def __init__(self, measurements: Sequence[Measurement], occasion: Occasion) -> None:
         self.occasion = occasion
-        self.asked = {item: tuple(item.requests(occasion.subject)) for item in measurements}
-        self.left = splits(request for asked in self.asked.values() for request in asked)
+        self.requests = {item: tuple(item.requests(occasion.subject)) for item in measurements}
+        self.remaining = parts_of(request for requests in self.requests.values() for request in requests)
         self._begun: set[Measurement] = set()
 
     def run(self, part: Part) -> Iterator[Mapping[str, Tensor]]:
@@ -71,19 +72,19 @@ class Pass:
         Yields:
             Each batch of this process, once it was measured.
         """
-        self.left.remove(part)
+        self.remaining.remove(part)
         subject = self.occasion.subject
-        here = {item: [r for r in asked if (r.split, r.images) == part] for item, asked in self.asked.items()}
-        here = {item: asked for item, asked in here.items() if asked}
-        self._begin(here)
+        of_part = {item: [r for r in requests if _part(r) == part] for item, requests in self.requests.items()}
+        of_part = {item: requests for item, requests in of_part.items() if requests}
+        self._begin(of_part)
         rank, world_size = this_process()
         with measuring(subject.network):
             batches = self.occasion.images.loader(*part)
-            wanted = [request for asked in here.values() for request in asked]
-            for count, (batch, reduced) in enumerate(forward_pass(subject, batches, wanted)):
-                for measurement, asked in here.items():
-                    mine = {request: reduced[request] for request in asked}
-                    measurement.update(count * world_size + rank, mine, batch)
+            union = [request for requests in of_part.values() for request in requests]
+            for number, (batch, reduced) in enumerate(forward_pass(subject, batches, union)):
+                for measurement, requests in of_part.items():
+                    own = {request: reduced[request] for request in requests}
+                    measurement.update(number * world_size + rank, own, batch)
                 yield batch
 
     def finish(
@@ -91,14 +92,14 @@ class Pass:
         advance: Callable[[], None] = lambda: None,
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[Measured]:
-        """Run what is left; see :func:`measure_together`."""
-        self._begin(self.asked)
+        """Run the remaining parts; see :func:`measure_together`."""
+        self._begin(self.requests)
         with together():
-            for part in list(self.left):
+            for part in list(self.remaining):
                 for _ in self.run(part):
                     advance()
         with measuring(self.occasion.subject.network), warned_once():
-            return [measurement.finish(self.occasion) for measurement in self.asked]
+            return [measurement.finish(self.occasion) for measurement in self.requests]
 
     def _begin(self, measurements: Iterable[Measurement]) -> None:
         for measurement in measurements:
@@ -107,48 +108,56 @@ class Pass:
                 self._begun.add(measurement)
 
 
-def splits(requests: Iterable[Request]) -> list[Part]:
+def _part(request: Request) -> Part:
+    return request.split, request.images
+
+
+def parts_of(requests: Iterable[Request]) -> list[Part]:
     """The sets of images that requests ask for, each once."""
-    return list(dict.fromkeys((request.split, request.images) for request in requests))
+    return list(dict.fromkeys(map(_part, requests)))
 
 
 def forward_pass(
     subject: Subject, batches: Iterable[Mapping[str, Tensor]], requests: Sequence[Request]
 ) -> Iterator[tuple[Mapping[str, Tensor], dict[Request, dict[str, Tensor]]]]:
-    """Run the network over images, once per batch and view, and take what was asked for.
+    """Run the network over images, once per batch and view, and reduce the requested layers.
 
     Args:
         subject: the network, already in the state to be measured (see :func:`measuring`).
         batches: images, labels and indices.
-        requests: the union of what is to be taken.
+        requests: of all measurements.
 
     Yields:
         The batch, and for each request layer to reduced output.
     """
+    # (view, draw) -> layer -> reductions, each once for all requests
     wanted: dict[tuple[str, int], dict[str, set[Reduction]]] = defaultdict(lambda: defaultdict(set))
     for request in requests:
         for layer in request.layers:
             wanted[request.view, request.draw][layer].add(request.reduce)
     views, device, dtype = {name: subject.view(name) for name, _ in wanted}, subject.device, subject.dtype
-    look = ("", 0)
+    current = ("", 0)  # view and draw of the forward that is running, for the hooks
 
     def reduce(layer: str, output: Tensor) -> dict[Reduction, Tensor]:
-        return {reduction: reduction(output) for reduction in wanted[look].get(layer, ())}
+        return {reduction: reduction(output) for reduction in wanted[current].get(layer, ())}
 
     with Taps(subject.network, sorted({layer for layers in wanted.values() for layer in layers}), reduce) as taps:
         for batch in batches:
             batch = {key: value.to(device) for key, value in batch.items()}
             taken = {}
-            for look in wanted:
-                name, draw = look
+            for current in wanted:
+                name, draw = current
                 seen = views[name](batch["image"], batch["index"], seed=0, epoch=0, view=draw)
-                taken[look] = taps(seen.to(dtype))
+                taken[current] = taps(seen.to(dtype))
             yield batch, {r: {layer: taken[r.view, r.draw][layer][r.reduce] for layer in r.layers} for r in requests}
 
 
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
-    """:func:`~ssl_geometry.models.evaluating.evaluating`, no gradients, full float32, kernels that no timing chooses.
+    """The state of a network that is measured; the state before is restored.
+
+    Evaluation mode (:func:`~ssl_geometry.models.evaluating.evaluating`), no gradients, no autocast, no TF32, and cuDNN
+    kernels that do not depend on timings.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))  # the first is frozen
@@ -181,4 +190,4 @@ def layer_widths(subject: Subject, layers: Sequence[str], image_shape: Sequence[
     ):
         blank = torch.zeros(1, *image_shape, dtype=torch.uint8, device=subject.device)
         found = taps(subject.seen("clean", blank, torch.zeros(1, dtype=torch.long, device=subject.device)))
-    return {layer: found[layer] for layer in layers}  # of a module that runs several times, the first counts
+    return {layer: found[layer] for layer in layers}  # a module that runs twice has another entry, name:1

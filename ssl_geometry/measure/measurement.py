@@ -168,7 +168,7 @@ class Measurement:
         """Restore the state."""
 
 
-def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement]:
+def check_measurements(measurements: Sequence[Measurement] | Measurement) -> list[Measurement]:
     """Check the measurements of a script, and return them as a list.
 
     Args:
@@ -178,7 +178,7 @@ def given(measurements: Sequence[Measurement] | Measurement) -> list[Measurement
         UserError: a class in place of a measurement, something else, or one twice.
 
     Example:
-        >>> given(Measurement)
+        >>> check_measurements(Measurement)
         Traceback (most recent call last):
         ssl_geometry.errors.UserError: measurements: Measurement is a class; write Measurement()
     """

@@ -13,8 +13,8 @@ from torch import nn
 from ssl_geometry.data.views import View
 from ssl_geometry.errors import UserError
 from ssl_geometry.measure.cka import CKA, INITIAL
-from ssl_geometry.measure.engine import measure_together, splits
-from ssl_geometry.measure.measurement import ImageSource, Measurement, Occasion, check_source, given
+from ssl_geometry.measure.engine import measure_together, parts_of
+from ssl_geometry.measure.measurement import ImageSource, Measurement, Occasion, check_measurements, check_source
 from ssl_geometry.measure.processes import agreeing, this_process
 from ssl_geometry.measure.subject import HOW_IT_SEES, Subject
 from ssl_geometry.progress import progress_bar
@@ -115,7 +115,7 @@ def measure(
         >>> len(found.rows), list(found.draw())
         (16, ['cka/map_self'])
     """
-    measurements = given(measurements)
+    measurements = check_measurements(measurements)
     check_source(images)
     check_argument(str, name, "name")
     _check_references(references, measurements)
@@ -136,7 +136,7 @@ def measure(
             for reference in references:
                 measurement.add_reference(reference, images, subject)
     asked = [request for measurement in measurements for request in measurement.requests(subject)]
-    total = sum(len(images.loader(*part)) for part in splits(asked))
+    total = sum(len(images.loader(*part)) for part in parts_of(asked))
     with progress_bar(shown=this_process()[0] == 0, transient=True) as progress:
         task = progress.add_task(f"measuring {name}", total=total)
         found = measure_together(

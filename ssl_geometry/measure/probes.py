@@ -168,7 +168,7 @@ class Probes(Measurement):
 
     # -- online: the training loop calls these ---------------------------------------------------------------------
 
-    def listen(self, subject: Subject, images: ImageSource, of_training: Mapping[str, Any]) -> None:
+    def create_online(self, subject: Subject, images: ImageSource, of_training: Mapping[str, Any]) -> None:
         """Create the online classifiers, or restore those of the checkpoint.
 
         Args:
@@ -201,19 +201,19 @@ class Probes(Measurement):
             + each_step * several
         )
 
-    def hear(self, subject: Subject) -> None:
+    def attach(self, subject: Subject) -> None:
         """Install the taps that capture the training steps of this network, and remove those of another."""
-        self.stop_hearing()
+        self.detach()
         if self.bank is not None:
             self._taps = Taps(subject.network, list(self._widths), lambda _, output: pooled(output)).__enter__()
 
     def step_starts(self) -> None:
-        """Capture the activations of this step."""
+        """Capture the activations of the step that starts."""
         if self._taps is not None:
             self._taps.captured = {}
 
     @property
-    def silent(self) -> list[str]:
+    def layers_not_run(self) -> list[str]:
         """Layers that have not run in this step."""
         features = None if self._taps is None else self._taps.captured
         return [] if features is None else [layer for layer in self._widths if layer not in features]
@@ -226,18 +226,18 @@ class Probes(Measurement):
         """
         if self._taps is None or self.bank is None:
             return
-        if silent := self.silent:
+        if missing := self.layers_not_run:
             raise UserError(
-                f"{self.option('layers')} {silent[0]}: it does not run in a training step; leave it out, or set "
+                f"{self.option('layers')} {missing[0]}: it does not run in a training step; leave it out, or set "
                 f"{self.option('online')} false"
             )
         features, self._taps.captured = self._taps.captured, None
-        if features is None:  # it hears this network since this step
+        if features is None:  # the taps were installed during this step
             return
         with torch.autocast(self.bank.weight.device.type, enabled=False):
             self.bank.step(features, batch["label"], batch["index"])
 
-    def stop_hearing(self) -> None:
+    def detach(self) -> None:
         """Remove the taps."""
         if self._taps is not None:
             self._taps.__exit__()

@@ -1,4 +1,4 @@
-"""A network as measurements see it: what runs, how it sees an image, what its layers are called."""
+"""A network as measurements see it: the module, its views of an image, and the names of its layers."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -55,11 +55,14 @@ class TransformView:
         return {"transform": plain} | ({} if plain == text else {"of a test image": self._trial()})
 
     def _trial(self) -> dict[str, Any]:
-        """Of coarse and fine noise: shape, mean, standard deviation, and the mean under a ramp along each axis."""
+        """Shape, mean and standard deviation of the view of a test image, and its mean under a ramp along each axis.
+
+        The image is coarse and fine noise, so that resizing, cropping and normalising all change the numbers.
+        """
         random = torch.Generator().manual_seed(0)
         coarse, fine = (torch.rand(1, *shape, generator=random) for shape in ((3, 4, 4), self.image_shape))
         noise = (128 * nn.functional.interpolate(coarse, self.image_shape[1:]) + 127 * fine).to(torch.uint8)
-        with evaluating(nn.Identity()):  # a transform that draws random numbers takes none of training's
+        with evaluating(nn.Identity()):  # restores the random state, from which a transform may draw
             (view,) = self(noise).double()
         ramps = [view.movedim(axis, -1) * torch.linspace(0, 1, size) for axis, size in enumerate(view.shape)]
         numbers = [view.mean(), view.std(), *(ramp.mean() for ramp in ramps)]
@@ -75,11 +78,11 @@ class TransformView:
 
 
 class _Place(nn.ModuleDict):
-    """Where heads of a dotted name stand."""
+    """Holds heads whose names are dotted: the ``projector`` of ``projector.0``."""
 
 
 class _WithHeads(nn.Module):
-    """A network and what stands on its features, as one forward; each head is named as it is called outside."""
+    """A network and heads that read its features, in one forward; heads keep their names of outside."""
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class _WithHeads(nn.Module):
                     place = place.get_submodule(parent)
                 if isinstance(place, _WithHeads | _Place):
                     place.add_module(last, head)
-                elif getattr(place, last, None) is not head:  # nothing is hung into a module of somebody else
+                elif getattr(place, last, None) is not head:  # a user's module is not modified
                     raise KeyError(f"{'.'.join(parents)} is a head itself, without this part")
             except (KeyError, TypeError) as error:  # torch's errors give the reason, too
                 raise UserError(f"heads {name!r}: {error.args[0]}") from error
@@ -128,7 +131,7 @@ class Subject:
         network: its forward takes clean views, (B, 3, S, S); layers are named on it.
         clean: how it sees an image: a view, or a transform from a PIL image to a tensor.
         name: of the network, in the records.
-        own: how its training views are made, the view ``own``; None where that is not known.
+        own: its training views, named ``own``; None if they are not known.
         named_views: name to augmentation, besides policies and operations.
         heads: name to module that reads the network's features, measured under that name.
         image_shape: (3, H, W) of the images, which a transform may leave at their size.
@@ -199,7 +202,7 @@ class Subject:
 
         Raises:
             UserError: an unknown name, training views that are not known, or a random view of a network whose clean
-                view is a transform, which does not give away size and normalisation.
+                view is a transform, whose size and normalisation are not known.
         """
         if name == "clean":
             return self.clean
@@ -249,6 +252,6 @@ class Subject:
         return self.view(name)(images, index, seed=0, epoch=0, view=draw).to(self.dtype)
 
     def _example(self) -> Tensor:
-        """Two dummy inputs, which show which layers run."""
+        """Two dummy inputs, to find which layers run."""
         images = torch.zeros(2, *self.image_shape, dtype=torch.uint8, device=self.device)
         return self.seen("clean", images, torch.arange(2, device=self.device))

@@ -1,6 +1,6 @@
-"""What the metrics of the records are called, in which unit they are, and where a reader looks for them.
+"""The catalogue of metrics: the label, unit and section of every metric in the records.
 
-The only such list: figures, the report page and tables take names and units from here.
+The only such list: figures, the report page, tables and loggers take names and units from here.
 """
 
 import re
@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric as a reader meets it.
+    """How a metric is shown.
 
     Args:
         label: its name in words.
         section: of the report page.
         unit: of the column ``value`` (and ``low`` and ``high``); empty for a number without one.
-        bars: between what error bars are drawn; those of few Gram matrices are wider than all that CKA can be.
-        live: what loggers call its curve of each layer while a network trains; ``{view}`` stands for a kind of
-            manifold. Empty for what is in the records alone, or is named by more than layer and kind.
+        bars: limits that error bars are cut at: with few Gram matrices they are wider than the range of CKA.
+        live: name of its curves in loggers, before ``/<layer>``; ``{view}`` stands for a kind of manifold. Empty for
+            metrics without a curve per layer, and for CKA and invariance, whose curves
+            :mod:`ssl_geometry.report.live` names.
 
     Example:
         >>> Metric("Angle between polytopes", "neighbors", "degrees").axis
@@ -96,12 +97,12 @@ DERIVED = {
     r"nnk_(.+)": ("{}, NNK graph", None, ""),
     r"(val/.+)_(?:bf16|16)-mixed": ("{}, mixed precision", None, ""),
 }
-"""Pattern of a name that is made from another one; its label, its unit (None: that of the other), and its live name."""
+"""Pattern of names that derive from another metric; their label, unit (None: the other's), and name of live curves."""
 FAMILIES = {
     "training": r"(train|val|test)/.*",
     "probes": r"(linear|logistic|ridge|knn|labels_|finetune_).*|.*_probe_.*",
 }
-"""Sections of names that no list can hold: what a user's own method logs, ``knn20``, ``labels_1%``."""
+"""Section to the pattern of names that cannot be listed: of a user's own method, ``knn20``, ``labels_1%``."""
 
 
 def described(metric: str) -> Metric:

@@ -43,9 +43,10 @@ def open_run(
 ) -> Run:
     """The directory of this run: a new one, or with ``resume`` the one to continue.
 
-    Continued, the run is first made to be as it was when its checkpoint was written. Where that is an older one than
-    the last, because it was named or the last is missing or damaged, what came later, checkpoints and records, is kept
-    in ``superseded/<number>/``; so are the records of a run that has no checkpoint and starts from scratch.
+    A resumed run first returns to its state at the checkpoint (:mod:`ssl_geometry.runs.resuming`). Checkpoints and
+    records that are newer than that, because ``resume`` names an older checkpoint or the last one is missing or
+    damaged, move to ``superseded/<number>/``; so do the records of a run without a checkpoint, which starts from
+    scratch.
 
     Args:
         config: the configuration as plain data; it becomes the run's ``config.yaml``.
@@ -57,11 +58,11 @@ def open_run(
             none; a path continues that run or checkpoint, or starts a run again that has none.
 
     Returns:
-        The run, its directory made.
+        The run; its directory exists and is locked.
 
     Raises:
-        UserError: a name that is no folder's; the directory holds a run already; or a run cannot be continued, because
-            there is nothing to resume at the path, its checkpoint is damaged, or its options were others.
+        UserError: a name that no folder can have; a directory that holds a run already; or a run that cannot be
+            resumed: nothing is at the path, the checkpoint is damaged, or the options differ.
     """
     check_name(experiment, "--experiment")
     if run_id:
@@ -92,14 +93,14 @@ def open_run(
         os.environ |= {DIRECTORY_VARIABLE: str(directory), PARENT_VARIABLE: str(os.getpid())}
         run = Run(directory, new=not directory.exists())
         directory.mkdir(parents=True, exist_ok=True)
-        _take(run, task)
+        _lock_and_clean(run, task)
         if resume:
             run = resumed(run, named, config, task, run_id)
         run.write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         run.note(
             status="running",
             command=" ".join(sys.argv),
-            number=run.facts.get("number") or 1 + max(map(_number, directory.parent.glob("*/run.json")), default=0),
+            number=run.facts.get("number") or 1 + max(map(_run_number, directory.parent.glob("*/run.json")), default=0),
             started=run.facts.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
             host=platform.node(),
             user=_user(),
@@ -112,8 +113,8 @@ def open_run(
     return run
 
 
-def _take(run: Run, task: Task | None) -> None:
-    """Lock the directory, and clear away what killed processes left half written."""
+def _lock_and_clean(run: Run, task: Task | None) -> None:
+    """Lock the directory, and delete files that killed processes left half written."""
     patience = LOCK_SECONDS if task and task.restarts else 0
     while not lock(run.directory):
         who = holder(run.directory) or f"a process on {run.facts.get('host', 'an unknown machine')}"
@@ -132,22 +133,22 @@ def _take(run: Run, task: Task | None) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _number(path: Path) -> int:
-    """Which run of its experiment it is, in the order of their starts: clocks differ, and are set."""
+def _run_number(path: Path) -> int:
+    """The run's number within its experiment, in the order of starts (clocks of machines differ)."""
     number = facts_of(path.parent).get("number")
     return number if isinstance(number, int) else 0
 
 
 def _newest_unfinished(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The newest that can be continued; where none can, the newest that there is."""
+    """The newest unfinished run with the same options, if possible one with a whole checkpoint."""
     runs = []
     for path in folder.glob("*/run.json"):
         before = config_of(path.parent)
         if before and facts_of(path.parent).get("status") != "finished" and not differences(before, config):
-            with suppress(OSError):  # someone else's
-                if lock(path.parent):  # else another process is at it
+            with suppress(OSError):  # another user's
+                if lock(path.parent):  # else another process trains in it
                     unlock(path.parent)
-                    runs.append((_number(path), path.parent.name))
+                    runs.append((_run_number(path), path.parent.name))
     names = [name for _, name in sorted(runs, reverse=True)]
     return next((name for name in names if has_whole_checkpoint(Run(folder / name))), next(iter(names), None))
 
@@ -168,7 +169,7 @@ def _new_id(folder: Path, config: Mapping[str, Any]) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a number that this machine, or container, has no name for
+    except (KeyError, OSError):  # a user id without a name on this machine, or in this container
         return str(os.getuid())
 
 

@@ -44,7 +44,7 @@ def resumed(run: Run, named: Path | None, config: Mapping[str, Any], task: Task 
     last, facts, job = run.last_checkpoint, run.facts, this_job(task)
     candidates = run.checkpoints
     if named and named.is_file() and not (job and last.exists() and _is_later_start(job, facts.get("job"))):
-        candidates = [named]  # else it was for the first start
+        candidates = [named]  # a later start of a SLURM job continues from its own last checkpoint instead
     if not candidates:
         return _from_scratch(run)
     if job and not named and not run_id and not _is_later_start(job, facts.get("job", job | {"restarts": 0})):
@@ -55,7 +55,7 @@ def resumed(run: Run, named: Path | None, config: Mapping[str, Any], task: Task 
     try:
         checkpoint, reached = _newest_whole(run, candidates)
     except UserError as error:
-        raise UserError(f"{error}; {_instead_of(run, candidates)}") from error
+        raise UserError(f"{error}; {_advice_for(run, candidates)}") from error
     _check_length(run, config, reached)
     _check_options(run, config)
     file, aside = run.directory / "run.json", None
@@ -63,14 +63,14 @@ def resumed(run: Run, named: Path | None, config: Mapping[str, Any], task: Task 
         damaged = file.rename(f"{file}.damaged")
         logger.warning(f"{file} was damaged, what is left of it is now {damaged.name}: W&B will show a new run")
     if not last.exists() or not checkpoint.samefile(last):
-        aside = _free_place(run)
-        run.note(wandb_id=None)  # before: what W&B has of the run beyond this checkpoint, it keeps
+        aside = _superseded_folder(run)
+        run.note(wandb_id=None)  # a new run in W&B, which cannot forget what it has of later epochs
         if last.exists():
             copy_whole(last, aside / last.name)
         copy_whole(checkpoint, last)
     for kept in run.checkpoints[1:]:
         if kept.name > f"epoch={reached.epochs:05d}.ckpt":  # those epochs are trained again
-            aside = aside or _free_place(run)
+            aside = aside or _superseded_folder(run)
             aside.mkdir(parents=True, exist_ok=True)
             kept.rename(aside / kept.name)
     RecordStore(run.directory / "records").rollback(*reached, aside)
@@ -103,8 +103,8 @@ def _progress_at(run: Run, path: Path) -> Progress:
 
 
 def _from_scratch(run: Run) -> Run:
-    """Start a run that has no checkpoint from the beginning; what it has measured is kept, and its run in W&B."""
-    aside, records = _free_place(run), RecordStore(run.directory / "records")
+    """Start a run that has no checkpoint from the beginning; its records move aside, its run in W&B stays as it is."""
+    aside, records = _superseded_folder(run), RecordStore(run.directory / "records")
     kept = ""
     if any(records.directory.glob("**/*.parquet")):
         run.note(wandb_id=None)
@@ -114,14 +114,14 @@ def _from_scratch(run: Run) -> Run:
     return run
 
 
-def _free_place(run: Run) -> Path:
-    """Where to put what a run is about to leave behind."""
+def _superseded_folder(run: Run) -> Path:
+    """The next free folder for files that are superseded."""
     places = (run.directory / "superseded" / str(number) for number in itertools.count(1))
     return next(place for place in places if not place.exists())
 
 
-def _instead_of(run: Run, damaged: Sequence[Path]) -> str:
-    """What to do about checkpoints that cannot be continued."""
+def _advice_for(run: Run, damaged: Sequence[Path]) -> str:
+    """Advice where these checkpoints cannot be resumed from: another one, or a new run."""
     for path in run.checkpoints:
         with suppress(UserError):
             if path not in damaged:
@@ -151,7 +151,7 @@ def _check_options(run: Run, config: Mapping[str, Any]) -> None:
 
 
 def _check_length(run: Run, config: Mapping[str, Any], reached: Progress) -> None:
-    """Refuse a length that the run is beyond: nothing would be trained."""
+    """Refuse a length that the run has passed already: nothing would be trained."""
     for option, done in (("max_epochs", reached.epochs), ("max_steps", reached.step)):
         asked = (config.get("trainer") or {}).get(option)
         if isinstance(asked, int) and 0 <= asked < done:
@@ -163,7 +163,7 @@ def _check_length(run: Run, config: Mapping[str, Any], reached: Progress) -> Non
 
 
 def this_job(task: Task | None) -> dict[str, Any] | None:
-    """Which start of which SLURM job this is; job numbers are reused, so they alone do not identify it."""
+    """Which start of which SLURM job this is, with cluster and folder, because job numbers are reused."""
     if task is None:
         return None
     about = {name: os.environ.get(f"SLURM_{name.upper()}") for name in ("cluster_name", "submit_host", "submit_dir")}
@@ -171,7 +171,7 @@ def this_job(task: Task | None) -> dict[str, Any] | None:
 
 
 def _is_later_start(job: Mapping[str, Any], noted: Mapping[str, Any] | None) -> bool:
-    """Whether SLURM has put the job that is noted in the run back into the queue, and this is the same one."""
+    """Whether this is a later start of the job that ``run.json`` notes: SLURM has requeued it."""
     return (
         noted is not None and noted["restarts"] < job["restarts"] and {**noted, "restarts": 0} == {**job, "restarts": 0}
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ssl_geometry.compare import _hold_to_images
+from ssl_geometry.compare import _check_against_images
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.errors import UserError, as_options
 from ssl_geometry.geometry.gram import gram_vector
@@ -65,7 +65,7 @@ def test_neighbours_while_training(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_compared_neighbours(caplog: pytest.LogCaptureFixture) -> None:
     options = SimpleNamespace(k=None, show_neighbors=[7])
-    _hold_to_images(options, 8)
+    _check_against_images(options, 8)
     assert options.k == 7
     assert caplog.messages == ["--k 7 (by default 10): each of 8 measurement images has 7 others"]
     for wrong, words in {
@@ -73,9 +73,9 @@ def test_compared_neighbours(caplog: pytest.LogCaptureFixture) -> None:
         (7, (3, 8)): r"^--show_neighbors 8: expected 0 to 7",
     }.items():
         with pytest.raises(UserError, match=words):
-            _hold_to_images(SimpleNamespace(k=wrong[0], show_neighbors=list(wrong[1])), 8)
+            _check_against_images(SimpleNamespace(k=wrong[0], show_neighbors=list(wrong[1])), 8)
     with pytest.raises(UserError, match=r"^--data.measure_size 3: CKA needs at least 4 images"):
-        _hold_to_images(SimpleNamespace(k=None, show_neighbors=[]), 3)
+        _check_against_images(SimpleNamespace(k=None, show_neighbors=[]), 3)
 
 
 def test_a_gram_matrix_takes_the_images_that_there_are() -> None:
@@ -118,7 +118,7 @@ def test_online_probes_are_left_out_without_validation_images(
 ) -> None:
     data, subject, probes = images(40, 20, val_fraction=0.0), Subject.of(SimCLR(**SMALL)), Probes(layers="pooled")
     probes.prepare(subject, data)
-    probes.listen(subject, data, {})
+    probes.create_online(subject, data, {})
     assert probes.bank is None
     assert caplog.messages[-1].startswith("online probes are off: no training image falls into")
 
