@@ -8,27 +8,25 @@ reads them, once in ``log_every_n_steps``. On CUDA it is compiled.
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import lightning as L
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int64, UInt8
-from lightly.utils.scheduler import cosine_warmup_schedule
+from jaxtyping import Float
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from ssl_geometry.data.plan import size_within
 from ssl_geometry.data.views import Augment, View, ViewSpec
 from ssl_geometry.errors import UserError
-from ssl_geometry.geometry.precision import full_float32
 from ssl_geometry.methods.compilation import is_compiled
-from ssl_geometry.methods.lars import LARS
+from ssl_geometry.methods.evaluation import NEIGHBORS, Batch, KNNEvaluation, Precision
+from ssl_geometry.methods.optimizers import Optimizer, build_optimizer, cosine_schedule, decay_groups
 from ssl_geometry.methods.teacher import Teacher
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone, import_path
 from ssl_geometry.ranges import Pixels, Seed, above, at_least, between, check_arguments
+
+__all__ = ["Backbone", "Batch", "Decay", "Measured", "Method", "Optimizer", "Precision", "Rate", "Share"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +42,9 @@ A colour or a blur acts on every image; a flip and a grey on half of them, becau
 both grey, do not differ.
 """
 
-NEIGHBORS = 20
-"""Nearest training images that vote on an image to be classified."""
 NOT_THE_RECIPE = {"seed", "channels_last", "compile"}
 """Options of a method that seeds of one recipe may differ in."""
 
-SharedBank = tuple[int, Iterable[tuple[Tensor, Tensor]]]
-"""How many of the first images of the bank another one runs through the network; features and labels of each batch."""
-NOT_SHARED: SharedBank = (0, ())
-
-Optimizer = Literal["lars", "sgd", "adamw"]
-Precision = Literal["float32", "training"]
 Rate = Annotated[float, at_least(0)]
 Decay = Annotated[float, at_least(0)]
 Share = Annotated[float, between(0, 1)]
@@ -65,15 +55,7 @@ Backbone = str | nn.Module if TYPE_CHECKING else str  # an option is text: a par
 UNCHANGED = [ViewSpec(augment="none")]
 
 
-class Batch(TypedDict):
-    """What the datamodule yields, the same for every method."""
-
-    image: UInt8[Tensor, "B 3 H W"]
-    label: Int64[Tensor, " B"]
-    index: Int64[Tensor, " B"]
-
-
-class Method(L.LightningModule):
+class Method(KNNEvaluation):
     """Base of all methods: subclass it in one file, build ``self.head``, and give ``loss``.
 
     Args:
@@ -133,8 +115,6 @@ class Method(L.LightningModule):
     """How training views are made, and the numbers of those that are made so."""
     clean_view: View
     """How images are seen when they are measured."""
-    shared_bank: SharedBank = NOT_SHARED
-    """What the next evaluation takes over of its bank: float32 features, from a pass that serves others too."""
 
     def __init__(
         self,
@@ -290,27 +270,6 @@ class Method(L.LightningModule):
         """Share of the run's optimiser steps that are done, in [0, 1], for schedules of a loss."""
         return min(1.0, self.trainer.global_step / self.total_steps)
 
-    def features(self, images: UInt8[Tensor, "B 3 H W"], precision: Precision = "float32") -> Float[Tensor, "B D"]:
-        """Pooled backbone features of clean images, without gradients; evaluation mode is the caller's.
-
-        Args:
-            images: uint8 (B, 3, H, W).
-            precision: that the backbone computes in; "training" is that of the trainer.
-
-        Returns:
-            float32 (B, D).
-        """
-        autocast_off = torch.autocast(self.device.type, enabled=False)
-        # eagerly: the same numbers, compiled or not, and no second graph
-        with torch.no_grad(), autocast_off, torch.compiler.set_stance("force_eager"):
-            index = torch.arange(len(images), device=images.device)
-            views = self._in_format(self.clean_view(images, index, seed=0, epoch=0, view=0))
-            if precision == "float32":
-                with full_float32():
-                    return self.network.backbone(views).float()
-            with self.trainer.precision_plugin.forward_context():
-                return self.network.backbone(views).float()
-
     def on_fit_start(self) -> None:
         """Compile what training steps run; the first of them does it, on the device and with the monitors' hooks."""
         if is_compiled(self.hparams["compile"], self.device):
@@ -376,10 +335,6 @@ class Method(L.LightningModule):
             name: value for name, value in self.hparams.items() if not name.startswith("_")
         }  # the rest is Lightning's
 
-    def _in_format(self, images: Tensor) -> Tensor:
-        images = images.to(self.dtype)
-        return images.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] else images
-
     # -- optimiser and schedule ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -401,15 +356,8 @@ class Method(L.LightningModule):
         steps = self.total_steps
         steps_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         warmup = min(steps, round(steps_an_epoch * hparams["warmup_epochs"]))
-
-        # A function and not lightly's scheduler: that one's state would bring an old length of the run back on resume.
         end = hparams["min_lr"] / hparams["lr"] if hparams["lr"] else 0.0
-
-        def share(step: int) -> float:
-            return cosine_warmup_schedule(min(step, steps), steps + 1, 1.0, end, warmup, 0.0)
-
-        shares = [(lambda step: 1.0) if group.get("constant_lr") else share for group in optimizer.param_groups]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
+        schedule = cosine_schedule(optimizer, steps, warmup, end)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -421,21 +369,7 @@ class Method(L.LightningModule):
             position embeddings, tables of relative positions. A group may have options of the optimiser, and
             ``lr_factor``, which multiplies its learning rate, or ``constant_lr``, which spares it the schedule.
         """
-        spared = {
-            f"{path}.{name}".lstrip(".")
-            for path, module in self.named_modules()
-            if callable(names := getattr(module, "no_weight_decay", None))
-            for name in names()
-        }
-        decayed: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                (others if parameter.ndim < 2 or name in spared else decayed).append(parameter)
-        return [
-            {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        return decay_groups(self, self.hparams["weight_decay"])
 
     def build_optimizer(self, lr: float) -> torch.optim.Optimizer:
         """The chosen optimiser over :meth:`parameter_groups`.
@@ -443,78 +377,5 @@ class Method(L.LightningModule):
         Args:
             lr: learning rate, as the optimiser takes it.
         """
-        hparams = self.hparams
-        groups = [{**group, "lr": lr * group.get("lr_factor", 1.0)} for group in self.parameter_groups()]
-        match hparams["optimizer"]:
-            case "lars":
-                return LARS(groups, lr=lr, momentum=hparams["momentum"])
-            case "sgd":
-                return torch.optim.SGD(groups, lr=lr, momentum=hparams["momentum"])
-            case "adamw":
-                return torch.optim.AdamW(groups, lr=lr, betas=tuple(hparams["betas"]))
-            case unknown:
-                raise UserError(f"--model.optimizer {unknown!r}: known: 'lars', 'sgd', 'adamw'")
-
-    # -- evaluation: nearest neighbours for every method, the classifier where the head is one -------------------------
-
-    def _fill_bank(self, precision: Precision) -> None:
-        """Features of the clean training images that vote on the images to be classified."""
-        (first, shared), self.shared_bank = self.shared_bank, NOT_SHARED
-        self.knn.reset()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.multi_label:
-            return  # neighbours vote for one class
-        n = len(data.loader("bank").sampler.rows)
-        if self.knn.k != min(NEIGHBORS, n):  # said once, and not at every validation
-            there = f"there are {n} labelled training images"
-            self.knn.k = size_within("nearest neighbours that vote:", None, NEIGHBORS, n, there)
-        for features, labels in shared:
-            self.knn.update_bank(features, labels)
-        for batch in data.loader("bank", after=first):
-            features = self.features(batch["image"].to(self.device), precision)
-            self.knn.update_bank(features, batch["label"].to(self.device))
-        if not self.knn.bank:  # of several processes, this one had no batch
-            none = torch.empty(0, self.num_features, device=self.device)
-            self.knn.update_bank(none, none[:, 0].long())
-
-    def on_validation_epoch_start(self) -> None:
-        """The bank is filled again: the backbone has moved."""
-        self._fill_bank(self.hparams["eval_precision"])
-
-    def on_test_epoch_start(self) -> None:
-        """As for validation."""
-        self._fill_bank("float32")
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate a batch of held-out training images."""
-        with torch.autocast(self.device.type, enabled=False):
-            self.evaluate(self.features(batch["image"], self.hparams["eval_precision"]), batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate a batch of test images."""
-        with torch.autocast(self.device.type, enabled=False):
-            self.evaluate(self.features(batch["image"]), batch, "test")
-
-    def log_evaluated(self, split: str, name: str, value: Metric) -> None:
-        """Log what was computed from features; its name says so where they were not float32.
-
-        Args:
-            split: "val" or "test".
-            name: such as ``knn``, logged as ``val/knn``, or ``val/knn_bf16-mixed``.
-            value: the metric.
-        """
-        precision = str(self.trainer.precision)
-        mixed = split == "val" and self.hparams["eval_precision"] == "training" and precision.endswith("mixed")
-        self.log(f"{split}/{name}_{precision}" if mixed else f"{split}/{name}", value)
-
-    def evaluate(self, features: Float[Tensor, "B D"], batch: Batch, split: str) -> None:
-        """Log what frozen features of clean images are worth; a method may add to it.
-
-        Args:
-            features: pooled backbone features, float32.
-            batch: the batch that they were computed from.
-            split: "val" or "test"; prefix of the logged names.
-        """
-        if batch["label"].ndim == 1:
-            self.knn.update(features, batch["label"])
-            self.log_evaluated(split, "knn", self.knn)
+        hparams, groups = self.hparams, self.parameter_groups()
+        return build_optimizer(hparams["optimizer"], groups, lr, hparams["momentum"], hparams["betas"])
