@@ -20,7 +20,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-from ssl_geometry.geometry import exact
+from ssl_geometry.geometry import exact_search as exact
 from ssl_geometry.geometry.neighbors import nearest
 
 faiss = exact.faiss

@@ -185,17 +185,18 @@ def one_line(message: str, hints: Mapping[str, Any]) -> str:
 
 
 def types_in_words(text: str) -> str:
-    """The help of an option, with the types that the parser writes as Python in words.
+    """The help of an option as plain text, with the types that the parser writes as Python in words.
 
     Example:
         >>> types_in_words("(type: Optional[Annotated[int, at least 1]], default: null)")
         '(type: int, at least 1, or null, default: null)'
-        >>> types_in_words("(type: Union[list[Annotated[float, above 0]], Optional[str]])")
-        '(type: Union[list[float, above 0], str | null])'
+        >>> types_in_words("as in ``val/knn`` (type: Union[list[Annotated[float, above 0]], Optional[Literal['a']]])")
+        "as in val/knn (type: Union[list[float, above 0], Literal['a'] | null])"
     """
     text = re.sub(r"Optional\[Annotated\[(\w+), ([^\[\]]*)\]\]", r"\1, \2, or null", text)
     text = re.sub(r"Annotated\[(\w+), ([^\[\]]*)\]", r"\1, \2", text)
-    return re.sub(r"Optional\[([\w.]+)\]", r"\1 | null", text)
+    text = re.sub(r"Optional\[(Literal\[[^\[\]]*\]|[\w.]+)\]", r"\1 | null", text)
+    return text.replace("``", "")  # code in docstrings
 
 
 def _block(lines: list[str], indent: int) -> Iterator[str]:

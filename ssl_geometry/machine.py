@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ssl_geometry.data.plan import cores as usable_cores
 from ssl_geometry.errors import UserError, first_line
-from ssl_geometry.geometry import exact
+from ssl_geometry.geometry import exact_search
 from ssl_geometry.geometry.gram import gram_vector
 from ssl_geometry.methods.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
@@ -91,11 +91,11 @@ def gpu() -> Iterator[Finding]:
 
 def faiss() -> Iterator[Finding]:
     """What neighbours are searched on."""
-    gpus = exact.faiss().get_num_gpus() if exact.has_gpu() else 0
-    blas = exact.faiss_blas()
+    gpus = exact_search.faiss().get_num_gpus() if exact_search.has_gpu() else 0
+    blas = exact_search.faiss_blas()
     detail = [
-        exact.faiss().__version__,
-        f"GPU support, {gpus} GPU(s)" if exact.has_gpu() else "no GPU support",
+        exact_search.faiss().__version__,
+        f"GPU support, {gpus} GPU(s)" if exact_search.has_gpu() else "no GPU support",
         "its BLAS is not OpenBLAS" if blas is None else f"OpenBLAS {blas[0]} with kernels for {blas[1]}",
         f"{torch.get_num_threads()} threads",
     ]
@@ -103,7 +103,7 @@ def faiss() -> Iterator[Finding]:
     if torch.cuda.is_available() and not gpus:
         to_do = "exact searches take torch on the GPU, ivf and hnsw the CPU: install faiss-gpu-cuvs for FAISS's own"
         to_do = "" if platform.machine() == "aarch64" else to_do  # there is no such wheel
-    if not exact.knows_cpu():
+    if not exact_search.knows_cpu():
         chosen = os.environ.get("OPENBLAS_CORETYPE")
         fix = f"unset OPENBLAS_CORETYPE={chosen}" if chosen else "set OPENBLAS_CORETYPE to newer ones that it can run"
         to_do = f"ivf and hnsw are slow on kernels that are older than this CPU: {fix}"

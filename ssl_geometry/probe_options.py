@@ -94,12 +94,12 @@ def parse(args: Sequence[str]) -> Any:
         "--evaluations",
         type=str | list[str],
         default=list(USUAL),
-        help=f"which of {', '.join(EVALUATIONS)}",
+        help=f"evaluations to run, some of {', '.join(EVALUATIONS)}",
     )
     parser.add_argument(
         "--train_images",
         type=Annotated[int, between(1, BANK_SIZE)] | None,
-        help="number of clean training images, at most (default: 50,000)",
+        help="clean training images for the classifiers, at most (default: 50,000)",
     )
     parser.add_argument(
         "--k",
@@ -128,7 +128,7 @@ def parse(args: Sequence[str]) -> Any:
         "--draws",
         type=Annotated[int, at_least(1)],
         default=5,
-        help="random subsets per fraction of the labels below 1",
+        help="random subsets of the labels per fraction below 1",
     )
     parser.add_argument("--finetune_epochs", type=Annotated[int, at_least(1)], default=30, help="epochs of fine-tuning")
     parser.add_argument(

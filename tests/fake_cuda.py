@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ssl_geometry.geometry.exact import faiss
+from ssl_geometry.geometry.exact_search import faiss
 
 ROOT, HERE = str(Path(__file__).parents[1]), __file__
 MEMORY = 80 * 2**30

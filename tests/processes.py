@@ -27,7 +27,7 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
-from ssl_geometry.callbacks import logs
+from ssl_geometry.callbacks import publishing
 
 PROCESSES = mp.get_context("forkserver")
 LOADED_LATE = [
@@ -76,7 +76,7 @@ def _serve(listener: int, alive: int) -> None:
 @contextmanager
 def undrawn() -> Iterator[None]:
     """Figures are blank: to draw them takes longer than to train a small network."""
-    live_figures, savefig = logs.live_figures, Figure.savefig
+    live_figures, savefig = publishing.live_figures, Figure.savefig
     blank = partial(Figure, figsize=(0.1, 0.1))
 
     def names_alone(*rows: Any) -> Any:
@@ -86,7 +86,7 @@ def undrawn() -> Iterator[None]:
         savefig(blank(), file, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logs, "live_figures", names_alone)
+        patch.setattr(publishing, "live_figures", names_alone)
         patch.setattr(Figure, "savefig", save_blank)
         yield
 

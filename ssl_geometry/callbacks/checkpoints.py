@@ -9,7 +9,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ssl_geometry.callbacks.logs import is_last
+from ssl_geometry.callbacks.publishing import is_last
 from ssl_geometry.errors import UserError
 
 

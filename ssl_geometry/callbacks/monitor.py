@@ -17,8 +17,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ssl_geometry.callbacks.logs import is_last, log, new_folder, run_name
 from ssl_geometry.callbacks.measured_network import submodule, usual_path
+from ssl_geometry.callbacks.publishing import is_last, log, new_folder, run_name
 from ssl_geometry.callbacks.records import RecordsLogger
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.measure.cka import CKA, INITIAL

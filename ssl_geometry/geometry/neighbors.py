@@ -5,7 +5,7 @@ Cosine similarity is searched, and given, as the distance of unit vectors, and a
 queries: that tells directions apart where cosines all round to 1 (untrained and collapsed networks). Neighbours that
 float32 products cannot rank (classes collapsed onto their means) are ranked by float64 differences of the features as
 they are given; of points of one block that are equally near, up to float64's rounding, the smaller id is first. The
-exact search runs where the features are; see :mod:`ssl_geometry.geometry.exact`.
+exact search runs where the features are; see :mod:`ssl_geometry.geometry.exact_search`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_geometry.geometry.duplicates import first_rows, row_blocks, row_keys
-from ssl_geometry.geometry.exact import NEAR, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
+from ssl_geometry.geometry.exact_search import NEAR, exact_search, faiss, faiss_threads, gpu_resources, has_gpu
 from ssl_geometry.geometry.vectors import Rows
 
 Metric = Literal["cosine", "inner", "l2"]

@@ -33,7 +33,7 @@ def test_what_is_to_do_is_reported(
 
 
 def test_what_faiss_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = machine.exact
+    exact = machine.exact_search
     (finding,) = machine.faiss()
     support = "GPU support, 0 GPU(s)" if exact.has_gpu() else "no GPU support"
     assert finding.detail.startswith(exact.faiss().__version__)

@@ -17,8 +17,8 @@ from ssl_geometry.callbacks import (
     LastCheckpoint,
     RecordsLogger,
     ResumableWandbLogger,
-    logs,
     make_loggers,
+    publishing,
 )
 from ssl_geometry.measure import Measured
 from ssl_geometry.runs.run import Run
@@ -141,10 +141,10 @@ def test_a_figure_that_wandb_cannot_take_does_not_end_training(
     assert logger.alive
     trainer: Any = SimpleNamespace(loggers=[logger], max_epochs=9, max_steps=-1, global_step=1, should_stop=False)
     occasion: Any = SimpleNamespace(epoch=1, step=1)
-    monkeypatch.setattr(logs, "live_figures", lambda rows, curves: {"cka/map": draw})
+    monkeypatch.setattr(publishing, "live_figures", lambda rows, curves: {"cka/map": draw})
     with caplog.at_level("WARNING"):
         for _ in range(3):
-            logs.log(trainer, RecordsLogger(tmp_path), Measured(), [], occasion, "cka")
+            publishing.log(trainer, RecordsLogger(tmp_path), Measured(), [], occasion, "cka")
     assert len(drawn) == 1
     assert not logger.alive
     assert caplog.text.count("W&B takes no more numbers ([Errno 2] No such file") == 1

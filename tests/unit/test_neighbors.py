@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-from ssl_geometry.geometry.exact import faiss
+from ssl_geometry.geometry.exact_search import faiss
 from ssl_geometry.geometry.neighbors import Neighbors, merge, nearest
 
 KINDS = {"cosine": "cosine", "l2": "sqeuclidean"}

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssl_geometry.geometry import exact
-from ssl_geometry.geometry.exact import backend, exact_search, kernels
+from ssl_geometry.geometry import exact_search as exact
+from ssl_geometry.geometry.exact_search import backend, exact_search, kernels
 from ssl_geometry.geometry.neighbors import nearest
 from tests.fake_cuda import FakeCuda
 
@@ -165,7 +165,7 @@ def test_kernels_by_the_flags_of_the_cpu(machine: str, cpuinfo: str, expected: s
 
 REPORT = """
 import os, sys
-import ssl_geometry.geometry.exact as exact
+import ssl_geometry.geometry.exact_search as exact
 exact.faiss()
 import scipy.linalg
 from threadpoolctl import threadpool_info
