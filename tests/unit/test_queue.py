@@ -30,6 +30,7 @@ def test_it_holds_what_a_deque_holds(length: int, batches: list[int]) -> None:
         queue.push(rows)
         expected.extend(rows.tolist())
         assert in_order(queue) == list(expected)
+        assert 0 <= queue.position < length
 
 
 def test_a_checkpoint_continues_it() -> None:
