@@ -58,7 +58,8 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"teacher_momentum": 0.99, "hidden_dim": 256, "output_dim": 128, "lr": 1.6e-2, "views": GRAY},
         "data": {"batch_size": 64},
     },
-    "BarlowTwins": LONGER | {"model": {"hidden_dim": 128, "output_dim": 64, "redundancy": 0.02, "views": UNCROPPED}},
+    "BarlowTwins": LONGER
+    | {"model": {"layers": 2, "hidden_dim": 128, "output_dim": 64, "redundancy": 0.02, "views": UNCROPPED}},
     "DINO": UNCOLORED
     | {
         "model": {**SHAPES, "lr": 1e-2, "teacher_momentum": 0.98, "hidden_dim": 64, "output_dim": 128},
