@@ -22,7 +22,7 @@ from ssl_geometry.conformance.trainings import (
 )
 from ssl_geometry.conformance.trial import Trial, alone
 from ssl_geometry.conformance.verdict import NotApplicable, Verdict, line_of
-from ssl_geometry.errors import UserError, did_you_mean, first_line
+from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.methods import Method
 
 Check = Callable[[Trial], Verdict]
@@ -46,6 +46,8 @@ CHECKS: tuple[Check, ...] = (
     collapse,
 )
 """All checks, in the order of the report."""
+LONGEST = 300
+"""Characters of an error's message that are shown."""
 
 
 def check_method(
@@ -112,4 +114,6 @@ def _checked(trial: Trial, name: str, check: Check) -> Verdict:
 
 
 def _raised(name: str, error: Exception) -> Verdict:
-    return Verdict(f"{type(error).__name__} in {line_of(error)}: {first_line(error)}", fix="see there", check=name)
+    message = " ".join(str(error).split())
+    message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+    return Verdict(f"{type(error).__name__} in {line_of(error)}: {message}", fix="see there", check=name)

@@ -50,7 +50,7 @@ class Recorder(L.Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor):
-            raise NotApplicable("training_step returns no loss (manual optimisation)")
+            raise TypeError("training_step returns no loss")
         self.found[f"loss of step {batch_idx + 1}"] = trainer.strategy.reduce(loss.detach().clone())
 
 
@@ -96,10 +96,12 @@ class Pair:
         trial: of the method.
 
     Raises:
-        NotApplicable: a class that another process cannot import.
+        NotApplicable: a class that another process cannot import, or that calls its optimiser itself.
     """
 
     def __init__(self, trial: Trial) -> None:
+        if not trial.main.method.automatic_optimization:
+            raise NotApplicable("it calls its optimiser itself (manual optimisation)")
         self.folder = Path(tempfile.mkdtemp(dir=trial.folder))
         self.task = trial.cls, copy.deepcopy(trial.options), self.folder, bool(trial.main.without_gradient)
         try:

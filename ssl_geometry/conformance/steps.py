@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ssl_geometry.conformance.state import copied, differing
@@ -116,7 +117,10 @@ def compile(trial: Trial) -> Verdict:
         if network is not None:
             network.backbone.compile(dynamic=False, backend="aot_eager")
     torch._dynamo.reset()
+    graphs = counters["stats"]["unique_graphs"]
     found, others = step(method, batch)
+    if counters["stats"]["unique_graphs"] == graphs:
+        raise NotApplicable("a step does not call self.backbone as a whole")
     evidence = f"loss {float(loss):.6g} eagerly, {float(found):.6g} compiled"
     largest = max((gradient.abs().max() for gradient in gradients.values()), default=loss.new_zeros(()))
     apart = [

@@ -65,7 +65,7 @@ def accumulation(trial: Trial) -> Verdict:
     """Gradients of several batches may make one step: moving averages and schedules then move once."""
     main = trial.main
     if not main.method.automatic_optimization:
-        raise NotApplicable("it optimises by itself (manual optimisation)")
+        raise NotApplicable("it calls its optimiser itself (manual optimisation)")
     if main.moved_between:
         return Verdict(
             f"{listed(main.moved_between)} {verb(main.moved_between, 'moves', 'move')} in batches between two steps of "

@@ -24,7 +24,7 @@ from ssl_geometry.conformance.state import copied, optimizer_state, outside
 from ssl_geometry.conformance.verdict import NotApplicable
 from ssl_geometry.conformance.waits import Waits
 from ssl_geometry.data.datamodule import DataModule
-from ssl_geometry.measure import CKA, Measurement, Occasion, Spectrum, Subject, measure_together
+from ssl_geometry.measure import CKA, Occasion, Subject, measure_together
 from ssl_geometry.methods import Method
 from ssl_geometry.methods.base import Batch
 from ssl_geometry.models import RESNETS
@@ -197,15 +197,15 @@ def step(
         The loss, and name to gradient.
 
     Raises:
-        NotApplicable: a method that optimises by itself, and returns no loss.
+        NotApplicable: a method that calls its optimiser itself.
     """
+    if not method.automatic_optimization:
+        raise NotApplicable("it calls its optimiser itself (manual optimisation)")
     torch.manual_seed(seed)
     method.zero_grad()
     with precision or nullcontext():
-        loss: Any = method.training_step(batch, 0)
-    loss = loss.get("loss") if isinstance(loss, Mapping) else loss
-    if not isinstance(loss, Tensor):
-        raise NotApplicable("training_step returns no loss (manual optimisation)")
+        found: Any = method.training_step(batch, 0)
+    loss: Tensor = found["loss"] if isinstance(found, Mapping) else found
     if backward:
         loss.backward()
         method.on_after_backward()
@@ -284,6 +284,10 @@ class Witness(L.Callback):
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with self.waits.paused():
+            self._look_at_gradients(trainer, pl_module)
+
+    def _look_at_gradients(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if len(self.losses) % trainer.accumulate_grad_batches:
             return  # gradients of the batch before are there as well
         for name, parameter in pl_module.named_parameters():
@@ -327,10 +331,9 @@ class Measures(L.Callback):
     ) -> None:
         if batch_idx % ACCUMULATED == 0:
             subject, images = Subject.of(pl_module), trainer.datamodule  # type: ignore[attr-defined]
-            measurements: list[Measurement] = [CKA(), Spectrum(copies=2)]
-            for measurement in measurements:
-                measurement.prepare(subject, images)
-            measure_together(measurements, Occasion(subject, images, "method"))
+            cka = CKA()
+            cka.prepare(subject, images)
+            measure_together([cka], Occasion(subject, images, "method"))
 
 
 class Looks(L.Callback):

@@ -50,6 +50,7 @@ class Waits:
     def __init__(self) -> None:
         self.notes: dict[str, None] = {}
         """What waited and in which line, each once, in order."""
+        self._paused = False
 
     @contextmanager
     def noted(self, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
@@ -63,9 +64,19 @@ class Waits:
         with _Operations(self), _Functions(self):
             yield
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not the method's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def note(self, what: str) -> None:
         """Add what waits in the current line."""
-        self.notes[f"{what} at {current_line()}"] = None
+        if not self._paused:
+            self.notes[f"{what} at {current_line()}"] = None
 
 
 class _Functions(TorchFunctionMode):

@@ -119,16 +119,52 @@ def test_a_backbone_that_computes_something_else_when_compiled() -> None:
     assert "compiled" in found["compile"].evidence
 
 
-class InHalfPrecision(SimCLR):
-    """Its logits are of the order of a million."""
+class Around(SimCLR):
+    """Does not call its backbone, but its parts."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone.forward(images))
+
+
+def test_a_backbone_that_is_not_called_is_not_compiled() -> None:
+    (verdict,) = check_method(Around, checks=["compile"])
+    assert not verdict.applies
+
+
+class Cancelling(SimCLR):
+    """A variance as a difference of large numbers, in the trainer's precision."""
 
     def outputs(self, views: Any, batch: Batch) -> tuple[Tensor, ...]:
         first, second = super().outputs(views, batch)
-        return first, second, ((first + 300) @ torch.ones(len(first[0]), 1)).sum()
+        x = first + 100
+        return first, second, (x * x).mean() - x.mean().square()
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
-        first, second, large = outputs
-        return super().loss((first, second), batch) + large - large.detach().round(decimals=-4)
+        first, second, variance = outputs
+        return super().loss((first, second), batch) + variance
+
+
+class Growing(SimCLR):
+    """Its buffer is not there before the first step."""
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        if not hasattr(self, "last"):
+            self.register_buffer("last", outputs[0].detach())
+        return super().loss(outputs, batch)
+
+
+class Manual(SimCLR):
+    """Calls its optimiser itself."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
 
 
 class Failing(SimCLR):
@@ -144,7 +180,8 @@ class Diverging(SimCLR):
 @pytest.mark.parametrize(
     ("method", "check", "words"),
     [
-        (InHalfPrecision, "autocast", "under bfloat16"),
+        (Cancelling, "autocast", "under bfloat16"),
+        (Growing, "resume", 'Unexpected key(s) in state_dict: "last"'),
         (Diverging, "trains", "the loss of batch 1 is inf"),
         (Failing, "trains", "TypeError in test_conformance.py:"),
     ],
@@ -157,6 +194,14 @@ def test_a_method_that_does_not_train_has_one_line() -> None:
     (verdict,) = check_method(Failing)
     assert verdict.check == "trains"
     assert str(verdict).endswith("no such thing -> see there")
+
+
+def test_manual_optimisation_is_checked_as_far_as_that_goes() -> None:
+    verdicts = {verdict.check: verdict for verdict in check_method(Manual, checks=QUICK)}
+    assert not [str(verdict) for verdict in verdicts.values() if verdict.is_fault]
+    assert {name for name, verdict in verdicts.items() if not verdict.applies} == {
+        *("accumulation", "replay", "views", "teacher", "loss_scale", "autocast")
+    }
 
 
 def test_a_class_that_no_other_process_can_import() -> None:
