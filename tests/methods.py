@@ -20,6 +20,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "BarlowTwins": {**RESNET, "hidden_dim": 16, "output_dim": 8},
     "DINO": {**RESNET, "hidden_dim": 16, "output_dim": 8, "freeze_prototypes_epochs": 0, "views": CROPS},
     "LeJEPA": {**RESNET, "hidden_dim": 16, "output_dim": 8, "directions": 16},
+    "MAE": {
+        "backbone": "tests.methods.tiny_vit",
+        "image_size": 16,
+        "warmup_epochs": 0,
+        "decoder_dim": 32,
+        "decoder_depth": 1,
+    },
     "MoCoV2": {**RESNET, "output_dim": 8, "queue_size": 20},
     "MoCoV3": {**RESNET, "hidden_dim": 16, "output_dim": 8},
     "SimCLR": {**RESNET, "output_dim": 8},
@@ -67,6 +74,7 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "LeJEPA": LONGER
     | {"model": {"hidden_dim": 512, "output_dim": 64, "directions": 64, "sigreg_weight": 0.01, "views": UNCROPPED}},
+    "MAE": UNCOLORED | {"model": {"backbone": "tests.methods.averaging_vit", "views": [{"augment": DIGITS[:1]}]}},
     "MoCoV2": {"model": {"temperature": 0.2, "output_dim": 64, "queue_size": 500, "lr": 8e-3, "views": COLORED}},
     "MoCoV3": {
         "model": {"hidden_dim": 256, "output_dim": 128, "lr": 2e-2, "views": COLORED},
@@ -99,12 +107,17 @@ def tiny() -> nn.Module:
     return nn.Sequential(*block(3, 16), *block(16, 32), *block(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def tiny_vit() -> nn.Module:
+def tiny_vit(width: int = 32, **options: Any) -> nn.Module:
     """A vision transformer with two blocks and patches of 4 pixels, for images of 16."""
     from timm.models import VisionTransformer
 
-    size: dict[str, int] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return VisionTransformer(**size, num_classes=0, dynamic_img_size=True)
+    size: dict[str, int] = {"img_size": 16, "patch_size": 4, "embed_dim": width, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**size, num_classes=0, dynamic_img_size=True, **options)
+
+
+def averaging_vit() -> nn.Module:
+    """The same, wider; its features are the mean of the patches, which MAE improves sooner than the class token."""
+    return tiny_vit(width=64, global_pool="avg", fc_norm=False)
 
 
 def as_options(group: str, values: dict[str, Any]) -> list[str]:

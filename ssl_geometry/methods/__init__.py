@@ -5,6 +5,7 @@ from ssl_geometry.methods.base import Method
 from ssl_geometry.methods.byol import BYOL
 from ssl_geometry.methods.dino import DINO
 from ssl_geometry.methods.lejepa import LeJEPA
+from ssl_geometry.methods.mae import MAE
 from ssl_geometry.methods.moco_v2 import MoCoV2
 from ssl_geometry.methods.moco_v3 import MoCoV3
 from ssl_geometry.methods.published import Published
@@ -19,6 +20,7 @@ from ssl_geometry.methods.vicreg import VICReg
 __all__ = [
     "BYOL",
     "DINO",
+    "MAE",
     "BarlowTwins",
     "LeJEPA",
     "Method",
