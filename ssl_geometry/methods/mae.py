@@ -20,11 +20,9 @@ HEAD = 32
 class MAE(Method):
     """Masked autoencoder of one of timm's vision transformers, with the optimiser of the paper.
 
-    Evaluation and measurements see whole images. Weights start as timm's do, position embeddings are fixed.
-
     Args:
         backbone: a ViT of timm without layers after its pooling; ``patch_size`` sets patches of 4 pixels for CIFAR.
-        mask_ratio: share of the patches that the encoder does not see; at least one, and not all.
+        mask_ratio: share of the patches that the encoder does not see: at least one, and not all.
         decoder_dim: width of the decoder, a multiple of 32: its attention heads are 32 wide.
         decoder_depth: blocks of the decoder.
         views: how the images are augmented.
@@ -61,7 +59,7 @@ class MAE(Method):
         vit: Any = self.backbone
         if not isinstance(getattr(vit, "fc_norm", None), nn.Identity) or vit.attn_pool is not None:
             raise UserError(
-                f"--model.backbone {self.hparams['backbone']}: MAE needs a ViT that pools last (docs/methods.md)"
+                f"--model.backbone {self.hparams['backbone']}: MAE takes ViTs that pool last, as vit_tiny_patch16_224"
             )
         if decoder_dim % HEAD:
             raise UserError(f"--model.decoder_dim {decoder_dim}: expected a multiple of {HEAD}, the width of a head")
@@ -81,19 +79,18 @@ class MAE(Method):
 
     def order(self, index: Int64[Tensor, " B"]) -> Int64[Tensor, "B P"]:
         """Prefix tokens, then the visible patches, then the masked ones: a function of (seed, epoch, index)."""
-        at: Any = {"seed": self.hparams["seed"], "epoch": self.current_epoch, "view": 0, "stream": "mask"}
-        random = uniform(index, n=self.patches, **at)
-        return F.pad(random, (self.prefix, 0), value=-1.0).argsort(dim=1, stable=True)
+        seed, epoch = self.hparams["seed"], self.current_epoch
+        u = uniform(index, seed=seed, epoch=epoch, view=0, stream="mask", n=self.patches)
+        return F.pad(u, (self.prefix, 0), value=-1.0).argsort(dim=1, stable=True)
 
     def outputs(self, views: Any, batch: Batch) -> tuple[Tensor, ...]:
         """Predicted and true pixels of the masked patches; attention does not mind the order of the tokens."""
         order, seen = self.order(batch["index"]), self.prefix + self.visible
-        masked = order[:, seen:]
         tokens = self.decoder_embed(self.encoder[0].encode(self._in_format(views[0]), idx_keep=order[:, :seen]))
-        unknown = self.decoder.mask_token.to(tokens.dtype).expand(*masked.shape, -1)
+        unknown = self.decoder.mask_token.to(tokens.dtype).expand(len(order), self.patches - self.visible, -1)
         decoded = self.decoder.decode(torch.cat([tokens, unknown], 1) + self.decoder.pos_embed[0][order])[:, seen:]
         pixels = F.pixel_unshuffle(views[0], self.patch_size).flatten(2).mT
-        return self.decoder_pred(decoded), pixels.take_along_dim((masked - self.prefix)[..., None], 1)
+        return self.decoder_pred(decoded), pixels.take_along_dim((order[:, seen:] - self.prefix)[..., None], 1)
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         """Squared error of the masked patches, each of which is standardised."""

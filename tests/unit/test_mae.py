@@ -108,7 +108,7 @@ def test_all_that_is_trained_has_a_gradient_and_each_parameter_one_owner() -> No
 
 @pytest.mark.parametrize("backbone", ["resnet10", "test_vit2", "test_vit3"])
 def test_other_backbones_are_refused(backbone: str) -> None:
-    with pytest.raises(UserError, match=rf"--model\.backbone {backbone}: MAE needs a ViT that pools last"):
+    with pytest.raises(UserError, match=rf"--model\.backbone {backbone}: MAE takes ViTs that pool last"):
         MAE(backbone=backbone, image_size=160)
 
 
