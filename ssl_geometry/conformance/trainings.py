@@ -7,9 +7,7 @@ from ssl_geometry.conformance.trial import SAVED_AFTER, Trial, Witness
 from ssl_geometry.conformance.verdict import NotApplicable, Verdict, listed, verb
 from ssl_geometry.geometry.spectrum import mean_cosine, rankme
 
-TOLERANCE = 1e-6
-"""Of losses and gradients of two processes, relative to those of one, in double precision."""
-LEFT = 0.5
+LEFT = 0.25
 """Features collapse where their mean cosine has come closer to 1, by at least this factor, and their RankMe falls."""
 
 
@@ -145,7 +143,7 @@ def two_processes(trial: Trial) -> Verdict:
     """Loss and gradients of two processes are those of one with the same images."""
     alone, together = trial.pair.numbers()
     apart = {name: _apart(alone, together, name) for name in alone}
-    wrong = [name for name, gap in apart.items() if not gap <= TOLERANCE]
+    wrong = [name for name, gap in apart.items() if not gap <= trial.pair.tolerance]
     if not wrong:
         return Verdict(f"losses and gradients within {max(apart.values()):.0e} of those of one process")
     losses = [name for name in wrong if name.startswith("loss")]

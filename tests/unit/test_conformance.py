@@ -73,6 +73,22 @@ def test_two_processes_find_what_is_not_gathered(name: str, evidence: str, fix: 
     assert verdict.fix.startswith(fix)
 
 
+class InFloat32(SimCLR):
+    """Casts, so that it does not train in double precision."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.last = nn.Linear(128, 8)
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        first, second = (self.last(output.float()) for output in outputs)
+        return super().loss((first, second), batch)
+
+
+def test_two_processes_of_a_method_that_casts_to_float32() -> None:
+    assert not faults(InFloat32, ["two_processes"])
+
+
 def test_a_queue_and_a_teacher_are_no_fault() -> None:
     assert not faults(Queued, [*QUICK, "two_processes"])
 
