@@ -19,7 +19,7 @@ from ssl_geometry.data.plan import cores as usable_cores
 from ssl_geometry.errors import UserError, first_line
 from ssl_geometry.geometry import exact_search
 from ssl_geometry.geometry.gram import gram_vector
-from ssl_geometry.methods.nt_xent import nt_xent
+from ssl_geometry.methods.parts.nt_xent import nt_xent
 from ssl_geometry.metrics import LayerwiseCKA
 from ssl_geometry.models.sync_batchnorm import SyncBatchNormPlugin
 from ssl_geometry.runs.slurm import this_task

@@ -151,12 +151,12 @@ def two_processes(trial: Trial) -> Verdict:
         one, two = float(alone[losses[0]]), float(together[losses[0]])
         return Verdict(
             f"the {losses[0]} is {two:.5g} on two processes, {one:.5g} on one",
-            fix="gather what the loss compares, with gradients (ssl_geometry.methods.gather.gathered); take the mean",
+            fix="gather what the loss compares, with gradients (ssl_geometry.methods.gathered); take the mean",
         )
     if wrong[0].endswith("step 1"):
         return Verdict(
             f"the loss is that of one process, the {wrong[0]} is not ({apart[wrong[0]]:.0%} off)",
-            fix="gather with gradients: ssl_geometry.methods.gather.gathered, not torch.distributed.all_gather",
+            fix="gather with gradients: ssl_geometry.methods.gathered, not torch.distributed.all_gather",
         )
     return Verdict(
         f"the {wrong[0]} is another one than on one process ({apart[wrong[0]]:.1g} off)",

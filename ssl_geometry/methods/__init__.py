@@ -8,13 +8,15 @@ from ssl_geometry.methods.lejepa import LeJEPA
 from ssl_geometry.methods.mae import MAE
 from ssl_geometry.methods.moco_v2 import MoCoV2
 from ssl_geometry.methods.moco_v3 import MoCoV3
+from ssl_geometry.methods.parts.gather import gathered
+from ssl_geometry.methods.parts.queue import Queue
+from ssl_geometry.methods.parts.teacher import Teacher
 from ssl_geometry.methods.published import Published
 from ssl_geometry.methods.simclr import SimCLR
 from ssl_geometry.methods.simsiam import SimSiam
 from ssl_geometry.methods.supcon import SupCon
 from ssl_geometry.methods.supervised import Supervised
 from ssl_geometry.methods.swav import SwAV
-from ssl_geometry.methods.teacher import Teacher
 from ssl_geometry.methods.vicreg import VICReg
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "MoCoV2",
     "MoCoV3",
     "Published",
+    "Queue",
     "SimCLR",
     "SimSiam",
     "SupCon",
@@ -34,4 +37,5 @@ __all__ = [
     "SwAV",
     "Teacher",
     "VICReg",
+    "gathered",
 ]

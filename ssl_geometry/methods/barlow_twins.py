@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
-from ssl_geometry.methods.gather import gathered
+from ssl_geometry.methods.parts.gather import gathered
 from ssl_geometry.ranges import at_least, check_arguments
 
 VIEWS = [ViewSpec(augment={"byol": {"blur": 0.0}}), ViewSpec(augment={"byol": {"blur": 0.0, "solarize": 0.2}})]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ssl_geometry.data.views import Augment, View, ViewSpec
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods.compilation import is_compiled
-from ssl_geometry.methods.evaluation import NEIGHBORS, Batch, KNNEvaluation, Precision
-from ssl_geometry.methods.optimizers import Optimizer, build_optimizer, cosine_schedule, decay_groups
-from ssl_geometry.methods.teacher import Teacher
+from ssl_geometry.methods.parts.compilation import is_compiled
+from ssl_geometry.methods.parts.evaluation import NEIGHBORS, Batch, KNNEvaluation, Precision
+from ssl_geometry.methods.parts.optimizers import Optimizer, build_optimizer, cosine_schedule, decay_groups
+from ssl_geometry.methods.parts.teacher import Teacher
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone, import_path
 from ssl_geometry.ranges import Pixels, Seed, above, at_least, between, check_arguments

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate, Share
-from ssl_geometry.methods.teacher import Teacher, rising_momentum
+from ssl_geometry.methods.parts.teacher import Teacher, rising_momentum
 from ssl_geometry.ranges import at_least, check_arguments
 
 VIEWS = [

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Measured, Method, Optimizer, Rate, Share
-from ssl_geometry.methods.prototypes import prototype_head, swapped_cross_entropy
-from ssl_geometry.methods.teacher import Teacher, rising_momentum
+from ssl_geometry.methods.parts.prototypes import prototype_head, swapped_cross_entropy
+from ssl_geometry.methods.parts.teacher import Teacher, rising_momentum
 from ssl_geometry.ranges import above, at_least, check_arguments
 
 VIEWS = [ViewSpec(augment={"byol": {"blur": 0.0, "solarize": p, "scale": [0.4, 1.0]}}) for p in (0.0, 0.2)]

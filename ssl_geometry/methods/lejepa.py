@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate, Share
-from ssl_geometry.methods.sigreg import random_directions, sigreg
+from ssl_geometry.methods.parts.sigreg import random_directions, sigreg
 from ssl_geometry.ranges import at_least, check_arguments
 
 VIEWS = [ViewSpec(augment={"byol": {"blur": 0.0, "solarize": 0.2}}, count=2)]

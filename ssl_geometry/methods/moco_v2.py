@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate, Share
-from ssl_geometry.methods.gather import gathered
-from ssl_geometry.methods.queue import Queue
-from ssl_geometry.methods.teacher import Teacher
+from ssl_geometry.methods.parts.gather import gathered
+from ssl_geometry.methods.parts.queue import Queue
+from ssl_geometry.methods.parts.teacher import Teacher
 from ssl_geometry.ranges import above, at_least, check_arguments
 
 VIEWS = [ViewSpec(augment="simclr", count=2)]

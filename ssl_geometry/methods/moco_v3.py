@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate, Share
-from ssl_geometry.methods.gather import gathered
-from ssl_geometry.methods.teacher import Teacher, rising_momentum
+from ssl_geometry.methods.parts.gather import gathered
+from ssl_geometry.methods.parts.teacher import Teacher, rising_momentum
 from ssl_geometry.ranges import above, at_least, check_arguments
 
 VIEWS = [

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
-from ssl_geometry.methods.nt_xent import nt_xent
+from ssl_geometry.methods.parts.nt_xent import nt_xent
 from ssl_geometry.ranges import above, at_least, check_arguments
 
 VIEWS = [ViewSpec(augment="simclr", count=2)]

@@ -9,8 +9,8 @@ from torch import Tensor
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods.base import Batch, Decay, Optimizer, Rate
-from ssl_geometry.methods.gather import gathered
-from ssl_geometry.methods.nt_xent import similarities
+from ssl_geometry.methods.parts.gather import gathered
+from ssl_geometry.methods.parts.nt_xent import similarities
 from ssl_geometry.methods.simclr import SimCLR
 from ssl_geometry.ranges import above
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods.base import Batch, Decay, Method, Optimizer, Rate
-from ssl_geometry.methods.gather import gathered
-from ssl_geometry.methods.prototypes import sinkhorn, swapped_cross_entropy
-from ssl_geometry.methods.queue import Queue
+from ssl_geometry.methods.parts.gather import gathered
+from ssl_geometry.methods.parts.prototypes import sinkhorn, swapped_cross_entropy
+from ssl_geometry.methods.parts.queue import Queue
 from ssl_geometry.ranges import above, at_least, check_arguments
 
 VIEWS = [ViewSpec(augment={"simclr": {"strength": 0.8, "scale": [0.14, 1.0]}}, count=2)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods import compilation
+from ssl_geometry.methods.parts import compilation
 from tests.distributed.conftest import Ranks
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.methods import Method, Teacher
 from ssl_geometry.methods.base import Batch
-from ssl_geometry.methods.gather import gathered
+from ssl_geometry.methods.parts.gather import gathered
 
 VIEWS = [ViewSpec(augment="simclr", count=2)]
 

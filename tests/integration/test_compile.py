@@ -18,7 +18,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.fit import fit
 from ssl_geometry.fit_cli import FitCLI
 from ssl_geometry.methods import SimCLR
-from ssl_geometry.methods.compilation import is_compiled, try_out
+from ssl_geometry.methods.parts.compilation import is_compiled, try_out
 from ssl_geometry.models.taps import Taps
 from ssl_geometry.records import read_records
 from ssl_geometry.records.catalogue import described

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ssl_geometry.data.views import View
 from ssl_geometry.fit import fit
 from ssl_geometry.methods import Method, SimCLR, Supervised
-from ssl_geometry.methods.lars import LARS
+from ssl_geometry.methods.parts.lars import LARS
 from ssl_geometry.metrics import ProbeBank
 from tests.fake_cuda import FakeCuda
 from tests.processes import PROCESSES

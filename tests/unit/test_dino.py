@@ -16,7 +16,7 @@ from torch import Tensor
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods import DINO, Method
-from ssl_geometry.methods.prototypes import swapped_cross_entropy
+from ssl_geometry.methods.parts.prototypes import swapped_cross_entropy
 from tests.methods import build, by_hand, images
 from tests.unit.test_method import train
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightly.utils.lars import LARS as Reference
 from torch import Tensor, nn
 
-from ssl_geometry.methods.lars import LARS
+from ssl_geometry.methods.parts.lars import LARS
 from tests.fake_cuda import FakeCuda
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5)

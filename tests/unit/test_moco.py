@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
 from ssl_geometry.methods import MoCoV2, MoCoV3
-from ssl_geometry.methods.queue import Queue
+from ssl_geometry.methods.parts.queue import Queue
 from tests.methods import build, by_hand, images
 
 Rows = np.ndarray[Any, np.dtype[np.float64]]

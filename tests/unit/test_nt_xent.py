@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods import SimCLR
-from ssl_geometry.methods.nt_xent import nt_xent
+from ssl_geometry.methods.parts.nt_xent import nt_xent
 from tests.fake_cuda import FakeCuda
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_geometry.methods.queue import Queue
+from ssl_geometry.methods.parts.queue import Queue
 from tests.fake_cuda import FakeCuda
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods.nt_xent import nt_xent
+from ssl_geometry.methods.parts.nt_xent import nt_xent
 from ssl_geometry.methods.supcon import sup_con
 from tests.methods import build
 from tests.unit.test_nt_xent import random_views, with_gradients

@@ -12,7 +12,7 @@ from lightly.loss import SwaVLoss
 from torch import Tensor
 
 from ssl_geometry.methods import Method
-from ssl_geometry.methods.prototypes import sinkhorn
+from ssl_geometry.methods.parts.prototypes import sinkhorn
 from tests.methods import build, by_hand, images
 
 NO_QUEUE: dict[str, Any] = {"queue_size": 0}

@@ -16,7 +16,7 @@ from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.views import ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods import LeJEPA
-from ssl_geometry.methods.sigreg import random_directions, sigreg
+from ssl_geometry.methods.parts.sigreg import random_directions, sigreg
 from tests.fake_cuda import FakeCuda
 from tests.methods import RESNET, build, by_hand, images
 

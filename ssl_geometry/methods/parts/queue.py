@@ -38,8 +38,8 @@ class Queue(nn.Module):
         """Take in rows, the last of them as the newest.
 
         Args:
-            rows: the same in all processes, such as :func:`~ssl_geometry.methods.gather.gathered` gives them. Of more
-                than K the last K are kept.
+            rows: the same in all processes, as from :func:`~ssl_geometry.methods.parts.gather.gathered`. Of more than K
+                the last K are kept.
         """
         length = len(self.rows)
         number = torch.arange(len(rows), device=rows.device)[-length:]

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_geometry.data.random_numbers import uniform
-from ssl_geometry.methods.gather import gathered
+from ssl_geometry.methods.parts.gather import gathered
 
 FARTHEST, KNOTS = 3.0, 17
 """Frequencies that characteristic functions are compared at: so many, from 0 to the farthest."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_geometry.methods.gather import gathered
+from ssl_geometry.methods.parts.gather import gathered
 
 BOTTLENECK = 256
 """Width of the layer before the prototypes of DINO."""

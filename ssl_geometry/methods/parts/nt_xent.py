@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_geometry.methods.gather import gathered
+from ssl_geometry.methods.parts.gather import gathered
 
 SHORTEST = 1e-12
 

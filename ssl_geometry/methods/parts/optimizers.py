@@ -8,7 +8,7 @@ from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import nn
 
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods.lars import LARS
+from ssl_geometry.methods.parts.lars import LARS
 
 Optimizer = Literal["lars", "sgd", "adamw"]
 

@@ -1,0 +1,1 @@
+"""What methods are put together from: losses, teachers, queues, prototypes, optimisers, evaluation."""
