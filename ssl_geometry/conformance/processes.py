@@ -144,7 +144,7 @@ class Pair:
             process.join(60 * MINUTES)
         self.end()
         for failure in sorted(self.folder.glob("error-*")):
-            raise RuntimeError(failure.read_text())
+            raise RuntimeError(failure.read_text(encoding="utf-8"))
         if not (self.folder / "found").exists():
             raise RuntimeError(f"{PROCESSES} processes did not end within {MINUTES} minutes")
         two = torch.load(self.folder / "found", weights_only=True)
@@ -176,4 +176,5 @@ def _process(
             (folder / "whole").rename(folder / "found")
         dist.destroy_process_group()
     except Exception as error:
-        (folder / f"error-{rank}").write_text(f"{type(error).__name__} in {line_of(error)}: {first_line(error)}")
+        line = f"{type(error).__name__} in {line_of(error)}: {first_line(error)}"
+        (folder / f"error-{rank}").write_text(line, encoding="utf-8")

@@ -75,6 +75,7 @@ def variance_loss(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """By how much the standard deviations of features fall short of 1, on average.
 
     Example:
+        >>> import torch
         >>> round(float(variance_loss(torch.tensor([[0.0, -2.0], [0.0, 2.0]]))), 4)  # sqrt(1e-4) of 0, 1 is exceeded
         0.495
     """
@@ -85,6 +86,7 @@ def covariance_loss(z: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """Sum of the squared covariances between different features, over the number of features.
 
     Example:
+        >>> import torch
         >>> covariance_loss(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))  # all covariances are 2
         tensor(4.)
     """
