@@ -95,7 +95,5 @@ class DINO(Method):
         self.center.update(torch.cat(self.seen))
         self.seen.clear()
         if (end := self.hparams["weight_decay_end"]) is not None:
-            start = self.hparams["weight_decay"]
-            self.trainer.optimizers[0].param_groups[0]["weight_decay"] = start + (end - start) * rising_momentum(
-                0, progress
-            )
+            decayed, start = self.trainer.optimizers[0].param_groups[0], self.hparams["weight_decay"]
+            decayed["weight_decay"] = start + (end - start) * rising_momentum(0, progress)

@@ -1,6 +1,7 @@
 """What every method has: views as data, schedules, steps of the optimiser, teachers, backbones of any kind."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssl_geometry import methods
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.views import View, ViewSpec
 from ssl_geometry.errors import UserError
@@ -16,7 +18,7 @@ from ssl_geometry.measure import Subject
 from ssl_geometry.methods import Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
 from ssl_geometry.runs.networks import load_method
-from tests.methods import RESNET, build, by_hand, images
+from tests.methods import METHODS, RESNET, build, by_hand, images
 from tests.training import quiet_trainer
 
 BATCH = images(4)
@@ -158,6 +160,12 @@ def test_the_learning_rate_ends_at_its_minimum(tmp_path: Path) -> None:
     assert sorted(rates[4:], reverse=True) == rates[4:]
     with pytest.raises(UserError, match=r"--model\.min_lr 1: above the learning rate, --model.lr 0.5"):
         Method(**RESNET, lr=0.5, min_lr=1.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_file_of_at_most_100_lines(name: str) -> None:
+    file = Path(str(inspect.getsourcefile(getattr(methods, name))))
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= (60 if name == "SimCLR" else 100)
 
 
 def test_betas_are_those_of_adamw() -> None:
