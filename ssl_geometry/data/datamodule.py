@@ -93,6 +93,8 @@ class DataModule(L.LightningDataModule):
     """(3, height, width) of every image."""
     num_train: int
     """Images trained on."""
+    num_unlabelled: int
+    """Images trained on whose class is unknown."""
     multi_label: bool
     """Whether an image may show several classes: labels are then (B,C) int64 of zeros and ones."""
 
@@ -215,6 +217,7 @@ class DataModule(L.LightningDataModule):
             "measure": shuffled(self.measure_size, FIXED, 1),
             "bank": labelled[labelled >= n_val][:BANK_SIZE],
         }
+        self.num_unlabelled = self.num_train - int((labelled >= n_val).sum())
         if self.trainer:
             sizes = {"training": self.num_train, "validation": len(self._rows["val"]), "test": len(test)}
             counts = ", ".join(f"{n:,} {split}" for split, n in sizes.items())

@@ -20,13 +20,14 @@ VIEWS = [
 ]
 
 
-def mlp(*widths: int) -> nn.Module:
-    """Linear layers with batch norm, the last without affine parameters, and with ReLU between them."""
+def mlp(*widths: int, normalized: bool = True) -> nn.Module:
+    """Linear layers with batch norm and ReLU between them; at the end batch norm without affine parameters, or none."""
     from lightly.models.modules.heads import ProjectionHead
 
     *hidden, last = pairwise(widths)
     blocks: list[Any] = [(*widths, nn.BatchNorm1d(widths[1]), nn.ReLU()) for widths in hidden]
-    return ProjectionHead([*blocks, (*last, nn.BatchNorm1d(last[1], affine=False), None)])
+    norm = nn.BatchNorm1d(last[1], affine=False) if normalized else None
+    return ProjectionHead([*blocks, (*last, norm, None, False)])
 
 
 class MoCoV3(Method):
@@ -70,9 +71,10 @@ class MoCoV3(Method):
         patches = getattr(self.backbone, "patch_embed", None)
         if patches is not None and freeze_patches:
             patches.requires_grad_(False)
-        hidden = [hidden_dim] * (1 if patches is None else 2)  # projectors of ResNets have two layers, of ViTs three
+        # projectors of ResNets have two layers, of ViTs three; predictors of ResNets end without batch norm
+        hidden = [hidden_dim] * (1 if patches is None else 2)
         self.head = mlp(self.num_features, *hidden, output_dim)
-        self.predictor = mlp(output_dim, hidden_dim, output_dim)
+        self.predictor = mlp(output_dim, hidden_dim, output_dim, normalized=patches is not None)
         self.teacher = Teacher(self)
         self.temperature, self.teacher_momentum = temperature, teacher_momentum
 

@@ -49,9 +49,15 @@ class Supervised(Method):
 
     def setup(self, stage: str) -> None:
         """Take the number of classes from the data set, or refuse one with another number before any work is done."""
-        if self.trainer.datamodule.multi_label:  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.multi_label:
             raise UserError("--model Supervised: it learns one class per image; images of this data set show several")
-        classes, mine = self.trainer.datamodule.num_classes, self.hparams["num_classes"]  # type: ignore[attr-defined]
+        if data.num_unlabelled:
+            raise UserError(
+                f"--model Supervised: {data.num_unlabelled} of {data.num_train} training images have no label; leave "
+                "them out, of stl10 by --data.dataset_args {split: train}"
+            )
+        classes, mine = data.num_classes, self.hparams["num_classes"]
         if classes < 2:
             raise UserError("--model Supervised: all images of the data set are of one class")
         if mine is None:

@@ -136,6 +136,9 @@ def test_stl10_trains_on_unlabelled_images_when_asked(tmp_path, any_hash):
     train, test, _ = load("stl10", str(tmp_path), args={"split": "train+unlabeled"})
     assert train.labels.tolist() == [*label[:10].tolist(), -1, -1, -1, -1]
     assert len(test) == 2
+    data = DataModule("stl10", str(tmp_path), val_fraction=0, dataset_args={"split": "train+unlabeled"})
+    data.setup()
+    assert (data.num_train, data.num_unlabelled) == (14, 4)
 
 
 def test_torchvision_classes_that_read_files_are_read_one_by_one(tmp_path, any_hash):

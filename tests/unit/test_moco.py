@@ -89,6 +89,21 @@ def vit() -> VisionTransformer:
     return VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0)
 
 
+def test_heads_of_v3_have_the_layers_of_their_authors() -> None:
+    """The predictor of ResNets ends without batch norm, unlike all else; no layer has a bias."""
+    hidden = ["Linear", "BatchNorm1d", "ReLU"]
+    heads: dict[str, Any] = {"image_size": 16, "hidden_dim": 16, "output_dim": 8}
+    on_resnet, on_vit = MoCoV3(backbone="resnet10", width=1 / 16, **heads), MoCoV3(backbone=vit(), **heads)
+    for method, projector, end in ((on_resnet, 1, []), (on_vit, 2, ["BatchNorm1d"])):
+        for mlp, layers in (
+            (method.head, [*projector * hidden, "Linear", "BatchNorm1d"]),
+            (method.predictor, [*hidden, "Linear", *end]),
+        ):
+            (parts,) = mlp.children()
+            assert [type(layer).__name__ for layer in parts.children()] == layers
+            assert all(layer.bias is None for layer in parts.children() if isinstance(layer, torch.nn.Linear))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_patches_of_a_vision_transformer_stay_as_they_were(frozen: bool) -> None:
     method = by_hand(

@@ -17,10 +17,9 @@ def on_data(classes: int, multi_label: bool = False, **options: Any) -> Supervis
     return set_up(Supervised(**SMALL, **options), classes, multi_label)
 
 
-def set_up(method: Supervised, classes: int, multi_label: bool = False) -> Supervised:
-    method.trainer = SimpleNamespace(  # type: ignore[assignment]
-        datamodule=SimpleNamespace(num_classes=classes, multi_label=multi_label)
-    )
+def set_up(method: Supervised, classes: int, multi_label: bool = False, unlabelled: int = 0) -> Supervised:
+    data = SimpleNamespace(num_classes=classes, multi_label=multi_label, num_train=8, num_unlabelled=unlabelled)
+    method.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
     method.setup("fit")
     return method
 
@@ -45,6 +44,8 @@ def test_another_number_than_the_data_has_is_refused() -> None:
         on_data(1)
     with pytest.raises(UserError, match="it learns one class per image"):
         on_data(3, multi_label=True)
+    with pytest.raises(UserError, match=r"5 of 8 training images have no label; leave them out"):
+        set_up(Supervised(**SMALL), 3, unlabelled=5)
 
 
 def test_the_classifier_is_the_same_whatever_random_numbers_processes_have_drawn() -> None:
