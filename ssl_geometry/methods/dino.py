@@ -16,7 +16,7 @@ Temperature = Annotated[float, above(0)]
 
 
 class DINO(Method):
-    """Self-distillation with no labels. The recipe is that of lightly's CIFAR-10 benchmark, for ResNet-18.
+    """Self-distillation with no labels. The optimiser is that of lightly's CIFAR-10 benchmark, for ResNet-18.
 
     Args:
         temperature: of the student.

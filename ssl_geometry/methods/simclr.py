@@ -13,7 +13,7 @@ VIEWS = [ViewSpec(augment="simclr", count=2)]
 
 
 class SimCLR(Method):
-    """SimCLR with the recipe that is standard on CIFAR-10.
+    """SimCLR with the paper's views and temperature for CIFAR-10, and its learning rate for ImageNet.
 
     Negatives come from every process, with gradients through the gather.
 
