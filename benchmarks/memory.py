@@ -67,7 +67,8 @@ def options_of(config: Path) -> Any:
 def main() -> None:
     print("| config | batch x views | MiB per view | activations, GiB | weights, gradients, states, GiB | sum, GiB |")
     print("|---|---|---|---|---|---|")
-    for config in sorted(CONFIGS.glob("*_resnet*.yaml")) + sorted(CONFIGS.glob("quickstart/s*.yaml")):
+    recipes = sorted([*CONFIGS.glob("*_cifar10.yaml"), *CONFIGS.glob("*_imagenet.yaml")])
+    for config in [*recipes, *sorted(CONFIGS.glob("quickstart/s*.yaml"))]:
         options = options_of(config)
         given = vars(options.model.init_args)
         module, _, name = options.model.class_path.rpartition(".")

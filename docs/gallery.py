@@ -53,7 +53,8 @@ def blocks(page: Path) -> Iterator[Block]:
 def main() -> None:
     """Run the tutorial's commands in full, next to the runs of ``make demo``, and copy all figures."""
     folder = ROOT / "runs" / "gallery"
-    for made in (folder, *(ROOT / "runs/quickstart" / name for name in ("hypersphere", "taught")), ROOT / COMPARED):
+    trained = [ROOT / "runs/quickstart" / name for name in ("hypersphere", "taught", "near")]
+    for made in (folder, *trained, ROOT / COMPARED):
         shutil.rmtree(made, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("configs", "runs"):

@@ -110,7 +110,7 @@ def print_summary(run: Run, trainer: L.Trainer, results: Mapping[str, float]) ->
     counts = {"epoch": trainer.current_epoch, "step": trainer.global_step}
     done = ", ".join(f"{n} {unit}{'' if n == 1 else 's'}" for unit, n in counts.items())
     table = Table(title=f"{run.directory.name}: {done}", title_justify="left")
-    table.add_column("figure")
+    table.add_column("metric")
     table.add_column("value", justify="right")
     names = {"test/acc": "test accuracy (classifier)", "test/knn": "test accuracy (20 nearest neighbours)"}
     for key, name in names.items():

@@ -48,6 +48,13 @@ CHECKS: tuple[Check, ...] = (
 """All checks, in the order of the report."""
 LONGEST = 300
 """Characters of an error's message that are shown."""
+OF_AUTOGRAD = {
+    "Trying to backward through the graph a second time": "keep x.detach(), not x, from one step to the next: in "
+    "queues, centres, moving averages",
+    "modified by an inplace operation": "change buffers in after_step, or give the loss a clone of them "
+    "(buffer.clone()): backward reads what the loss has read",
+}
+"""Part of an error's message to its fix; they come from the backward pass, where no line of the method runs."""
 
 
 def check_method(
@@ -115,5 +122,8 @@ def _checked(trial: Trial, name: str, check: Check) -> Verdict:
 
 def _raised(name: str, error: Exception) -> Verdict:
     message = " ".join(str(error).split())
+    for words, fix in OF_AUTOGRAD.items():
+        if words in message:
+            return Verdict(f"{type(error).__name__}: {message.partition(' (')[0].partition(': [')[0]}", fix, check=name)
     message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
     return Verdict(f"{type(error).__name__} in {line_of(error)}: {message}", fix="see there", check=name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-PLAIN = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+PLAIN = (str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size)
 NOT_STATE = frozenset(vars(L.LightningModule())) | {"_hparams_initial"}
 """Attributes of any module, which torch and Lightning keep."""
 
@@ -40,7 +40,7 @@ def copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def outside(method: nn.Module) -> dict[str, Tensor]:
-    """Tensors, arrays and random streams that hang on a module's attributes and are not in its ``state_dict``.
+    """Tensors, arrays, numbers and random streams on a module's attributes that are not in its ``state_dict``.
 
     Buffers that are not persistent are among them; metrics, which are computed anew in each epoch, are not.
 
@@ -48,13 +48,13 @@ def outside(method: nn.Module) -> dict[str, Tensor]:
         method: the module.
 
     Returns:
-        Path to a copy; a random stream as the bytes of its state.
+        Path to a copy; a random stream as the bytes of its state, a number as those of its text.
 
     Example:
-        >>> module = nn.Linear(2, 2)
-        >>> module.queue = [torch.zeros(3)]
+        >>> module = nn.Module()
+        >>> module.queue, module.position = [torch.zeros(3)], 0
         >>> list(outside(module))
-        ['queue[0]']
+        ['queue[0]', 'position']
     """
     known = {id(tensor) for tensor in method.state_dict(keep_vars=True).values()}
     known |= {id(parameter) for parameter in method.parameters()}
@@ -78,6 +78,9 @@ def outside(method: nn.Module) -> dict[str, Tensor]:
 
 def _walk(value: Any, seen: set[int], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
     """Tensors in a value, with the path that leads to each; ``seen`` are ids of what is not looked at."""
+    if isinstance(value, int | float):
+        yield "", torch.frombuffer(bytearray(repr(value).encode()), dtype=torch.uint8)
+        return
     if isinstance(value, (*PLAIN, nn.Module)) or callable(value) or id(value) in seen or not depth:
         return
     seen.add(id(value))

@@ -45,7 +45,7 @@ def resume(trial: Trial) -> Verdict:
 
 
 def checkpoint(trial: Trial) -> Verdict:
-    """Tensors and random streams that a step reads are in the checkpoint."""
+    """Tensors, numbers and random streams that a step reads are in the checkpoint."""
     main, resumed = trial.main, trial.resumed
     lost = differing(main.outside_when_saved, resumed.outside_at_start)
     if not lost:
@@ -55,7 +55,8 @@ def checkpoint(trial: Trial) -> Verdict:
     return Verdict(
         f"{listed(lost)} {verb(lost)} not in the checkpoint",
         fix=f"self.register_buffer({lost[0].rpartition('.')[2].partition('[')[0]!r}, tensor), persistent, changed in "
-        "place; a random stream: seed it from self.hparams['seed'] and self.trainer.global_step",
+        "place (a queue: ssl_geometry.methods.Queue); a random stream: seed it from self.hparams['seed'] and "
+        "self.trainer.global_step",
     )
 
 
@@ -102,7 +103,8 @@ def parameters(trial: Trial) -> Verdict:
     if names := list(main.without_gradient):
         return Verdict(
             f"{listed(names)} {verb(names, 'gets', 'get')} no gradient: DDP would stop the second step",
-            fix="use it in the loss, remove it, or set requires_grad_(False)",
+            fix="use it in the loss, remove it, or set requires_grad_(False) (a moving average: "
+            "ssl_geometry.methods.Teacher)",
         )
     trained = sum(parameter.requires_grad for parameter in main.method.parameters())
     return Verdict(f"all {trained} trainable tensors get a gradient")

@@ -180,6 +180,8 @@ def test_the_method_of_the_tutorial_learns(folder: Path) -> None:
     taught = read_checkpoint(Path("runs/quickstart/taught/checkpoints/last.ckpt"), "")
     weights = [taught["state_dict"][f"{network}backbone.conv1.weight"] for network in ("", "teacher.")]
     assert not torch.equal(*weights)
+    near = read_checkpoint(Path("runs/quickstart/near/checkpoints/last.ckpt"), "")
+    assert near["state_dict"]["queue.position"] > 0
     compared = read_records("runs/compare/hypersphere-simclr-supervised-untrained")
     assert set(compared["model"]) == {"hypersphere", "simclr", "supervised", "untrained"}
 

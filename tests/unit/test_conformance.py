@@ -183,6 +183,38 @@ class Manual(SimCLR):
         optimizer.step()
 
 
+class Counting(SimCLR):
+    """Where it is stands in a number of Python."""
+
+    step = 0
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        self.step += 1
+        return super().loss(outputs, batch) * self.step
+
+
+class KeepingGraphs(SimCLR):
+    """Its queue holds tensors with their history."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("rows", torch.ones(1, 128))
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        loss = super().loss(outputs, batch) + (outputs[0] @ self.rows.T).square().mean()
+        self.rows = outputs[1]
+        return loss
+
+
+class Overwriting(KeepingGraphs):
+    """Its queue changes between the loss and the backward pass."""
+
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        loss = super(KeepingGraphs, self).loss(outputs, batch) + (outputs[0] @ self.rows.T).square().mean()
+        self.rows.copy_(outputs[1][:1].detach())
+        return loss
+
+
 class Failing(SimCLR):
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         raise TypeError("no such thing")
@@ -200,10 +232,13 @@ class Diverging(SimCLR):
         (Growing, "resume", 'Unexpected key(s) in state_dict: "last"'),
         (Diverging, "trains", "the loss of batch 1 is inf"),
         (Failing, "trains", "TypeError in test_conformance.py:"),
+        (Counting, "checkpoint", "step is not in the checkpoint"),
+        (KeepingGraphs, "trains", "a second time -> keep x.detach(), not x, from one step to the next"),
+        (Overwriting, "trains", "inplace operation -> change buffers in after_step, or give the loss a clone"),
     ],
 )
 def test_what_else_is_found(method: type[Method], check: str, words: str) -> None:
-    assert words in faults(method, [check])[check].evidence
+    assert words in str(faults(method, [check])[check])
 
 
 def test_a_method_that_does_not_train_has_one_line() -> None:
@@ -273,7 +308,9 @@ def test_what_lies_outside_of_a_checkpoint() -> None:
     module.register_buffer("lost", torch.zeros(1), persistent=False)
     module.same, module.rows = module.weight, [torch.zeros(1), {"a": torch.zeros(2).numpy()}]
     module.generator, module.number = torch.Generator(), 3
-    assert set(outside(module)) == {"lost", "rows[0]", "rows[1]['a']", "generator"}
+    assert set(outside(module)) == {
+        *("lost", "rows[0]", "rows[1]['a']", "generator", "number", "in_features", "out_features")
+    }
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -223,7 +223,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
-    "config", [*CONFIGS.glob("*_resnet*.yaml"), *CONFIGS.glob("quickstart/s*.yaml")], ids=lambda path: path.stem
+    "config",
+    [*CONFIGS.glob("*_cifar10.yaml"), *CONFIGS.glob("*_imagenet.yaml"), *CONFIGS.glob("quickstart/s*.yaml")],
+    ids=lambda path: path.stem,
 )
 def test_configs_name_their_batch_memory_and_gpus(config: Path) -> None:
     comment = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))
