@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from docs.gallery import FIGURES, IMAGES
+from ssl_geometry import methods
 from tests.integration.test_fit import ROOT
 
 
@@ -41,6 +42,12 @@ def test_the_reference_comes_from_docstrings(site: Path) -> None:
     assert ":func:" not in page
     assert "<code>ssl_geometry.metrics.cka</code>" in page
     assert "Jackknife" in (site / "api" / "geometry" / "index.html").read_text().title()
+
+
+def test_what_a_method_is_made_of_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "api" / "methods.md").read_text()
+    modules = {getattr(methods, name).__module__ for name in methods.__all__}
+    assert not [module for module in sorted(modules) if f"::: {module}\n" not in page]
 
 
 def test_every_figure_is_there_and_shown() -> None:
