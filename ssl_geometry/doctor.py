@@ -64,7 +64,10 @@ def examine(args: Sequence[str]) -> None:
         _examine_machine(options, console)
     else:
         given = {word.partition("=")[0].removeprefix("--model.").partition(".")[0].rstrip("+") for word in words}
-        chosen = {name: value for name, value in options.model.as_dict().items() if name in given}
+        if "--model" in given:
+            raise UserError("--model: give its options one by one, --model.OPTION VALUE")
+        taken = options.model.as_dict() if "model" in options else {}
+        chosen = {name: value for name, value in taken.items() if name in given}
         _examine_method(method, chosen, options, console)
 
 
@@ -85,6 +88,8 @@ def _method(words: Sequence[str]) -> type | None:
             f"--method {path}: {first_line(error)}; expected the import path of a class, such as "
             "ssl_geometry.methods.SimCLR"
         ) from error
+    except Exception as error:
+        raise UserError(f"--method {path}: cannot be imported ({type(error).__name__}: {first_line(error)})") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"--method {path}: no subclass of ssl_geometry.methods.Method")
     return found
@@ -106,6 +111,8 @@ def _examine_method(method: Any, chosen: dict[str, Any], options: Any, console: 
 
     names = options.checks or [check.__name__ for check in CHECKS]
     names = [name for name in names if name != PARITY or not options.skip_parity]
+    if not names:
+        raise UserError(f"--checks [{PARITY}]: --skip_parity leaves nothing to check; leave it out")
     used = small_options(method, chosen).items()
     console.print(f"{method.__name__} with {', '.join(f'{name}={value}' for name, value in used)}", markup=False)
     wrong = 0

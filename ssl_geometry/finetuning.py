@@ -100,7 +100,7 @@ class FineTuning(Evaluation):
 
     def _trained(self, method: Method, frozen: FrozenFeatures, fraction: float, share: str) -> Supervised:
         """On the device of the features."""
-        given, device = method.init_args, frozen.train_labels.device
+        given, device = method.hparams, frozen.train_labels.device
         shared = ("backbone", "stem", "width", "patch_size", "image_size", "normalize", "center_crop", "channels_last")
         torch.manual_seed(SEED)
         network = Supervised(

@@ -63,7 +63,7 @@ def load_subjects(options: Any) -> dict[str, Loaded]:
     if len(trained) == len(networks):
         name, spec = next(iter(split_seeds(options.models)[0].items()))
         networks[UNTRAINED] = load_networks([f"{name}={spec}", f"{UNTRAINED}=random"])[UNTRAINED]
-    known = Method(backbone="resnet10").init_args
+    known = Method(backbone="resnet10").init_args.keys() - {"measured"}  # pixels have no teacher
     base = {key: value for key, value in first.method.init_args.items() if key in known}
     networks[PIXELS] = Loaded(PIXELS, RawPixels(**base), None, PIXELS)
     return networks

@@ -284,6 +284,8 @@ def parameters(owner: type) -> dict[str, inspect.Parameter]:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 annotation = hints.get(parameter.name, Any)
                 found.setdefault(parameter.name, parameter.replace(annotation=annotation))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+            break  # it hands nothing on
     return found
 
 

@@ -34,7 +34,7 @@ class StopOnNaN(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember a bad loss without waiting for the device."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs  # none of manual optimisation
         if isinstance(loss, Tensor):
             self._bad |= ~torch.isfinite(loss.detach())
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]

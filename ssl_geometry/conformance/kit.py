@@ -91,8 +91,14 @@ def check_method(
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(method, options or {}, Path(folder))
         names = list(known if checks is None else checks)
-        with alone():
-            trial.build()
+        try:
+            with alone():
+                trial.build()
+        except UserError:
+            raise
+        except Exception as error:
+            yield _raised("trains", error)
+            return
         try:
             with alone():
                 _ = trial.main

@@ -24,7 +24,7 @@ from ssl_geometry.methods.parts.optimizers import Optimizer, build_optimizer, co
 from ssl_geometry.methods.parts.teacher import Teacher
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone, import_path
-from ssl_geometry.ranges import Pixels, Seed, above, at_least, between, check_arguments
+from ssl_geometry.ranges import Pixels, Seed, above, at_least, between, check_arguments, parameters
 
 __all__ = ["Backbone", "Batch", "Decay", "Measured", "Method", "Optimizer", "Precision", "Rate", "Share"]
 
@@ -101,6 +101,8 @@ class Method(KNNEvaluation):
     """Views of each image that the loss takes; None for any number."""
     fewest_views = 1
     """How many the loss takes at least, where it takes any number."""
+    global_views = 0
+    """How many of the first views are global: none is larger."""
     steps_show_images = True
     """Whether the backbone's forwards of training steps see whole views; online probes learn from them."""
     backbone: nn.Module
@@ -111,6 +113,8 @@ class Method(KNNEvaluation):
     """What the loss reads; the identity until a subclass sets it."""
     teacher: Teacher | None
     """A moving average of backbone and head, where a subclass sets it; ``after_step`` must have it follow."""
+    set_by_class: set[str]
+    """Options of this class that a subclass sets itself, and does not take."""
     training_views: list[tuple[View, range]]
     """How training views are made, and the numbers of those that are made so."""
     clean_view: View
@@ -143,16 +147,21 @@ class Method(KNNEvaluation):
         check_arguments(Method, {k: v for k, v in locals().items() if not isinstance(v, nn.Module)}, "--model.")
         if min_lr > lr:
             raise UserError(f"--model.min_lr {min_lr:g}: above the learning rate, --model.lr {lr:g}")
-        self.save_hyperparameters(ignore="backbone")
-        self.hparams["backbone"] = backbone if isinstance(backbone, str) else import_path(backbone)
+        options = {name: value for name, value in locals().items() if name in parameters(Method)}
+        # in a command: what the class has as options, without those that it sets itself
+        self.save_hyperparameters(ignore=None if isinstance(backbone, str) else "backbone")
+        if not isinstance(backbone, str):
+            options["backbone"] = self.hparams["backbone"] = import_path(backbone)
+        self.set_by_class = options.keys() - self.hparams.keys()
+        self.hparams.update({name: options[name] for name in self.set_by_class})
         self.training_views = self._numbered(views, size=image_size, normalize=normalize, center_crop=center_crop)
-        sizes = {view.size for view, _ in self.training_views} | {image_size}
+        sizes = {view.size for view, _ in self.training_views}
         self.backbone = build_backbone(
             backbone,
             stem=stem,
             width=width,
             image_size=image_size,
-            any_size=len(sizes) > 1,
+            other_sizes=sizes - {image_size},
             patch_size=patch_size,
         )
         self.num_features = self.backbone.num_features  # type: ignore[assignment]
@@ -180,6 +189,13 @@ class Method(KNNEvaluation):
         if first < self.fewest_views or self.num_views not in (None, first):
             wanted = self.num_views or f"at least {self.fewest_views}"
             raise UserError(f"--model.views: {first} of each image; {type(self).__name__} takes {wanted}")
+        largest = max(view.size for view, _ in views)
+        for view, numbers in views:
+            if numbers.start < self.global_views and view.size < largest:
+                raise UserError(
+                    f"--model.views: view {numbers.start + 1} has {view.size} pixels, a later one {largest}; "
+                    f"{type(self).__name__} takes the global views first"
+                )
         return views
 
     # -- what a method gives -------------------------------------------------------------------------------------------
@@ -211,6 +227,8 @@ class Method(KNNEvaluation):
 
     def after_step(self, progress: float) -> None:
         """Called after each step of the optimiser: a teacher follows, schedules move on. Nothing, unless overridden.
+
+        A method that calls its optimisers itself (``automatic_optimization = False``) calls this itself as well.
 
         Args:
             progress: share of the run's optimiser steps that are done, in (0, 1].
@@ -331,9 +349,8 @@ class Method(KNNEvaluation):
     @property
     def init_args(self) -> dict[str, Any]:
         """The arguments that make this method again, as plain data."""
-        return {
-            name: value for name, value in self.hparams.items() if not name.startswith("_")
-        }  # the rest is Lightning's
+        taken = parameters(type(self)).keys() - self.set_by_class  # type: ignore[arg-type]
+        return {name: value for name, value in self.hparams.items() if name in taken}
 
     # -- optimiser and schedule ----------------------------------------------------------------------------------------
 

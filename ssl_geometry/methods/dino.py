@@ -40,7 +40,7 @@ class DINO(Method):
 
     learns_from_labels = False
     num_views = None
-    fewest_views = 2
+    fewest_views = global_views = 2
     teacher: Teacher
 
     def __init__(

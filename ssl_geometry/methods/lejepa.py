@@ -40,6 +40,7 @@ class LeJEPA(Method):
     learns_from_labels = False
     num_views = None
     fewest_views = 2
+    global_views = 1
 
     def __init__(
         self,

@@ -67,6 +67,8 @@ class MAE(Method):
         self.encoder = (MaskedVisionTransformerTIMM(vit, weight_initialization="skip"),)
         self.patch_size, self.prefix = vit.patch_embed.patch_size[0], vit.num_prefix_tokens
         self.patches = (self.view.size // self.patch_size) ** 2
+        if self.patches < 2:
+            raise UserError(f"--model.patch_size {self.patch_size}: a view is one patch; set patches of fewer pixels")
         self.visible = min(max(round((1 - mask_ratio) * self.patches), 1), self.patches - 1)
         self.decoder_embed = nn.Linear(self.num_features, decoder_dim)
         size = (decoder_dim, decoder_depth, decoder_dim // HEAD)
@@ -79,8 +81,7 @@ class MAE(Method):
 
     def order(self, index: Int64[Tensor, " B"]) -> Int64[Tensor, "B P"]:
         """Prefix tokens, then the visible patches, then the masked ones: a function of (seed, epoch, index)."""
-        seed, epoch = self.hparams["seed"], self.current_epoch
-        u = uniform(index, seed=seed, epoch=epoch, view=0, stream="mask", n=self.patches)
+        u = uniform(index, seed=self.hparams["seed"], epoch=self.current_epoch, view=0, stream="mask", n=self.patches)
         return F.pad(u, (self.prefix, 0), value=-1.0).argsort(dim=1, stable=True)
 
     def outputs(self, views: Any, batch: Batch) -> tuple[Tensor, ...]:

@@ -79,7 +79,7 @@ class MoCoV2(Method):
         queries = F.normalize(torch.cat(outputs[:half]))
         keys = [F.normalize(key) for key in outputs[half:]]
         positive = (queries * torch.cat(keys)).sum(1, keepdim=True)
-        negatives = queries @ self.queue.rows.clone().T  # the backward reads what a push would change
+        negatives = queries @ self.queue.rows.to(queries, copy=True).T  # the backward reads what a push would change
         for key in keys:  # view by view: the order of one process with all images
             self.queue.push(gathered(key))
         logits = torch.cat([positive, negatives], 1) / self.temperature

@@ -40,7 +40,7 @@ class SwAV(Method):
 
     learns_from_labels = False
     num_views = None
-    fewest_views = 2
+    fewest_views = global_views = 2
 
     def __init__(
         self,
@@ -70,19 +70,19 @@ class SwAV(Method):
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         """Each view finds the assignment of the other global view, or of both, over the temperature."""
         unit = [F.normalize(output) for output in outputs]
-        similarities = [self.prototypes(vectors) for vectors in unit]
-        queued = self._queued()
+        prototypes = self.prototypes.weight.to(unit[0].dtype)  # of a trainer whose weights are of half precision
+        similarities = [F.linear(vectors, prototypes) for vectors in unit]
+        queued = self._queued(prototypes.detach())
         targets = [sinkhorn(similarities[i] / self.hparams["epsilon"], queued[i]) for i in range(2)]
         for queue, vectors in zip(self.queues, unit, strict=False):
             queue.push(gathered(vectors.detach()))
         return swapped_cross_entropy(targets, [similarity / self.hparams["temperature"] for similarity in similarities])
 
-    @torch.no_grad()
-    def _queued(self) -> list[Tensor | None]:
+    def _queued(self, prototypes: Tensor) -> list[Tensor | None]:
         """Similarities of the images in the queues, over epsilon."""
         if not self.queues or self.current_epoch < self.hparams["queue_from_epoch"]:
             return [None, None]
-        return [self.prototypes(queue.rows) / self.hparams["epsilon"] for queue in self.queues]
+        return [F.linear(queue.rows.to(prototypes), prototypes) / self.hparams["epsilon"] for queue in self.queues]
 
     def on_after_backward(self) -> None:
         """The prototypes wait for features to become useful."""

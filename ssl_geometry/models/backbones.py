@@ -1,12 +1,12 @@
 """The backbones by name: ResNets, timm's vision transformers, and whatever an import path leads to."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ssl_geometry.errors import UserError, did_you_mean
+from ssl_geometry.errors import UserError, did_you_mean, first_line
 from ssl_geometry.models.evaluating import evaluating
 from ssl_geometry.models.resnet import RESNETS, ResNet, Stem
 from ssl_geometry.models.vit import build_vit, vit_names
@@ -33,7 +33,7 @@ def build_backbone(
     stem: Stem | None = None,
     width: float = 1.0,
     image_size: int | None = None,
-    any_size: bool = False,
+    other_sizes: Collection[int] = (),
     patch_size: int | None = None,
 ) -> nn.Module:
     """Build a network from images (B, 3, H, W) to features (B, num_features), randomly initialised by its name.
@@ -46,7 +46,7 @@ def build_backbone(
             convolution; None takes ``cifar`` for images of at most 64 pixels.
         width: multiplies every channel count of a ResNet.
         image_size: side of the images in pixels; None is the size in the name. A ResNet takes images of any size.
-        any_size: a vision transformer takes images of other sizes too, with interpolated position embeddings.
+        other_sizes: of images that it is to take as well; a vision transformer interpolates its position embeddings.
         patch_size: side of a vision transformer's patches in pixels; None is the size in the name.
 
     Returns:
@@ -76,15 +76,33 @@ def build_backbone(
     if stem is not None or width != 1:
         raise UserError(f"stem={stem!r} and width={width} are for ResNets; leave them out for backbone {name!r}")
     if isinstance(network, str):
-        return build_vit(network, image_size, any_size, patch_size)
-    size = image_size or 224
-    with evaluating(network), torch.no_grad():
-        features = network(torch.zeros(2, 3, size, size))
+        network = build_vit(network, image_size, bool(other_sizes), patch_size)
+        num_features = int(network.num_features)  # type: ignore[arg-type]
+    else:
+        size = image_size or 224
+        num_features = _count_features(network, name, size)
+        if getattr(network, "num_features", None) != num_features:
+            network.num_features = num_features  # type: ignore[assignment]
+    for other in sorted(other_sizes):
+        if (number := _count_features(network, name, other)) != num_features:
+            raise UserError(
+                f"backbone {name!r} gives {num_features} features, but {number} for images of {other} pixels; expected "
+                "features that are pooled over the image"
+            )
+    return network
+
+
+def _count_features(network: nn.Module, name: str, size: int) -> int:
+    """How many features a network gives for images of a size."""
+    try:
+        with evaluating(network), torch.no_grad():
+            features = network(torch.zeros(2, 3, size, size))
+    except Exception as error:  # whatever a network of the user's raises
+        raise UserError(f"backbone {name!r} does not take images of {size} pixels ({_in_short(error)})") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise UserError(f"backbone {name!r} gives {found} for two images, expected pooled features (2, D)")
-    network.num_features = features.shape[1]  # type: ignore[assignment]
-    return network
+    return features.shape[1]
 
 
 def import_path(network: nn.Module) -> str:
@@ -104,6 +122,10 @@ def _imported(path: str) -> nn.Module:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"backbone {path!r} is unknown; {why_unknown(path, [*RESNETS, *vit_names()])}") from error
+    except Exception as error:
+        raise UserError(
+            f"backbone {path!r} cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
     try:
         network = make()
     except TypeError as error:
@@ -111,9 +133,15 @@ def _imported(path: str) -> nn.Module:
             f"backbone {path!r} cannot be made without arguments ({error}); give the import path of a function that "
             "makes it"
         ) from error
+    except Exception as error:
+        raise UserError(f"backbone {path!r} cannot be made ({_in_short(error)})") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"backbone {path!r} makes {type(network).__name__}, expected a torch module")
     return network
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def why_unknown(name: str, known: Iterable[str]) -> str:

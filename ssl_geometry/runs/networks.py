@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     @property
     def architecture(self) -> str:
         """As in ``--model.backbone``."""
-        return str(self.method.init_args.get("backbone"))
+        return str(self.method.hparams.get("backbone"))
 
     @property
     def source(self) -> str:
@@ -261,6 +261,7 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
     except (KeyError, RuntimeError, TypeError) as error:
         reason = _shortened(str(error).strip().splitlines()[-1].strip())
         raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
+    network.set_by_class |= network.init_args.keys() - method["init_args"].keys()
     epoch = checkpoint.get("epoch", -1)
     if not isinstance(epoch, int):
         raise UserError(f"{option} {path}: its epoch is damaged ({str(epoch)[:60]!r}, expected a whole number)")

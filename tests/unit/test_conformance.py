@@ -220,6 +220,19 @@ class Failing(SimCLR):
         raise TypeError("no such thing")
 
 
+class Unbuilt(SimCLR):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        raise ValueError("no such thing")
+
+
+class Fixed(SimCLR):
+    """Takes no option."""
+
+    def __init__(self) -> None:
+        super().__init__(backbone=f"{__name__}.where_compiled", image_size=16)
+
+
 class Diverging(SimCLR):
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         return super().loss(outputs, batch) * torch.inf
@@ -235,6 +248,7 @@ class Diverging(SimCLR):
         (Counting, "checkpoint", "step is not in the checkpoint"),
         (KeepingGraphs, "trains", "a second time -> keep x.detach(), not x, from one step to the next"),
         (Overwriting, "trains", "inplace operation -> change buffers in after_step, or give the loss a clone"),
+        (Unbuilt, "trains", "ValueError in test_conformance.py:"),
     ],
 )
 def test_what_else_is_found(method: type[Method], check: str, words: str) -> None:
@@ -336,9 +350,20 @@ def test_options_of_the_method_are_those_of_fit(capsys: pytest.CaptureFixture[st
     assert "temperature" not in shown
 
 
+def test_a_method_without_options(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main([f"--method={__name__}.Fixed", "--checks=[parameters]"])
+    assert "fine parameters" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--method=tests.faulty_methods.unimportable.X"], "cannot be imported .ZeroDivisionError: division by zero"),
+        (["--method=ssl_geometry.methods.SimCLR", '--model={"temperature":1}'], "--model: give its options one by one"),
+        (
+            ["--method=ssl_geometry.methods.SimCLR", "--checks=[two_processes]", "--skip_parity"],
+            "--skip_parity leaves nothing to check",
+        ),
         (["--method=ssl_geometry.methods.SimCR"], "--method ssl_geometry.methods.SimCR: .*expected the import path"),
         (["--method=torch.nn.Linear"], "--method torch.nn.Linear: no subclass of ssl_geometry.methods.Method"),
         (["--method=ssl_geometry.methods.SimCLR", "--model.temprature=1"], "did you mean '--model.temperature'"),

@@ -18,7 +18,7 @@ PIXELS = [{"augment": "none"}]
 
 
 def mae(**options: Any) -> MAE:
-    return by_hand(build("MAE", views=PIXELS, **options), 1)  # type: ignore[return-value]
+    return by_hand(build("MAE", **{"views": PIXELS, **options}), 1)  # type: ignore[return-value]
 
 
 def views(method: MAE) -> list[torch.Tensor]:
@@ -115,3 +115,8 @@ def test_other_backbones_are_refused(backbone: str) -> None:
 def test_a_decoder_that_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"--model\.decoder_dim 40: expected a multiple of 32"):
         build("MAE", decoder_dim=40)
+
+
+def test_one_patch_leaves_nothing_to_see() -> None:
+    with pytest.raises(UserError, match=r"^--model\.patch_size 4: a view is one patch; set patches"):
+        mae(views=[{"augment": "none", "size": 4}])

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ssl_geometry import methods
+from ssl_geometry.callbacks.finite import StopOnNaN
 from ssl_geometry.data.datamodule import DataModule
 from ssl_geometry.data.views import View, ViewSpec
 from ssl_geometry.errors import UserError
+from ssl_geometry.fit import fit
 from ssl_geometry.measure import Subject
 from ssl_geometry.methods import Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
-from ssl_geometry.runs.networks import load_method
-from tests.methods import METHODS, RESNET, build, by_hand, images
+from ssl_geometry.probe import load_subjects
+from ssl_geometry.runs.networks import load_method, load_networks
+from tests.methods import METHODS, RESNET, as_options, build, by_hand, images
 from tests.training import quiet_trainer
 
 BATCH = images(4)
@@ -102,6 +106,14 @@ def test_mistakes_in_views(views: Any, message: str) -> None:
         SimCLR(**RESNET, views=views)
 
 
+@pytest.mark.parametrize("name", ["DINO", "SwAV", "LeJEPA"])
+def test_global_views_come_first(name: str) -> None:
+    views = [ViewSpec(augment="crop", size=8, count=2), ViewSpec(augment="crop", count=2)]
+    with pytest.raises(UserError, match=rf"view 1 has 8 pixels, a later one 16; {name} takes the global views first"):
+        build(name, views=views)
+    assert len(build(name, views=views[::-1]).training_views) == 2
+
+
 def test_views_made_one_way_are_as_many_as_the_method_takes() -> None:
     assert SimCLR(**RESNET, views=[ViewSpec(augment="crop")]).training_views[0][1] == range(2)
 
@@ -175,6 +187,42 @@ def test_betas_are_those_of_adamw() -> None:
         Method(**RESNET, betas=(0.9, 1.5))
 
 
+def test_an_overfitted_batch_is_the_same_in_each_epoch(tmp_path: Path) -> None:
+    method, seen = Any_(**RESNET), list[Tensor]()
+    method.loss = lambda outputs, batch: (seen.append(batch["index"]), outputs[0].sum())[1]  # type: ignore
+    train(method, tmp_path, overfit_batches=2, max_epochs=2)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[2])
+
+
+class Manual(Any_):
+    """Calls its optimiser itself."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_manual_optimisation_has_no_loss_to_look_at(tmp_path: Path) -> None:
+    assert train(Manual(**RESNET), tmp_path, callbacks=[StopOnNaN()]).global_step == 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_of_half_precision(name: str) -> None:
+    """As with ``--trainer.precision bf16-true``; the loss stays in float32."""
+    method = by_hand(build(name).to(torch.bfloat16), 1)
+    loss = method.training_step(BATCH, 0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+
+
 # -- which network is measured ---------------------------------------------------------------------------------------
 
 
@@ -209,6 +257,29 @@ def of_text() -> str:
     return "no network"
 
 
+def raising() -> nn.Module:
+    raise OSError("no weights\nthere")
+
+
+def of_one_size() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+
+
+def unpooled() -> nn.Module:
+    return nn.Flatten()
+
+
+class Counted(nn.Module):
+    """Knows how many features it gives."""
+
+    @property
+    def num_features(self) -> int:
+        return 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
 def with_arguments(width: int) -> nn.Module:
     return nn.Linear(width, width)
 
@@ -234,14 +305,25 @@ def test_a_backbone_by_import_path_and_as_a_module(tmp_path: Path) -> None:
         (f"{HERE}.with_arguments", "cannot be made without arguments"),
         (f"{HERE}.missing", "is unknown"),
         ("no_such_package.net", "is unknown"),
+        (f"{HERE}.raising", r"cannot be made \(OSError: no weights\)"),
+        ("tests.faulty_methods.unimportable.net", r"cannot be imported \(ZeroDivisionError: division by zero\)"),
+        (f"{HERE}.of_one_size", r"does not take images of 16 pixels \(RuntimeError: .*\)"),
+        (f"{HERE}.unpooled", "gives 768 features, but 300 for images of 10 pixels; expected features that are pooled"),
+        ("tests.methods.tiny_vit", r"does not take images of 10 pixels \(AssertionError: Input height \(10\)"),
+        ("vit_tiny_patch16_224", r"does not take images of 10 pixels \(AssertionError: Input height \(10\)"),
     ],
 )
 def test_mistakes_in_backbones(backbone: str, message: str) -> None:
+    views = [ViewSpec(augment="crop"), ViewSpec(augment="crop", size=10)]
     with pytest.raises(UserError, match=message) as error:
-        Method(backbone=backbone, image_size=16)
+        Any_(backbone=backbone, image_size=16, views=views)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="for ResNets"):
         Method(backbone=f"{HERE}.flat", image_size=16, width=0.5)
+
+
+def test_a_backbone_that_knows_its_features() -> None:
+    assert Method(backbone=f"{HERE}.Counted", image_size=16).num_features == 3
 
 
 def test_the_patch_size_is_in_the_checkpoint(tmp_path: Path) -> None:
@@ -260,3 +342,54 @@ def test_a_checkpoint_does_not_decide_which_backbone_is_imported(tmp_path: Path)
     torch.save(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match=r"antigravity\.geohash is not imported on the word of a checkpoint"):
         load_method(tmp_path / "a.ckpt")
+
+
+# -- options that a class sets itself ----------------------------------------------------------------------------------
+
+
+class Setting(SimCLR):
+    """Takes some options and sets others."""
+
+    def __init__(self, weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(optimizer="adamw", lr=1e-3, **kwargs)
+
+
+class Taking(SimCLR):
+    """Takes one option."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(**RESNET, measured="student", seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "option"),
+    [(Setting, RESNET, "--model.weight=2"), (Taking, {}, "--seed_everything=5")],
+)
+def test_a_class_may_set_options_itself(cls: type[Method], given: dict[str, Any], option: str, tmp_path: Path) -> None:
+    """Its checkpoint names those that it takes; trained by the command, which knows no others."""
+    run = fit(
+        [
+            *(f"--model={HERE}.{cls.__name__}", *as_options("model", given), option),
+            *("--data.dataset=digits", "--data.limit_train=32", "--data.limit_test=16", "--data.measure_size=16"),
+            *("--data.batch_size=16", "--trainer.max_epochs=1", "--loggers=[]", f"--runs={tmp_path}"),
+            *("--cka.every_n_epochs=0", "--probes.every_n_epochs=0"),
+        ]
+    )
+    trained = load_method(run.directory)
+    assert trained.architecture == "resnet10"
+    assert trained.method.hparams["lr"] == {Setting: 1e-3, Taking: 0.3}[cls]
+    assert trained.method.init_args.keys().isdisjoint({"lr", "optimizer"})
+    assert len(load_networks([f"a={run.directory}", "b=random"])) == 2
+
+
+def test_pixels_next_to_a_teacher(tmp_path: Path) -> None:
+    """``probe`` measures raw pixels seen as the first network sees images."""
+    method, file = build("DINO", measured="teacher"), tmp_path / "a.ckpt"
+    nn.init.normal_(method.head.last_layer.weight)  # type: ignore[union-attr, arg-type]
+    checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "epoch": 0, "pytorch-lightning_version": "2"}
+    method.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, file)
+    subjects = load_subjects(SimpleNamespace(models=[f"a={file}"]))
+    assert [Subject.of(loaded.method).network is loaded.method.teacher for loaded in subjects.values()] == [
+        *(True, True, False)
+    ]

@@ -1,0 +1,3 @@
+"""Fails while it is imported, unlike a module that is not there."""
+
+net = 1 / 0
