@@ -275,7 +275,7 @@ class DataModule(L.LightningDataModule):
                 f"{fewer} leaves out {self.num_train % fewer}"
             )
         slices = shares(self.num_train, self.batch_size, self._rank, self._world_size)
-        overfits = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]  # same images in each epoch
+        overfits = getattr(self.trainer, "overfit_batches", 0)  # on the same images in each epoch
         self._train_loader = self._loader("train", self._rows["train"], slices, None if overfits else self.seed)
         self._train_loader.load_state_dict(self._resume)
         return self._train_loader
