@@ -210,7 +210,6 @@ class DataModule(L.LightningDataModule):
             logger.info(f"{data_option('batch_size')} {self.batch_size} (by default {BATCH_SIZE}): {there}")
         self.image_shape = train.shape
         labelled = (train.labels.view(len(train), -1) >= 0).all(1).nonzero().squeeze(1)  # STL-10 has others
-        self.num_unlabelled = len(train) - len(labelled)
         self._rows = {
             "train": torch.arange(n_val, len(train)),
             "val": labelled[labelled < n_val],
@@ -218,6 +217,7 @@ class DataModule(L.LightningDataModule):
             "measure": shuffled(self.measure_size, FIXED, 1),
             "bank": labelled[labelled >= n_val][:BANK_SIZE],
         }
+        self.num_unlabelled = self.num_train - int((labelled >= n_val).sum())
         if self.trainer:
             sizes = {"training": self.num_train, "validation": len(self._rows["val"]), "test": len(test)}
             counts = ", ".join(f"{n:,} {split}" for split, n in sizes.items())
