@@ -10,6 +10,7 @@ import traceback
 from contextlib import suppress
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ssl_geometry.callbacks import LostProcess, data_worker_died
 from ssl_geometry.devices import less_memory, out_of_memory
@@ -48,6 +49,8 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         return error
     if isinstance(error, ValueError) and _is_of_numbers(error):
         return UserError(words)
+    if isinstance(error, MisconfigurationException):  # what Lightning finds wrong with options and modules
+        return UserError(" ".join(words.split()))
     if data_worker_died(error):
         reason = words.partition(NEWLINE)[0].rstrip(" .")
         message = f"a DataLoader worker died ({reason}): if memory ran out, lower --data.num_workers"

@@ -1,11 +1,13 @@
 """Checks of whole trainings: what is left behind, what is the same again."""
 
+import torch
 from torch import Tensor, nn
 
 from ssl_geometry.conformance.state import differing, same
 from ssl_geometry.conformance.trial import SAVED_AFTER, Trial, Witness
 from ssl_geometry.conformance.verdict import NotApplicable, Verdict, listed, verb
 from ssl_geometry.geometry.spectrum import mean_cosine, rankme
+from ssl_geometry.methods import Method
 
 LEFT = 0.25
 """Features collapse where their mean cosine has come closer to 1, by at least this factor, and their RankMe falls."""
@@ -47,6 +49,12 @@ def resume(trial: Trial) -> Verdict:
 def checkpoint(trial: Trial) -> Verdict:
     """Tensors, numbers and random streams that a step reads are in the checkpoint."""
     main, resumed = trial.main, trial.resumed
+    assert main.save_to is not None
+    if "method" not in torch.load(main.save_to, weights_only=True):
+        return Verdict(
+            "it does not name its class and options, so that no command but fit can read it",
+            fix="call super().on_save_checkpoint(checkpoint) in yours",
+        )
     lost = differing(main.outside_when_saved, resumed.outside_at_start)
     if not lost:
         return Verdict(f"{len(main.state)} tensors in the checkpoint; what is outside of it stays as it was built")
@@ -64,6 +72,11 @@ def accumulation(trial: Trial) -> Verdict:
     """Gradients of several batches may make one step: moving averages and schedules then move once."""
     main = trial.main
     if not main.method.automatic_optimization:
+        if type(main.method).after_step is not Method.after_step and not main.progresses:
+            return Verdict(
+                "after_step is never called",
+                fix="a method that calls its optimiser itself calls self.after_step(self.progress) after it as well",
+            )
         raise NotApplicable("it calls its optimiser itself (manual optimisation)")
     if main.moved_between:
         return Verdict(

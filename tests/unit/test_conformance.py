@@ -13,7 +13,7 @@ from ssl_geometry.conformance import CHECKS, Verdict, check_method
 from ssl_geometry.conformance.state import outside
 from ssl_geometry.conformance.waits import Waits
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods import Method, SimCLR
+from ssl_geometry.methods import Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
 from tests.faulty_methods.working import Distilled, Queued
 from tests.methods import METHODS
@@ -183,6 +183,23 @@ class Manual(SimCLR):
         optimizer.step()
 
 
+class ManualWithTeacher(Manual):
+    """Its teacher never moves."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher = Teacher(self)
+
+    def after_step(self, progress: float) -> None:
+        assert self.teacher is not None
+        self.teacher.follow(self, 0.9)
+
+
+class Unnamed(SimCLR):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+
 class Counting(SimCLR):
     """Where it is stands in a number of Python."""
 
@@ -245,6 +262,8 @@ class Diverging(SimCLR):
         (Growing, "resume", 'Unexpected key(s) in state_dict: "last"'),
         (Diverging, "trains", "the loss of batch 1 is inf"),
         (Failing, "trains", "TypeError in test_conformance.py:"),
+        (ManualWithTeacher, "accumulation", "after_step is never called -> "),
+        (Unnamed, "checkpoint", "does not name its class and options"),
         (Counting, "checkpoint", "step is not in the checkpoint"),
         (KeepingGraphs, "trains", "a second time -> keep x.detach(), not x, from one step to the next"),
         (Overwriting, "trains", "inplace operation -> change buffers in after_step, or give the loss a clone"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ssl_geometry.cli import run_command
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
@@ -110,6 +111,14 @@ def test_ctrl_c_names_the_run_to_continue(tmp_path: Path, error: BaseException) 
     ended = explain(error, Run(tmp_path), trainer, None)
     assert isinstance(ended, Interrupted)
     assert (str(ended), ended.code) == (f"interrupted; continue with --resume {tmp_path}", ExitCode.INTERRUPTED)
+
+
+def test_what_lightning_refuses_is_one_line(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(world_size=1)
+    error = MisconfigurationException("0.01 * 4 < 1.\nIncrease `limit_train_batches`.")
+    ended = explain(error, Run(tmp_path), trainer, None)
+    assert isinstance(ended, UserError)
+    assert str(ended) == "0.01 * 4 < 1. Increase `limit_train_batches`."
 
 
 def test_a_worker_that_was_killed_is_said_plainly(tmp_path: Path) -> None:
