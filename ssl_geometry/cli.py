@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from ssl_geometry.errors import ExitCode, Interrupted, UserError, did_you_mean
+from ssl_geometry.errors import ExitCode, Interrupted, UserError, did_you_mean, first_line
 from ssl_geometry.ranges import check_arguments, check_value, expected, imported, parameters, range_of
 
 TYPES = {
@@ -166,6 +166,8 @@ def one_line(message: str, hints: Mapping[str, Any]) -> str:
     if paths and (problem := next((i for i, line in enumerate(inner) if "class_path" in line), None)) is not None:
         return _class_problem(option, paths[-1], " ".join(inner[problem + 1 : problem + 2]))
     given = [line.partition("Given value: ")[2] for line in inner if "Given value: " in line]
+    if given and "LightningModule" in " ".join(inner):
+        return _no_class(option, given[0])
     given += [line.partition("Got value: ")[2] for line in inner if "Got value: " in line]
     value = {"None": "null", "True": "true", "False": "false"}.get(given[0], given[0]) if given else ""
     hint = hints.get(option.removeprefix("--"))
@@ -236,6 +238,18 @@ def _class_problem(option: str, path: str, reason: str) -> str:
             return f"{option} {path}: {module_name} has no {name}; {did_you_mean(name, classes)}"
     example = "measure.CKA" if option == "--measurements" else "methods.SimCLR"
     return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.{example}"
+
+
+def _no_class(option: str, path: str) -> str:
+    """A path that names no class, or a class in a file that cannot be imported."""
+    reason = "names no class"
+    try:
+        importlib.import_module(path.rpartition(".")[0] or path)
+    except ImportError as error:
+        reason = first_line(error)
+    except Exception as error:  # whatever a file of the user raises
+        return f"{option} {path}: cannot be imported ({type(error).__name__}: {first_line(error)})"
+    return f"{option} {path}: {reason}; expected the import path of a class, such as ssl_geometry.methods.SimCLR"
 
 
 def in_words(error: OSError) -> str:

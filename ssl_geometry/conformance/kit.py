@@ -131,5 +131,8 @@ def _raised(name: str, error: Exception) -> Verdict:
     for words, fix in OF_AUTOGRAD.items():
         if words in message:
             return Verdict(f"{type(error).__name__}: {message.partition(' (')[0].partition(': [')[0]}", fix, check=name)
+    if isinstance(error, UserError):
+        evidence, _, fix = message.partition("; ")
+        return Verdict(evidence, fix=fix or "see there", check=name)
     message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
     return Verdict(f"{type(error).__name__} in {line_of(error)}: {message}", fix="see there", check=name)

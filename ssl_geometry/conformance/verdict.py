@@ -1,6 +1,7 @@
 """What a check found: it holds, it does not and why, or it does not apply."""
 
 import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parent
 NOT_THE_METHODS = (*(f"{Path(str(module.__file__)).parent}/" for module in (torch, lightning)), f"{HERE}/")
 """Folders whose lines are not what a method's author can change."""
+STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
+INSTALLED = "/site-packages/"
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,14 @@ def innermost(frames: Iterable[tuple[str, int]]) -> str:
     A line of another package, or of the base of all methods, comes with the line that called it.
 
     Example:
-        >>> innermost([(f"{HERE}/trial.py", 1), ("/home/me/my_method.py", 40)])
+        >>> innermost([(f"{HERE}/trial.py", 1), (sysconfig.__file__, 1), ("/home/me/my_method.py", 40)])
         'my_method.py:40'
     """
     lines: list[str] = []
     for file, number in frames:
-        if file.startswith((*NOT_THE_METHODS, "<")) or "importlib" in file:
+        if file.startswith((*NOT_THE_METHODS, "<")) or (file.startswith(STANDARD_LIBRARY) and INSTALLED not in file):
             continue
-        library = file.startswith(str(PACKAGE)) or "/site-packages/" in file
+        library = file.startswith(str(PACKAGE)) or INSTALLED in file
         if not (library and lines):
             lines.append(f"{Path(file).name}:{number}")
         if not library:

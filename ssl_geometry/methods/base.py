@@ -310,7 +310,10 @@ class Method(KNNEvaluation):
         outputs = self.outputs(views, batch)
         with autocast_off:
             full = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
-            loss = self.loss(tuple(full), batch)
+            loss: Any = self.loss(tuple(full), batch)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(f"{type(self).__name__}.loss returns {returned}; expected a scalar, the mean over images")
         self.log_mean("train/loss", loss)
         return loss
 

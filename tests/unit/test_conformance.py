@@ -232,6 +232,11 @@ class Overwriting(KeepingGraphs):
         return loss
 
 
+class PerImage(SimCLR):
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        return outputs[0].mean(1)
+
+
 class Failing(SimCLR):
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         raise TypeError("no such thing")
@@ -264,6 +269,7 @@ class Diverging(SimCLR):
         (Failing, "trains", "TypeError in test_conformance.py:"),
         (ManualWithTeacher, "accumulation", "after_step is never called -> "),
         (Unnamed, "checkpoint", "does not name its class and options"),
+        (PerImage, "trains", "PerImage.loss returns a tensor of shape (8,) -> expected a scalar"),
         (Counting, "checkpoint", "step is not in the checkpoint"),
         (KeepingGraphs, "trains", "a second time -> keep x.detach(), not x, from one step to the next"),
         (Overwriting, "trains", "inplace operation -> change buffers in after_step, or give the loss a clone"),

@@ -128,6 +128,7 @@ FIT = """
 --loggers [wandbb]: expected one of wandb, tensorboard, csv
 --model no_such.Thing: No module named 'no_such'; expected the import path of a class
 --model ssl_geometry.methods.SimCRL: ssl_geometry.methods has no SimCRL; did you mean 'SimCLR'?
+--model tests: names no class; expected the import path of a class
 """
 COMPARE = """
 --cka.gram_size 3: expected a whole number of at least 4
@@ -295,6 +296,15 @@ def test_fit(cli: FitCLI, capsys: pytest.CaptureFixture[str], option: str, value
     if value in ("cuda", "gpu") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert_said(refused(capsys, lambda: read(cli, [*QUICK, f"{option}={value}"])), option, value, words)
+
+
+def test_a_method_in_an_unfinished_file(
+    cli: FitCLI, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unfinished.py").write_text("class Mine(\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    error = refused(capsys, lambda: read(cli, [*QUICK, "--model=unfinished.Mine"]))
+    assert "--model unfinished.Mine: cannot be imported (SyntaxError: '(' was never closed (unfinished.py" in error
 
 
 @pytest.mark.parametrize(
