@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ssl_geometry.callbacks import LostProcess, data_worker_died
 from ssl_geometry.devices import less_memory, out_of_memory
 from ssl_geometry.errors import ExitCode, Interrupted, UserError
+from ssl_geometry.runs.networks import shortened
 from ssl_geometry.runs.run import PARENT_VARIABLE, Run, is_first_process
 from ssl_geometry.runs.slurm import requeue, this_task
 
@@ -63,7 +64,7 @@ def explain(error: BaseException, run: Run, trainer: L.Trainer, checkpoint_at_st
         ours = error.errno in DISK or str(error.filename).startswith(str(run.directory))
         return UserError(_how_to_continue(f"{run.directory}: {error}" if ours else words, run))
     if "Error(s) in loading state_dict" in words:
-        reason = words.splitlines()[1].strip()
+        reason = shortened(words.splitlines()[1].strip())
         return UserError(f"--resume {run.resumed_from}: a checkpoint of another architecture ({reason})")
     if trainer.world_size > 1 and re.search(LOST, words):
         return _lost(error, run, checkpoint_at_start)

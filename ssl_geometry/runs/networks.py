@@ -259,7 +259,7 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
     try:
         network.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError, TypeError) as error:
-        reason = _shortened(str(error).strip().splitlines()[-1].strip())
+        reason = shortened(str(error).strip().splitlines()[-1].strip())
         raise UserError(f"{option} {path}: its weights do not fit its own description ({reason})") from error
     network.set_by_class |= network.init_args.keys() - method["init_args"].keys()
     epoch = checkpoint.get("epoch", -1)
@@ -268,11 +268,11 @@ def load_method(path: str | Path, option: str = "path") -> Loaded:
     return Loaded(name, network, epoch + 1)
 
 
-def _shortened(reason: str) -> str:
+def shortened(reason: str) -> str:
     """Torch's error about weights, with the first three of the parameters that it lists.
 
     Example:
-        >>> _shortened('Missing key(s) in state_dict: "a", "b", "c", "d", "e". ')
+        >>> shortened('Missing key(s) in state_dict: "a", "b", "c", "d", "e". ')
         'Missing key(s) in state_dict: "a", "b", "c" and 2 more.'
     """
     names = re.findall(r'"[^"]*"', reason)

@@ -113,6 +113,14 @@ def test_ctrl_c_names_the_run_to_continue(tmp_path: Path, error: BaseException) 
     assert (str(ended), ended.code) == (f"interrupted; continue with --resume {tmp_path}", ExitCode.INTERRUPTED)
 
 
+def test_of_many_weights_that_are_missing_three_are_named(tmp_path: Path) -> None:
+    trainer, run = SimpleNamespace(world_size=1), SimpleNamespace(resumed_from="a.ckpt")
+    missing = ", ".join(f'"teacher.{number}"' for number in range(70))
+    error = RuntimeError(f"Error(s) in loading state_dict for DINO:\n\tMissing key(s) in state_dict: {missing}. ")
+    ended = str(explain(error, run, trainer, None))  # type: ignore[arg-type]
+    assert ended.endswith('(Missing key(s) in state_dict: "teacher.0", "teacher.1", "teacher.2" and 67 more.)')
+
+
 def test_what_lightning_refuses_is_one_line(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(world_size=1)
     error = MisconfigurationException("0.01 * 4 < 1.\nIncrease `limit_train_batches`.")
