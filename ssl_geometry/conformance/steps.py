@@ -110,17 +110,15 @@ def autocast(trial: Trial) -> Verdict:
 
 
 def compile(trial: Trial) -> Verdict:
-    """With a compiled backbone, loss and gradients are those of the eager one."""
+    """With its parts compiled, loss and gradients of a method are those of the eager one."""
     batch, method = trial.main.batches[0], trial.copy()
     loss, gradients = step(trial.copy(), batch)
-    for network in (method, method.teacher):
-        if network is not None:
-            network.backbone.compile(dynamic=False, backend="aot_eager")
+    method.compile_parts(backend="aot_eager")
     torch._dynamo.reset()
     graphs = counters["stats"]["unique_graphs"]
     found, others = step(method, batch)
     if counters["stats"]["unique_graphs"] == graphs:
-        raise NotApplicable("a step does not call self.backbone as a whole")
+        raise NotApplicable("a step calls none of self.compiled_parts as a whole")
     evidence = f"loss {float(loss):.6g} eagerly, {float(found):.6g} compiled"
     largest = max((gradient.abs().max() for gradient in gradients.values()), default=loss.new_zeros(()))
     apart = [

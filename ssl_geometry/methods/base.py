@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ssl_geometry.data.views import Augment, View, ViewSpec
 from ssl_geometry.errors import UserError
 from ssl_geometry.methods.parts.compilation import is_compiled
 from ssl_geometry.methods.parts.evaluation import NEIGHBORS, Batch, KNNEvaluation, Precision
 from ssl_geometry.methods.parts.optimizers import Optimizer, build_optimizer, cosine_schedule, decay_groups
+from ssl_geometry.methods.parts.queue import Queue
 from ssl_geometry.methods.parts.teacher import Teacher
 from ssl_geometry.metrics import KNNAccuracy
 from ssl_geometry.models import build_backbone, import_path
@@ -85,8 +87,9 @@ class Method(KNNEvaluation):
         measured: of methods with a teacher, which network is evaluated and measured: student, teacher, or both (then
             the student's is the accuracy in ``val/knn``).
         channels_last: keep convolutions in the channels-last memory format.
-        compile: compile the backbone with torch.compile while it trains, on CUDA the pixels of the training views as
-            well; None does on CUDA, unless the trainer is deterministic. What is evaluated or measured runs eagerly.
+        compile: compile the backbone (of MAE, the blocks of encoder and decoder) with torch.compile while it trains,
+            on CUDA the pixels of the training views as well; None does on CUDA, unless the trainer is deterministic.
+            What is evaluated or measured runs eagerly.
         eval_precision: of the features of validation: float32; or training, which is faster, and where that precision
             is mixed stands in the name, such as ``val/knn_bf16-mixed``. Tests are in float32.
         seed: of the random views; fit sets it to ``--seed_everything``.
@@ -105,6 +108,8 @@ class Method(KNNEvaluation):
     """How many of the first views are global: none is larger."""
     steps_show_images = True
     """Whether the backbone's forwards of training steps see whole views; online probes learn from them."""
+    compiled_parts: tuple[str, ...] = ("backbone", "teacher.backbone")
+    """Paths of the modules that are compiled while it trains: those that training steps call as a whole."""
     backbone: nn.Module
     """Images to pooled features."""
     num_features: int
@@ -288,14 +293,35 @@ class Method(KNNEvaluation):
         """Share of the run's optimiser steps that are done, in [0, 1], for schedules of a loss."""
         return min(1.0, self.trainer.global_step / self.total_steps)
 
+    def configure_model(self) -> None:
+        """Have DDP leave out queues, which it would send before each forward: all processes push the same."""
+        queues = [(path, part) for path, part in self.named_modules() if isinstance(part, Queue)]
+        equal = [f"{path}.{name}" for path, queue in queues for name, _ in queue.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, equal)
+
     def on_fit_start(self) -> None:
-        """Compile what training steps run; the first of them does it, on the device and with the monitors' hooks."""
+        """Queues begin alike; and what training steps run is compiled.
+
+        The first step compiles, on the device and with the monitors' hooks.
+        """
+        if dist.is_initialized():
+            for part in self.modules():
+                if isinstance(part, Queue):  # a script may not have seeded its processes
+                    dist.broadcast(part.rows, src=0)
         if is_compiled(self.hparams["compile"], self.device):
-            self.backbone.compile(dynamic=False)
-            if self.teacher is not None:
-                self.teacher.backbone.compile(dynamic=False)
+            self.compile_parts()
             if self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
                 self._compiled = [view.compiled() for view, _ in self.training_views]
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile the modules of ``compiled_parts`` in place, when a step first calls them.
+
+        Args:
+            options: of torch.compile.
+        """
+        for name, part in self.named_modules():
+            if name in self.compiled_parts:
+                part.compile(dynamic=False, **options)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Views, the networks' outputs for them, then the method's loss."""
@@ -307,9 +333,8 @@ class Method(KNNEvaluation):
                 seed, epoch = self.hparams["seed"], self.current_epoch
                 made = make(batch["image"], batch["index"], seed=seed, epoch=epoch, view=numbers)
                 views += made.chunk(len(numbers))
-        outputs = self.outputs(views, batch)
+        full = [out.to(torch.promote_types(out.dtype, torch.float32)) for out in self.outputs(views, batch)]
         with autocast_off:
-            full = [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs]
             loss: Any = self.loss(tuple(full), batch)
         if not isinstance(loss, Tensor) or loss.ndim:
             returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -82,7 +82,7 @@ class DINO(Method):
         (start, end), epochs = self.hparams["teacher_temperature"], self.hparams["warmup_teacher_epochs"]
         temperature = start + (end - start) * min(1, self.current_epoch / epochs) if epochs else end
         targets = [((output - self.center.value) / temperature).softmax(1) for output in teacher]
-        return swapped_cross_entropy(targets, [output / self.hparams["temperature"] for output in student])
+        return swapped_cross_entropy(targets, (output / self.hparams["temperature"] for output in student))
 
     def on_after_backward(self) -> None:
         """The prototypes wait until the teacher has something to say."""

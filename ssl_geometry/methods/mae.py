@@ -35,8 +35,8 @@ class MAE(Method):
         He et al., *Masked autoencoders are scalable vision learners*, 2022, section 3 and appendix A.1.
     """
 
-    learns_from_labels = False
-    steps_show_images = False
+    learns_from_labels = steps_show_images = False
+    compiled_parts = ("backbone.blocks", "decoder.blocks")
 
     def __init__(
         self,

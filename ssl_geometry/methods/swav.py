@@ -76,7 +76,7 @@ class SwAV(Method):
         targets = [sinkhorn(similarities[i] / self.hparams["epsilon"], queued[i]) for i in range(2)]
         for queue, vectors in zip(self.queues, unit, strict=False):
             queue.push(gathered(vectors.detach()))
-        return swapped_cross_entropy(targets, [similarity / self.hparams["temperature"] for similarity in similarities])
+        return swapped_cross_entropy(targets, (similarity / self.hparams["temperature"] for similarity in similarities))
 
     def _queued(self, prototypes: Tensor) -> list[Tensor | None]:
         """Similarities of the images in the queues, over epsilon."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from ssl_geometry.methods.parts.queue import Queue
 from tests.distributed.conftest import Ranks
 from tests.methods import METHODS, build, by_hand, images, synchronised
 
@@ -52,3 +54,21 @@ def test_processes_train_as_one(ranks: Ranks, name: str) -> None:
             torch.testing.assert_close(
                 found[key], value, rtol=1e-6, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+
+def queue_under_ddp(rank: int, world_size: int) -> dict[str, Tensor]:
+    """A queue, which each process draws on its own, and how many bytes DDP sends before each forward."""
+    method = by_hand(build("MoCoV2"), STEPS)
+    torch.manual_seed(rank)
+    method.queue = Queue(1000, 8)
+    method.configure_model()
+    ddp = DistributedDataParallel(synchronised(method, world_size))
+    method.on_fit_start()
+    return {"rows": method.queue.rows, "sent": torch.tensor(sum(buffer.nbytes for buffer in ddp.modules_buffers))}
+
+
+def test_processes_begin_with_one_queue_and_send_it_no_more(ranks: Ranks) -> None:
+    first, *others = ranks(queue_under_ddp)
+    for each in (first, *others):
+        assert each["sent"] == 0
+        assert torch.equal(each["rows"], first["rows"])

@@ -13,7 +13,7 @@ from ssl_geometry.conformance import CHECKS, Verdict, check_method
 from ssl_geometry.conformance.state import outside
 from ssl_geometry.conformance.waits import Waits
 from ssl_geometry.errors import UserError
-from ssl_geometry.methods import Method, SimCLR, Teacher
+from ssl_geometry.methods import MAE, Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
 from tests.faulty_methods.working import Distilled, Queued
 from tests.methods import METHODS
@@ -107,6 +107,13 @@ def test_no_method_is_alarmed(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_collapses(name: str) -> None:
     assert not faults(getattr(methods, name), ["collapse"], **options(name))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_mae_are_its_eager_ones() -> None:
+    (verdict,) = check_method(MAE, options("MAE"), ["compile"])
+    assert verdict.applies
+    assert not verdict.fix, verdict.evidence
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """What DINO and SwAV share: views of an image are assigned to prototypes, and find each other's assignment."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +60,13 @@ def prototype_head(width: int, hidden_dim: int, number: int, batch_norm: bool) -
 
 
 def swapped_cross_entropy(
-    targets: Sequence[Float[Tensor, "B K"]], logits: Sequence[Float[Tensor, "B K"]]
+    targets: Sequence[Float[Tensor, "B K"]], logits: Iterable[Float[Tensor, "B K"]]
 ) -> Float[Tensor, ""]:
     """Cross-entropy of each view with the assignment of each other view, averaged over images and pairs of views.
 
     Args:
         targets: probabilities of prototypes, of the first views.
-        logits: of the same views in this order, then of further ones.
+        logits: of the same views in this order, then of further ones; of a generator, one is in memory at a time.
 
     References:
         Caron et al., *Unsupervised learning of visual features by contrasting cluster assignments*, 2020, equation 2;
