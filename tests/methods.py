@@ -133,6 +133,20 @@ def build(name: str, **options: Any) -> Method:
     return method
 
 
+class ByItself(Method):
+    """A method that calls its optimiser itself."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 def images(number: int = 12, side: int = 16) -> Batch:
     """A batch of random images with labels of four classes, and numbers in a data set."""
     generator = torch.Generator().manual_seed(1)

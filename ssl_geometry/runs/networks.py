@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ssl_geometry.errors import UserError, did_you_mean
 from ssl_geometry.methods import Method
@@ -282,15 +283,19 @@ def shortened(reason: str) -> str:
 
 
 def _check_backbone(backbone: Any, directory: Path, source: str) -> None:
-    """Refuse to import a backbone that only a checkpoint names, as :func:`_method_class` does for a method."""
-    module = str(backbone).rpartition(".")[0]
-    if not module or module in sys.modules or module.partition(".")[0] == "ssl_geometry":
-        return
+    """Refuse to call what only a checkpoint names: any function could stand there, such as ``os.abort``.
+
+    A class of networks that is imported already may, as what it makes is a network.
+    """
+    module, _, name = str(backbone).rpartition(".")
     given = ((config_of(directory) or {}).get("model") or {}).get("init_args") or {}
-    if str(given.get("backbone")).partition(".")[0] != module.partition(".")[0]:
+    if not module or backbone == given.get("backbone"):
+        return
+    cls = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise UserError(
             f"{source}: its backbone {backbone} is not imported on the word of a checkpoint: name the run directory "
-            "whose config.yaml has it, or in Python import it first"
+            "whose config.yaml has it, or in Python import it first, if it is a class of networks"
         )
 
 

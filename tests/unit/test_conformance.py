@@ -16,7 +16,7 @@ from ssl_geometry.errors import UserError
 from ssl_geometry.methods import MAE, Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
 from tests.faulty_methods.working import Distilled, Queued
-from tests.methods import METHODS
+from tests.methods import METHODS, ByItself
 from tests.processes import PROCESSES
 
 SLOW = {"compile", "two_processes", "collapse"}
@@ -176,18 +176,8 @@ class Growing(SimCLR):
         return super().loss(outputs, batch)
 
 
-class Manual(SimCLR):
+class Manual(ByItself, SimCLR):
     """Calls its optimiser itself."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Any:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 class ManualWithTeacher(Manual):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from ssl_geometry.methods import Method, SimCLR, Teacher
 from ssl_geometry.methods.base import Batch
 from ssl_geometry.probe import load_subjects
 from ssl_geometry.runs.networks import load_method, load_networks
-from tests.methods import METHODS, RESNET, as_options, build, by_hand, images
+from tests.methods import METHODS, RESNET, ByItself, as_options, build, by_hand, images
 from tests.training import quiet_trainer
 
 BATCH = images(4)
@@ -195,18 +196,8 @@ def test_an_overfitted_batch_is_the_same_in_each_epoch(tmp_path: Path) -> None:
     assert torch.equal(seen[0], seen[2])
 
 
-class Manual(Any_):
+class Manual(ByItself, Any_):
     """Calls its optimiser itself."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Any:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 def test_manual_optimisation_has_no_loss_to_look_at(tmp_path: Path) -> None:
@@ -334,13 +325,15 @@ def test_the_patch_size_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert load_method(tmp_path / "a.ckpt").method.backbone.patch_embed.num_patches == 16
 
 
-def test_a_checkpoint_does_not_decide_which_backbone_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["antigravity.geohash", "sys.exit", "ssl_geometry.fit.main", "torch.nn.init.ones_"])
+def test_a_checkpoint_does_not_decide_which_backbone_is_called(tmp_path: Path, named: str) -> None:
+    """Whether its module is imported already or not."""
     method = SimCLR(**RESNET)
     checkpoint: dict[str, Any] = {"state_dict": method.state_dict(), "epoch": 0, "pytorch-lightning_version": "2"}
     method.on_save_checkpoint(checkpoint)
-    checkpoint["method"]["init_args"]["backbone"] = "antigravity.geohash"
+    checkpoint["method"]["init_args"]["backbone"] = named
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"antigravity\.geohash is not imported on the word of a checkpoint"):
+    with pytest.raises(UserError, match=f"{re.escape(named)} is not imported on the word of a checkpoint"):
         load_method(tmp_path / "a.ckpt")
 
 
